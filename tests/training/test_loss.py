@@ -1,0 +1,110 @@
+"""The ranking loss against hand-worked numbers, a slow independent rendering, and its invariants."""
+
+import itertools
+
+import pytest
+import torch
+
+from tuna_peft import tuna_loss
+from tuna_peft.training.loss import PairCounts, dense_ranks, hinge_by_distance, pair_weights
+
+
+def slow_loss(lists, margin, reduction):
+    """Lists of (score, rank) per prompt, pair by pair in plain Python."""
+    by_gap, total = {}, 0.0
+    for responses in lists:
+        order = sorted({rank for _, rank in responses})
+        steps = [(score, order.index(rank)) for score, rank in responses]
+        for (v_i, r_i), (v_j, r_j) in itertools.permutations(steps, 2):
+            if r_i < r_j:
+                hinge = max(0.0, v_j - v_i + margin * (r_j - r_i))
+                by_gap.setdefault(r_j - r_i, []).append(hinge)
+                total += hinge
+    if reduction == "pair_sum":
+        return total / len(lists)
+    return sum(sum(gap) / len(gap) for gap in by_gap.values())
+
+
+def reference_formula(scores, margin):
+    """The released loss for equal N without ties: per gap, a mean over batch and position."""
+    loss = 0.0
+    for gap in range(1, scores.shape[1]):
+        loss = loss + (scores[:, gap:] - scores[:, :-gap] + margin * gap).clamp_min(0).mean()
+    return loss
+
+
+def test_by_hand():
+    # gap 1: max(0, -2+1+.1)=0, max(0, -1.5+2+.1)=.6 -> mean .3; gap 2: max(0, -1.5+1+.2)=0
+    scores = torch.tensor([[-1.0, -2.0, -1.5]])
+    assert tuna_loss(scores).item() == pytest.approx(0.3)
+    assert tuna_loss(scores, reduction="pair_sum").item() == pytest.approx(0.6)
+    # A tie of the last two leaves pairs (0,1) and (0,2), both one step apart: 0 and max(0, -1.5+1+.1)=0
+    assert tuna_loss(scores, ranks=torch.tensor([[0, 1, 1]])).item() == 0.0
+    assert tuna_loss(scores, ranks=torch.tensor([[0, 0, 1]]), margin=1.0).item() == pytest.approx((0.5 + 1.5) / 2)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_equals_the_released_formula_on_equal_n(n):
+    scores = torch.randn(7, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    torch.testing.assert_close(tuna_loss(scores, margin=0.3), reference_formula(scores, 0.3))
+
+
+@pytest.mark.parametrize("reduction", ["gap_mean", "pair_sum"])
+def test_equals_slow_rendering_with_ties_and_missing(reduction):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        scores = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+        ranks = torch.randint(0, 4, (4, 5), generator=generator)
+        mask = torch.rand(4, 5, generator=generator) > 0.3
+        lists = [[(scores[b, i].item(), ranks[b, i].item()) for i in range(5) if mask[b, i]] for b in range(4)]
+        expected = slow_loss(lists, 0.1, reduction)
+        actual = tuna_loss(scores, ranks=ranks, mask=mask, margin=0.1, reduction=reduction)
+        assert actual.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_missing_responses_change_nothing_and_get_no_gradient():
+    scores = torch.tensor([[-1.0, -0.5, -3.0]])
+    wide = torch.tensor([[-1.0, float("nan"), -0.5, -3.0]], requires_grad=True)
+    loss = tuna_loss(wide, mask=torch.tensor([[True, False, True, True]]))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), tuna_loss(scores))
+    assert wide.grad[0, 1] == 0 and torch.isfinite(wide.grad).all()
+
+
+def test_order_of_tied_responses_does_not_matter():
+    scores = torch.tensor([[-1.0, -2.0, -0.3, -4.0]])
+    ranks = torch.tensor([[0, 1, 1, 2]])
+    swap = [0, 2, 1, 3]
+    torch.testing.assert_close(tuna_loss(scores, ranks=ranks), tuna_loss(scores[:, swap], ranks=ranks))
+
+
+def test_gradient_pushes_the_better_response_up():
+    scores = torch.tensor([[-2.0, -1.0]], requires_grad=True)
+    tuna_loss(scores).backward()
+    assert scores.grad.tolist() == [[-1.0, 1.0]]
+
+
+def test_no_pair_is_zero_with_a_gradient():
+    for scores, ranks in [(torch.zeros(2, 1), None), (torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.long))]:
+        scores.requires_grad_()
+        loss = tuna_loss(scores, ranks=ranks)
+        loss.backward()
+        assert loss.item() == 0.0 and scores.grad is not None
+
+
+@pytest.mark.parametrize("reduction", ["gap_mean", "pair_sum"])
+def test_micro_batches_with_the_counts_of_all_add_up(reduction):
+    scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(6, 4, dtype=torch.bool)
+    mask[0, 3] = mask[4, 2] = False
+    ranks = dense_ranks(mask.long().cumsum(-1), mask)
+    weights = pair_weights(PairCounts.of(ranks), reduction).to(scores)
+    parts = sum(hinge_by_distance(scores[i : i + 2], ranks[i : i + 2], 0.1) @ weights for i in (0, 2, 4))
+    torch.testing.assert_close(parts, tuna_loss(scores, mask=mask, reduction=reduction))
+
+
+def test_wrong_input():
+    with pytest.raises(ValueError, match="share the shape"):
+        tuna_loss(torch.zeros(2, 3), ranks=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="unknown reduction 'mean'"):
+        tuna_loss(torch.zeros(2, 3), reduction="mean")

@@ -1,0 +1,197 @@
+"""`TunaTrainer` on tiny models: the loss of the released code, and the invariants of training."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_model, make_rows
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from tuna_peft import TunaConfig, TunaTrainer, UserError
+from tuna_peft.models.base import make_quantization_config
+from tuna_peft.models.stack import adapter_names, fingerprint, push_adapter
+from tuna_peft.training.checkpoint import latest_checkpoint
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+class Tokens:
+    """What the trainer needs of a tokenizer when rows are encoded already."""
+
+    pad_token_id, eos_token_id = 0, 2
+
+    def save_pretrained(self, folder):
+        """A checkpoint holds the tokenizer too; there is none here."""
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(folder)
+    return folder
+
+
+def quantised(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=make_quantization_config("nf4"),
+                                                 device_map={"": "cpu"}, dtype=torch.float32)  # fmt: skip
+    return model.requires_grad_(False)
+
+
+def config(folder, **settings):
+    defaults = {"per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 1e-2, "report_to": "none",
+                "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False, "use_cpu": True,
+                "disable_tqdm": True, "dataloader_pin_memory": False}  # fmt: skip
+    return TunaConfig(str(folder), **{**defaults, **settings})
+
+
+def trainer(model, folder, rows, callbacks=None, **settings):
+    return TunaTrainer(model, config(folder, **settings), train_dataset=Dataset.from_list(rows),
+                       eval_dataset=Dataset.from_list(rows), processing_class=Tokens(), callbacks=callbacks)  # fmt: skip
+
+
+def stacked(base_folder, names=("one",)):
+    model = quantised(base_folder)
+    for name in names:
+        torch.manual_seed(len(name))
+        model = push_adapter(model, name, LoraConfig(**LORA))
+        for (
+            key,
+            parameter,
+        ) in model.named_parameters():  # PEFT starts B at zero: a stack that does nothing tests nothing
+            if f"lora_B.{name}" in key:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def test_loss_is_that_of_the_released_code(tmp_path):
+    """Equal N, no ties: separate rows, padded, full logits, MarginRankingLoss per gap plus token-mean cross-entropy."""
+    rows = make_rows(3, n=(4, 4))
+    for row in rows:
+        row.update(ranks=[0, 1, 2, 3], completion_skips=[0] * 4)
+    model = make_model()
+    run = trainer(model, tmp_path, rows)
+    ours = run.compute_loss(run.model, run._prepare_inputs(run.data_collator(rows)))
+
+    scores, nll, tokens = [], 0.0, 0
+    for row in rows:
+        for response in row["completions_ids"]:
+            ids = torch.tensor([row["prompt_ids"] + response])
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[-len(response) :]
+            scores.append(logps.mean())
+            nll, tokens = nll - logps.sum(), tokens + len(response)
+    scores = torch.stack(scores).view(3, 4)
+    reference = nll / tokens
+    for gap in range(1, 4):
+        better, worse = scores[:, :-gap].flatten(), scores[:, gap:].flatten()
+        reference = reference + torch.nn.MarginRankingLoss(0.1 * gap)(better, worse, torch.ones_like(better))
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_learns_to_rank_in_four_bits_and_logs_it(base_folder, tmp_path):
+    rows = make_rows(8, n=(3, 3))
+    run = trainer(stacked(base_folder), tmp_path, rows, max_steps=20, per_device_train_batch_size=8)
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    assert before["eval_ranking_accuracy"] < 0.85 and after["eval_ranking_accuracy"] > 0.95
+    assert after["eval_loss"] < before["eval_loss"]
+    entry = next(entry for entry in run.state.log_history if "loss" in entry)
+    for key in ("rank_loss", "mle_loss", "ranking_accuracy", "margin_satisfaction", "scores/rank_0", "num_tokens"):
+        assert key in entry
+    assert entry["loss"] == pytest.approx(entry["rank_loss"] + entry["mle_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["gap_mean", "pair_sum"])
+@pytest.mark.parametrize("mle_on", ["all", "best", "reference"])
+def test_accumulation_does_not_change_the_loss(base_folder, tmp_path, reduction, mle_on):
+    rows = make_rows(16)  # ragged: 2 to 4 responses, ties
+    results = []
+    for size, steps in ((8, 1), (1, 8)):
+        run = trainer(stacked(base_folder), tmp_path, rows, max_steps=3, per_device_train_batch_size=size,
+                      gradient_accumulation_steps=steps, reduction=reduction, mle_on=mle_on)  # fmt: skip
+        run.train()
+        weights = torch.cat([p.detach().flatten() for p in run.model.parameters() if p.requires_grad])
+        results.append((torch.tensor(losses(run)), weights))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=2e-4, rtol=1e-4)
+    # Adam divides small gradients by small gradients: weights are compared where they moved.
+    assert torch.corrcoef(torch.stack([results[0][1], results[1][1]]))[0, 1] > 0.999
+
+
+def test_checkpointing_activations_does_not_change_the_loss(base_folder, tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        run = trainer(stacked(base_folder), tmp_path, make_rows(8), max_steps=2, gradient_checkpointing=checkpointing)
+        run.train()
+        runs.append(losses(run))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-4)
+
+
+class StopAfter(TrainerCallback):
+    """Interrupts training as a crash would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_resume_is_bitwise_the_straight_run_and_keeps_lower_adapters(base_folder, tmp_path):
+    rows, names = make_rows(16), ("one", "two")
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5}  # 8 steps an epoch: resumes inside one
+    straight = trainer(stacked(base_folder, names), tmp_path / "straight", rows, **settings)
+    below = fingerprint(straight.model, "one")
+    straight.train()
+
+    folder = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        trainer(stacked(base_folder, names), folder, rows, callbacks=[StopAfter(11)], **settings).train()
+    (folder / "checkpoint-10" / "trainer_state.json").unlink()  # as if it had been interrupted while it was written
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint.name == "checkpoint-5"
+    resumed = trainer(stacked(base_folder, names), folder, rows, **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    assert fingerprint(resumed.model, "two") == fingerprint(straight.model, "two")
+    assert fingerprint(resumed.model, "one") == below
+    assert losses(resumed)[-4:] == losses(straight)[-4:]
+
+
+def test_a_checkpoint_is_a_whole_stack(base_folder, tmp_path):
+    run = trainer(stacked(base_folder, ("one", "two")), tmp_path, make_rows(), max_steps=1, save_strategy="steps",
+                  save_steps=1)  # fmt: skip
+    run.train()
+    manifest = json.loads((tmp_path / "checkpoint-1" / "stack.json").read_text())
+    assert [entry["name"] for entry in manifest["adapters"]] == ["one", "two"]
+
+
+def test_a_peft_model_with_a_new_config_becomes_a_stack(base_folder, tmp_path):
+    run = TunaTrainer(
+        stacked(base_folder), config(tmp_path, adapter_name="next"), train_dataset=Dataset.from_list(make_rows()),
+        processing_class=Tokens(), peft_config=LoraConfig(**LORA),
+    )  # fmt: skip
+    assert adapter_names(run.model) == ["one", "next"]
+    assert {name.split(".")[-2] for name, p in run.model.named_parameters() if p.requires_grad} == {"next"}
+    below = fingerprint(run.model, "one")
+    run.train()
+    assert fingerprint(run.model, "one") == below
+
+
+def test_refusals(base_folder, tmp_path):
+    rows = Dataset.from_list(make_rows())
+    with pytest.raises(UserError, match="no parameter of the model is trainable"):
+        trainer(quantised(base_folder), tmp_path, make_rows())
+    with pytest.raises(UserError, match="quantised base cannot be trained"):
+        TunaTrainer(str(base_folder), config(tmp_path), train_dataset=rows, processing_class=Tokens(),
+                    quantization_config=make_quantization_config("nf4"))  # fmt: skip
+    with pytest.raises(ValueError, match="reduction='sum': use one of gap_mean, pair_sum"):
+        config(tmp_path, reduction="sum")

@@ -1,0 +1,24 @@
+"""The record of one task, the same in every data file and in the grader."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class Task(TypedDict):
+    """One task.
+
+    `answer` is what the grader and the styles need to know. Its `kind` is one of
+
+    - `"list"`: `items` in the right order, `wrong` (lists that look right), the `output` is the items alone;
+    - `"members"`: any `count` different words of `pool`; `wrong` holds words that do not belong;
+    - `"sentence"`: the right `value` in a short sentence, `wrong` (whole sentences with another value), `choices`
+      (the words that could be claimed) and `claim` ("first" or "last": which of them in a sentence is the claim).
+    """
+
+    id: str
+    family: str
+    instruction: str
+    input: str
+    output: str
+    answer: dict[str, Any]

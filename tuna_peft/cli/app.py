@@ -1,0 +1,43 @@
+"""The commands of `tuna-peft`, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import tuna_peft
+from tuna_peft.cli import data, doctor, generate, merge, recipes, run, schema
+from tuna_peft.cli.group import ErrorReportingGroup
+
+app = typer.Typer(
+    cls=ErrorReportingGroup,
+    help="Tuna: instruction tuning from ranked responses, with stacked LoRA adapters on a 4-bit base.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tuna-peft {tuna_peft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May also follow the command.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of every command; `ErrorReportingGroup` reads `debug`."""
+
+
+app.command("run")(run.run)
+app.add_typer(data.app, name="data")
+app.add_typer(recipes.app, name="recipes")
+app.command("schema")(schema.schema)
+app.command("merge")(merge.merge)
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)

@@ -1,0 +1,146 @@
+"""`tuna-peft data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuna_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tuna_peft.data.config import DataSource, PromptConfig
+    from tuna_peft.recipe.schema import BaseSettings
+
+app = typer.Typer(help="Look at data as training would see it, and convert it.", no_args_is_help=True)
+
+_Format = Annotated[str, typer.Option("--format", help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns.")]
+_Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="part=path, again for each part: --column completions=responses[].text", show_default=False),
+]
+_Split = Annotated[str, typer.Option("--split", help="Split, with slices: train[:500].")]
+_Template = Annotated[str, typer.Option("--template", help="alpaca, chat, none, or a text with {instruction} and {input}.")]
+_SkipBad = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count records that cannot be used.")]
+
+
+@app.command("inspect")
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe (file or shipped name), or data.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Prompts to show.")] = 3,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Of a recipe: only this stage.", show_default="all")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Hub id or path.", show_default="of a recipe: its base's")
+    ] = None,
+    format: _Format = "auto",
+    column: _Column = None,
+    split: _Split = "train",
+    template: _Template = "alpaca",
+    skip_bad_rows: _SkipBad = False,
+) -> None:
+    """Show prompts with every candidate in rank order: score, length, and which tokens carry loss."""
+    from rich.console import Console
+
+    from tuna_peft.data.inspect import inspect_file
+
+    console = Console()
+    if not _is_recipe(target):
+        if stage is not None:
+            raise UserError("--stage goes with a recipe, this is data", where=target)
+        source, prompt = _from_options(target, format, column, split, template, skip_bad_rows)
+        console.print(inspect_file(source, prompt, _load_tokenizer(tokenizer), n))
+        return
+
+    from tuna_peft.recipe.load import load_recipe
+
+    recipe = load_recipe(target, check=False)
+    names = [entry.name for entry in recipe.stages]
+    if stage is not None and stage not in names:
+        raise UserError(f"the recipe has no stage `{stage}`", where=target, fix=f"It has: {', '.join(names)}.")
+    loaded = _load_tokenizer(tokenizer or recipe.base.model, None if tokenizer else recipe.base)
+    for entry in recipe.stages:
+        if stage in (None, entry.name):
+            console.rule(f"stage {entry.name} ({entry.type})")
+            limit = entry.train.get("max_length", 1024)
+            console.print(
+                inspect_file(entry.data, recipe.prompt, loaded, n, max_length=limit, overflow=entry.overflow)
+            )
+
+
+@app.command("convert")
+def convert_file(
+    file: Annotated[str, typer.Argument(help="Data in any format that can be read.")],
+    out: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file to write.")],
+    format: _Format = "auto",
+    column: _Column = None,
+    split: _Split = "train",
+    template: _Template = "alpaca",
+    skip_bad_rows: _SkipBad = False,
+) -> None:
+    """Write data in the ranked format: prompt, completions, scores, ranks, reference."""
+    from tuna_peft.data.convert import convert
+
+    source, prompt = _from_options(file, format, column, split, template, skip_bad_rows)
+    report = convert(source, prompt, out)
+    skipped = "".join(f", {count} skipped ({reason})" for reason, count in report.skipped.items())
+    typer.echo(f"wrote {out}: {report.kept} of {report.read} records{skipped}")
+
+
+def _is_recipe(target: str) -> bool:
+    from tuna_peft.recipe.shipped import shipped_recipes
+
+    return target.endswith((".yaml", ".yml")) or (not Path(target).exists() and target in shipped_recipes())
+
+
+def _from_options(
+    path: str, format: str, columns: list[str] | None, split: str, template: str, skip_bad_rows: bool
+) -> tuple[DataSource, PromptConfig]:
+    from pydantic import ValidationError
+
+    from tuna_peft.data.config import DataSource, PromptConfig
+    from tuna_peft.recipe.expectations import expected
+
+    source: dict[str, Any] = {
+        "path": path,
+        "format": "columns" if columns and format == "auto" else format,
+        "split": split,
+        "on_bad_row": "skip" if skip_bad_rows else "error",
+    }
+    if columns:
+        source["columns"] = _pairs(columns)
+    try:
+        return DataSource.model_validate(source), PromptConfig(template=template)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"]) or "options"
+        raise UserError(expected([first], first["input"]), where=where) from error
+
+
+def _pairs(columns: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in columns:
+        part, equals, path = text.partition("=")
+        if not equals:
+            raise UserError("expected part=path", where=f"--column {text}", fix="For example: completions=responses[].text")
+        pairs[part] = path
+    return pairs
+
+
+def _load_tokenizer(name: str | None, base: BaseSettings | None = None) -> PreTrainedTokenizerBase | None:
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    from tuna_peft.models.base import resolve_model_path
+
+    options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code} if base else {}
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model_path(name), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load a tokenizer: {reason}", where=name, fix="Check the path or Hub id.") from error

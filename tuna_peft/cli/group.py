@@ -1,0 +1,70 @@
+"""Turns what a command raises into a message and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from tuna_peft.errors import UserError
+
+# What the parser raises. Newer typer releases bundle click, older ones depend on it: this is the class in both.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+class ErrorReportingGroup(TyperGroup):
+    """The top-level group. Exit codes: 2 for the user's mistakes, 130 after Ctrl-C, 1 for everything else.
+
+    `--debug`, wherever it stands, shows the traceback too.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(arg for i, arg in enumerate(args) if i >= end or arg != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        # On import it reports at length that an optional faster CPU kernel is not installed.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        debug = bool(ctx.params.get("debug"))
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as interrupt:
+            again = " Run the same command again to go on." if ctx.invoked_subcommand == "run" else ""
+            typer.echo(f"\nInterrupted.{again}", err=True)
+            raise typer.Exit(130) from interrupt
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            message, code = describe_error(error)
+            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            typer.echo(message if debug or code == 2 else f"{message}\n  Run it with --debug for the traceback.", err=True)
+            raise typer.Exit(code) from error
+
+
+def describe_error(error: Exception) -> tuple[str, int]:
+    """The message for the terminal and the exit code."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if is_disk_full(error):
+        return "the disk is full\n  Free some space and run the command again.", 2
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}", 1
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what led to it, is a full disk. Rust's writers (safetensors, Arrow) say so in words only."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,55 @@
+"""`tuna-peft recipes`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tuna_peft.errors import UserError
+
+app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+
+_Name = Annotated[str, typer.Argument(help="Name of a shipped recipe.")]
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """List them, with what each is for."""
+    from tuna_peft.recipe.shipped import shipped_recipes, summary
+
+    known = shipped_recipes()
+    width = max(map(len, known), default=0)
+    for name, file in known.items():
+        typer.echo(f"{name:<{width}}  {summary(file)}")
+
+
+@app.command("show")
+def show_recipe(name: _Name) -> None:
+    """Print one."""
+    from tuna_peft.recipe.shipped import shipped_recipe
+
+    typer.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@app.command("copy")
+def copy_recipe(
+    name: _Name,
+    destination: Annotated[
+        Path | None, typer.Argument(metavar="DEST", help="File or folder.", show_default="./NAME.yaml")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Copy one, to change it."""
+    from tuna_peft.files import write_text
+    from tuna_peft.recipe.shipped import shipped_recipe
+
+    file = shipped_recipe(name)
+    target = destination or Path()
+    if target.is_dir():
+        target = target / file.name
+    if target.exists() and not force:
+        raise UserError("there is a file already", where=str(target), fix="Give another DEST, or --force to overwrite it.")
+    write_text(target, file.read_text(encoding="utf-8"))
+    typer.echo(f"wrote {target}")

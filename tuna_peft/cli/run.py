@@ -1,0 +1,41 @@
+"""`tuna-peft run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value, for example stages.sft.train.learning_rate=1e-4.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run's folder.", show_default="runs/NAME")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and what each stage would do; run nothing.")
+    ] = False,
+) -> None:
+    """Train, evaluate and export what a recipe says; on the folder of an interrupted run: go on."""
+    from rich.console import Console
+
+    from tuna_peft.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    folder = output or Path("runs") / loaded.name
+    if dry_run:
+        from tuna_peft.recipe.describe import describe_recipe
+
+        Console().print(describe_recipe(loaded, folder))
+        return
+
+    from tuna_peft.cli.summary import run_summary
+    from tuna_peft.recipe.pipeline import run_recipe
+
+    report = run_recipe(loaded, folder)
+    Console().print(run_summary(report, folder))

@@ -1,0 +1,21 @@
+"""`tuna-peft schema`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def schema(
+    field: Annotated[
+        str | None,
+        typer.Option("--field", help="Print the help of one key only: lora.r, stages.train.margin ...", show_default=False),
+    ] = None,
+) -> None:
+    """Print the JSON schema of recipes, for completion in an editor, or the help of one key."""
+    import json
+
+    from tuna_peft.recipe.json_schema import field_help, recipe_json_schema
+
+    typer.echo(field_help(field) if field else json.dumps(recipe_json_schema(), indent=2))

@@ -1,0 +1,1 @@
+"""Data: sources -> readers -> ranked type -> prompts -> tokens. Nothing here imports a torch model."""

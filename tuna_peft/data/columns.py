@@ -1,0 +1,112 @@
+"""The general reader: a mapping from the parts of a record to paths such as `responses[].text`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tuna_peft.data.config import Columns
+from tuna_peft.data.ranked import BadRow, Prompt, Record
+from tuna_peft.data.templates import PromptTemplate
+
+_STEP = re.compile(r"\[(-?\d*)\]|([^.\[\]]+)")
+_FIX = "Correct the path under `columns`, or the record."
+
+
+def read_prompt(raw: Record, columns: Columns, template: PromptTemplate, where: str) -> tuple[Any, Any]:
+    """The record's id (None without one) and its prompt."""
+    identity = None if columns.id is None else one(raw, columns.id, where)
+    if columns.instruction is None:
+        return identity, one(raw, columns.prompt or "", where)
+    instruction = one(raw, columns.instruction, where)
+    given = None if columns.input is None else one(raw, columns.input, where)
+    return identity, render(template, instruction, given, where)
+
+
+def read_responses(raw: Record, columns: Columns, where: str) -> Record:
+    """`completions`, `scores`, `ranks` and `reference` of a record."""
+    if columns.completions is None:
+        raise BadRow("`columns` has no `completions`", reason="no responses", where=where, fix=_FIX)
+    completions = many(raw, columns.completions, where)
+    if columns.ranks == "best_first":
+        ranks: list[Any] | None = list(range(len(completions)))
+    else:
+        ranks = None if columns.ranks is None else many(raw, columns.ranks, where)
+    return {
+        "completions": completions,
+        "scores": None if columns.scores is None else many(raw, columns.scores, where),
+        "ranks": ranks,
+        "reference": None if columns.reference is None else one(raw, columns.reference, where),
+    }
+
+
+def render(template: PromptTemplate, instruction: Any, given: Any, where: str) -> Prompt:
+    """The template filled with an instruction and an input, which must be texts."""
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise BadRow("the instruction is missing or empty", reason="no prompt", where=where)
+    if given is not None and not isinstance(given, str):
+        raise BadRow(f"the input is {type(given).__name__}, not text", reason="wrong type", where=where)
+    return template.render(instruction, given, where)
+
+
+def one(raw: Record, path: str, where: str) -> Any:
+    """The value at a path without `[]`."""
+    values, spread = _follow(raw, path, where)
+    if spread:
+        raise BadRow(f"`{path}` gives a list, one value is wanted", reason="wrong type", where=where, fix=_FIX)
+    return values[0]
+
+
+def many(raw: Record, path: str | list[str], where: str) -> list[Any]:
+    """The values at a path: those that `[]` spreads, or a list that stands there, or one value; or one for each path."""
+    if isinstance(path, list):
+        return [one(raw, single, where) for single in path]
+    values, spread = _follow(raw, path, where)
+    if spread:
+        return values
+    return values[0] if isinstance(values[0], list) else [] if values[0] is None else values
+
+
+def _follow(raw: Record, path: str, where: str) -> tuple[list[Any], bool]:
+    """All values at a path, and whether the path spreads a list."""
+    if path in raw:  # also a key that has a dot in it
+        return [raw[path]], False
+    found: list[tuple[str, Any]] = [("", raw)]
+    spread = False
+    for index, name in _STEP.findall(path):
+        if name:
+            found = [(f"{place}.{name}".lstrip("."), _key(value, name, place, path, where)) for place, value in found]
+        elif index:
+            found = [(f"{place}[{index}]", _entry(value, int(index), place, path, where)) for place, value in found]
+        else:
+            spread = True
+            found = [
+                (f"{place}[{i}]", entry)
+                for place, value in found
+                for i, entry in enumerate(_list(value, place, path, where))
+            ]
+    return [value for _, value in found], spread
+
+
+def _key(value: Any, name: str, place: str, path: str, where: str) -> Any:
+    if isinstance(value, dict) and name in value:
+        return value[name]
+    holder = place or "the record"
+    has = f"has the keys {', '.join(value)}" if isinstance(value, dict) else f"is {type(value).__name__}"
+    raise BadRow(f"`{path}`: {holder} has no key `{name}`, it {has}", reason="missing field", where=where, fix=_FIX)
+
+
+def _entry(value: Any, index: int, place: str, path: str, where: str) -> Any:
+    entries = _list(value, place, path, where)
+    try:
+        return entries[index]
+    except IndexError:
+        what = f"`{path}`: {place} has {len(entries)} entries, none at [{index}]"
+        raise BadRow(what, reason="missing field", where=where, fix=_FIX) from None
+
+
+def _list(value: Any, place: str, path: str, where: str) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    what = f"`{path}`: {place or 'the record'} is {type(value).__name__}, not a list"
+    raise BadRow(what, reason="wrong type", where=where, fix=_FIX)

@@ -1,0 +1,140 @@
+"""What a recipe says about data: where it is, how to read it, how to make prompts of it.
+
+Only pydantic is imported, so that a recipe is checked in milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+FormatName = Literal["auto", "ranked", "teacher", "judge", "formatted", "alpaca", "preference", "columns"]
+
+_PATH = re.compile(r"[^.\[\]]+(\[-?\d*\])*(\.[^.\[\]]+(\[-?\d*\])*)*")
+
+
+class Columns(BaseModel):
+    """Where each part of a record lies, for `format: columns`.
+
+    A path is a key, with dots into nested objects, `[]` for every entry of a list and `[2]` or `[-1]` for one entry:
+    `responses[].text`, `messages[-1].content`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str | None = Field(None, description="Path of the full prompt (text or messages), used as it is.")
+    instruction: str | None = Field(None, description="Path of the instruction, which the prompt template wraps.")
+    input: str | None = Field(None, description="Path of the input that goes with the instruction; null means none.")
+    completions: str | list[str] | None = Field(
+        None, description="Path of the responses (`responses[].text`), or a list of paths with one response each."
+    )
+    scores: str | list[str] | None = Field(
+        None, description="Path of the scores, higher is better (true counts 1, false 0), or a list of paths."
+    )
+    ranks: str | list[str] | None = Field(
+        None,
+        description="Path of the ranks, lower is better, equal where tied, null where not ranked; or a list of paths; "
+        "or `best_first`: the responses already stand in order.",
+    )
+    reference: str | None = Field(None, description="Path of the data set's original response; null means none.")
+    id: str | None = Field(None, description="Path of the record's id. Without it the place in the file is the id.")
+
+    @field_validator("*")
+    @classmethod
+    def _paths_are_well_formed(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for path in [value] if isinstance(value, str) else value or []:
+            if not _PATH.fullmatch(path):
+                raise ValueError(
+                    f"{path!r} is no path; write for example `responses[].text` or `messages[-1].content`"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _parts_go_together(self) -> Columns:
+        if (self.prompt is None) == (self.instruction is None):
+            raise ValueError("give either `prompt` (used as it is) or `instruction` (wrapped by the prompt template)")
+        if self.input is not None and self.instruction is None:
+            raise ValueError("`input` goes with `instruction`, not with `prompt`")
+        if self.scores is not None and self.ranks is not None:
+            raise ValueError("give `scores` or `ranks`, not both")
+        return self
+
+
+class DataSource(BaseModel):
+    """One data set: where it is and how its records become prompts with ranked responses."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(
+        min_length=1,
+        description="A .json, .jsonl or .parquet file, a directory from `datasets.save_to_disk`, a Hub data set id, or "
+        "`builtin:pico-llama/<file>` for the data inside the package.",
+    )
+    format: FormatName = Field(
+        "auto", description="Shape of the records; `auto` tells it from the keys of the first record."
+    )
+    name: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
+    split: str = Field(
+        "train",
+        description="Split, with slices as in `datasets`: `train[:500]`, `train[90%:]`. "
+        "A file has one split, called `train`.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
+    columns: Columns | None = Field(None, description="Where each part of a record lies, for `format: columns`.")
+    add_reference: Literal["best", "worst"] | None = Field(
+        None,
+        description="Rank the `reference` response above (`best`) or below (`worst`) all others. "
+        "null keeps it apart, for the MLE term alone.",
+    )
+    length_penalty: float = Field(
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Teacher format only: score = sum of token log-probabilities / length ** length_penalty.",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error",
+        description="What a record that cannot be used does (no pair, empty response, NaN score ...): `error` stops, "
+        "`skip` leaves it out and counts it in the report.",
+    )
+    limit: PositiveInt | None = Field(None, description="Read at most this many records (of the split).")
+
+    @model_validator(mode="after")
+    def _columns_match_the_format(self) -> DataSource:
+        if self.format == "columns" and self.columns is None:
+            raise ValueError("`format: columns` needs `columns`, for example `columns: {prompt: question, ...}`")
+        if self.columns is not None and self.format not in ("columns", "auto"):
+            raise ValueError(f"`columns` has no effect with `format: {self.format}`; use `format: columns`")
+        return self
+
+
+class PromptConfig(BaseModel):
+    """How an instruction and its input become the prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    template: str = Field(
+        "alpaca",
+        description="`alpaca`, `chat` (the tokenizer's own chat template), `none` (the instruction is already a full "
+        "prompt), or a text with `{instruction}` and, if wanted, `{input}` in it. Data whose field is called `prompt`, "
+        "and judge or formatted data, hold full prompts and are used as they are.",
+    )
+    template_no_input: str | None = Field(
+        None, description="For a template text: the text to use, with `{instruction}`, when the input is empty."
+    )
+
+    @model_validator(mode="after")
+    def _templates_have_their_fields(self) -> PromptConfig:
+        custom = self.template not in ("alpaca", "chat", "none")
+        if custom and "{instruction}" not in self.template:
+            raise ValueError(
+                f"template {self.template!r} is not `alpaca`, `chat` or `none`, and has no {{instruction}} in it"
+            )
+        if self.template_no_input is not None:
+            if not custom:
+                raise ValueError(f"`template_no_input` has no effect with `template: {self.template}`")
+            if "{instruction}" not in self.template_no_input or "{input}" in self.template_no_input:
+                raise ValueError("`template_no_input` needs {instruction} in it, and no {input}")
+        return self

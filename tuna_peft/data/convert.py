@@ -1,0 +1,56 @@
+"""Writes any readable source as a file of the ranked type."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+from tuna_peft import files
+from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.load import ranked_dataset, read_ranked
+from tuna_peft.data.ranked import ReadReport
+from tuna_peft.errors import UserError
+
+
+def convert(source: DataSource, prompt: PromptConfig, out_path: str | os.PathLike[str]) -> ReadReport:
+    """Reads a source and writes it as JSONL or Parquet, by the ending of `out_path`; the file appears whole or not.
+
+    Reading it back with `format: ranked` gives the same records.
+
+    Raises:
+        UserError: The ending is another one, `out_path` is the source itself, or as `load_ranked`.
+    """
+    out = Path(out_path)
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise UserError(
+            f"cannot write {out.suffix or 'a file without ending'}",
+            where=str(out),
+            fix="End it in .jsonl or .parquet.",
+        )
+    if out.exists() and Path(source.path).exists() and out.samefile(source.path):
+        raise UserError("this is the source itself", where=str(out), fix="Write to another file.")
+    records, report = read_ranked(source, prompt)
+    if out.suffix == ".jsonl":
+        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
+        files.write_text(out, "".join(f"{line}\n" for line in lines))
+    else:
+        buffer = io.BytesIO()
+        ranked_dataset(records).to_parquet(buffer)
+        _write_bytes(out, buffer.getvalue())
+    return report
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with files._disk_full_is_a_user_error(path):
+            with open(aside, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,173 @@
+"""Shows what the model will see: candidates in rank order, and which of their tokens carry loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text
+
+from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.load import read_ranked, source_format
+from tuna_peft.data.ranked import Record
+from tuna_peft.data.tokenize import Overflow, encode_ranked
+from tuna_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NO_LOSS = "dim"
+_LOSS = ("green", "bold green")  # alternating, so that the tokens can be told apart
+_LEGEND = Text.assemble(
+    ("no loss (prompt)", _NO_LOSS),
+    " | ",
+    ("tokens", _LOSS[0]),
+    (" that carry", _LOSS[1]),
+    (" loss", _LOSS[0]),
+    "   ↵ newline; rank 0 is best, equal ranks are ties",
+)
+
+
+def inspect_file(
+    source: DataSource,
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    n: int = 3,
+    *,
+    max_length: int | None = None,
+    overflow: Overflow = "error",
+) -> RenderableType:
+    """Reads a source as a stage would, and renders its counts and its first `n` prompts.
+
+    Alpaca files, which have one response each, are shown as a supervised stage sees them.
+
+    Args:
+        source: What to read.
+        prompt: How prompts are made.
+        tokenizer: Without one, texts are shown in place of tokens.
+        n: Number of prompts to show.
+        max_length: As in `encode_ranked`.
+        overflow: As in `encode_ranked`.
+
+    Raises:
+        UserError: The source cannot be read, or a row is too long.
+    """
+    format = source_format(source)
+    records, report = read_ranked(source, prompt, pairs=format != "alpaca")
+    skipped = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+    summary = Text(
+        f"{source.path} ({format}): {report.read} records read, {report.kept} kept"
+        + (f", skipped: {skipped}" if skipped else "")
+        + f"; responses merged as duplicates: {report.duplicates_merged}, not ranked: {report.omitted}"
+    )
+    return Group(summary, render_ranked(records, tokenizer, n, max_length=max_length, overflow=overflow))
+
+
+def render_ranked(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    n: int = 3,
+    *,
+    max_length: int | None = None,
+    overflow: Overflow = "error",
+) -> RenderableType:
+    """Renders `n` prompts with all their candidates, best first.
+
+    Args:
+        records: Normalised records (or a data set of them), or rows from `encode_ranked`.
+        tokenizer: Needed for encoded rows; without it records show texts in place of tokens.
+        n: Number of prompts to show.
+        max_length: As in `encode_ranked`, for records.
+        overflow: As in `encode_ranked`, for records.
+    """
+    panels: list[RenderableType] = []
+    for record in islice(records, n):
+        if tokenizer is None:
+            if "prompt_ids" in record:
+                raise UserError("encoded rows need a tokenizer to be shown")
+            panels.append(_panel(record["id"], _record_prompt(record), _record_candidates(record)))
+            continue
+        row: dict[str, Any] | None = record
+        if "prompt_ids" not in record:
+            where = f"id {record['id']}"
+            row = encode_ranked(record, tokenizer, max_length=max_length, overflow=overflow, where=where)
+        if row is None:
+            what = f"left out: longer than max_length {max_length}"
+            panels.append(_panel(record["id"], Text(what, style="yellow"), []))
+        else:
+            panels.append(_panel(row["id"], _row_prompt(row, tokenizer), _row_candidates(row, tokenizer)))
+    return Group(_LEGEND, *panels) if tokenizer is not None else Group(*panels)
+
+
+def _panel(identity: str, prompt: Text, candidates: list[Text]) -> Panel:
+    return Panel(Group(prompt, *candidates), title=Text(identity), title_align="left")
+
+
+def _record_prompt(record: Record) -> Text:
+    prompt = record["prompt"]
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return Text(prompt, style=_NO_LOSS)
+
+
+def _record_candidates(record: Record) -> list[Text]:
+    heads = [_head(rank, score, "") for rank, score in zip(record["ranks"], _scores(record), strict=True)]
+    texts = [
+        Text.assemble(head, "\n", completion) for head, completion in zip(heads, record["completions"], strict=True)
+    ]
+    if record["reference"] is not None:
+        texts.append(Text.assemble(("\nreference", "bold cyan"), "\n", record["reference"]))
+    return texts
+
+
+def _row_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Text:
+    return Text("".join(_pieces(row["prompt_ids"], tokenizer)), style=_NO_LOSS)
+
+
+def _row_candidates(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    responses = list(zip(row["ranks"], _scores(row), row["completions_ids"], row["completion_skips"], strict=True))
+    if row["reference_ids"] is not None:
+        responses.append((None, None, row["reference_ids"], row["reference_skip"]))
+    texts = []
+    for rank, score, ids, skip in responses:
+        pieces = _pieces(row["prompt_ids"] + ids, tokenizer)[len(row["prompt_ids"]) :]
+        text = Text.assemble(_head(rank, score, f"{len(ids) - skip} tokens with loss"), "\n")
+        text.append("".join(pieces[:skip]), style=_NO_LOSS)
+        text.append("|", style="bold red")
+        for index, piece in enumerate(pieces[skip:]):
+            text.append(piece, style=_LOSS[index % 2])
+        texts.append(text)
+    return texts
+
+
+def _head(rank: int | None, score: float | None, tokens: str) -> Text:
+    name = "reference" if rank is None else f"rank {rank}"
+    parts = [name, *([] if score is None else [f"score {score:g}"]), *([tokens] if tokens else [])]
+    return Text("\n" + "  ".join(parts), style="bold cyan")
+
+
+def _scores(row: dict[str, Any]) -> list[float | None]:
+    return row["scores"] or [None] * len(row["ranks"])
+
+
+def _pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of every token; a character of several tokens is given to its last one."""
+    pieces, start = [], 0
+    for stop in range(1, len(ids) + 1):
+        # A few tokens of context, because a decoder drops the space before the first word.
+        context = max(0, start - 4)
+        before, after = (_decode(ids[context:end], tokenizer) for end in (start, stop))
+        piece = after[len(before) :]
+        if piece.endswith("\ufffd") and stop < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(piece.replace("\n", "↵\n"))
+        start = stop
+    return pieces
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,122 @@
+"""JSON and JSONL files, read so that every fault is named with its place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tuna_peft.errors import UserError
+
+_CUT_FIX = "The file was cut, perhaps by an interrupted copy or download: get it again, or delete what is incomplete."
+
+
+def read_json_units(path: Path) -> tuple[str, list[tuple[int, Any]]]:
+    """The records of a JSON list, or the lines of a JSONL file, whatever the file's name ends in.
+
+    Returns:
+        What the units are called (`record` or `line`) and the units, each with its number from 1. Lines are still
+        text (blank ones left out), to be given to `parse_line`: a slice of a big file need not parse all of it.
+
+    Raises:
+        UserError: The file is empty, not UTF-8, not JSON, cut, or neither a list nor lines of objects.
+    """
+    text = _decode(path)
+    if not text.strip():
+        raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
+    if text.lstrip().startswith("["):
+        try:
+            return "record", list(enumerate(json.loads(text), 1))
+        except json.JSONDecodeError as error:
+            raise _fault_in_list(path, text, error) from None
+        except RecursionError:
+            raise UserError("the JSON is nested too deeply", where=str(path)) from None
+    if path.suffix != ".jsonl":
+        _refuse_one_object(path, text)
+    # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside a string.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return "line", lines
+
+
+def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
+    """One line of JSONL; `last` says that no other line follows, so that a fault may mean that the file was cut."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        where = f"{path}: line {number}"
+        if last and (error.pos >= len(line.rstrip()) or not line.rstrip().endswith("}")):
+            what = f"the file ends in the middle of a record, after {len(line)} characters of this line"
+            raise UserError(what, where=where, fix=_CUT_FIX) from None
+        raise UserError(
+            f"not valid JSON: {error.msg} at character {error.pos}, near {_near(line, error.pos)!r}",
+            where=where,
+            fix="A .jsonl file holds one JSON object per line, a .json file one list of objects.",
+        ) from None
+    except RecursionError:
+        raise UserError("the JSON is nested too deeply", where=f"{path}: line {number}") from None
+
+
+def _decode(path: Path) -> str:
+    data = path.read_bytes()
+    start = 3 if data.startswith(b"\xef\xbb\xbf") else 0  # the byte order mark that some editors write
+    try:
+        return data[start:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start + start
+        line = data.count(b"\n", 0, offset) + 1
+        if error.reason == "unexpected end of data":
+            what = f"the file ends in the middle of a character, at byte {offset}, line {line}"
+            raise UserError(what, where=str(path), fix=_CUT_FIX) from None
+        utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        raise UserError(
+            f"not UTF-8 text: byte 0x{data[offset]:02x} at byte {offset}, line {line}",
+            where=str(path),
+            fix=f"Convert it, for example: iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 IN > OUT",
+        ) from None
+
+
+def _refuse_one_object(path: Path, text: str) -> None:
+    """Lets JSONL under another name pass; a single JSON value is of the wrong shape."""
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return  # several lines of JSON, or a fault that parse_line will name
+    found = f"one object with the keys {_some(value)}" if isinstance(value, dict) else "a single value"
+    raise UserError(
+        f"the file holds {found}, not a list of records",
+        where=str(path),
+        fix="Write a list of objects ([{...}, {...}]), or one object per line in a .jsonl file.",
+    )
+
+
+def _fault_in_list(path: Path, text: str, error: json.JSONDecodeError) -> UserError:
+    """Names the record that is at fault, which it finds by parsing the list again, one record at a time."""
+    decoder, number, position = json.JSONDecoder(), 0, text.index("[") + 1
+    with contextlib.suppress(json.JSONDecodeError):  # at error.pos again, inside of a record
+        while True:
+            while position < error.pos and text[position] in " \t\r\n,":
+                position += 1
+            if position >= error.pos:
+                break
+            number += 1
+            _, position = decoder.raw_decode(text, position)
+    # People seek in bytes, Python counts characters.
+    place = f"line {error.lineno}, byte {len(text[: error.pos].encode('utf-8', 'surrogatepass'))}"
+    if error.pos >= len(text.rstrip()) or not text.rstrip().endswith("]"):
+        what = f"the file ends in the middle of the list, in or after record {number} ({place})"
+        return UserError(what, where=str(path), fix=_CUT_FIX)
+    return UserError(
+        f"not valid JSON: {error.msg} in or after record {number} ({place}), near {_near(text, error.pos)!r}",
+        where=str(path),
+        fix="Correct it there; `python -m json.tool FILE` shows the same place.",
+    )
+
+
+def _near(text: str, position: int) -> str:
+    return text[max(0, position - 20) : position + 20]
+
+
+def _some(value: dict[str, Any], most: int = 8) -> str:
+    names = ", ".join(f"`{key}`" for key in list(value)[:most])
+    return f"{names}, ..." if len(value) > most else names

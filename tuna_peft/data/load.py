@@ -1,0 +1,187 @@
+"""From a source in a recipe to a data set: ranked, supervised, or prompts alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.ranked import (
+    BadRow,
+    Normalised,
+    ReadReport,
+    Record,
+    add_reference,
+    clean_prompt,
+    normalise,
+    record_id,
+)
+from tuna_peft.data.readers import Format, choose_format
+from tuna_peft.data.sources import RawRecords, read_records
+from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def load_ranked(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Dataset, ReadReport]:
+    """Reads ranked responses.
+
+    Returns:
+        A data set with the columns `id`, `prompt`, `completions`, `scores`, `ranks`, `reference` (the ranked type),
+        and the counts of what was read.
+
+    Raises:
+        UserError: The source cannot be read, a record cannot be used (unless `on_bad_row` is `skip`), or none is left.
+    """
+    records, report = read_ranked(source, prompt)
+    return ranked_dataset(records), report
+
+
+def load_sft(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Dataset, ReadReport]:
+    """Reads prompts with one response each; of ranked responses the best one.
+
+    Returns:
+        A data set in TRL's prompt-completion type (`id`, `prompt`, `completion`; lists of messages with `template:
+        chat`), and the counts of what was read.
+
+    Raises:
+        UserError: As `load_ranked`, though a single response, or tied ones, will do here.
+    """
+    import datasets
+
+    records, report = read_ranked(source, prompt, pairs=False)
+    text = datasets.Value("string")
+    conversational = isinstance(records[0]["prompt"], list)
+    completions: list[Any] = [record["completions"][0] for record in records]
+    if conversational:
+        completions = [[{"role": "assistant", "content": completion}] for completion in completions]
+    part = _messages() if conversational else text
+    return datasets.Dataset.from_dict(
+        {
+            "id": [record["id"] for record in records],
+            "prompt": [record["prompt"] for record in records],
+            "completion": completions,
+        },
+        features=datasets.Features({"id": text, "prompt": part, "completion": part}),
+    ), report
+
+
+def load_prompts(source: DataSource, prompt: PromptConfig) -> tuple[list[Record], ReadReport]:
+    """Reads prompts alone, from any format; the records need no responses.
+
+    Returns:
+        A list of `{"id", "prompt", "record"}` (`record` is the raw one), and the counts of what was read.
+
+    Raises:
+        UserError: As `load_ranked`.
+    """
+    raw_records = read_records(source)
+    format, template = _format(source, raw_records, prompts_only=True), PromptTemplate(prompt)
+    prompts, report = [], ReadReport()
+    for where, raw in _progress(raw_records, "Reading prompts"):
+        report.read += 1
+        try:
+            identity, text = format.prompt(raw, source, template, where)
+            row = {"id": record_id(identity, where), "prompt": clean_prompt(text, where), "record": raw}
+        except BadRow as error:
+            _skip(error, source, report)
+            continue
+        prompts.append(row)
+    report.kept = len(prompts)
+    _require_some(report, source)
+    return prompts, report
+
+
+def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True) -> tuple[list[Record], ReadReport]:
+    """The records of `load_ranked` as a list; `pairs=False` also accepts records with one response or all tied."""
+    raw_records = read_records(source)
+    format, template = _format(source, raw_records), PromptTemplate(prompt)
+    records: list[Record] = []
+    report = ReadReport()
+    for where, raw in _progress(raw_records, "Reading responses"):
+        report.read += 1
+        try:
+            normalised = _read_one(raw, where, format, source, template, pairs)
+            if records and isinstance(normalised.record["prompt"], str) != isinstance(records[0]["prompt"], str):
+                raise BadRow(
+                    "the prompt is text in some records and messages in others", reason="wrong type", where=where
+                )
+        except BadRow as error:
+            _skip(error, source, report)
+            continue
+        report.duplicates_merged += normalised.merged
+        report.omitted += normalised.omitted
+        records.append(normalised.record)
+    report.kept = len(records)
+    _require_some(report, source)
+    return records, report
+
+
+def source_format(source: DataSource) -> str:
+    """The name of the format that the source has, or that its first record shows."""
+    return _format(source, read_records(source.model_copy(update={"limit": 1}))).name
+
+
+def ranked_dataset(records: list[Record]) -> datasets.Dataset:
+    """Normalised records as a data set, with the same column types whatever the records hold."""
+    import datasets
+
+    text = datasets.Value("string")
+    features = {
+        "id": text,
+        "prompt": text if isinstance(records[0]["prompt"], str) else _messages(),
+        "completions": datasets.List(text),
+        "scores": datasets.List(datasets.Value("float64")),
+        "ranks": datasets.List(datasets.Value("int64")),
+        "reference": text,
+    }
+    table = {name: [record[name] for record in records] for name in features}
+    return datasets.Dataset.from_dict(table, features=datasets.Features(features))
+
+
+def _read_one(
+    raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate, pairs: bool
+) -> Normalised:
+    identity, prompt = format.prompt(raw, source, template, where)
+    record = {"id": identity, "prompt": prompt, **format.responses(raw, source, where)}
+    if source.add_reference is None:
+        return normalise(record, where, pairs=pairs)
+    # Whether there is a pair is known only after the reference has joined the others.
+    first = normalise(record, where, pairs=False)
+    second = normalise(add_reference(first.record, source.add_reference, where), where, pairs=pairs)
+    return Normalised(second.record, first.merged + second.merged, first.omitted)
+
+
+def _format(source: DataSource, raw_records: RawRecords, *, prompts_only: bool = False) -> Format:
+    where, first = raw_records[0]
+    return choose_format(source, first, where, prompts_only=prompts_only)
+
+
+def _skip(error: BadRow, source: DataSource, report: ReadReport) -> None:
+    if source.on_bad_row == "error":
+        raise error
+    report.skipped[error.reason] = report.skipped.get(error.reason, 0) + 1
+
+
+def _require_some(report: ReadReport, source: DataSource) -> None:
+    if report.kept == 0:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.skipped.items())
+        raise UserError(
+            f"none of the {report.read} records can be used ({reasons})",
+            where=source.path,
+            fix="Check `format` and `columns`; with `on_bad_row: error` the first bad record is named.",
+        )
+
+
+def _messages() -> Any:
+    import datasets
+
+    return datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+
+
+def _progress(records: RawRecords, what: str) -> Any:
+    # Shown only on a terminal, and only for reads that last.
+    return tqdm(records, desc=what, unit=" records", delay=2, disable=None, leave=False)

@@ -1,0 +1,276 @@
+"""The ranked data set type: the one record shape that everything downstream reads.
+
+    {"id": str, "prompt": str or messages, "completions": [str], "scores": [float] or None, "ranks": [int],
+     "reference": str or None}
+
+Completions stand best first; ranks are dense (0, 1, 1, 2) and equal where responses are tied. Candidates are counted
+from 0, in the order of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tuna_peft.errors import UserError
+
+Prompt = str | list[dict[str, str]]
+Record = dict[str, Any]
+
+_FIX_ROW = "Correct the record, or leave such records out (in a recipe: `on_bad_row: skip`)."
+
+
+class BadRow(UserError):
+    """A record that cannot be used, though the file is sound: it may be skipped and counted under `reason`."""
+
+    def __init__(self, what: str, *, reason: str, where: str | None = None, fix: str = _FIX_ROW):
+        super().__init__(what, where=where, fix=fix)
+        self.reason = reason
+
+
+@dataclasses.dataclass
+class ReadReport:
+    """What became of the records of a source.
+
+    Args:
+        read: Records read.
+        kept: Records kept.
+        skipped: Number of records left out, by reason.
+        duplicates_merged: Responses of kept records that repeated another one word for word.
+        omitted: Responses of kept records that their ranking did not mention (judge data).
+    """
+
+    read: int = 0
+    kept: int = 0
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    duplicates_merged: int = 0
+    omitted: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass
+class Normalised:
+    """A normalised record, and how many of its responses were merged into a twin or left out as not ranked."""
+
+    record: Record
+    merged: int
+    omitted: int
+
+
+def normalise_ranked(record: Record, where: str) -> Record:
+    """Checks a ranked record and brings it into its one form; idempotent.
+
+    Args:
+        record: `prompt`, `completions` (texts, or lists of one assistant message), `scores` (higher is better) or
+            `ranks` (lower is better; None where a response is not ranked), optional `reference` and `id`.
+        where: The record's place, for errors.
+
+    Returns:
+        A new record of the ranked type, best first, exact duplicates merged under the best of their ranks.
+
+    Raises:
+        BadRow: Says what is wrong, where, and with which candidate.
+    """
+    return normalise(record, where).record
+
+
+def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
+    """As `normalise_ranked`, with counts. `pairs=False` accepts records that have no pair: one response, or all tied."""
+    prompt = clean_prompt(record.get("prompt"), where)
+    completions = record.get("completions")
+    if completions is not None and (isinstance(completions, str) or not isinstance(completions, Sequence)):
+        raise BadRow(f"the responses are {_kind(completions)}, not a list", reason="wrong type", where=where)
+    if not completions:
+        raise BadRow("the record has no responses", reason="no responses", where=where)
+
+    scores, keys = _order(record, len(completions), where)
+    texts = [
+        str(completion) if key is None else clean_response(completion, prompt, f"{where}, candidate {index}")
+        for index, (completion, key) in enumerate(zip(completions, keys, strict=True))
+    ]
+    ranked = sorted((key, index) for index, key in enumerate(keys) if key is not None)
+    kept: list[int] = []
+    seen: set[str] = set()
+    for _, index in ranked:  # best first and stable, so the first of several twins has the best rank
+        if texts[index] not in seen:
+            seen.add(texts[index])
+            kept.append(index)
+    omitted = sum(key is None and text not in seen for key, text in zip(keys, texts, strict=True))
+    ranks = dense_ranks([keys[index] for index in kept])
+    if pairs:
+        _require_a_pair(len(completions), ranks, where)
+
+    reference = record.get("reference")
+    if reference is not None:
+        reference = _content(reference, f"{where}, reference")
+        reference = reference if reference.strip() else None
+    normalised = {
+        "id": record_id(record.get("id"), where),
+        "prompt": prompt,
+        "completions": [texts[index] for index in kept],
+        "scores": None if scores is None else [scores[index] for index in kept],
+        "ranks": ranks,
+        "reference": reference,
+    }
+    return Normalised(normalised, merged=len(completions) - len(kept) - omitted, omitted=omitted)
+
+
+def add_reference(record: Record, place: str, where: str) -> Record:
+    """A normalised record with its reference ranked above (`place="best"`) or below (`"worst"`) all others.
+
+    Where there are scores, the reference is given the best one plus 1, or the worst one minus 1.
+
+    Raises:
+        BadRow: The record has no reference.
+    """
+    if record["reference"] is None:
+        raise BadRow("there is no reference response to add", reason="no reference", where=where)
+    best = place == "best"
+    scores, ranks = record["scores"], record["ranks"]
+    return {
+        **record,
+        "completions": [*record["completions"], record["reference"]],
+        "scores": scores and [*scores, scores[0] + 1.0 if best else scores[-1] - 1.0],
+        "ranks": [*ranks, ranks[0] - 1 if best else ranks[-1] + 1],
+    }
+
+
+def dense_ranks(keys: Sequence[Any]) -> list[int]:
+    """Ranks 0, 1, ... without gaps, equal for equal keys; the smallest key is the best."""
+    place = {key: rank for rank, key in enumerate(sorted(set(keys)))}
+    return [place[key] for key in keys]
+
+
+def clean_prompt(prompt: Any, where: str) -> Prompt:
+    """The prompt as a text or as `{"role", "content"}` messages; BadRow if it is missing, blank or something else."""
+    if isinstance(prompt, str):
+        _check_unicode(prompt, f"{where}, prompt")
+        if prompt.strip():
+            return prompt
+    elif isinstance(prompt, Sequence) and prompt:
+        return [
+            {"role": _role(message, where), "content": _content([message], f"{where}, prompt")} for message in prompt
+        ]
+    elif prompt is not None and not isinstance(prompt, Sequence):
+        raise BadRow(f"the prompt is {_kind(prompt)}, not text or messages", reason="wrong type", where=where)
+    raise BadRow("the prompt is missing or empty", reason="no prompt", where=where)
+
+
+def clean_response(response: Any, prompt: Prompt, where: str) -> str:
+    """The response as a text; BadRow if it is missing, blank, or a message after a prompt that is text."""
+    if response is None:
+        raise BadRow("the response is missing (null)", reason="empty response", where=where)
+    if not isinstance(response, str) and isinstance(prompt, str):
+        raise BadRow(
+            f"the response is {_kind(response)}, not text",
+            reason="wrong type",
+            where=where,
+            fix="Give both prompt and responses as text, or both as messages.",
+        )
+    text = _content(response, where)
+    if not text.strip():
+        raise BadRow("the response is empty", reason="empty response", where=where)
+    return text
+
+
+def _order(record: Record, count: int, where: str) -> tuple[list[float] | None, list[float | None]]:
+    """The scores (or None), and for each candidate the key to sort by: smaller is better, None is not ranked."""
+    scores, ranks = record.get("scores"), record.get("ranks")
+    if scores is None and ranks is None:
+        if count == 1:
+            return None, [0]
+        raise BadRow("the record has neither scores nor ranks", reason="no scores", where=where)
+    for name, values in (("scores", scores), ("ranks", ranks)):
+        if values is None:
+            continue
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise BadRow(f"the {name} are {_kind(values)}, not a list", reason="wrong type", where=where)
+        if len(values) != count:
+            raise BadRow(
+                f"{count} responses, but {len(values)} {name}",
+                reason="different numbers of scores and responses",
+                where=where,
+            )
+    if ranks is not None:
+        rank_keys = [
+            None if value is None else _number(value, "rank", f"{where}, candidate {index}")
+            for index, value in enumerate(ranks)
+        ]
+        if all(key is None for key in rank_keys):
+            raise BadRow("none of the responses is ranked", reason="no responses", where=where)
+    if scores is None:
+        return None, rank_keys
+    numbers = [_number(value, "score", f"{where}, candidate {index}") for index, value in enumerate(scores)]
+    score_keys: list[float | None] = [-number for number in numbers]
+    if ranks is not None and (None in rank_keys or dense_ranks(rank_keys) != dense_ranks(score_keys)):
+        raise BadRow(
+            f"scores {numbers} and ranks {list(ranks)} put the responses in different orders",
+            reason="scores and ranks disagree",
+            where=where,
+        )
+    return numbers, score_keys
+
+
+def _require_a_pair(given: int, ranks: list[int], where: str) -> None:
+    if len(ranks) == 1:
+        what = "only one response" if given == 1 else f"only one response is left of {given} (duplicates are merged)"
+        raise BadRow(f"{what}, ranking needs at least two", reason="one response", where=where)
+    if ranks[-1] == 0:
+        raise BadRow(f"all {len(ranks)} responses are tied, there is no pair", reason="all tied", where=where)
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    if value is None or not isinstance(value, (bool, int, float)):
+        what = f"the {name} is missing (null)" if value is None else f"the {name} is {_kind(value)}, not a number"
+        raise BadRow(what, reason=f"bad {name}", where=where)
+    if not math.isfinite(value):
+        raise BadRow(f"the {name} is {float(value)}, not a finite number", reason=f"bad {name}", where=where)
+    return float(value)
+
+
+def _content(text: Any, where: str) -> str:
+    """The text itself, or the content of a list with one message."""
+    if isinstance(text, Sequence) and not isinstance(text, str):
+        if len(text) != 1:
+            raise BadRow(
+                f"a response of {len(text)} messages, one is wanted",
+                reason="wrong type",
+                where=where,
+                fix="Keep the last message; the ones before it belong to the prompt.",
+            )
+        text = text[0].get("content") if isinstance(text[0], dict) else text[0]
+    if not isinstance(text, str):
+        raise BadRow(f"expected text, found {_kind(text)}", reason="wrong type", where=where)
+    _check_unicode(text, where)
+    return text
+
+
+def _role(message: Any, where: str) -> str:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str):
+        raise BadRow(f"a message of the prompt is {_kind(message)} without a `role`", reason="wrong type", where=where)
+    return role
+
+
+def _check_unicode(text: str, where: str) -> None:
+    # JSON can spell half a surrogate pair ("\ud83d"); neither Arrow nor a tokenizer can hold it.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"character {error.start} is half of a surrogate pair ({text[error.start]!r})"
+        raise BadRow(what, reason="broken character", where=where) from None
+
+
+def record_id(value: Any, where: str) -> str:
+    # The place in the file stays the same under slices and shuffles: "file.jsonl: line 12" gives "line-12".
+    return where.rsplit(": ", 1)[-1].replace(" ", "-") if value is None else str(value)
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", list: "a list", dict: "an object", bool: "a truth value", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

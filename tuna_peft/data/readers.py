@@ -1,0 +1,279 @@
+"""One reader for each record shape; every one gives the ranked type, which `normalise` then checks and sorts.
+
+A reader keeps the candidates in the order of the file, so that errors can name them by their index in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tuna_peft.data import columns
+from tuna_peft.data.config import DataSource
+from tuna_peft.data.ranked import BadRow, Record
+from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A record shape.
+
+    Args:
+        name: As in a recipe.
+        keys: What a record of this shape has, for people.
+        matches: Whether a record (without its null values) has this shape.
+        prompt: (raw, source, template, where) -> (id or None, prompt).
+        responses: (raw, source, where) -> completions, scores, ranks and reference, in the order of the file.
+    """
+
+    name: str
+    keys: str
+    matches: Callable[[Record], bool]
+    prompt: Callable[[Record, DataSource, PromptTemplate, str], tuple[Any, Any]]
+    responses: Callable[[Record, DataSource, str], Record]
+
+
+def choose_format(source: DataSource, first: Record, where: str, *, prompts_only: bool = False) -> Format:
+    """The format that the source names, or, for `auto`, the one that the keys of its first record show.
+
+    Args:
+        source: Has `format` and `columns`.
+        first: The first record.
+        where: Its place.
+        prompts_only: Records with a `prompt` or an `instruction` and no responses will do.
+
+    Raises:
+        UserError: The keys fit no format, or `length_penalty` is given for a format that has no use for it.
+    """
+    name: str = "columns" if source.columns is not None else source.format
+    if name == "auto":
+        present = {key: value for key, value in first.items() if value is not None}
+        fitting = [format.name for format in FORMATS.values() if format.matches(present)]
+        if prompts_only:
+            fitting += [reads for key, reads in (("prompt", "ranked"), ("instruction", "alpaca")) if key in present]
+        name = fitting[0] if fitting else "auto"
+    if name == "auto":
+        known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS.values() if format.name != "columns")
+        raise UserError(
+            f"no known format has the keys {', '.join(f'`{key}`' for key in first)}",
+            where=where,
+            fix=f"Known are: {known}. For any other shape say `format: columns` and where the parts are, "
+            "for example `columns: {instruction: question, completions: responses[].text, scores: responses[].score}`.",
+        )
+    if "length_penalty" in source.model_fields_set and name != "teacher":
+        raise UserError(
+            f"`length_penalty` has no effect on data in the `{name}` format",
+            where=source.path,
+            fix="Remove it; it weighs the log-probabilities of `format: teacher`.",
+        )
+    return FORMATS[name]
+
+
+def _field(raw: Record, key: str, where: str) -> Any:
+    if raw.get(key) is None:
+        what = f"the record has no `{key}`, it has {', '.join(f'`{name}`' for name in raw)}"
+        raise BadRow(what, reason="missing field", where=where)
+    return raw[key]
+
+
+def _list(raw: Record, key: str, where: str, length: int | None = None) -> list[Any]:
+    values = _field(raw, key, where)
+    if not isinstance(values, list):
+        raise BadRow(f"`{key}` is {type(values).__name__}, not a list", reason="wrong type", where=where)
+    if length is not None and len(values) != length:
+        raise BadRow(
+            f"{length} responses, but {len(values)} entries in `{key}`",
+            reason="different numbers of scores and responses",
+            where=where,
+        )
+    return values
+
+
+def _finite(value: Any, name: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadRow(f"`{name}` is {value!r}, not a finite number", reason="bad score", where=where)
+    return float(value)
+
+
+def _full_prompt(key: str) -> Callable[[Record, DataSource, PromptTemplate, str], tuple[Any, Any]]:
+    """Reads a field that is a prompt already; no template is put around it."""
+    return lambda raw, source, template, where: (raw.get("id"), raw.get(key))
+
+
+# ranked: prompt, completions, scores or ranks, reference, id
+
+
+def _ranked_responses(raw: Record, source: DataSource, where: str) -> Record:
+    return {key: raw.get(key) for key in ("completions", "scores", "ranks", "reference")}
+
+
+# teacher: orig {instruction, input, output}, text [N], avg_token_prob [N], length [N], logprob [N]
+
+
+def _teacher_prompt(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> tuple[Any, Any]:
+    orig = _field(raw, "orig", where)
+    if not isinstance(orig, dict):
+        raise BadRow(f"`orig` is {type(orig).__name__}, not an object", reason="wrong type", where=where)
+    identity = raw.get("id", orig.get("id"))
+    return identity, columns.render(template, orig.get("instruction"), orig.get("input"), where)
+
+
+def _teacher_responses(raw: Record, source: DataSource, where: str) -> Record:
+    texts = _list(raw, "text", where)
+    lists = {
+        key: _list(raw, key, where, len(texts))
+        for key in ("logprob", "avg_token_prob", "length")
+        if raw.get(key) is not None
+    }
+    scores = []
+    for index in range(len(texts)):
+        values = {key: entries[index] for key, entries in lists.items() if entries[index] is not None}
+        scores.append(_teacher_score(values, source.length_penalty, f"{where}, candidate {index}"))
+    return {"completions": texts, "scores": scores, "reference": raw["orig"].get("output")}
+
+
+def _teacher_score(values: dict[str, Any], length_penalty: float, where: str) -> float:
+    """sum_t log p_t / length ** length_penalty."""
+    logprob, average, length = (values.get(key) for key in ("logprob", "avg_token_prob", "length"))
+    if logprob is None and average is None:
+        raise BadRow("neither `logprob` nor `avg_token_prob`", reason="bad score", where=where)
+    if isinstance(logprob, list):
+        total = sum(_finite(value, "logprob", where) for value in logprob)
+        length = len(logprob) if length is None else length
+    elif logprob is not None:
+        total = _finite(logprob, "logprob", where)
+    elif length_penalty == 1.0:
+        return _not_positive(_finite(average, "avg_token_prob", where), "avg_token_prob", where)
+    else:
+        total = _finite(average, "avg_token_prob", where) * _finite(length, "length", where)
+    tokens = _finite(length, "length", where)
+    if tokens <= 0:
+        raise BadRow(f"`length` is {tokens:g}, not a number of tokens", reason="bad score", where=where)
+    return _not_positive(total, "logprob" if logprob is not None else "avg_token_prob", where) / tokens**length_penalty
+
+
+def _not_positive(value: float, name: str, where: str) -> float:
+    if value > 1e-6:
+        raise BadRow(
+            f"`{name}` is {value:g}; a log-probability is never above 0",
+            reason="bad score",
+            where=where,
+            fix="Store natural logarithms of probabilities, not probabilities.",
+        )
+    return value
+
+
+# judge: instruct, generation [N], rank or ranks (indices, best first), response_N (the judge's own answer), id
+
+
+def _judge_responses(raw: Record, source: DataSource, where: str) -> Record:
+    responses = list(_list(raw, "generation", where))
+    own = raw.get(f"response_{len(responses)}")
+    if isinstance(own, str) and own.strip():
+        responses.append(own)
+    order = _list(raw, "rank" if raw.get("rank") is not None else "ranks", where)
+    ranks: list[int | None] = [None] * len(responses)
+    for place, entry in enumerate(order):
+        index = int(entry) if isinstance(entry, str) and entry.strip().isdigit() else entry
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(responses):
+            what = f"entry {place} of the rank is {entry!r}, not the index of one of {len(responses)} responses"
+            raise BadRow(what, reason="bad rank", where=where)
+        if ranks[index] is not None:
+            raise BadRow(f"the rank names response {index} twice", reason="bad rank", where=where)
+        ranks[index] = place
+    # normalise() merges what repeats a ranked response and leaves out, and counts, what is not ranked.
+    return {"completions": responses, "scores": None, "ranks": ranks, "reference": None}
+
+
+# formatted: instruction (a full prompt), output [N], score [N], id
+
+
+def _formatted_responses(raw: Record, source: DataSource, where: str) -> Record:
+    return {"completions": _list(raw, "output", where), "scores": _list(raw, "score", where), "reference": None}
+
+
+# alpaca: instruction, input, output
+
+
+def _alpaca_prompt(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> tuple[Any, Any]:
+    return raw.get("id"), columns.render(template, raw.get("instruction"), raw.get("input"), where)
+
+
+def _alpaca_responses(raw: Record, source: DataSource, where: str) -> Record:
+    return {"completions": [raw.get("output")], "scores": None, "ranks": [0], "reference": None}
+
+
+# preference: prompt, chosen, rejected (texts or messages, as in TRL)
+
+
+def preference_responses(raw: Record, source: DataSource | None, where: str) -> Record:
+    """`chosen` above `rejected`; also what the trainer reads when it is given TRL's preference type."""
+    completions = [_field(raw, "chosen", where), _field(raw, "rejected", where)]
+    return {"completions": completions, "scores": None, "ranks": [0, 1], "reference": None}
+
+
+# columns: wherever the recipe says
+
+
+def _columns(source: DataSource) -> columns.Columns:
+    assert source.columns is not None, "DataSource checks that the format `columns` comes with `columns`"
+    return source.columns
+
+
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        Format(
+            "ranked",
+            "prompt, completions, scores or ranks",
+            lambda raw: {"prompt", "completions"} <= raw.keys() and ("scores" in raw or "ranks" in raw),
+            _full_prompt("prompt"),
+            _ranked_responses,
+        ),
+        Format(
+            "teacher",
+            "orig, text, logprob or avg_token_prob, length",
+            lambda raw: {"orig", "text"} <= raw.keys() and ("logprob" in raw or "avg_token_prob" in raw),
+            _teacher_prompt,
+            _teacher_responses,
+        ),
+        Format(
+            "judge",
+            "instruct, generation, rank or ranks",
+            lambda raw: {"instruct", "generation"} <= raw.keys() and ("rank" in raw or "ranks" in raw),
+            _full_prompt("instruct"),
+            _judge_responses,
+        ),
+        Format(
+            "formatted",
+            "instruction, output and score as lists",
+            lambda raw: {"instruction", "score"} <= raw.keys() and isinstance(raw.get("output"), list),
+            _full_prompt("instruction"),
+            _formatted_responses,
+        ),
+        Format(
+            "preference",
+            "prompt, chosen, rejected",
+            lambda raw: {"prompt", "chosen", "rejected"} <= raw.keys(),
+            _full_prompt("prompt"),
+            preference_responses,
+        ),
+        Format(
+            "alpaca",
+            "instruction, input, output",
+            lambda raw: "instruction" in raw and isinstance(raw.get("output"), str),
+            _alpaca_prompt,
+            _alpaca_responses,
+        ),
+        Format(
+            "columns",
+            "any, with `columns`",
+            lambda raw: False,
+            lambda raw, source, template, where: columns.read_prompt(raw, _columns(source), template, where),
+            lambda raw, source, where: columns.read_responses(raw, _columns(source), where),
+        ),
+    )
+}

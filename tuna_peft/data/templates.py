@@ -1,0 +1,65 @@
+"""Prompt templates: from an instruction and its input to a prompt."""
+
+from __future__ import annotations
+
+import re
+
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.ranked import BadRow, Prompt
+
+# Word for word Stanford Alpaca's (github.com/tatsu-lab/stanford_alpaca, train.py): no newline after "Response:".
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+class PromptTemplate:
+    """Renders instructions into prompts, as a `PromptConfig` says."""
+
+    def __init__(self, config: PromptConfig):
+        self.name = config.template
+        if config.template == "alpaca":
+            self._with_input, self._no_input = ALPACA_INPUT, ALPACA_NO_INPUT
+        elif config.template in ("chat", "none"):
+            self._with_input = self._no_input = "{instruction}"
+        else:
+            self._with_input = config.template
+            self._no_input = config.template_no_input or config.template
+
+    def render(self, instruction: str, input: str | None = None, where: str | None = None) -> Prompt:
+        """The prompt: a text, or for `chat` a list with one user message.
+
+        Args:
+            instruction: What to do.
+            input: What to do it with; None, empty and blank all mean that there is none.
+            where: The record's place, for the error.
+
+        Raises:
+            BadRow: There is an input, and the template would drop it.
+        """
+        if self.name == "chat":
+            content = f"{instruction}\n\n{input}" if input and input.strip() else instruction
+            return [{"role": "user", "content": content}]
+        if not input or not input.strip():
+            return _fill(self._no_input, instruction, "")
+        if "{input}" not in self._with_input:
+            raise BadRow(
+                "the record has an input, and the prompt template has no {input} to hold it",
+                reason="input without a place in the template",
+                where=where,
+                fix="Add {input} to the template, or use `template: alpaca`.",
+            )
+        return _fill(self._with_input, instruction, input)
+
+
+def _fill(template: str, instruction: str, input: str) -> str:
+    # One pass, so that braces in the data (and an instruction that says "{input}") stay as they are.
+    values = {"{instruction}": instruction, "{input}": input}
+    return re.sub(r"\{instruction\}|\{input\}", lambda match: values[match.group()], template)

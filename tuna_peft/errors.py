@@ -1,0 +1,20 @@
+"""The one error class for mistakes that a user can mend."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something in the user's input is wrong; the message says what, where and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+
+    Args:
+        what: What is wrong, in one sentence.
+        where: The place: file, line or row, candidate, key.
+        fix: What to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+        self.what, self.where, self.fix = what, where, fix
+        message = f"{where}: {what}" if where else what
+        super().__init__(f"{message}\n  {fix}" if fix else message)

@@ -1,0 +1,80 @@
+"""The weights that a stack was trained on: dequantised from 4 or 8 bits as the live model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from tuna_peft.errors import UserError
+
+BLOCK = 64  # weights per scale: what bitsandbytes uses where nothing else is asked for
+
+
+def skeleton(folder: Path, quantization: dict[str, Any] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base without weights (on the meta device), its layers replaced as quantised loading replaces them.
+
+    transformers' own selection runs, so head, tied weights and modules kept in fp32 stay out as they do live.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if quantization is not None:
+        quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**quantization), pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map=None)
+    return model
+
+
+def quantised_modules(model: PreTrainedModel) -> set[str]:
+    """Names of the layers that bitsandbytes holds."""
+    return {name for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
+
+
+def require_linear(model: PreTrainedModel, modules: Iterable[str]) -> None:
+    """Checks that every module is a linear layer with a weight `(out, in)` of its own.
+
+    Raises:
+        UserError: The first that is missing or of another kind.
+    """
+    layers = dict(model.named_modules())
+    for name in modules:
+        layer = layers.get(name)
+        kind = getattr(layer, "source_cls", type(layer))  # bitsandbytes layers remember what they replaced
+        if layer is None or not issubclass(kind, nn.Linear):
+            what = "has no module" if layer is None else f"has a {kind.__name__}, not a Linear, at"
+            raise UserError(f"the base {what} {name!r}", fix="Only stacks on plain linear layers can be merged.")
+
+
+def dequantised(weight: torch.Tensor, quantization: dict[str, Any], load_dtype: torch.dtype) -> torch.Tensor:
+    """What the quantised layer multiplies with: `weight` quantised and dequantised.
+
+    Args:
+        weight: The stored weight `(out, in)`, on the device to quantise on.
+        quantization: The manifest's bitsandbytes settings.
+        load_dtype: The dtype that the live model is loaded with: 4-bit codes are made from it and dequantised to it.
+
+    Returns:
+        `(out, in)` in `load_dtype` for 4 bits, in fp32 for 8 bits (int8 products are scaled in fp32).
+    """
+    loaded = weight.to(load_dtype).contiguous()
+    if quantization.get("load_in_8bit"):
+        codes, row_scales, _ = bnb.int8_vectorwise_quant(loaded.to(torch.float16))
+        return bnb.int8_vectorwise_dequant(codes, row_scales)
+    # As rows of one block: blocks run over the whole weight, and some CPU kernels miscount them in other rows
+    # (see `require_exact_dequantisation`). Zeros that fill the last block change neither its scale nor its codes.
+    numel = loaded.numel()
+    blocks = nn.functional.pad(loaded.view(-1), (0, -numel % BLOCK)).view(-1, BLOCK)
+    codes, state = bnb.quantize_4bit(
+        blocks,
+        blocksize=BLOCK,
+        quant_type=quantization["bnb_4bit_quant_type"],
+        compress_statistics=quantization["bnb_4bit_use_double_quant"],
+    )
+    return bnb.dequantize_4bit(codes, state).view(-1)[:numel].view(weight.shape)

@@ -1,0 +1,72 @@
+"""Measuring finished exports against the live stack, loaded as a stranger would load them."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tuna_peft.errors import UserError
+from tuna_peft.export.divergence import Divergence, divergence_from, iter_logits
+from tuna_peft.models.adapter_stack import AdapterStack
+from tuna_peft.models.base import resolve_device, resolve_dtype
+
+
+def check_exports(
+    stack_dir: str | os.PathLike[str],
+    exports: Iterable[str | os.PathLike[str]],
+    prompts: Sequence[Sequence[int]],
+    *,
+    upto: str | None = None,
+    base_model: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Divergence]:
+    """The divergence of combined adapters and merged models from the stack, by export path.
+
+    Models are held one after the other; the stack's logits stay in memory meanwhile (4 bytes x tokens x vocabulary:
+    64 MB for 500 tokens at 32k), so keep the prompts few. Merged models compute in the stack's dtype, so that what
+    differs is what the export rounded.
+
+    Args:
+        stack_dir: The folder with `stack.json`.
+        exports: Folders of `combine_stack` and `merge_stack`.
+        prompts: Token ids of each prompt.
+        upto, base_model, device, dtype, trust_remote_code: As in `AdapterStack.from_pretrained`.
+
+    Raises:
+        UserError: A broken stack, or no prompts.
+    """
+    batches = [torch.tensor([list(prompt)]) for prompt in prompts if len(prompt)]
+    if not batches:
+        raise UserError("no prompts to compare on", fix="Give some held-out prompts.")
+    options = {"base_model": base_model, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    stack = AdapterStack.from_pretrained(stack_dir, upto=upto, **options)
+    reference = list(iter_logits(stack.model, batches))
+    base = stack.model.unload() if isinstance(stack.model, PeftModel) else stack.model
+    del stack
+
+    folders = [Path(export) for export in exports]
+    adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
+    results = {}
+    for folder in adapters:
+        combined = PeftModel.from_pretrained(base, str(folder)).eval()
+        results[str(folder)] = divergence_from(reference, combined, batches)
+        base = combined.unload()
+        del combined
+    del base
+    gc.collect()  # a PEFT model is full of cycles; the quantised base should go before the next model comes
+    target = resolve_device(device)
+    for folder in folders:
+        if folder not in adapters:
+            merged = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=resolve_dtype(dtype, target), trust_remote_code=trust_remote_code
+            )
+            results[str(folder)] = divergence_from(reference, merged.to(target).eval(), batches)
+    return results

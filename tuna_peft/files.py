@@ -1,0 +1,96 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tuna_peft.errors import UserError
+
+
+@contextlib.contextmanager
+def _disk_full_is_a_user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                "the disk is full", where=str(path), fix="Free some space and run the command again."
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty directory beside `path`; it becomes `path` on success and is deleted on failure.
+
+    What `path` held before is deleted only after the new directory stands in its place.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    os.chmod(aside, 0o755)
+    try:
+        with _disk_full_is_a_user_error(final):
+            yield aside
+            _swap(aside, final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _swap(aside: Path, final: Path) -> None:
+    """Puts `aside` in the place of `final`; an interruption leaves one of the two there."""
+    if not final.exists():
+        os.replace(aside, final)
+        return
+    before = aside.with_name(aside.name + ".before")
+    os.replace(final, before)
+    try:
+        os.replace(aside, final)
+    except BaseException:
+        if not final.exists():
+            os.replace(before, final)
+        raise
+    finally:
+        if final.exists():
+            shutil.rmtree(before, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes `text` as UTF-8, aside and then renamed, flushed to disk."""
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        with _disk_full_is_a_user_error(final):
+            with open(aside, "w", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(aside, final)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes `value` as indented JSON (NaN is refused), see `write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as source:
+        while block := source.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,226 @@
+"""The frozen base: any causal LM, quantised by bitsandbytes or not, with its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+
+from tuna_peft.errors import UserError
+from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_dequantisation
+
+BUILTIN = {"builtin:pico-llama": "pico_llama"}
+QUANTIZATION_METHODS = ("nf4", "fp4", "int8", "none")
+
+
+@dataclass
+class Base:
+    """A loaded base model and what is needed to find it again.
+
+    Attributes:
+        model: The causal LM, in evaluation mode, every parameter frozen.
+        tokenizer: Its tokenizer; `pad_token` is set (to EOS where the model has none: masks go by length, not by id).
+        identity: `{"model", "revision", "fingerprint"}`, see `base_identity`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: dict[str, Any]
+
+
+def resolve_model_path(model: str) -> str:
+    """Turns `builtin:pico-llama` into its folder inside the package; leaves paths and Hub ids alone."""
+    if model.startswith("builtin:"):
+        if model not in BUILTIN:
+            raise UserError(f"no built-in model {model!r}", fix=f"Known: {', '.join(BUILTIN)}.")
+        return str(resources.files("tuna_peft.assets") / BUILTIN[model])
+    return model
+
+
+def model_id(model: PreTrainedModel) -> str:
+    """What the user would write to load `model` again: a Hub id, a path, or a `builtin:` name."""
+    path = str(model.config._name_or_path)
+    return next((name for name in BUILTIN if Path(path) == Path(resolve_model_path(name))), path)
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """`auto` is the GPU when there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def resolve_dtype(dtype: str = "auto", device: torch.device | None = None) -> torch.dtype:
+    """The dtype to hold and compute in: bf16 where the GPU has it (Ampere on), fp16 on a T4, fp32 on CPU."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if (device or resolve_device()).type != "cuda":
+        return torch.float32
+    # `is_bf16_supported` counts emulation, which is slow on a T4: ask for the real thing.
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def make_quantization_config(
+    method: str = "nf4", *, double_quant: bool = True, compute_dtype: torch.dtype = torch.float32
+) -> BitsAndBytesConfig | None:
+    """The bitsandbytes configuration for `nf4`, `fp4`, `int8`; None for `none`."""
+    if method == "none":
+        return None
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if method not in QUANTIZATION_METHODS:
+        raise UserError(f"unknown quantisation {method!r}", fix=f"Use one of {', '.join(QUANTIZATION_METHODS)}.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_base(
+    model: str,
+    *,
+    revision: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+) -> Base:
+    """Loads and freezes a base model.
+
+    Embeddings, norms and head stay in `dtype` (16-bit on a GPU): log-probabilities are taken in fp32 chunk by chunk
+    later, so the usual upcast of embedding and head, about 2 GB at a vocabulary of 128k, is not needed.
+
+    Args:
+        model: Hub id, local path, or `builtin:pico-llama`.
+        revision: Branch, tag or commit on the Hub.
+        quantization_config: See `make_quantization_config`; None loads unquantised.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+
+    Raises:
+        UserError: The model does not exist, cannot be read, or is no decoder-only causal LM.
+    """
+    path = resolve_model_path(model)
+    target = resolve_device(device)
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **hub)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the base model {model!r}: {str(error).splitlines()[0]}",
+            fix="Check the path or Hub id; for a gated or private model run `hf auth login` first.",
+        ) from error
+    _require_causal_lm(config, model)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=resolve_dtype(dtype, target),
+            quantization_config=quantization_config,
+            device_map={"": target} if quantization_config is not None else None,
+            attn_implementation=attn_implementation,
+            **hub,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error
+    if quantization_config is None:
+        loaded.to(target)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model!r} has no EOS token", fix="Set `eos_token` in its tokenizer config.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.config.use_cache = False
+    keep_quantised_layout(loaded)
+    require_exact_dequantisation(loaded)
+    loaded.requires_grad_(False)
+    loaded.eval()
+    return Base(loaded, tokenizer, base_identity(loaded))
+
+
+def _require_causal_lm(config: Any, model: str) -> None:
+    architectures = config.architectures or []
+    decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    named = not architectures or any("CausalLM" in name or "LMHead" in name for name in architectures)
+    if not (decoder and named) and not hasattr(config, "auto_map"):
+        raise UserError(
+            f"{model!r} is no causal language model (model type {config.model_type}, "
+            f"{architectures or 'no architecture'})",
+            fix="Use a decoder-only model such as LLaMA, Mistral, Qwen or Gemma.",
+        )
+
+
+def base_identity(model: PreTrainedModel) -> dict[str, Any]:
+    """`{"model", "revision", "fingerprint"}`: where a base came from and a digest of its stored weights."""
+    return {
+        "model": model_id(model),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "fingerprint": weights_fingerprint(
+            safetensors_files(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
+        ),
+    }
+
+
+def weights_fingerprint(files: list[str]) -> str | None:
+    """SHA-256 over the first row of every tensor in the safetensors files, before any quantisation or cast.
+
+    A fine-tune or a merge changes those rows; reading them costs milliseconds where a digest of every byte of a 7B
+    model costs a minute. None without files.
+    """
+    from safetensors import safe_open
+
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    rows: dict[str, bytes] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                view = tensors.get_slice(name)
+                row = view[0:1] if view.get_shape() else tensors.get_tensor(name)
+                rows[name] = (
+                    str(tuple(view.get_shape())).encode()
+                    + row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                )
+    for name in sorted(rows):
+        digest.update(name.encode() + rows[name])
+    return digest.hexdigest()
+
+
+def safetensors_files(path: str, revision: str | None = None) -> list[str]:
+    """The weight files of a local or cached model, in the order of their names; empty when it has no safetensors."""
+
+    def find(name: str) -> str | None:
+        return cached_file(
+            path,
+            name,
+            revision=revision,
+            local_files_only=not Path(path).is_dir(),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+
+    if single := find("model.safetensors"):
+        return [single]
+    if index := find("model.safetensors.index.json"):
+        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        return [str(Path(index).parent / shard) for shard in shards]
+    return []

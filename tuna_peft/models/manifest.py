@@ -1,0 +1,120 @@
+"""`stack.json`: what a stack of adapters needs to be loaded right, and the proof that nothing changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tuna_peft
+from tuna_peft.errors import UserError
+from tuna_peft.files import sha256, write_json
+
+MANIFEST = "stack.json"
+FORMAT = 1
+
+
+@dataclass
+class AdapterEntry:
+    """One adapter: its name, its folder relative to the manifest, the SHA-256 of its weights file."""
+
+    name: str
+    path: str
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """The contents of `stack.json`.
+
+    Attributes:
+        base: `{"model", "revision", "fingerprint"}` of the base that the adapters were trained on.
+        quantization: bitsandbytes settings of that base as keyword arguments, or None for an unquantised one.
+        adapters: From the bottom of the stack to its top.
+        prompt: The prompt template of training: `{"template", ...}`; empty when unknown.
+    """
+
+    base: dict[str, Any]
+    quantization: dict[str, Any] | None
+    adapters: list[AdapterEntry]
+    prompt: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+    written_by: str = f"tuna_peft {tuna_peft.__version__}"
+
+    def write(self, folder: Path) -> None:
+        """Writes `folder/stack.json`."""
+        write_json(folder / MANIFEST, asdict(self))
+
+
+def read_manifest(folder: str | Path, upto: str | None = None) -> Manifest:
+    """Reads and verifies `folder/stack.json`: format, paths that stay inside, weights with the recorded hashes.
+
+    Args:
+        folder: The folder that holds `stack.json`.
+        upto: Keep the stack up to this adapter only.
+
+    Raises:
+        UserError: No manifest (for a lone adapter: what it lacks), a wrong format, a missing or changed adapter.
+    """
+    root = Path(folder)
+    file = root / MANIFEST
+    if not file.is_file():
+        lone = (root / "adapter_config.json").is_file()
+        raise UserError(
+            "this is a lone adapter: nothing says which adapters it was trained on" if lone else "no stack.json here",
+            where=str(root),
+            fix="Give the folder that holds stack.json (the `stack` folder of a run); "
+            "a lone upper adapter is useless without the ones below it.",
+        )
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw.get("format") != FORMAT:
+            raise UserError(
+                f"stack format {raw.get('format')!r}, this version reads {FORMAT}",
+                where=str(file),
+                fix="Install the version of tuna_peft that wrote it: " + str(raw.get("written_by")),
+            )
+        manifest = Manifest(**{**raw, "adapters": [AdapterEntry(**entry) for entry in raw["adapters"]]})
+        _require_complete(manifest)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"not a valid stack manifest: {error}", where=str(file), fix="Copy the stack again."
+        ) from error
+    if upto is not None:
+        names = [entry.name for entry in manifest.adapters]
+        if upto not in names:
+            raise UserError(f"the stack has no adapter {upto!r}", where=str(file), fix=f"It has: {', '.join(names)}.")
+        manifest.adapters = manifest.adapters[: names.index(upto) + 1]
+    for entry in manifest.adapters:
+        _verify(root, entry)
+    return manifest
+
+
+def _require_complete(manifest: Manifest) -> None:
+    for entry in manifest.adapters:
+        if not all(isinstance(value, str) for value in (entry.name, entry.path, entry.sha256)):
+            raise TypeError(f"name, path and sha256 of adapter {entry.name!r} must be strings")
+    missing = {"model", "revision", "fingerprint"} - set(manifest.base)
+    if missing:
+        raise KeyError(f"base.{min(missing)}")
+
+
+def _verify(root: Path, entry: AdapterEntry) -> None:
+    # Resolved, because a link inside the folder can point outside as well as `..` can.
+    if not (root / entry.path).resolve().is_relative_to(root.resolve()):
+        raise UserError(
+            f"the path {entry.path!r} leaves the stack's folder",
+            where=str(root / MANIFEST),
+            fix="Do not load this stack; get it again from a source you trust.",
+        )
+    weights = root / entry.path / "adapter_model.safetensors"
+    for file in (weights, weights.with_name("adapter_config.json")):
+        if not file.is_file():
+            raise UserError(f"adapter {entry.name!r} is missing", where=str(file), fix="Copy the whole stack folder.")
+    if sha256(weights) != entry.sha256:
+        raise UserError(
+            f"adapter {entry.name!r} is not the one that was trained: its hash differs from stack.json",
+            where=str(weights),
+            fix="Copy the stack again, or train the stages above this one again.",
+        )

@@ -1,0 +1,109 @@
+"""What a run would do, without a model: for `--dry-run`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tuna_peft.data.config import DataSource
+from tuna_peft.data.load import load_prompts, read_ranked
+from tuna_peft.recipe.dump import diff_recipes, dump_recipe
+from tuna_peft.recipe.load import load_recipe
+from tuna_peft.recipe.schema import Recipe, Stage
+from tuna_peft.recipe.train_fields import train_fields
+
+
+def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
+    """The resolved recipe, then each step with its data, size and state in `output`.
+
+    Reads the data that is local, as the run would, so that a bad record shows up here too.
+
+    Raises:
+        UserError: The data cannot be used.
+    """
+    parts: list[RenderableType] = [Text(dump_recipe(recipe)), _steps(recipe, output)]
+    kept = output / "recipe.yaml"
+    if kept.is_file() and (changed := diff_recipes(load_recipe(kept, check=False), recipe)):
+        lines = "".join(f"\n  {line}" for line in changed)
+        parts.append(Text(f"{output} holds a run of another recipe and would be refused:{lines}", style="red"))
+    return Group(*parts)
+
+
+def _steps(recipe: Recipe, output: Path) -> Table:
+    table = Table(title=f"What `run` would do in {output}", title_justify="left")
+    for heading in ("step", "what", "data", "state"):
+        table.add_column(heading, overflow="fold")
+    quantization = recipe.quantization
+    stored = "unquantised" if quantization.method == "none" else quantization.method
+    if quantization.method in ("nf4", "fp4") and quantization.double_quant:
+        stored += ", double quantisation"
+    table.add_row("base", f"{recipe.base.model}, {stored}", "", "")
+    below: list[str] = []
+    for stage in recipe.stages:
+        rows = _rows(stage.data, recipe, stage)
+        table.add_row(stage.name, _what(recipe, stage, below, rows), _data(stage.data, rows), _state(output, stage))
+        below.append(stage.name)
+    if evaluation := recipe.evaluation:
+        measures = {"ranking_accuracy": evaluation.ranked, "response_score": evaluation.prompts}
+        for name, source in measures.items():
+            if source is not None:
+                data = _data(source, _rows(source, recipe, prompts=name == "response_score"))
+                table.add_row("evaluation", f"{name} of the base and after each stage", data, "")
+    export = recipe.export
+    exports = ["combined adapter"] if export.combine else []
+    if export.merge.enabled:
+        exports.append(f"merged {export.merge.dtype} model on the {export.merge.base} base")
+    table.add_row("export", "\n".join(["stack of adapters", *exports]), "", "")
+    return table
+
+
+def _what(recipe: Recipe, stage: Stage, below: list[str], rows: int | None) -> str:
+    lora = recipe.lora_of(stage)
+    modules = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    on = f"on the frozen {' + '.join(below)}" if below else "on the base"
+    lines = [f"{stage.type}: LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}"]
+    lines += [f"{key}: {value}" for key, value in stage.train.items()]
+    if rows is not None and (steps := _update_steps(stage, rows)):
+        lines.append(f"about {steps} update steps")
+    return "\n".join(lines)
+
+
+def _update_steps(stage: Stage, rows: int) -> int | None:
+    """Updates on one device; None where packing makes the number of sequences unknown."""
+
+    def value(key: str) -> Any:
+        return stage.train.get(key, train_fields(stage.type)[key].default)
+
+    if value("max_steps") > 0:
+        return int(value("max_steps"))
+    if stage.train.get("packing"):
+        return None
+    per_epoch = math.ceil(math.ceil(rows / value("per_device_train_batch_size")) / value("gradient_accumulation_steps"))
+    return math.ceil(per_epoch * value("num_train_epochs"))
+
+
+def _rows(source: DataSource, recipe: Recipe, stage: Stage | None = None, *, prompts: bool = False) -> int | None:
+    """Usable records; None for a Hub data set, which is not downloaded for a dry run."""
+    if not source.path.startswith("builtin:") and not Path(source.path).exists():
+        return None
+    if prompts:
+        return load_prompts(source, recipe.prompt)[1].kept
+    return read_ranked(source, recipe.prompt, pairs=stage is None or stage.type == "ranking")[1].kept
+
+
+def _data(source: DataSource, rows: int | None) -> str:
+    limit = "" if source.split == "train" else f" [{source.split}]"
+    return f"{source.path}{limit}\n{'on the Hub, not counted' if rows is None else f'{rows:,} rows'}"
+
+
+def _state(output: Path, stage: Stage) -> str:
+    folder = output / "stages" / stage.name
+    if (folder / "done.json").is_file():
+        return "finished: kept"
+    steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return f"resumes after step {max(steps)}" if steps else "trains"

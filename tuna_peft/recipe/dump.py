@@ -1,0 +1,53 @@
+"""A recipe written out in full, and what differs between two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from tuna_peft.recipe.document import RecipeDumper
+from tuna_peft.recipe.schema import Recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML with every default written out; `load_recipe` gives an equal recipe back.
+
+    Keys that are null are left out: null is their default everywhere in the schema.
+    """
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
+    """`stages.sft.train.learning_rate: 0.001 -> 0.002` for every key that differs; empty when none does."""
+    before, after = _flat(old), _flat(new)
+    changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
+    return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in changed]
+
+
+_ABSENT = object()
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "absent"
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.model_dump(mode="json", exclude_none=True)
+    stages = data.pop("stages")
+    return {
+        **_leaves(data, ""),
+        "order of stages": [stage["name"] for stage in stages],
+        **_leaves({stage["name"]: stage for stage in stages}, "stages."),
+    }
+
+
+def _leaves(data: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat |= _leaves(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,101 @@
+"""The JSON schema of a recipe, for editors, with the help of the trainers' fields."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import PydanticUserError
+from pydantic.errors import PydanticInvalidForJsonSchema
+
+from tuna_peft.errors import UserError
+from tuna_peft.recipe.problems import did_you_mean
+from tuna_peft.recipe.schema import Recipe, StageType
+from tuna_peft.recipe.train_fields import TrainField, train_fields, type_adapter
+
+_TRAIN: dict[StageType, str] = {"sft": "SFTTrain", "ranking": "RankingTrain"}
+
+
+def recipe_json_schema() -> dict[str, Any]:
+    """JSON schema, draft 2020-12; which fields `train` takes follows from the stage's `type`. Imports torch."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    stage = schema["$defs"]["Stage"]
+    stage["allOf"] = []
+    for stage_type, definition in _TRAIN.items():
+        fields = train_fields(stage_type)
+        schema["$defs"][definition] = {
+            "type": "object",
+            "description": stage["properties"]["train"]["description"],
+            "properties": {name: _field_schema(field, schema["$defs"]) for name, field in fields.items()},
+            "additionalProperties": False,
+        }
+        stage["allOf"].append(
+            {
+                "if": {"properties": {"type": {"const": stage_type}}},
+                "then": {"properties": {"train": {"$ref": f"#/$defs/{definition}"}}},
+            }
+        )
+    return schema
+
+
+def field_help(dotted: str) -> str:
+    """The help of one key, such as `lora.r` or `stages.train.margin`; the name or type of a stage may stand between.
+
+    Raises:
+        UserError: There is no such key; names the nearest.
+    """
+    schema = recipe_json_schema()
+    nodes, keys, above = {"": schema}, dotted.split("."), ""  # a key of `train` can be in both kinds of stage
+    while keys:
+        key = keys.pop(0)
+        described = {kind: node["properties"][key] for kind, node in nodes.items() if key in node.get("properties", {})}
+        if not described and above == "stages" and keys:
+            above = key  # `stages.sft.train...`: the stage's name or type
+            continue
+        if not described:
+            valid = dict.fromkeys(name for node in nodes.values() for name in node.get("properties", {}))
+            raise UserError(f"a recipe has no key `{dotted}`", fix=did_you_mean(key, valid))
+        if key == "train":
+            wanted = {kind: name for kind, name in _TRAIN.items() if above not in _TRAIN or kind == above}
+            nodes = {f", in a stage of type {kind}": schema["$defs"][name] for kind, name in wanted.items()}
+        else:
+            nodes = {kind: _target(node, schema) for kind, node in described.items()}
+        above = key
+    lines = [_described(dotted + kind, node) for kind, node in described.items()]
+    for kind, node in nodes.items():
+        if "properties" in node:
+            lines.append(f"Keys{kind}: {', '.join(node['properties'])}")
+    return "\n".join(lines)
+
+
+def _field_schema(field: TrainField, definitions: dict[str, Any]) -> dict[str, Any]:
+    try:
+        schema = type_adapter(field.annotation).json_schema()
+    except (PydanticUserError, PydanticInvalidForJsonSchema):
+        schema = {}
+    definitions.update(schema.pop("$defs", {}))
+    if field.choices:
+        schema = {"enum": list(field.choices)}
+    schema["description"] = field.help
+    if field.default is None or isinstance(field.default, bool | int | float | str):
+        schema["default"] = field.default
+    return schema
+
+
+def _target(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The object that a property leads to, through `$ref`, `| None` and lists; empty when it is a plain value."""
+    if "$ref" in node:
+        return schema["$defs"][node["$ref"].rpartition("/")[2]]
+    inner = [*node.get("anyOf", ()), *([node["items"]] if "items" in node else [])]
+    return next((target for part in inner if (target := _target(part, schema))), {})
+
+
+def _described(title: str, node: dict[str, Any]) -> str:
+    kinds = []
+    for part in node.get("anyOf", [node]):
+        values = part.get("enum") or ([part["const"]] if "const" in part else [part.get("type", "")])
+        kinds += [str(value) for value in values if value]
+    kind = " | ".join(kinds)
+    default = f", default {json.dumps(node['default'])}" if "default" in node else ""
+    return f"{title}{f' ({kind}{default})' if kind else ''}\n  {node.get('description', '')}"

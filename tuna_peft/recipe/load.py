@@ -1,0 +1,119 @@
+"""From a YAML file and overrides to a checked `Recipe`."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from tuna_peft.recipe.document import Document, KeyPath, read_document
+from tuna_peft.recipe.expectations import expected
+from tuna_peft.recipe.overrides import apply_overrides
+from tuna_peft.recipe.paths import missing_paths, resolve_paths
+from tuna_peft.recipe.problems import Problem, did_you_mean, raise_problems
+from tuna_peft.recipe.schema import Recipe
+from tuna_peft.recipe.shipped import find_recipe
+from tuna_peft.recipe.train_fields import check_train
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, check: bool = True) -> Recipe:
+    """Loads, overrides and checks a recipe.
+
+    Local paths come out absolute: a relative one is looked for in the current directory, then beside the recipe.
+
+    Args:
+        recipe: A file, or the name of a shipped recipe.
+        overrides: `a.b.c=value`, see `apply_overrides`.
+        check: Check also what takes seconds or the disk: the fields of every stage's `train` against the trainers'
+            configurations (imports torch), and that local paths exist.
+
+    Raises:
+        UserError: Everything that is wrong, each with file and line or override, dotted key, what was expected.
+    """
+    file = find_recipe(recipe)
+    document = read_document(file)
+    apply_overrides(document, overrides)
+    try:
+        # strict: YAML has types of its own, so "8" in quotes is a text and no rank
+        loaded = Recipe.model_validate(document.data, strict=True)
+    except ValidationError as error:
+        problems = _schema_problems(error, document)
+        raise_problems(problems + (_train_problems(document) if check else []))
+        raise
+    resolve_paths(loaded, file.parent)
+    if check:
+        problems = _train_problems(document)
+        for path, what, fix in missing_paths(loaded, file.parent):
+            problems.append(Problem(document.place(path), document.dotted(path), what, fix))
+        raise_problems(problems)
+    return loaded
+
+
+def _train_problems(document: Document) -> list[Problem]:
+    """Looks at the plain data, so that a recipe with other mistakes still gets all of them listed."""
+    problems = []
+    stages = document.data.get("stages")
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        train = stage.get("train") if isinstance(stage, dict) else None
+        if not isinstance(train, dict) or stage.get("type") not in ("sft", "ranking"):
+            continue
+        for key, what, fix in check_train(stage["type"], train):
+            path = ("stages", index, "train", key)
+            problems.append(Problem(document.place(path), document.dotted(path), what, fix))
+    return problems
+
+
+def _schema_problems(error: ValidationError, document: Document) -> list[Problem]:
+    """One problem per key: a value that fits no alternative of a union gives pydantic one error per alternative."""
+    grouped: dict[KeyPath, list[Any]] = {}
+    for entry in error.errors():
+        grouped.setdefault(_real_path(entry, document.data), []).append(entry)
+    problems = []
+    for path, entries in grouped.items():
+        what, fix = _explain(entries, path)
+        problems.append(Problem(document.place(path), document.dotted(path), what, fix))
+    return problems
+
+
+def _explain(entries: list[Any], path: KeyPath) -> tuple[str, str | None]:
+    kind = entries[0]["type"]
+    if kind == "missing":
+        return "this key is required.", None
+    if kind == "extra_forbidden":
+        return "unknown key.", did_you_mean(str(path[-1]), _valid_keys(path[:-1]))
+    value = entries[0]["input"]
+    quotes = not isinstance(value, str) and all(entry["type"] == "string_type" for entry in entries)
+    return expected(entries, value), "Put it in quotes." if quotes and isinstance(value, int | float) else None
+
+
+def _real_path(entry: Any, data: Any) -> KeyPath:
+    """The part of an error's location that are keys of the recipe; pydantic adds the names of union members."""
+    path: list[str | int] = []
+    for key in entry["loc"]:
+        inside = isinstance(data, dict) and key in data or isinstance(data, list) and isinstance(key, int)
+        if not inside:
+            if entry["type"] == "missing" and key == entry["loc"][-1]:
+                path.append(key)
+            break
+        path.append(key)
+        data = data[key]
+    return tuple(path)
+
+
+def _valid_keys(path: KeyPath) -> list[str]:
+    """The keys that the schema has at `path`."""
+    models: list[Any] = [Recipe]
+    for key in path:
+        if isinstance(key, str):
+            fields = [model.model_fields[key] for model in models if key in model.model_fields]
+            models = [model for field in fields for model in _models_in(field.annotation)]
+    return [name for model in models for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if parts := typing.get_args(annotation):
+        return [model for part in parts for model in _models_in(part)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

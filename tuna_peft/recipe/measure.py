@@ -1,0 +1,38 @@
+"""Peak memory of a part of a run, and the environment it ran in."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tuna_peft")
+
+
+class Peak:
+    """Peak memory since it was made: of the GPU's allocator, or of the whole process on CPU."""
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def as_dict(self) -> dict[str, Any]:
+        """`peak_memory_gib` and what was measured."""
+        if torch.cuda.is_available():
+            return {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3), "peak_memory_of": "cuda"}
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak_memory_gib": round(kib / 2**20, 3), "peak_memory_of": "process"}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the report."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+    }

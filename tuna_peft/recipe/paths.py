@@ -1,0 +1,58 @@
+"""Where the local files of a recipe are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tuna_peft.recipe.document import KeyPath
+from tuna_peft.recipe.problems import did_you_mean
+from tuna_peft.recipe.schema import Recipe
+
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+
+
+def resolve_paths(recipe: Recipe, folder: Path) -> None:
+    """Makes every local path in `recipe` absolute, in place: found in the current directory, else in `folder`.
+
+    Absolute, because a run is resumed from anywhere, and what is written into its folder must still name the same data.
+    What is found in neither place stays as it is: it may be a Hub id.
+    """
+    recipe.base.model = _resolve(recipe.base.model, folder)
+    for source in recipe.sources().values():
+        source.path = _resolve(source.path, folder)
+
+
+def missing_paths(recipe: Recipe, folder: Path) -> Iterator[tuple[KeyPath, str, str]]:
+    """`(path of keys, what, fix)` for everything that can only be a local file and does not exist."""
+    named: dict[KeyPath, str] = {("base", "model"): recipe.base.model}
+    named |= {(*path, "path"): source.path for path, source in recipe.sources().items()}
+    for path, text in named.items():
+        if _must_be_local(text) and not Path(text).expanduser().exists():
+            yield path, f"there is no file or folder {text!r} here or beside the recipe ({folder}).", _nearby(text, folder)
+
+
+def _resolve(text: str, folder: Path) -> str:
+    if text.startswith("builtin:"):
+        return text
+    path = Path(text).expanduser()
+    for candidate in (Path.cwd() / path, folder / path):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return text
+
+
+def _must_be_local(text: str) -> bool:
+    if text.startswith("builtin:"):
+        return False
+    return text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith(_DATA_SUFFIXES)
+
+
+def _nearby(text: str, folder: Path) -> str:
+    """What lies where the file was expected, nearest name first."""
+    path = Path(text).expanduser()
+    for parent in (Path.cwd() / path.parent, folder / path.parent):
+        names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
+        if names:
+            return did_you_mean(path.name, names, most=8)
+    return "Check the path."

@@ -1,0 +1,119 @@
+"""Runs a recipe: base, stages, evaluation, export; goes on where an interrupted run stopped."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from tuna_peft.models.adapter_stack import extend_stack
+from tuna_peft.models.base import Base, load_base, make_quantization_config, resolve_device, resolve_dtype
+from tuna_peft.models.manifest import read_manifest
+from tuna_peft.models.stack import adapter_names, fingerprint, load_adapter
+from tuna_peft.recipe.evaluate import evaluate
+from tuna_peft.recipe.exports import export_stack
+from tuna_peft.recipe.inputs import Inputs, read_inputs
+from tuna_peft.recipe.measure import environment
+from tuna_peft.recipe.rundir import RunDirectory
+from tuna_peft.recipe.schema import Recipe, Stage
+from tuna_peft.recipe.train_stage import train_stage
+
+logger = logging.getLogger("tuna_peft")
+
+
+def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
+    """Runs `recipe` in the folder `output`, or what of it is not done there yet.
+
+    Returns:
+        The report, as written to `output/report.json`: `evaluation.base`, `evaluation.<stage>`, `stages`, `exports`,
+        `data`, `environment`, `seed`, `base`.
+
+    Raises:
+        UserError: Bad data, model or output folder; before anything is trained where it can be known.
+        KeyboardInterrupt: Ctrl-C; the same call goes on later.
+    """
+    with RunDirectory(output, recipe) as run:
+        transformers_logging.set_verbosity_error()
+        base = _load_base(recipe)
+        inputs = read_inputs(recipe, base.tokenizer, base.model.config)
+        model: PreTrainedModel | PeftModel = base.model
+        _evaluate_once(run, model, base, inputs, "base")
+        for stage in recipe.stages:
+            model = _finish_stage(run, model, base, inputs, stage)
+            _evaluate_once(run, model, base, inputs, stage.name)
+        exports = export_stack(run, model, inputs)
+        report = _report(run, base, inputs, exports)
+        run.save("report.json", report)
+    return report
+
+
+def _load_base(recipe: Recipe) -> Base:
+    settings, quantization = recipe.base, recipe.quantization
+    device = resolve_device(settings.device)
+    compute = settings.dtype if quantization.compute_dtype == "auto" else quantization.compute_dtype
+    logger.info("loading %s, %s", settings.model, quantization.method)
+    return load_base(
+        settings.model,
+        revision=settings.revision,
+        quantization_config=make_quantization_config(
+            quantization.method,
+            double_quant=quantization.double_quant,
+            compute_dtype=resolve_dtype(compute, device),
+        ),
+        dtype=settings.dtype,
+        device=str(device),
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _finish_stage(
+    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: Stage
+) -> PeftModel:
+    """The model with the stage's adapter on top: loaded if it was trained before, else trained now."""
+    stack = run.path / "stack"
+    if run.load(f"stages/{stage.name}/done.json") is not None:
+        read_manifest(stack, upto=stage.name)  # verifies hashes
+        logger.info("stage %s is done", stage.name)
+        return load_adapter(model, stage.name, stack / stage.name)
+    below = {name: fingerprint(model, name) for name in adapter_names(model)}
+    logger.info("stage %s: %s on %d rows", stage.name, stage.type, len(inputs.stages[stage.name]))
+    trained, summary = train_stage(
+        model, base.tokenizer, inputs.stages[stage.name], run.recipe, stage, run.stage(stage.name)
+    )
+    changed = [name for name, before in below.items() if fingerprint(trained, name) != before]
+    if changed:
+        raise RuntimeError(f"stage {stage.name} changed the frozen adapters {changed}")
+    extend_stack(trained, stack, run.recipe.prompt.model_dump())
+    run.save(f"stages/{stage.name}/done.json", summary)
+    return trained
+
+
+def _evaluate_once(
+    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, name: str
+) -> None:
+    if run.load(f"evaluation/{name}.json") is None:
+        result = evaluate(model, base.tokenizer, run.recipe, inputs, name)
+        run.save(f"evaluation/{name}.json", result)
+        logger.info("%s: %s", name, {key: value for key, value in result.items() if key != "responses"})
+
+
+def _report(run: RunDirectory, base: Base, inputs: Inputs, exports: dict[str, Any]) -> dict[str, Any]:
+    names = ["base", *(stage.name for stage in run.recipe.stages)]
+
+    def numbers(name: str) -> dict[str, Any]:
+        return {key: value for key, value in (run.load(f"evaluation/{name}.json") or {}).items() if key != "responses"}
+
+    return {
+        "name": run.recipe.name,
+        "seed": run.recipe.seed,
+        "base": {**base.identity, "quantization": run.recipe.quantization.model_dump()},
+        "evaluation": {name: numbers(name) for name in names},
+        "stages": {name: run.load(f"stages/{name}/done.json") for name in names[1:]},
+        "data": inputs.counts,
+        "exports": exports,
+        "environment": environment(),
+    }

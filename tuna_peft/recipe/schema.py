@@ -1,0 +1,183 @@
+"""What a recipe may say: one pydantic model per section.
+
+Only pydantic is imported. The fields of `train` belong to trl's and our own trainer configurations; they are checked
+in `train_fields.py`, which has to import them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tuna_peft.data.config import DataSource, PromptConfig
+
+StageType = Literal["sft", "ranking"]
+Overflow = Literal["error", "cut", "skip"]
+
+# `base` is the key of the report for the model before any stage; PEFT gives `default` a meaning of its own.
+RESERVED_STAGE_NAMES = ("default", "base")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class BaseSettings(_Section):
+    """The base model, frozen below all adapters."""
+
+    model: str = Field(description="A Hub id, a local path, or `builtin:pico-llama`.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the Hub; null is the default branch.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Holds what is not quantised; `auto` is bf16 where the GPU has it, fp16 else, fp32 on CPU."
+    )
+    device: str = Field("auto", description="`auto` (the GPU when there is one), `cpu`, `cuda`, `cuda:1` ...")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Only for sources you trust.")
+
+
+class QuantizationSettings(_Section):
+    """How bitsandbytes stores the base's linear layers."""
+
+    method: Literal["nf4", "fp4", "int8", "none"] = Field("nf4", description="`none` leaves the base unquantised.")
+    double_quant: bool = Field(True, description="4-bit only: quantise the scales too (saves about 0.4 bit per weight).")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="4-bit only: dtype of the matrix products; `auto` follows `base.dtype`."
+    )
+
+
+class LoraSettings(_Section):
+    """The adapter of a stage."""
+
+    r: int = Field(16, ge=1, description="Rank of the update.")
+    alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear", description="`all-linear` (all but the head), or names such as [q_proj, v_proj]."
+    )
+    use_rslora: bool = Field(False, description="Rank-stabilised LoRA: scale by alpha / sqrt(r).")
+
+
+class LoraOverride(_Section):
+    """Deviations of one stage from the recipe's `lora`; null inherits."""
+
+    r: int | None = Field(None, ge=1, description="As `lora.r`, for this stage.")
+    alpha: int | None = Field(None, ge=1, description="As `lora.alpha`, for this stage.")
+    dropout: float | None = Field(None, ge=0, lt=1, description="As `lora.dropout`, for this stage.")
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="As `lora.target_modules`, for this stage."
+    )
+    use_rslora: bool | None = Field(None, description="As `lora.use_rslora`, for this stage.")
+
+
+class Stage(_Section):
+    """One stage: its own adapter, trained on the frozen adapters of the stages before it."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Names the adapter and its folder: a-z, 0-9, _ and -.")
+    type: StageType = Field(description="`sft` (supervised, TRL's SFTTrainer) or `ranking` (Tuna's loss, TunaTrainer).")
+    data: DataSource = Field(description="The training data.")
+    overflow: Overflow = Field(
+        "error", description="A response beyond `train.max_length`: `error` stops, `cut` its end, `skip` it; all counted."
+    )
+    lora: LoraOverride = Field(default_factory=LoraOverride, description="Deviations from the recipe's `lora`.")
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of trl.SFTConfig (sft) or tuna_peft.TunaConfig (ranking)."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_free(cls, name: str) -> str:
+        if name in RESERVED_STAGE_NAMES:
+            raise ValueError(f"a stage cannot be called `{name}`: the name has another meaning")
+        return name
+
+
+class EvaluationSettings(_Section):
+    """What is measured before the first stage and after each."""
+
+    ranked: DataSource | None = Field(None, description="Held-out ranked data, for `ranking_accuracy`.")
+    prompts: DataSource | None = Field(None, description="Held-out prompts, for `response_score`; needs `grader`.")
+    grader: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+:[\w.-]+$",
+        description="Grades a response between 0 and 1: `builtin:pico` or `module:function`.",
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="Longest prompt plus one response, in tokens; null is the model's context."
+    )
+    overflow: Overflow = Field("error", description="A response beyond it: `error` stops, `cut` its end, `skip` it.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest generated response, in tokens.")
+    batch_size: int = Field(32, ge=1, description="Prompts evaluated at once.")
+
+    @model_validator(mode="after")
+    def _prompts_are_graded(self) -> EvaluationSettings:
+        if self.prompts is not None and self.grader is None:
+            raise ValueError("`prompts` needs a `grader` that scores the responses, for example `builtin:pico`")
+        return self
+
+
+class MergeSettings(_Section):
+    """The merged 16-bit model."""
+
+    enabled: bool = Field(True, description="Write a merged model at the end of the run.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the merged weights.")
+    base: Literal["dequantised", "original"] = Field(
+        "dequantised", description="Add the adapters to the quantised weights they were trained on, or to the original."
+    )
+
+
+class ExportSettings(_Section):
+    """What a run leaves behind besides its stack of adapters."""
+
+    combine: bool = Field(True, description="Write the stack as one adapter that plain PEFT loads.")
+    merge: MergeSettings = Field(default_factory=MergeSettings, description="The merged 16-bit model.")
+    divergence_prompts: int = Field(
+        16, ge=0, description="Prompts on which the KL divergence of each export to the live stack is measured."
+    )
+
+
+class Recipe(_Section):
+    """A whole run: base, quantisation, prompts, adapters, the stages in order, evaluation, export."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; its default folder is runs/NAME.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seeds adapters, order of data and dropout, of every stage.")
+    base: BaseSettings = Field(description="The base model.")
+    quantization: QuantizationSettings = Field(
+        default_factory=QuantizationSettings, description="How the base is quantised."
+    )
+    prompt: PromptConfig = Field(default_factory=PromptConfig, description="How instruction and input become a prompt.")
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapters, unless a stage says otherwise.")
+    stages: list[Stage] = Field(min_length=1, description="The stages in order; each stands on those before it.")
+    evaluation: EvaluationSettings | None = Field(None, description="What to measure; null measures nothing.")
+    export: ExportSettings = Field(default_factory=ExportSettings, description="What to write at the end.")
+
+    @field_validator("stages")
+    @classmethod
+    def _stage_names_are_unique(cls, stages: list[Stage]) -> list[Stage]:
+        names = [stage.name for stage in stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"each stage needs a name of its own; given twice: {', '.join(twice)}")
+        return stages
+
+    def stage(self, name: str) -> Stage:
+        """The stage called `name`; KeyError when there is none."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+    def lora_of(self, stage: Stage) -> LoraSettings:
+        """The adapter settings of `stage`: the recipe's `lora`, with what the stage says laid over it."""
+        return self.lora.model_copy(update=stage.lora.model_dump(exclude_none=True))
+
+    def sources(self) -> dict[tuple[str | int, ...], DataSource]:
+        """Every data set that the recipe names, by its path of keys."""
+        found: dict[tuple[str | int, ...], DataSource] = {
+            ("stages", index, "data"): stage.data for index, stage in enumerate(self.stages)
+        }
+        if self.evaluation is not None:
+            for key in ("ranked", "prompts"):
+                source = getattr(self.evaluation, key)
+                if source is not None:
+                    found["evaluation", key] = source
+        return found

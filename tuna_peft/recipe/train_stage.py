@@ -1,0 +1,150 @@
+"""One stage: a new adapter on the frozen stack, trained by TRL's SFT or by the Tuna trainer, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig
+
+from tuna_peft.files import write_json
+from tuna_peft.models.stack import push_adapter
+from tuna_peft.recipe.measure import Peak
+from tuna_peft.recipe.schema import Recipe, Stage
+from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
+from tuna_peft.training.config import TunaConfig, mixed_precision
+from tuna_peft.training.curves import save_curves
+from tuna_peft.training.sft import StackSFTTrainer
+from tuna_peft.training.trainer import TunaTrainer
+
+logger = logging.getLogger("tuna_peft")
+
+
+def train_stage(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    recipe: Recipe,
+    stage: Stage,
+    folder: Path,
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Trains the adapter of `stage` on top of `model`, from the last complete checkpoint in `folder` if there is one.
+
+    Args:
+        rows: Encoded rows, see `tuna_peft.data.tokenize`.
+        folder: Gets the checkpoints, `log_history.json` and `curves.png`.
+
+    Returns:
+        The model with the new adapter on top, and what the report says of the stage.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C, with a checkpoint of the step that was finished.
+    """
+    set_seed(recipe.seed)  # the adapter's first weights are random
+    lora = recipe.lora_of(stage)
+    stacked = push_adapter(
+        model,
+        stage.name,
+        LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+            use_rslora=lora.use_rslora, task_type="CAUSAL_LM",
+        ),
+    )  # fmt: skip
+    stop = StopOnRequest()
+    trainer = _trainer(stacked, tokenizer, rows, recipe, stage, folder, stop)
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint:
+        logger.info("stage %s goes on from %s", stage.name, checkpoint.name)
+    started, peak = time.monotonic(), Peak()
+    with _stop_on_ctrl_c(stop):
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    history = trainer.state.log_history
+    write_json(folder / "log_history.json", history)
+    save_curves(history, folder / "curves.png", title=f"{recipe.name}: {stage.name}")
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
+    summary = {
+        "type": stage.type,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "train_loss": result.training_loss,
+        "tokens": next((int(entry["num_tokens"]) for entry in reversed(history) if "num_tokens" in entry), None),
+        "seconds": round(time.monotonic() - started, 2),
+        "resumed_from": checkpoint.name if checkpoint else None,
+        **peak.as_dict(),
+        "trainable_parameters": sum(p.numel() for p in stacked.parameters() if p.requires_grad),
+        "lora": lora.model_dump(),
+    }
+    return _released(trainer, stacked), summary
+
+
+def _trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    recipe: Recipe,
+    stage: Stage,
+    folder: Path,
+    stop: StopOnRequest,
+) -> StackSFTTrainer | TunaTrainer:
+    on_cpu = model.device.type == "cpu"
+    settings: dict[str, Any] = {
+        "report_to": "none",
+        "save_total_limit": 1,
+        "dataloader_pin_memory": not on_cpu,
+        **stage.train,
+        "output_dir": str(folder),
+        "run_name": f"{recipe.name}-{stage.name}",
+        "seed": recipe.seed,
+        "use_cpu": on_cpu,
+    }
+    if stage.type == "ranking":
+        return TunaTrainer(
+            model, TunaConfig(**settings), train_dataset=rows, processing_class=tokenizer, callbacks=[stop]
+        )
+    if not {"bf16", "fp16"} & set(settings):
+        settings["bf16"], settings["fp16"] = mixed_precision(on_cpu)
+    config = SFTConfig(**{"completion_only_loss": True, **settings})
+    return StackSFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[stop])
+
+
+def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftModel:
+    """Takes from the model what this trainer put around it, so that the next one starts from the same."""
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+    model.requires_grad_(False)
+    model.eval()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return model
+
+
+@contextlib.contextmanager
+def _stop_on_ctrl_c(stop: StopOnRequest) -> Iterator[None]:
+    """The first Ctrl-C finishes the step and saves; the second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def request(signum: int, frame: Any) -> None:
+        stop.requested = True
+        signal.signal(signal.SIGINT, before)
+        print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once) ...", flush=True)
+
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

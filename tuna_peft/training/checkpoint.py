@@ -1,0 +1,88 @@
+"""Checkpoints of stacks: `Trainer` saves and restores one adapter, a stack needs its order and its frozen part."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback
+
+from tuna_peft.errors import UserError
+from tuna_peft.models.adapter_stack import write_stack
+from tuna_peft.models.stack import adapter_names, load_adapter_weights, train_top_adapter
+
+
+class StackCheckpoints(Trainer):
+    """Mixin for trainers of a stack's top adapter; put it before the trainer class.
+
+    `Trainer` restores the first active adapter only, so that optimizer states no longer fit; here every save writes
+    the whole stack with its manifest, and every load fills the top adapter and nothing else.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+            return
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            write_stack(self.model, folder)
+            self.processing_class.save_pretrained(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if isinstance(self.model, PeftModel):
+            self._load_top_adapter(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            self._load_top_adapter(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _load_top_adapter(self, checkpoint: str) -> None:
+        top = adapter_names(self.model)[-1]
+        load_adapter_weights(self.model, top, Path(checkpoint) / top)
+        train_top_adapter(self.model)
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint in a trainer's output folder.
+
+    `trainer_state.json` is written last, so a checkpoint without a readable one was interrupted and is passed over.
+    """
+
+    def step(path: Path) -> int:
+        return int(path.name.rpartition("-")[2])
+
+    for path in sorted(Path(folder).glob("checkpoint-[0-9]*"), key=step, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        return path
+    return None
+
+
+class StopOnRequest(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, once `requested` is set (by Ctrl-C)."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+def require_trainable(model) -> None:
+    """Refuses a model in which nothing would train."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "no parameter of the model is trainable",
+            fix="Pass a peft_config, or a PeftModel whose top adapter is trainable.",
+        )

@@ -1,0 +1,125 @@
+"""`TunaConfig`: the arguments of `TunaTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class TunaConfig(TrainingArguments):
+    r"""
+    Configuration class for [`TunaTrainer`].
+
+    Holds only the parameters that are specific to Tuna, or whose default differs; for all others see
+    [`~transformers.TrainingArguments`].
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`tuna_peft.load_base`] (`revision`, `dtype`, `device`, `trust_remote_code`,
+            `attn_implementation`), used when the `model` argument of the trainer is a string.
+        adapter_name (`str`, *optional*, defaults to `"tuna"`):
+            Name of the adapter made from `peft_config`; on a `PeftModel` it becomes the next of the stack.
+
+        > Parameters that control the data preprocessing
+
+        max_length (`int` or `None`, *optional*, defaults to `1024`):
+            Longest prompt plus one response, in tokens; `None` for no limit.
+        overflow (`str`, *optional*, defaults to `"error"`):
+            What to do with a response that passes `max_length`: `"error"`, `"cut"` its end, or `"skip"` it (and the
+            row when fewer than two ranks are left).
+
+        > Parameters that control the loss
+
+        margin (`float`, *optional*, defaults to `0.1`):
+            Margin per step in rank, m in the paper.
+        reduction (`str`, *optional*, defaults to `"gap_mean"`):
+            `"gap_mean"` averages the pairs of equal distance in rank and sums over distances, as the released code
+            does; `"pair_sum"` sums a prompt's pairs and averages over prompts, as the paper writes it.
+        length_penalty (`float`, *optional*, defaults to `1.0`):
+            β: a response's score is its summed log-probability divided by its length to this power.
+        mle_weight (`float`, *optional*, defaults to `1.0`):
+            λ, the weight of the likelihood term.
+        mle_on (`str`, *optional*, defaults to `"all"`):
+            Which responses the likelihood term covers: `"all"`, the `"best"`, or the data set's `"reference"`.
+    """
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments for `tuna_peft.load_base` when the model is given as a string."},
+    )
+    adapter_name: str = field(
+        default="tuna",
+        metadata={"help": "Name of the adapter made from `peft_config`; on a PeftModel, the next of the stack."},
+    )
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Longest prompt plus one response, in tokens. None for no limit."},
+    )
+    overflow: str = field(
+        default="error",
+        metadata={"help": "What to do with a response that passes `max_length`: 'error', 'cut' or 'skip'.",
+                  "choices": ["error", "cut", "skip"]},
+    )  # fmt: skip
+    margin: float = field(default=0.1, metadata={"help": "Margin per step in rank (m in the paper)."})
+    reduction: str = field(
+        default="gap_mean",
+        metadata={"help": "'gap_mean' (released code) or 'pair_sum' (the paper's formula).",
+                  "choices": ["gap_mean", "pair_sum"]},
+    )  # fmt: skip
+    length_penalty: float = field(
+        default=1.0,
+        metadata={"help": "Scores are summed log-probabilities divided by length to this power (beta)."},
+    )
+    mle_weight: float = field(default=1.0, metadata={"help": "Weight of the likelihood term (lambda)."})
+    mle_on: str = field(
+        default="all",
+        metadata={"help": "Responses that the likelihood term covers: 'all', 'best' or 'reference'.",
+                  "choices": ["all", "best", "reference"]},
+    )  # fmt: skip
+
+    # Defaults that differ from TrainingArguments.
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Initial learning rate. LoRA takes about ten times that of full fine-tuning."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every X update steps; below 1, a share of all steps."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass: less memory, a third more time."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 autocast. By default on where the GPU has it (Ampere on), with fp16 on older ones."},
+    )
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self) -> None:
+        if getattr(self, "activation_checkpointing", True) is None:  # the name from transformers 5.18 on
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.bf16 is None:
+            self.bf16, fp16 = mixed_precision(self.use_cpu)
+            self.fp16 = self.fp16 or fp16
+            self.bf16 = self.bf16 and not self.fp16
+        super().__post_init__()
+        for name in ("overflow", "reduction", "mle_on"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(choices)}")
+        if self.n_gpu > 1 and not self.use_cpu:
+            self._n_gpu = 1  # nn.DataParallel cannot split packed rows; several GPUs run under `accelerate launch`
+
+
+def mixed_precision(use_cpu: bool = False) -> tuple[bool, bool]:
+    """`(bf16, fp16)` right for this machine: bf16 from Ampere on, fp16 on a T4, neither on CPU."""
+    if use_cpu or not torch.cuda.is_available():
+        return False, False
+    has_bf16 = torch.cuda.get_device_capability()[0] >= 8
+    return has_bf16, not has_bf16

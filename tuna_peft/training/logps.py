@@ -1,0 +1,80 @@
+"""Log-probabilities of given tokens from hidden states, without ever holding all logits.
+
+Shape suffixes: R predicted tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tuna_peft.errors import UserError
+
+# Rows of logits in memory at a time: 256 rows of a 128k vocabulary are 134 MB in fp32.
+CHUNK_ROWS = 256
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log p(target) by row; the backward recomputes each chunk's logits instead of storing them."""
+
+    @staticmethod
+    def forward(ctx, hidden_RD, weight_VD, bias_V, targets_R):
+        logps, normalisers = [], []
+        for rows, targets in zip(hidden_RD.split(CHUNK_ROWS), targets_R.split(CHUNK_ROWS), strict=True):
+            logits = torch.nn.functional.linear(rows, weight_VD, bias_V).float()
+            normaliser = logits.logsumexp(-1)
+            logps.append(logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser)
+            normalisers.append(normaliser)
+        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, targets_R, torch.cat(normalisers))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad_R):
+        hidden_RD, weight_VD, bias_V, targets_R, normaliser_R = ctx.saved_tensors
+        grads = []
+        for rows, targets, normaliser, grad in zip(
+            *(x.split(CHUNK_ROWS) for x in (hidden_RD, targets_R, normaliser_R, grad_R)), strict=True
+        ):
+            # d log p(t) / d logits = onehot(t) - softmax
+            logits = torch.nn.functional.linear(rows, weight_VD, bias_V).float()
+            grad_logits = (logits - normaliser[:, None]).exp_().mul_(-grad[:, None])
+            grad_logits.scatter_add_(-1, targets[:, None], grad[:, None])
+            grads.append(grad_logits.to(weight_VD.dtype) @ weight_VD)
+        return torch.cat(grads).to(hidden_RD.dtype), None, None, None
+
+
+def token_logps(hidden_RD: torch.Tensor, head: torch.nn.Linear, targets_R: torch.Tensor) -> torch.Tensor:
+    """log p(target | context) for R tokens.
+
+    Args:
+        hidden_RD: `(R, hidden)` final hidden states (after the last norm) at the positions that predict.
+        head: The frozen output layer.
+        targets_R: `(R,)` token ids.
+
+    Returns:
+        `(R,)` in fp32, nats, differentiable in `hidden_RD`; the head gets no gradient.
+    """
+    if not len(targets_R):
+        return hidden_RD.sum(-1).float()
+    return _TokenLogps.apply(hidden_RD.to(head.weight.dtype), head.weight, head.bias, targets_R)
+
+
+def require_plain_head(model: torch.nn.Module) -> torch.nn.Linear:
+    """The model's output layer, if logits are just `hidden @ weight.T + bias`.
+
+    Raises:
+        UserError: Logits are soft-capped or scaled, the head is quantised, carries an adapter, or trains.
+    """
+    config = model.config.get_text_config()
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1.0):
+            raise UserError(
+                f"the model changes its logits by {key}={getattr(config, key)}",
+                fix="This head is not supported yet; use a model with plain logits.",
+            )
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear) or type(head).__module__.startswith("bitsandbytes"):
+        raise UserError(
+            f"the output layer is a {type(head).__name__}, not a plain linear layer",
+            fix="Leave `lm_head` out of target_modules and of the quantisation.",
+        )
+    return head

@@ -1,0 +1,254 @@
+"""`TunaTrainer`: learns from ranked responses, with LoRA adapters stacked on a frozen, usually 4-bit, base."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from tuna_peft.data.collate import RankedCollator
+from tuna_peft.data.tokenize import encode_dataset
+from tuna_peft.errors import UserError
+from tuna_peft.models.base import keep_quantised_layout, load_base
+from tuna_peft.models.stack import push_adapter
+from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
+from tuna_peft.training.config import TunaConfig
+from tuna_peft.training.logps import require_plain_head
+from tuna_peft.training.loss import PairCounts, hinge_by_distance, pair_weights
+from tuna_peft.training.metrics import RunningMeans, pair_statistics
+from tuna_peft.training.scoring import response_logps
+
+
+@dataclass
+class StepCounts:
+    """What one optimiser step's loss is averaged over, in all micro-batches and processes.
+
+    Attributes:
+        pairs: Pairs by distance in rank, 1 first.
+        prompts: Prompts.
+        mle_tokens: Response tokens of the likelihood term.
+        shares: Micro-batches of all processes: each adds this part of the step's loss.
+    """
+
+    pairs: list[int]
+    prompts: int
+    mle_tokens: int
+    shares: int
+
+
+class TunaTrainer(StackCheckpoints, Trainer):
+    """
+    Trainer for Tuna's ranking loss (https://arxiv.org/abs/2310.13385).
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tuna_peft import TunaConfig, TunaTrainer
+
+    data = Dataset.from_list(
+        [{"prompt": "The sky is", "completions": [" blue.", " made of cheese."], "scores": [1.0, 0.0]}]
+    )
+    trainer = TunaTrainer("Qwen/Qwen3-0.6B", TunaConfig("out"), train_dataset=data, peft_config=LoraConfig())
+    trainer.train()
+    ```
+
+    Args:
+        model: Path, Hub id or `builtin:` name; or a loaded causal LM; or a `PeftModel`. With a `PeftModel` *and* a
+            `peft_config`, the new adapter becomes the next of the stack, on top of frozen ones.
+        args: See [`TunaConfig`].
+        train_dataset: Columns `prompt`, `completions` and `scores` (higher is better) or `ranks`; optionally
+            `reference` and `id`. Prompts and completions are strings or lists of messages.
+        eval_dataset: The same, or a dict of such data sets.
+        processing_class: The tokenizer; loaded with the model by default.
+        peft_config: The LoRA configuration of the adapter to train.
+        quantization_config: For a model given as a string.
+        data_collator, callbacks, optimizers: As for [`~transformers.Trainer`].
+
+    Raises:
+        UserError: The data cannot be ranked, tokenised or fitted into `max_length`; the model cannot be trained.
+    """
+
+    _tag_names = ["tuna", "ranking", "peft"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: TunaConfig | None = None,
+        data_collator: Any | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: LoraConfig | None = None,
+    ):
+        args = args or TunaConfig("tuna-output")
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("`train_dataset` is required (or an `eval_dataset`, to evaluate only)")
+
+        # Adapters start from random weights: the seed comes before them.
+        set_seed(args.seed)
+        if isinstance(model, str):
+            if quantization_config is not None and peft_config is None:
+                raise UserError("a quantised base cannot be trained itself", fix="Pass a peft_config.")
+            base = load_base(model, quantization_config=quantization_config, **(args.model_init_kwargs or {}))
+            model, processing_class = base.model, processing_class or base.tokenizer
+            model.requires_grad_(peft_config is None)
+        elif quantization_config is not None or args.model_init_kwargs:
+            raise ValueError("`quantization_config` and `model_init_kwargs` go with a model given as a string")
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        if processing_class.pad_token_id is None:
+            processing_class.pad_token = processing_class.eos_token
+
+        keep_quantised_layout(model)
+        if peft_config is not None:
+            model = push_adapter(model, args.adapter_name, peft_config)
+        if args.gradient_checkpointing and isinstance(model, PeftModel):
+            model.enable_input_require_grads()
+        if train_dataset is not None:
+            require_trainable(model)
+        require_plain_head(model)
+
+        prepare = functools.partial(self._prepare_dataset, tokenizer=processing_class, args=args)
+        if train_dataset is not None:
+            train_dataset = prepare(train_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = prepare(eval_dataset)
+
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or RankedCollator(processing_class.pad_token_id, mle_on=args.mle_on),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # `compute_loss` divides by the counts of the whole optimiser step, so Trainer must not divide again.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True  # says the same to transformers < 5.19
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(self._tag_names)
+
+    @staticmethod
+    def _prepare_dataset(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: TunaConfig) -> Dataset:
+        if "prompt_ids" in dataset.column_names:
+            return dataset
+        encoded, _ = encode_dataset(
+            dataset, tokenizer, max_length=args.max_length, overflow=args.overflow,
+            needs_reference=args.mle_on == "reference",
+        )  # fmt: skip
+        return encoded
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = [
+                "prompt_ids", "completions_ids", "completion_skips", "ranks", "reference_ids", "reference_skip",
+            ]  # fmt: skip
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Also counts what the loss of this optimiser step is averaged over, in all micro-batches and processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.state.num_input_tokens_seen += sum(int((batch["segment_ids"] >= 0).sum()) for batch in batches)
+        return batches, self._count(batches)
+
+    def _count(self, batches: list[dict[str, torch.Tensor]]) -> StepCounts:
+        own = [_micro_batch_counts(batch) for batch in batches]
+        everywhere = gather_object(own) if self.accelerator.num_processes > 1 else own
+        return StepCounts(
+            pairs=[sum(pairs) for pairs in zip_longest(*(pairs for pairs, _, _ in everywhere), fillvalue=0)],
+            prompts=sum(prompts for _, prompts, _ in everywhere),
+            mle_tokens=sum(tokens for _, _, tokens in everywhere),
+            shares=max(len(batches), 1) * self.accelerator.num_processes,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: StepCounts | None = None):
+        """Rank loss plus `mle_weight` times the token mean of the likelihood term."""
+        training = model.training
+        counts = num_items_in_batch or self._count([inputs])
+        args, ranks_BN = self.args, inputs["ranks"]
+        logps = response_logps(model, inputs)
+        scores_BN = logps.normalised(args.length_penalty)
+
+        hinges_G = hinge_by_distance(scores_BN, ranks_BN, args.margin)
+        step = PairCounts(
+            torch.tensor(counts.pairs[: len(hinges_G)], device=hinges_G.device),
+            torch.tensor(counts.prompts, device=hinges_G.device),
+        )
+        rank_loss = hinges_G @ pair_weights(step, args.reduction).to(hinges_G)
+        mle_loss = -logps.sums_BN[inputs["mle"]].sum() / max(counts.mle_tokens, 1)
+        loss = rank_loss + args.mle_weight * mle_loss
+
+        self._record(training, scores_BN.detach(), inputs, rank_loss, mle_loss, counts.shares)
+        # Gradients and logs are averaged over processes, while the counts are those of all of them.
+        loss = loss * self.accelerator.num_processes
+        return (loss, {"scores": scores_BN}) if return_outputs else loss
+
+    def _record(self, training, scores_BN, inputs, rank_loss, mle_loss, shares) -> None:
+        means, ranks_BN = self._means["train" if training else "eval"], inputs["ranks"]
+        right, satisfied, pairs = pair_statistics(scores_BN, ranks_BN, self.args.margin)
+        means.add("ranking_accuracy", right, pairs)
+        means.add("margin_satisfaction", satisfied, pairs)
+        for rank in range(ranks_BN.shape[1]):
+            here_BN = ranks_BN == rank
+            means.add(f"scores/rank_{rank}", scores_BN[here_BN].sum(), here_BN.sum())
+        means.add("rank_loss", rank_loss, 1 / shares)
+        means.add("mle_loss", mle_loss, 1 / shares)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss alone: metrics are recorded on the way."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the ranking metrics to what `Trainer` logs."""
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        prefix = "eval_" if mode == "eval" else ""
+        for name, (total, count) in self._gathered(self._means[mode].pop()).items():
+            if count:
+                logs[prefix + name] = total / count
+        if mode == "train" and "loss" in logs:
+            logs["num_tokens"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+    def _gathered(self, sums: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        if self.accelerator.num_processes == 1:
+            return sums
+        gathered: dict[str, tuple[float, float]] = {}
+        for process in gather_object([sums]):
+            for name, (total, count) in process.items():
+                before = gathered.get(name, (0.0, 0.0))
+                gathered[name] = (before[0] + total, before[1] + count)
+        return gathered
+
+
+def _micro_batch_counts(batch: dict[str, torch.Tensor]) -> tuple[list[int], int, int]:
+    """Pairs by distance, prompts, and tokens of the likelihood term."""
+    counts = PairCounts.of(batch["ranks"])
+    mle_tokens = batch["mle"].flatten()[batch["candidates"]].sum()
+    return counts.pairs_G.tolist(), int(counts.prompts), int(mle_tokens)
