@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,18 @@ RANKING = {
 }
 
 
+@dataclass(frozen=True)
+class Tiny:
+    """Where a base and a stack on it are."""
+
+    base: str
+    stack: Path
+
+
 def write_base(
     folder: Path, *, tied: bool = False, intermediate: int = 128, seed: int = 0, max_shard_size: str = "5GB"
 ) -> str:
-    """Saves model, tokenizer and generation config as a stranger's checkpoint in bf16 and returns the folder's path."""
+    """Saves model, tokenizer and generation config as a stranger's checkpoint in bf16 and returns its path."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -61,7 +70,9 @@ def write_base(
 
 def load_tiny(path: str, method: str = "nf4", *, double_quant: bool = True) -> Base:
     """Loads a base on the CPU with the given quantisation."""
-    return load_base(path, quantization_config=make_quantization_config(method, double_quant=double_quant), device="cpu")
+    return load_base(
+        path, quantization_config=make_quantization_config(method, double_quant=double_quant), device="cpu"
+    )
 
 
 def stack_on(base: Base, **adapters: dict[str, Any]) -> PeftModel:
@@ -79,5 +90,7 @@ def stack_on(base: Base, **adapters: dict[str, Any]) -> PeftModel:
 def write_stack(folder: Path, path: str, method: str = "nf4", *, double_quant: bool = True, **adapters: Any) -> Path:
     """Saves a stack of random adapters, by default `SFT` with `RANKING` on it, and returns its folder."""
     adapters = adapters or {"sft": SFT, "ranking": RANKING}
-    save_stack(stack_on(load_tiny(path, method, double_quant=double_quant), **adapters), folder, {"template": "alpaca"})
+    save_stack(
+        stack_on(load_tiny(path, method, double_quant=double_quant), **adapters), folder, {"template": "alpaca"}
+    )
     return folder

@@ -23,12 +23,13 @@ CHAT = (
 )
 
 
-def make_tokenizer(*, bos: bool = True, eos_suffix: bool = False, chat_template: str | None = None) -> Any:
+def build_tokenizer(*, bos: bool = True, eos_suffix: bool = False, chat_template: str | None = None) -> Any:
     """Characters a b c d x y and newline, with the merges a+b and c+d; pad is EOS."""
-    from tokenizers import Tokenizer, models, processors
+    from tokenizers import Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(vocab=VOCAB, merges=[("a", "b"), ("c", "d")], unk_token="?"))
+    tokenizer.decoder = decoders.Fuse()
     single = ["<s>"] * bos + ["$A"] + ["</s>"] * eos_suffix
     tokenizer.post_processor = processors.TemplateProcessing(
         single=" ".join(single), special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -41,13 +42,18 @@ def make_tokenizer(*, bos: bool = True, eos_suffix: bool = False, chat_template:
 
 
 @pytest.fixture
+def make_tokenizer() -> Callable[..., Any]:
+    return build_tokenizer
+
+
+@pytest.fixture
 def tokenizer() -> Any:
-    return make_tokenizer()
+    return build_tokenizer()
 
 
 @pytest.fixture
 def chat_tokenizer() -> Any:
-    return make_tokenizer(chat_template=CHAT)
+    return build_tokenizer(chat_template=CHAT)
 
 
 @pytest.fixture(scope="session")

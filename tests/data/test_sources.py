@@ -179,6 +179,8 @@ def test_builtin_data(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         read("builtin:pico-llama/stf.jsonl")
     assert caught.value.fix == "Did you mean sft.jsonl?"
+    with pytest.raises(UserError, match="there is no such file"):
+        read("builtin:pico-llama/sft")
     for wrong in ("builtin:pico", "builtin:pico-llama/../x", "builtin:other/sft.jsonl"):
         with pytest.raises(UserError, match="no such data in the package"):
             read(wrong)

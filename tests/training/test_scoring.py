@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, make_rows
+from families import FAMILIES, make_model, make_rows
 
 from tuna_peft import UserError
 from tuna_peft.data.collate import RankedCollator

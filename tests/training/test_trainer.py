@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, make_rows
+from families import make_model, make_rows
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback

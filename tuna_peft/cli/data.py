@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at data as training would see it, and convert it.", no_args_is_help=True)
 
-_Format = Annotated[str, typer.Option("--format", help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns.")]
+_Format = Annotated[
+    str, typer.Option("--format", help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns.")
+]
 _Column = Annotated[
     list[str] | None,
-    typer.Option("--column", help="part=path, again for each part: --column completions=responses[].text", show_default=False),
+    typer.Option(
+        "--column", help="part=path, again for each part: --column completions=responses[].text", show_default=False
+    ),
 ]
 _Split = Annotated[str, typer.Option("--split", help="Split, with slices: train[:500].")]
-_Template = Annotated[str, typer.Option("--template", help="alpaca, chat, none, or a text with {instruction} and {input}.")]
+_Template = Annotated[
+    str, typer.Option("--template", help="alpaca, chat, none, or a text with {instruction} and {input}.")
+]
 _SkipBad = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count records that cannot be used.")]
 
 
@@ -52,7 +58,7 @@ def inspect(
     if not _is_recipe(target):
         if stage is not None:
             raise UserError("--stage goes with a recipe, this is data", where=target)
-        source, prompt = _from_options(target, format, column, split, template, skip_bad_rows)
+        source, prompt = _source(target, format, column, split, template, skip_bad_rows)
         console.print(inspect_file(source, prompt, _load_tokenizer(tokenizer), n))
         return
 
@@ -85,7 +91,7 @@ def convert_file(
     """Write data in the ranked format: prompt, completions, scores, ranks, reference."""
     from tuna_peft.data.convert import convert
 
-    source, prompt = _from_options(file, format, column, split, template, skip_bad_rows)
+    source, prompt = _source(file, format, column, split, template, skip_bad_rows)
     report = convert(source, prompt, out)
     skipped = "".join(f", {count} skipped ({reason})" for reason, count in report.skipped.items())
     typer.echo(f"wrote {out}: {report.kept} of {report.read} records{skipped}")
@@ -97,13 +103,11 @@ def _is_recipe(target: str) -> bool:
     return target.endswith((".yaml", ".yml")) or (not Path(target).exists() and target in shipped_recipes())
 
 
-def _from_options(
+def _source(
     path: str, format: str, columns: list[str] | None, split: str, template: str, skip_bad_rows: bool
 ) -> tuple[DataSource, PromptConfig]:
-    from pydantic import ValidationError
-
+    from tuna_peft.cli.options import from_options
     from tuna_peft.data.config import DataSource, PromptConfig
-    from tuna_peft.recipe.expectations import expected
 
     source: dict[str, Any] = {
         "path": path,
@@ -113,12 +117,7 @@ def _from_options(
     }
     if columns:
         source["columns"] = _pairs(columns)
-    try:
-        return DataSource.model_validate(source), PromptConfig(template=template)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(key) for key in first["loc"]) or "options"
-        raise UserError(expected([first], first["input"]), where=where) from error
+    return from_options(DataSource, source), from_options(PromptConfig, {"template": template})
 
 
 def _pairs(columns: list[str]) -> dict[str, str]:
@@ -126,7 +125,9 @@ def _pairs(columns: list[str]) -> dict[str, str]:
     for text in columns:
         part, equals, path = text.partition("=")
         if not equals:
-            raise UserError("expected part=path", where=f"--column {text}", fix="For example: completions=responses[].text")
+            raise UserError(
+                "expected part=path", where=f"--column {text}", fix="For example: completions=responses[].text"
+            )
         pairs[part] = path
     return pairs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import traceback
+import warnings
 from typing import Any
 
 import typer
@@ -29,9 +30,12 @@ class ErrorReportingGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        # On import it reports at length that an optional faster CPU kernel is not installed.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         debug = bool(ctx.params.get("debug"))
+        if not debug:
+            # On import it reports at length that an optional faster CPU kernel is not installed.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+            # Of libraries about each other's coming releases: nothing that a user can act on.
+            warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
@@ -45,7 +49,9 @@ class ErrorReportingGroup(TyperGroup):
                 traceback.print_exc()
             message, code = describe_error(error)
             typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            typer.echo(message if debug or code == 2 else f"{message}\n  Run it with --debug for the traceback.", err=True)
+            typer.echo(
+                message if debug or code == 2 else f"{message}\n  Run it with --debug for the traceback.", err=True
+            )
             raise typer.Exit(code) from error
 
 

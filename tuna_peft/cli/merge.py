@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tuna_peft.export.divergence import Divergence
 
 
 def merge(
@@ -13,14 +16,21 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
     base: Annotated[
-        str,
-        typer.Option("--base", help="dequantised: add to the weights that the stack was trained on; original: to the stored."),
+        str, typer.Option("--base", help="Add to the dequantised weights of training, or to the original ones.")
     ] = "dequantised",
     upto: Annotated[
         str | None, typer.Option("--upto", help="Merge the stack up to this stage.", show_default="all")
     ] = None,
     base_model: Annotated[
         str | None, typer.Option("--base-model", help="Where the base is now.", show_default="as recorded")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            help="Data: measure on 16 of its prompts how far the model is from the stack.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Merge a stack of adapters into its base: one 16-bit model, dequantised once and rounded once."""
@@ -33,3 +43,25 @@ def merge(
         f"wrote {report.path}: {' + '.join(report.adapters)} merged into the {report.base} base, {report.dtype}, "
         f"{report.nbytes / 2**20:,.1f} MiB, {report.seconds:.1f} s"
     )
+    if prompts is not None:
+        measured = _divergence(source, out, prompts, upto, base_model)
+        typer.echo(
+            f"KL divergence from the stack: mean {measured.kl_mean:.2e}, largest {measured.kl_max:.2e} nats; "
+            f"same next token in {measured.top1_agreement:.1%} of {measured.tokens:,} tokens"
+        )
+
+
+def _divergence(source: Path, out: Path, data: str, upto: str | None, base_model: str | None) -> Divergence:
+    from transformers import AutoTokenizer
+
+    from tuna_peft.data.config import DataSource, PromptConfig
+    from tuna_peft.data.load import load_prompts
+    from tuna_peft.data.texts import prompt_ids
+    from tuna_peft.export.check import check_exports
+    from tuna_peft.models.manifest import read_manifest
+
+    template = PromptConfig.model_validate(read_manifest(source).prompt)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    records, _ = load_prompts(DataSource(path=data, limit=16), template)
+    ids = [prompt_ids(record["prompt"], tokenizer) for record in records]
+    return check_exports(source, [out], ids, upto=upto, base_model=base_model)[str(out)]

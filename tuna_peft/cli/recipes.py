@@ -50,6 +50,8 @@ def copy_recipe(
     if target.is_dir():
         target = target / file.name
     if target.exists() and not force:
-        raise UserError("there is a file already", where=str(target), fix="Give another DEST, or --force to overwrite it.")
+        raise UserError(
+            "there is a file already", where=str(target), fix="Give another DEST, or --force to overwrite it."
+        )
     write_text(target, file.read_text(encoding="utf-8"))
     typer.echo(f"wrote {target}")

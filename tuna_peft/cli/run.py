@@ -31,11 +31,11 @@ def run(
     if dry_run:
         from tuna_peft.recipe.describe import describe_recipe
 
-        Console().print(describe_recipe(loaded, folder))
+        Console().print(describe_recipe(loaded, folder), soft_wrap=True)
         return
 
     from tuna_peft.cli.summary import run_summary
     from tuna_peft.recipe.pipeline import run_recipe
 
     report = run_recipe(loaded, folder)
-    Console().print(run_summary(report, folder))
+    Console().print(run_summary(report, folder), crop=False)

@@ -10,7 +10,9 @@ import typer
 def schema(
     field: Annotated[
         str | None,
-        typer.Option("--field", help="Print the help of one key only: lora.r, stages.train.margin ...", show_default=False),
+        typer.Option(
+            "--field", help="Print the help of one key only: lora.r, stages.train.margin ...", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Print the JSON schema of recipes, for completion in an editor, or the help of one key."""

@@ -22,27 +22,30 @@ def run_summary(report: dict[str, Any], folder: Path) -> RenderableType:
     return Group(_table(report), Text(), *_next_commands(report, folder))
 
 
+# Heading, where the value is, and how it is written.
+_COLUMNS = (
+    ("ranking accuracy", "evaluation", "ranking_accuracy", ".3f"),
+    ("response score", "evaluation", "response_score", ".3f"),
+    ("steps", "stages", "steps", ","),
+    ("tokens", "stages", "tokens", ","),
+    ("seconds", "stages", "seconds", ".0f"),
+    ("peak GiB", "stages", "peak_memory_gib", ".2f"),
+)
+
+
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"{report['name']}: held-out measures")
-    table.add_column("after")
-    for heading in ("ranking accuracy", "response score", "steps", "tokens", "seconds", "peak GiB"):
-        table.add_column(heading, justify="right")
-    for name, measures in report["evaluation"].items():
-        stage = report["stages"].get(name) or {}
-        table.add_row(
-            name,
-            _number(measures.get("ranking_accuracy"), ".3f"),
-            _number(measures.get("response_score"), ".3f"),
-            _number(stage.get("steps"), ","),
-            _number(stage.get("tokens"), ","),
-            _number(stage.get("seconds"), ".0f"),
-            _number(stage.get("peak_memory_gib"), ".2f"),
-        )
+    table = Table("after", title=f"{report['name']}: on held-out data")
+    table.columns[0].no_wrap = True
+    cells = [[name] for name in report["evaluation"]]
+    for heading, part, key, form in _COLUMNS:
+        values = [(report[part].get(name) or {}).get(key) for name in report["evaluation"]]
+        if any(value is not None for value in values):
+            table.add_column(heading, justify="right")
+            for row, value in zip(cells, values, strict=True):
+                row.append("-" if value is None else format(value, form))
+    for row in cells:
+        table.add_row(*row)
     return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _next_commands(report: dict[str, Any], folder: Path) -> list[Text]:

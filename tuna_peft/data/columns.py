@@ -58,7 +58,7 @@ def one(raw: Record, path: str, where: str) -> Any:
 
 
 def many(raw: Record, path: str | list[str], where: str) -> list[Any]:
-    """The values at a path: those that `[]` spreads, or a list that stands there, or one value; or one for each path."""
+    """The values at a path (those that `[]` spreads, a list that stands there, or one value), or one for each path."""
     if isinstance(path, list):
         return [one(raw, single, where) for single in path]
     values, spread = _follow(raw, path, where)

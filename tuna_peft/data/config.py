@@ -69,8 +69,8 @@ class DataSource(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="A .json, .jsonl or .parquet file, a directory from `datasets.save_to_disk`, a Hub data set id, or "
-        "`builtin:pico-llama/<file>` for the data inside the package.",
+        description="A .json, .jsonl or .parquet file, a directory from `datasets.save_to_disk`, a Hub data set id, "
+        "or `builtin:pico-llama/<file>` for the data inside the package.",
     )
     format: FormatName = Field(
         "auto", description="Shape of the records; `auto` tells it from the keys of the first record."
@@ -88,11 +88,12 @@ class DataSource(BaseModel):
         description="Rank the `reference` response above (`best`) or below (`worst`) all others. "
         "null keeps it apart, for the MLE term alone.",
     )
-    length_penalty: float = Field(
-        1.0,
+    length_penalty: float | None = Field(
+        None,
         ge=0,
         allow_inf_nan=False,
-        description="Teacher format only: score = sum of token log-probabilities / length ** length_penalty.",
+        description="Teacher format only: score = sum of token log-probabilities / length ** length_penalty; "
+        "null is 1.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
@@ -118,8 +119,8 @@ class PromptConfig(BaseModel):
     template: str = Field(
         "alpaca",
         description="`alpaca`, `chat` (the tokenizer's own chat template), `none` (the instruction is already a full "
-        "prompt), or a text with `{instruction}` and, if wanted, `{input}` in it. Data whose field is called `prompt`, "
-        "and judge or formatted data, hold full prompts and are used as they are.",
+        "prompt), or a text with `{instruction}` and, if wanted, `{input}` in it. Data whose field is called "
+        "`prompt`, and judge or formatted data, hold full prompts and are used as they are.",
     )
     template_no_input: str | None = Field(
         None, description="For a template text: the text to use, with `{instruction}`, when the input is empty."

@@ -36,8 +36,10 @@ def convert(source: DataSource, prompt: PromptConfig, out_path: str | os.PathLik
         lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
         files.write_text(out, "".join(f"{line}\n" for line in lines))
     else:
+        import pyarrow.parquet
+
         buffer = io.BytesIO()
-        ranked_dataset(records).to_parquet(buffer)
+        pyarrow.parquet.write_table(ranked_dataset(records).with_format("arrow")[:], buffer)
         _write_bytes(out, buffer.getvalue())
     return report
 

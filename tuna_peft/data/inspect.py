@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.load import read_ranked, source_format
+from tuna_peft.data.load import best_alone, read_ranked, source_format
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.tokenize import Overflow, encode_ranked
 from tuna_peft.errors import UserError
@@ -37,18 +37,18 @@ def inspect_file(
     tokenizer: PreTrainedTokenizerBase | None = None,
     n: int = 3,
     *,
+    supervised: bool | None = None,
     max_length: int | None = None,
     overflow: Overflow = "error",
 ) -> RenderableType:
     """Reads a source as a stage would, and renders its counts and its first `n` prompts.
-
-    Alpaca files, which have one response each, are shown as a supervised stage sees them.
 
     Args:
         source: What to read.
         prompt: How prompts are made.
         tokenizer: Without one, texts are shown in place of tokens.
         n: Number of prompts to show.
+        supervised: Shows what an `sft` stage sees, the best response alone; None: for Alpaca files, which have one.
         max_length: As in `encode_ranked`.
         overflow: As in `encode_ranked`.
 
@@ -56,7 +56,10 @@ def inspect_file(
         UserError: The source cannot be read, or a row is too long.
     """
     format = source_format(source)
-    records, report = read_ranked(source, prompt, pairs=format != "alpaca")
+    supervised = format == "alpaca" if supervised is None else supervised
+    records, report = read_ranked(source, prompt, pairs=not supervised)
+    if supervised:
+        records = [best_alone(record) for record in records[:n]]
     skipped = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
     summary = Text(
         f"{source.path} ({format}): {report.read} records read, {report.kept} kept"

@@ -125,6 +125,18 @@ def source_format(source: DataSource) -> str:
     return _format(source, read_records(source.model_copy(update={"limit": 1}))).name
 
 
+def best_alone(record: Record) -> Record:
+    """A normalised record with its best response and nothing else, as supervision uses it."""
+    scores = record["scores"]
+    return {
+        **record,
+        "completions": record["completions"][:1],
+        "scores": scores and scores[:1],
+        "ranks": [0],
+        "reference": None,
+    }
+
+
 def ranked_dataset(records: list[Record]) -> datasets.Dataset:
     """Normalised records as a data set, with the same column types whatever the records hold."""
     import datasets

@@ -80,7 +80,7 @@ def normalise_ranked(record: Record, where: str) -> Record:
 
 
 def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
-    """As `normalise_ranked`, with counts. `pairs=False` accepts records that have no pair: one response, or all tied."""
+    """As `normalise_ranked`, with counts; `pairs=False` accepts records without a pair: one response, or all tied."""
     prompt = clean_prompt(record.get("prompt"), where)
     completions = record.get("completions")
     if completions is not None and (isinstance(completions, str) or not isinstance(completions, Sequence)):
@@ -235,7 +235,7 @@ def _number(value: Any, name: str, where: str) -> float:
 
 def _content(text: Any, where: str) -> str:
     """The text itself, or the content of a list with one message."""
-    if isinstance(text, Sequence) and not isinstance(text, str):
+    if not isinstance(text, str) and isinstance(text, Sequence):
         if len(text) != 1:
             raise BadRow(
                 f"a response of {len(text)} messages, one is wanted",

@@ -61,9 +61,9 @@ def choose_format(source: DataSource, first: Record, where: str, *, prompts_only
             f"no known format has the keys {', '.join(f'`{key}`' for key in first)}",
             where=where,
             fix=f"Known are: {known}. For any other shape say `format: columns` and where the parts are, "
-            "for example `columns: {instruction: question, completions: responses[].text, scores: responses[].score}`.",
+            "for example `columns: {instruction: question, completions: answers[].text, scores: answers[].score}`.",
         )
-    if "length_penalty" in source.model_fields_set and name != "teacher":
+    if source.length_penalty is not None and name != "teacher":
         raise UserError(
             f"`length_penalty` has no effect on data in the `{name}` format",
             where=source.path,
@@ -128,10 +128,11 @@ def _teacher_responses(raw: Record, source: DataSource, where: str) -> Record:
         for key in ("logprob", "avg_token_prob", "length")
         if raw.get(key) is not None
     }
+    penalty = 1.0 if source.length_penalty is None else source.length_penalty
     scores = []
     for index in range(len(texts)):
         values = {key: entries[index] for key, entries in lists.items() if entries[index] is not None}
-        scores.append(_teacher_score(values, source.length_penalty, f"{where}, candidate {index}"))
+        scores.append(_teacher_score(values, penalty, f"{where}, candidate {index}"))
     return {"completions": texts, "scores": scores, "reference": raw["orig"].get("output")}
 
 

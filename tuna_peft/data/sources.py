@@ -25,8 +25,9 @@ def read_records(source: DataSource) -> RawRecords:
     Raises:
         UserError: There is no such source, or it cannot be read; says where and what to do.
     """
-    path = _builtin(source.path) if source.path.startswith("builtin:") else Path(source.path).expanduser()
-    if not path.exists() and _may_be_hub_id(source.path):
+    builtin = source.path.startswith("builtin:")
+    path = _builtin(source.path) if builtin else Path(source.path).expanduser()
+    if not builtin and not path.exists() and _may_be_hub_id(source.path):
         records = _read_hub(source)
     else:
         for key in ("name", "revision"):
@@ -90,7 +91,7 @@ def _read_parquet(path: Path, source: DataSource) -> RawRecords:
     if table.num_rows == 0:
         raise UserError("the file has no rows", where=str(path), fix="Check that what wrote it had finished.")
     chosen = [index for _, index in _choose(source, {"train": table.num_rows})]
-    rows = table.take(chosen).to_pylist()
+    rows = table.take(pyarrow.array(chosen, pyarrow.int64())).to_pylist()
     return [(f"{path}: row {index}", row) for index, row in zip(chosen, rows, strict=True)]
 
 

@@ -1,9 +1,9 @@
-"""Joint tokenisation: prompt and response are tokenised as one text, and split where they differ from the prompt alone.
+"""Joint tokenisation: prompt and response are one text, split where its tokens differ from those of the prompt alone.
 
-Tokenising the two apart and joining the ids gives sequences that the model never sees in use ("_Hello" becomes "_" and
-"Hello"). So every response is tokenised behind its prompt. The row keeps the longest prefix that the prompt alone and
-all of its joint sequences share, once, as `prompt_ids`; a response whose own boundary comes later keeps the rest of the
-prompt at its head, without loss (`completion_skips`).
+Tokenising the two apart and joining the ids gives sequences that the model never sees in use ("_Hello" becomes "_"
+and "Hello"). So every response is tokenised behind its prompt. The row keeps the longest prefix that the prompt alone
+and all of its joint sequences share, once, as `prompt_ids`; a response whose own boundary comes later keeps the rest
+of the prompt at its head, without loss (`completion_skips`).
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def encode_dataset(
     max_length: int | None,
     overflow: Overflow = "error",
     needs_reference: bool = False,
+    on_bad_row: Literal["error", "skip"] = "error",
 ) -> tuple[datasets.Dataset, TokenReport]:
     """Tokenises a whole data set; equal input gives equal output.
 
@@ -130,6 +131,7 @@ def encode_dataset(
         max_length: See there.
         overflow: See there.
         needs_reference: See there.
+        on_bad_row: `skip` leaves out a row that would be an error, and counts it among the dropped ones.
 
     Returns:
         A data set with the rows of `encode_ranked` or `encode_sft`, and the counts.
@@ -148,7 +150,7 @@ def encode_dataset(
             "(preference); or prompt and completion (supervised).",
         )
     report = TokenReport()
-    encoder = _Encoder(tokenizer, max_length, overflow, needs_reference, report)
+    encoder = _Encoder(tokenizer, max_length, overflow, needs_reference, report, on_bad_row)
     encoded: list[dict[str, Any]] = []
     progress = tqdm(total=len(dataset), desc="Tokenising", unit=" rows", delay=2, disable=None, leave=False)
     for chunk in _chunks(enumerate(dataset)):
@@ -179,30 +181,40 @@ class _Encoder:
         overflow: Overflow,
         needs_reference: bool,
         report: TokenReport,
+        on_bad_row: Literal["error", "skip"] = "error",
     ):
         self.tokenizer, self.tokens = tokenizer, TextTokenizer(tokenizer)
         self.max_length, self.overflow = max_length, overflow
         self.needs_reference, self.report = needs_reference, report
+        self.on_bad_row = on_bad_row
 
     def encode(self, records: list[Record], places: list[str]) -> list[dict[str, Any] | None]:
         """One row or None for each record; all texts go through the tokenizer in one call."""
         texts: list[list[str]] = []
         for record, where in zip(records, places, strict=True):
             reference = record["reference"]
-            if reference is None and self.needs_reference:
-                raise BadRow("there is no reference response", reason="no reference", where=where)
             responses = [*record["completions"], *([] if reference is None else [reference])]
             texts.append(joint_texts(record["prompt"], responses, self.tokenizer, where))
         special = isinstance(records[0]["prompt"], str)  # prompts of one data set are of one kind
         ids = iter(self.tokens(list(chain.from_iterable(texts)), special=special))
         return [
-            self._assemble(record, list(islice(ids, len(of_record))), where)
+            self._row(record, list(islice(ids, len(of_record))), where)
             for record, of_record, where in zip(records, texts, places, strict=True)
         ]
+
+    def _row(self, record: Record, ids: list[list[int]], where: str) -> dict[str, Any] | None:
+        try:
+            return self._assemble(record, ids, where)
+        except BadRow:
+            if self.on_bad_row == "error":
+                raise
+            return None
 
     def _assemble(self, record: Record, ids: list[list[int]], where: str) -> dict[str, Any] | None:
         """The row from the tokens of the prompt alone, of the prompt with each response, and with the reference."""
         self.report.rows += 1
+        if record["reference"] is None and self.needs_reference:
+            raise BadRow("there is no reference response", reason="no reference", where=where)
         n, eos = len(record["completions"]), self.tokens.eos
         prompt, joint = ids[0], [seq if seq[-1:] == [eos] else [*seq, eos] for seq in ids[1:]]
         names = [f"{where}, candidate {k} (in rank order)" for k in range(n)] + [f"{where}, reference"]
@@ -259,7 +271,8 @@ class _Encoder:
             f"the prompt has {len(prompt)} tokens and max_length is {self.max_length}: candidate 0 {lost}",
             reason="prompt too long",
             where=where,
-            fix=f"Raise max_length above {len(prompt)}, shorten the prompt, or set the overflow policy to `skip`.",
+            fix=f"Raise max_length above {len(prompt)}, shorten the prompt, or leave such rows out: overflow policy "
+            "`skip`, or `on_bad_row: skip` for its data.",
         )
 
     def _fit(self, seq: list[int], boundary: int, where: str) -> list[int] | None:

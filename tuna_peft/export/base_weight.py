@@ -16,6 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 from tuna_peft.errors import UserError
 
 BLOCK = 64  # weights per scale: what bitsandbytes uses where nothing else is asked for
+_PART = 1 << 12  # blocks quantised at a time: a quarter of a million weights
 
 
 def skeleton(folder: Path, quantization: dict[str, Any] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -63,18 +64,25 @@ def dequantised(weight: torch.Tensor, quantization: dict[str, Any], load_dtype: 
     Returns:
         `(out, in)` in `load_dtype` for 4 bits, in fp32 for 8 bits (int8 products are scaled in fp32).
     """
-    loaded = weight.to(load_dtype).contiguous()
     if quantization.get("load_in_8bit"):
-        codes, row_scales, _ = bnb.int8_vectorwise_quant(loaded.to(torch.float16))
+        codes, row_scales, _ = bnb.int8_vectorwise_quant(weight.to(load_dtype).to(torch.float16).contiguous())
         return bnb.int8_vectorwise_dequant(codes, row_scales)
-    # As rows of one block: blocks run over the whole weight, and some CPU kernels miscount them in other rows
-    # (see `require_exact_dequantisation`). Zeros that fill the last block change neither its scale nor its codes.
-    numel = loaded.numel()
-    blocks = nn.functional.pad(loaded.view(-1), (0, -numel % BLOCK)).view(-1, BLOCK)
-    codes, state = bnb.quantize_4bit(
-        blocks,
-        blocksize=BLOCK,
-        quant_type=quantization["bnb_4bit_quant_type"],
-        compress_statistics=quantization["bnb_4bit_use_double_quant"],
-    )
-    return bnb.dequantize_4bit(codes, state).view(-1)[:numel].view(weight.shape)
+    # As rows of one block: blocks run over the whole weight, and some CPU kernels miscount them in other rows (see
+    # `require_exact_dequantisation`). Zeros that fill the last block change neither its scale nor its codes.
+    flat, missing = weight.reshape(-1), -weight.numel() % BLOCK
+    blocks = (nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
+    # In parts, because bitsandbytes needs five times the memory of an fp32 weight to quantise it.
+    parts = [
+        bnb.quantize_4bit(part.to(load_dtype), blocksize=BLOCK, quant_type=quantization["bnb_4bit_quant_type"])
+        for part in blocks.split(_PART)
+    ]
+    scales = torch.cat([state.absmax for _, state in parts])
+    if quantization["bnb_4bit_use_double_quant"]:
+        # The scales of the whole weight are themselves kept to 8 bits, around their mean, as `quantize_4bit` does it.
+        mean = scales.mean()
+        scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256)) + mean
+    result = torch.empty_like(blocks, dtype=load_dtype)
+    for (codes, state), own_scales, rows in zip(parts, scales.split(_PART), result.split(_PART), strict=True):
+        state.absmax = own_scales
+        rows.copy_(bnb.dequantize_4bit(codes, state))
+    return result.view(-1)[: weight.numel()].view(weight.shape)

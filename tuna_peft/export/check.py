@@ -46,8 +46,14 @@ def check_exports(
     batches = [torch.tensor([list(prompt)]) for prompt in prompts if len(prompt)]
     if not batches:
         raise UserError("no prompts to compare on", fix="Give some held-out prompts.")
-    options = {"base_model": base_model, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    stack = AdapterStack.from_pretrained(stack_dir, upto=upto, **options)
+    stack = AdapterStack.from_pretrained(
+        stack_dir,
+        upto=upto,
+        base_model=base_model,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     reference = list(iter_logits(stack.model, batches))
     base = stack.model.unload() if isinstance(stack.model, PeftModel) else stack.model
     del stack
@@ -65,7 +71,7 @@ def check_exports(
     target = resolve_device(device)
     for folder in folders:
         if folder not in adapters:
-            merged = AutoModelForCausalLM.from_pretrained(
+            merged: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=resolve_dtype(dtype, target), trust_remote_code=trust_remote_code
             )
             results[str(folder)] = divergence_from(reference, merged.to(target).eval(), batches)

@@ -57,7 +57,7 @@ class _Adapter:
 
     def scaling(self, module: str) -> float:
         """What PEFT multiplies `B A x` with; its patterns match the ends of module names."""
-        alphas = self.config.alpha_pattern
+        alphas = self.config.alpha_pattern or {}
         alpha = alphas.get(get_pattern_key(list(alphas), module), self.config.lora_alpha)
         rank = self.ranks[module]
         return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)

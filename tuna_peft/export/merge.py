@@ -173,7 +173,8 @@ class _Weights:
             weight = dequantised(weight, self.quantization, self.load_dtype)
         if name.endswith(".weight") and module in self.factors.shapes:
             part = self.factors.of(module)
-            weight = torch.addmm(weight.float(), part.b.to(self.device), part.a.to(self.device))
+            # A copy, because the tensor may be the file itself, mapped into memory.
+            weight = weight.to(torch.float32, copy=True).addmm_(part.b.to(self.device), part.a.to(self.device))
         if not weight.is_floating_point():
             return weight
         rounded = weight.to(getattr(torch, self.dtype))
@@ -185,7 +186,7 @@ class _Weights:
 def _write_shards(folder: Path, specs: dict[str, TensorSpec], weights: _Weights, max_shard_size: str | int) -> int:
     """Writes the weights as transformers names them, one file or shards with an index; returns the number of files."""
     split = split_state_dict_into_shards_factory(
-        specs,  # type: ignore[arg-type]  # it needs nothing of a tensor but its size
+        specs,  # it needs nothing of a tensor but its size
         get_storage_size=lambda spec: spec.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,

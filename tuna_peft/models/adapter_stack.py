@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -80,6 +80,8 @@ class AdapterStack:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the stack, see `save_stack`."""
+        if not isinstance(self.model, PeftModel):
+            raise UserError("the stack has no adapters to save", where=str(folder))
         save_stack(self.model, folder, self.prompt)
 
 
@@ -91,7 +93,7 @@ def save_stack(model: PeftModel, folder: str | os.PathLike[str], prompt: dict[st
 
 def write_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None = None) -> None:
     """Writes every adapter to `folder/<name>/` and then the manifest to `folder/stack.json`."""
-    base = model.get_base_model()
+    base = cast(PreTrainedModel, model.get_base_model())
     identity = base_identity(base)
     entries = []
     for name in adapter_names(model):
@@ -105,7 +107,7 @@ def extend_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None =
 
     The adapter's folder appears at once, and then the manifest that names it.
     """
-    base = model.get_base_model()
+    base = cast(PreTrainedModel, model.get_base_model())
     identity, names = base_identity(base), adapter_names(model)
     with atomic_directory(folder / names[-1]) as aside:
         save_adapter(model, names[-1], aside, base_model=identity["model"])

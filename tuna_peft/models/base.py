@@ -128,7 +128,7 @@ def load_base(
         ) from error
     _require_causal_lm(config, model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=resolve_dtype(dtype, target),

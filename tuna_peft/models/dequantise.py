@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -17,10 +19,9 @@ def dequantised_weight(layer: torch.nn.Module) -> torch.Tensor:
     repacked for CPUs with AVX512-BF16 is brought back to its storage layout first: read as it is, it dequantises to
     garbage without a word. Its block scales come back rounded to bf16, which is all that the packed form keeps.
     """
-    weight = layer.weight
-    state = getattr(weight, "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        _unpack(weight, state)
+    weight: Any = layer.weight
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        _unpack(weight, weight.quant_state)
     return dequantize_module_weight(layer).detach()
 
 
@@ -65,7 +66,7 @@ def _dequantises_rows_of(width: int) -> bool:
     return torch.equal(as_rows.view(-1), bnb.dequantize_4bit(codes, state).view(-1))
 
 
-def _unpack(weight: torch.nn.Parameter, state: bnb.QuantState) -> None:
+def _unpack(weight: Any, state: bnb.QuantState) -> None:
     weight.data, weight.quant_state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
     if not state.nested:
         # The inverse restores nested scales only; plain ones it leaves transposed, (in / block, out) in bf16.

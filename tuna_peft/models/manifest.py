@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Manifest:
         write_json(folder / MANIFEST, asdict(self))
 
 
-def read_manifest(folder: str | Path, upto: str | None = None) -> Manifest:
+def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Manifest:
     """Reads and verifies `folder/stack.json`: format, paths that stay inside, weights with the recorded hashes.
 
     Args:

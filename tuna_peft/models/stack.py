@@ -11,10 +11,12 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import (
     LoraConfig,
+    LoraModel,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -77,7 +79,7 @@ def push_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConf
 def train_top_adapter(model: PeftModel) -> None:
     """Activates the whole stack and leaves gradients on its top adapter alone."""
     names = adapter_names(model)
-    model.base_model.set_adapter(names)  # PeftModel.set_adapter takes one name only
+    _tuner(model).set_adapter(names)  # PeftModel.set_adapter takes one name only
     if names[:-1]:
         model.set_requires_grad(names[:-1], False)
     model.set_requires_grad(names[-1], True)
@@ -93,13 +95,13 @@ def active_adapters(model: PreTrainedModel | PeftModel, names: Sequence[str]) ->
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
         if names:
-            model.base_model.set_adapter(list(names), inference_mode=True)
+            _tuner(model).set_adapter(list(names), inference_mode=True)
             yield
         else:
             with model.disable_adapter():
                 yield
     finally:
-        model.base_model.set_adapter(before, inference_mode=True)
+        _tuner(model).set_adapter(before, inference_mode=True)
         for name in trainable:
             model.get_parameter(name).requires_grad_(True)
 
@@ -185,6 +187,11 @@ def require_stackable(config: PeftConfig, name: str) -> None:
         reason = "LoRA on the head: log-probabilities come from the frozen head's weight, so it would never be used"
     if reason:
         raise UserError(f"adapter {name!r} cannot join the stack: {reason}", fix="Use plain LoRA (rsLoRA is fine).")
+
+
+def _tuner(model: PeftModel) -> LoraModel:
+    """PEFT's layer below `PeftModel`, which can activate several adapters at once."""
+    return cast(LoraModel, model.base_model)
 
 
 def _targets_head(target_modules: str | Sequence[str] | None) -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from tuna_peft.data.config import DataSource
@@ -26,7 +25,10 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     Raises:
         UserError: The data cannot be used.
     """
-    parts: list[RenderableType] = [Text(dump_recipe(recipe)), _steps(recipe, output)]
+    parts: list[RenderableType] = [
+        Text(dump_recipe(recipe)),
+        _steps(recipe, output),
+    ]
     kept = output / "recipe.yaml"
     if kept.is_file() and (changed := diff_recipes(load_recipe(kept, check=False), recipe)):
         lines = "".join(f"\n  {line}" for line in changed)
@@ -34,43 +36,45 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     return Group(*parts)
 
 
-def _steps(recipe: Recipe, output: Path) -> Table:
-    table = Table(title=f"What `run` would do in {output}", title_justify="left")
-    for heading in ("step", "what", "data", "state"):
-        table.add_column(heading, overflow="fold")
+def _steps(recipe: Recipe, output: Path) -> Text:
+    text = Text(f"What `run` would do in {output}:\n", style="bold")
+
+    def step(title: str, *lines: str | None) -> None:
+        text.append(f"\n{title}\n", style="bold cyan")
+        text.append("".join(f"  {line}\n" for line in lines if line), style="not bold")
+
     quantization = recipe.quantization
-    stored = "unquantised" if quantization.method == "none" else quantization.method
+    stored: str = "unquantised" if quantization.method == "none" else quantization.method
     if quantization.method in ("nf4", "fp4") and quantization.double_quant:
         stored += ", double quantisation"
-    table.add_row("base", f"{recipe.base.model}, {stored}", "", "")
+    step("base", f"{recipe.base.model}, {stored}")
     below: list[str] = []
     for stage in recipe.stages:
         rows = _rows(stage.data, recipe, stage)
-        table.add_row(stage.name, _what(recipe, stage, below, rows), _data(stage.data, rows), _state(output, stage))
+        steps = None if rows is None else _update_steps(stage, rows)
+        step(
+            f"stage {stage.name} ({stage.type}): {_state(output, stage)}",
+            _adapter(recipe, stage, below),
+            _data(stage.data, rows),
+            f"about {steps:,} update steps" if steps else None,
+        )
         below.append(stage.name)
     if evaluation := recipe.evaluation:
-        measures = {"ranking_accuracy": evaluation.ranked, "response_score": evaluation.prompts}
-        for name, source in measures.items():
+        for name, source in (("ranking_accuracy", evaluation.ranked), ("response_score", evaluation.prompts)):
             if source is not None:
                 data = _data(source, _rows(source, recipe, prompts=name == "response_score"))
-                table.add_row("evaluation", f"{name} of the base and after each stage", data, "")
+                step(f"{name} of the base and after each stage", data)
     export = recipe.export
-    exports = ["combined adapter"] if export.combine else []
-    if export.merge.enabled:
-        exports.append(f"merged {export.merge.dtype} model on the {export.merge.base} base")
-    table.add_row("export", "\n".join(["stack of adapters", *exports]), "", "")
-    return table
+    merged = f"merged {export.merge.dtype} model on the {export.merge.base} base" if export.merge.enabled else None
+    step("export", "stack of adapters", "combined adapter" if export.combine else None, merged)
+    return text
 
 
-def _what(recipe: Recipe, stage: Stage, below: list[str], rows: int | None) -> str:
+def _adapter(recipe: Recipe, stage: Stage, below: list[str]) -> str:
     lora = recipe.lora_of(stage)
     modules = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     on = f"on the frozen {' + '.join(below)}" if below else "on the base"
-    lines = [f"{stage.type}: LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}"]
-    lines += [f"{key}: {value}" for key, value in stage.train.items()]
-    if rows is not None and (steps := _update_steps(stage, rows)):
-        lines.append(f"about {steps} update steps")
-    return "\n".join(lines)
+    return f"LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}"
 
 
 def _update_steps(stage: Stage, rows: int) -> int | None:
@@ -83,7 +87,9 @@ def _update_steps(stage: Stage, rows: int) -> int | None:
         return int(value("max_steps"))
     if stage.train.get("packing"):
         return None
-    per_epoch = math.ceil(math.ceil(rows / value("per_device_train_batch_size")) / value("gradient_accumulation_steps"))
+    per_epoch = math.ceil(
+        math.ceil(rows / value("per_device_train_batch_size")) / value("gradient_accumulation_steps")
+    )
     return math.ceil(per_epoch * value("num_train_epochs"))
 
 
@@ -97,13 +103,15 @@ def _rows(source: DataSource, recipe: Recipe, stage: Stage | None = None, *, pro
 
 
 def _data(source: DataSource, rows: int | None) -> str:
-    limit = "" if source.split == "train" else f" [{source.split}]"
-    return f"{source.path}{limit}\n{'on the Hub, not counted' if rows is None else f'{rows:,} rows'}"
+    split = "" if source.split == "train" else f"[{source.split}]"
+    return f"{source.path}{split}: {'on the Hub, not counted' if rows is None else f'{rows:,} rows'}"
 
 
 def _state(output: Path, stage: Stage) -> str:
+    from tuna_peft.training.checkpoint import latest_checkpoint
+
     folder = output / "stages" / stage.name
     if (folder / "done.json").is_file():
-        return "finished: kept"
-    steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return f"resumes after step {max(steps)}" if steps else "trains"
+        return "finished, kept"
+    checkpoint = latest_checkpoint(folder)
+    return f"resumes from {checkpoint.name}" if checkpoint else "trains"

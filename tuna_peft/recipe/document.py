@@ -1,7 +1,7 @@
 """A YAML file as plain data, with the place of every key, so that an error can name its line.
 
-The scalars are those of YAML 1.2's core schema. PyYAML follows 1.1, where `1e-5` is a text, `no` is false, `012` is ten
-and `2024-01-01` is a date; each of them would turn a sound recipe into another one.
+The scalars are those of YAML 1.2's core schema. PyYAML follows 1.1, where `1e-5` is a text, `no` is false, `012` is
+ten and `2024-01-01` is a date; each of them would turn a sound recipe into another one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ KeyPath = tuple[str | int, ...]
 _NULL, _BOOL, _INT, _FLOAT, _MERGE = (
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "merge")
 )
-_FLOAT_PATTERN = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+_FLOAT_PATTERN = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -169,7 +171,7 @@ def _plain(
                 fix="Remove one of them.",
             )
         lines[key] = key_node.start_mark.line + 1
-        places[(*path, key)] = _where(file, key_node)
+        places[path + (key,)] = _where(file, key_node)
         data[key] = _plain(loader, value_node, (*path, key), file, places, above)
     return data
 

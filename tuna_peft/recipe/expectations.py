@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_KINDS = ((bool, "true/false"), (int, "an integer"), (float, "a number"), (str, "text"), (dict, "a mapping"), (list, "a list"))
+_KINDS = ((int, "an integer"), (float, "a number"), (str, "text"), (dict, "a mapping"), (list, "a list"))
 _PLAINER = {
     "a valid string": "text",
     "a valid integer": "an integer",
@@ -29,8 +29,8 @@ def expected(errors: Sequence[Any], value: Any) -> str:
 
 def found(value: Any) -> str:
     """`'abc' (text)`, shortened."""
-    if value is None:
-        return "null"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     kind = next((name for type_, name in _KINDS if isinstance(value, type_)), type(value).__name__)
     shown = repr(value)
     return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({kind})"
@@ -42,6 +42,8 @@ def _message(error: Any) -> str:
         return _ended(text.partition(", ")[2])
     if error["type"] == "string_pattern_mismatch":
         return f"expected text that matches {error['ctx']['pattern']}"
+    if error["type"] == "too_short":
+        return "expected at least one entry"
     if error["type"] == "model_type":
         return "expected a mapping of keys"
     if text.startswith("Input should be "):

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from tuna_peft.data.config import DataSource
 from tuna_peft.data.load import load_prompts, load_ranked, load_sft
 from tuna_peft.data.tokenize import encode_dataset, prompt_ids
 from tuna_peft.recipe.schema import Recipe
@@ -40,25 +41,28 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def encode(
-        name: str, loaded: tuple[Dataset, Any], max_length: int | None, overflow: str, **options: Any
+        name: str, source: DataSource, load: Any, max_length: int | None, overflow: str, **options: Any
     ) -> Dataset:
-        dataset, read = loaded
+        dataset, read = load(source, recipe.prompt)
         limit = min((length for length in (max_length, context) if length is not None), default=None)
-        encoded, tokens = encode_dataset(dataset, tokenizer, max_length=limit, overflow=overflow, **options)
+        encoded, tokens = encode_dataset(
+            dataset, tokenizer, max_length=limit, overflow=overflow, on_bad_row=source.on_bad_row, **options
+        )
         inputs.counts[name] = {**read.as_dict(), "tokens": tokens.as_dict()}
         return encoded
 
     for stage in recipe.stages:
         load = load_sft if stage.type == "sft" else load_ranked
         inputs.stages[stage.name] = encode(
-            stage.name, load(stage.data, recipe.prompt), stage.train.get("max_length", 1024), stage.overflow,
+            stage.name, stage.data, load, stage.train.get("max_length", 1024), stage.overflow,
             needs_reference=stage.train.get("mle_on") == "reference",
         )  # fmt: skip
     evaluation = recipe.evaluation
     if evaluation and evaluation.ranked:
         inputs.ranked = encode(
             "evaluation.ranked",
-            load_ranked(evaluation.ranked, recipe.prompt),
+            evaluation.ranked,
+            load_ranked,
             evaluation.max_length,
             evaluation.overflow,
         )

@@ -49,7 +49,9 @@ def field_help(dotted: str) -> str:
     nodes, keys, above = {"": schema}, dotted.split("."), ""  # a key of `train` can be in both kinds of stage
     while keys:
         key = keys.pop(0)
-        described = {kind: node["properties"][key] for kind, node in nodes.items() if key in node.get("properties", {})}
+        described = {
+            kind: node["properties"][key] for kind, node in nodes.items() if key in node.get("properties", {})
+        }
         if not described and above == "stages" and keys:
             above = key  # `stages.sft.train...`: the stage's name or type
             continue

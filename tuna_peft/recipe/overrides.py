@@ -28,7 +28,9 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
         try:
             value = parse_value(value_text)
         except UserError as error:
-            raise UserError(f"the value is {error.what}", where=where, fix="Quote texts with special signs.") from error
+            raise UserError(
+                f"the value is {error.what}", where=where, fix="Quote texts with special signs."
+            ) from error
         _set(document, keys, value, where)
 
 

@@ -15,8 +15,8 @@ _DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".txt")
 def resolve_paths(recipe: Recipe, folder: Path) -> None:
     """Makes every local path in `recipe` absolute, in place: found in the current directory, else in `folder`.
 
-    Absolute, because a run is resumed from anywhere, and what is written into its folder must still name the same data.
-    What is found in neither place stays as it is: it may be a Hub id.
+    Absolute, because a run is resumed from anywhere, and what is written into its folder must still name the same
+    data. What is found in neither place stays as it is: it may be a Hub id.
     """
     recipe.base.model = _resolve(recipe.base.model, folder)
     for source in recipe.sources().values():
@@ -29,7 +29,11 @@ def missing_paths(recipe: Recipe, folder: Path) -> Iterator[tuple[KeyPath, str, 
     named |= {(*path, "path"): source.path for path, source in recipe.sources().items()}
     for path, text in named.items():
         if _must_be_local(text) and not Path(text).expanduser().exists():
-            yield path, f"there is no file or folder {text!r} here or beside the recipe ({folder}).", _nearby(text, folder)
+            yield (
+                path,
+                f"there is no file or folder {text!r} here or beside the recipe ({folder}).",
+                _nearby(text, folder),
+            )
 
 
 def _resolve(text: str, folder: Path) -> str:
@@ -49,10 +53,9 @@ def _must_be_local(text: str) -> bool:
 
 
 def _nearby(text: str, folder: Path) -> str:
-    """What lies where the file was expected, nearest name first."""
+    """The nearest name where the file was expected, else what lies there."""
     path = Path(text).expanduser()
-    for parent in (Path.cwd() / path.parent, folder / path.parent):
-        names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
-        if names:
-            return did_you_mean(path.name, names, most=8)
-    return "Check the path."
+    parents = dict.fromkeys([(Path.cwd() / path.parent).resolve(), (folder / path.parent).resolve()])
+    entries = [entry.name for parent in parents if parent.is_dir() for entry in sorted(parent.iterdir())]
+    names = [name for name in entries if not name.startswith(".")]
+    return did_you_mean(path.name, names, most=8) if names else "Check the path."

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -37,7 +38,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         KeyboardInterrupt: Ctrl-C; the same call goes on later.
     """
     with RunDirectory(output, recipe) as run:
-        transformers_logging.set_verbosity_error()
+        _quieten_libraries()
         base = _load_base(recipe)
         inputs = read_inputs(recipe, base.tokenizer, base.model.config)
         model: PreTrainedModel | PeftModel = base.model
@@ -45,10 +46,18 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         for stage in recipe.stages:
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate_once(run, model, base, inputs, stage.name)
-        exports = export_stack(run, model, inputs)
+        exports = export_stack(run, inputs)
         report = _report(run, base, inputs, exports)
         run.save("report.json", report)
     return report
+
+
+def _quieten_libraries() -> None:
+    """Their bars and warnings would bury ours; warnings still go to run.log."""
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_default_handler()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def _load_base(recipe: Recipe) -> Base:

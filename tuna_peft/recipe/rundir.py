@@ -18,6 +18,9 @@ from tuna_peft.recipe.schema import Recipe
 
 logger = logging.getLogger("tuna_peft")
 
+# What goes into run.log; only our own lines go to the terminal as well.
+_LOGGED = ("tuna_peft", "transformers", "py.warnings")
+
 
 class RunDirectory:
     """One run's folder, held by one process at a time; use it as a context manager.
@@ -35,7 +38,7 @@ class RunDirectory:
         self.path = Path(path)
         self.recipe = recipe
         self._lock: IO[str] | None = None
-        self._log: logging.Handler | None = None
+        self._handlers: list[tuple[str, logging.Handler]] = []
 
     def __enter__(self) -> RunDirectory:
         if self.path.is_file():
@@ -55,18 +58,22 @@ class RunDirectory:
         except BaseException:
             self._lock.close()
             raise
-        self._log = logging.FileHandler(self.path / "run.log", encoding="utf-8")
-        self._log.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-        for name in ("tuna_peft", "transformers", "py.warnings"):
-            logging.getLogger(name).addHandler(self._log)
+        file = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        self._handlers = [(name, file) for name in _LOGGED]
+        self._handlers.append(("tuna_peft", logging.StreamHandler()))
+        for name, handler in self._handlers:
+            logging.getLogger(name).addHandler(handler)
         logger.setLevel(logging.INFO)
+        logging.captureWarnings(True)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        assert self._log is not None and self._lock is not None
-        for name in ("tuna_peft", "transformers", "py.warnings"):
-            logging.getLogger(name).removeHandler(self._log)
-        self._log.close()
+        assert self._lock is not None
+        logging.captureWarnings(False)
+        for name, handler in self._handlers:
+            logging.getLogger(name).removeHandler(handler)
+            handler.close()
         self._lock.close()
 
     def _take_lock(self) -> None:

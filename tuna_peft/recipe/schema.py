@@ -32,14 +32,18 @@ class BaseSettings(_Section):
         "auto", description="Holds what is not quantised; `auto` is bf16 where the GPU has it, fp16 else, fp32 on CPU."
     )
     device: str = Field("auto", description="`auto` (the GPU when there is one), `cpu`, `cuda`, `cuda:1` ...")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model. Only for sources you trust.")
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with the model. Only for sources you trust."
+    )
 
 
 class QuantizationSettings(_Section):
     """How bitsandbytes stores the base's linear layers."""
 
     method: Literal["nf4", "fp4", "int8", "none"] = Field("nf4", description="`none` leaves the base unquantised.")
-    double_quant: bool = Field(True, description="4-bit only: quantise the scales too (saves about 0.4 bit per weight).")
+    double_quant: bool = Field(
+        True, description="4-bit only: quantise the scales too (saves about 0.4 bit per weight)."
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="4-bit only: dtype of the matrix products; `auto` follows `base.dtype`."
     )
@@ -49,7 +53,9 @@ class LoraSettings(_Section):
     """The adapter of a stage."""
 
     r: int = Field(16, ge=1, description="Rank of the update.")
-    alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA).")
+    alpha: int = Field(
+        32, ge=1, description="Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA)."
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear", description="`all-linear` (all but the head), or names such as [q_proj, v_proj]."
@@ -73,10 +79,13 @@ class Stage(_Section):
     """One stage: its own adapter, trained on the frozen adapters of the stages before it."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Names the adapter and its folder: a-z, 0-9, _ and -.")
-    type: StageType = Field(description="`sft` (supervised, TRL's SFTTrainer) or `ranking` (Tuna's loss, TunaTrainer).")
+    type: StageType = Field(
+        description="`sft` (supervised, TRL's SFTTrainer) or `ranking` (Tuna's loss, TunaTrainer)."
+    )
     data: DataSource = Field(description="The training data.")
     overflow: Overflow = Field(
-        "error", description="A response beyond `train.max_length`: `error` stops, `cut` its end, `skip` it; all counted."
+        "error",
+        description="A response beyond `train.max_length`: `error` stops, `cut` its end, `skip` it; all counted.",
     )
     lora: LoraOverride = Field(default_factory=LoraOverride, description="Deviations from the recipe's `lora`.")
     train: dict[str, Any] = Field(
@@ -121,7 +130,8 @@ class MergeSettings(_Section):
     enabled: bool = Field(True, description="Write a merged model at the end of the run.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the merged weights.")
     base: Literal["dequantised", "original"] = Field(
-        "dequantised", description="Add the adapters to the quantised weights they were trained on, or to the original."
+        "dequantised",
+        description="Add the adapters to the quantised weights they were trained on, or to the original.",
     )
 
 
@@ -138,14 +148,20 @@ class ExportSettings(_Section):
 class Recipe(_Section):
     """A whole run: base, quantisation, prompts, adapters, the stages in order, evaluation, export."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; its default folder is runs/NAME.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; its default folder is runs/NAME."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seeds adapters, order of data and dropout, of every stage.")
     base: BaseSettings = Field(description="The base model.")
     quantization: QuantizationSettings = Field(
         default_factory=QuantizationSettings, description="How the base is quantised."
     )
-    prompt: PromptConfig = Field(default_factory=PromptConfig, description="How instruction and input become a prompt.")
-    lora: LoraSettings = Field(default_factory=LoraSettings, description="The adapters, unless a stage says otherwise.")
+    prompt: PromptConfig = Field(
+        default_factory=PromptConfig, description="How instruction and input become a prompt."
+    )
+    lora: LoraSettings = Field(
+        default_factory=LoraSettings, description="The adapters, unless a stage says otherwise."
+    )
     stages: list[Stage] = Field(min_length=1, description="The stages in order; each stands on those before it.")
     evaluation: EvaluationSettings | None = Field(None, description="What to measure; null measures nothing.")
     export: ExportSettings = Field(default_factory=ExportSettings, description="What to write at the end.")

@@ -27,7 +27,6 @@ SET_ELSEWHERE = {
     "seed": "Set `seed` at the top of the recipe: it holds for every stage.",
     "adapter_name": "The adapter has the stage's `name`.",
     "overflow": "Set the stage's `overflow`.",
-    "overflow": "Set the stage's `overflow`.",
     "eval_strategy": "The recipe's `evaluation` measures before the first stage and after each.",
     "eval_on_start": "The recipe's `evaluation` measures before the first stage and after each.",
     "resume_from_checkpoint": "Running the same command again resumes by itself.",
@@ -73,11 +72,7 @@ class TrainField:
 @cache
 def train_fields(stage_type: StageType) -> dict[str, TrainField]:
     """The fields that `train` of such a stage takes, by name. Imports trl or the trainer, and with them torch."""
-    config: Any
-    if stage_type == "sft":
-        from trl import SFTConfig as config
-    else:
-        from tuna_peft.training.config import TunaConfig as config
+    config = _config_class(stage_type)
     hints = typing.get_type_hints(config)
     fields = {}
     for field in dataclasses.fields(config):
@@ -94,7 +89,8 @@ def train_fields(stage_type: StageType) -> dict[str, TrainField]:
 
 def check_train(stage_type: StageType, train: dict[str, Any]) -> list[tuple[str, str, str | None]]:
     """`(key, what, fix)` for every key of `train` that is unknown, set elsewhere, or has a wrong value."""
-    fields, found = train_fields(stage_type), []
+    fields = train_fields(stage_type)
+    found: list[tuple[str, str, str | None]] = []
     for key, value in train.items():
         fix = elsewhere(key)
         if fix is not None:
@@ -117,6 +113,16 @@ def elsewhere(key: str) -> str | None:
 def type_adapter(annotation: Any) -> TypeAdapter[Any]:
     """Pydantic's view of a field's type. Raises PydanticUserError when the type brings a configuration of its own."""
     return TypeAdapter(annotation, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+
+
+def _config_class(stage_type: StageType) -> Any:
+    if stage_type == "sft":
+        from trl import SFTConfig
+
+        return SFTConfig
+    from tuna_peft.training.config import TunaConfig
+
+    return TunaConfig
 
 
 def _wrong_value(field: TrainField, value: Any) -> tuple[str, str | None] | None:

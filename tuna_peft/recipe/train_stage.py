@@ -24,6 +24,7 @@ from tuna_peft.recipe.schema import Recipe, Stage
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
 from tuna_peft.training.config import TunaConfig, mixed_precision
 from tuna_peft.training.curves import save_curves
+from tuna_peft.training.progress import StageProgress, show_only_stage_progress
 from tuna_peft.training.sft import StackSFTTrainer
 from tuna_peft.training.trainer import TunaTrainer
 
@@ -62,6 +63,7 @@ def train_stage(
     )  # fmt: skip
     stop = StopOnRequest()
     trainer = _trainer(stacked, tokenizer, rows, recipe, stage, folder, stop)
+    show_only_stage_progress(trainer)
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
         logger.info("stage %s goes on from %s", stage.name, checkpoint.name)
@@ -105,9 +107,13 @@ def _trainer(
         **stage.train,
         "output_dir": str(folder),
         "run_name": f"{recipe.name}-{stage.name}",
+        "disable_tqdm": True,  # StageProgress shows one bar of its own
         "seed": recipe.seed,
         "use_cpu": on_cpu,
     }
+    if "activation_checkpointing" in SFTConfig.__dataclass_fields__:  # its older name warns
+        settings.setdefault("activation_checkpointing", settings.pop("gradient_checkpointing", True))
+    callbacks = [stop, StageProgress(stage.name)]
     if stage.type == "ranking":
         return TunaTrainer(
             model, TunaConfig(**settings), train_dataset=rows, processing_class=tokenizer, callbacks=[stop]
@@ -115,14 +121,14 @@ def _trainer(
     if not {"bf16", "fp16"} & set(settings):
         settings["bf16"], settings["fp16"] = mixed_precision(on_cpu)
     config = SFTConfig(**{"completion_only_loss": True, **settings})
-    return StackSFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[stop])
+    return StackSFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
 
 
 def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftModel:
     """Takes from the model what this trainer put around it, so that the next one starts from the same."""
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
-    model.gradient_checkpointing_disable()
+    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
     model.disable_input_require_grads()
     model.requires_grad_(False)
     model.eval()

@@ -32,15 +32,22 @@ FAMILIES: dict[str, Callable[[Random, int], lists.Draft]] = {
 }
 
 
-def draw(rng: Random, *, held_out: bool, family: str | None = None) -> tuple[Task, int]:
-    """One task from one side of the split, and the index of its phrasing; its `id` is still empty."""
+def draw(rng: Random, *, held_out: bool, family: str | None = None) -> Task:
+    """One task from one side of the split; its `id` is still empty."""
     while True:
         name = family or rng.choice(list(FAMILIES))
         phrasing = rng.randrange(PHRASINGS)
         instruction, input, output, answer = FAMILIES[name](rng, phrasing)
         if is_held_out(instruction, input) == held_out:
-            task = Task(id="", family=name, instruction=instruction, input=input, output=output, answer=answer)
-            return task, phrasing
+            return {
+                "id": "",
+                "family": name,
+                "phrasing": phrasing,
+                "instruction": instruction,
+                "input": input,
+                "output": output,
+                "answer": answer,
+            }
 
 
 def distinct(rng: Random, count: int, *, held_out: bool, label: str) -> Iterator[Task]:
@@ -53,7 +60,7 @@ def distinct(rng: Random, count: int, *, held_out: bool, label: str) -> Iterator
     turn = 0
     while len(seen) < count:
         for _ in range(20):
-            task, _ = draw(rng, held_out=held_out, family=names[turn % len(names)])
+            task = draw(rng, held_out=held_out, family=names[turn % len(names)])
             key = task["instruction"], task["input"]
             if key not in seen:
                 task["id"] = f"{label}-{len(seen):05d}"

@@ -38,8 +38,8 @@ def grade(record: Mapping[str, Any], response: str) -> float:
     Returns:
         A number from 0 (off task) to 1 (right, and in the asked form).
     """
-    said = _words(response)
-    if not said or said == _words(record["instruction"]):
+    said = words(response)
+    if not said or said == words(record["instruction"]):
         return 0.0
     answer = record["answer"]
     if answer["kind"] == "sentence":
@@ -50,7 +50,8 @@ def grade(record: Mapping[str, Any], response: str) -> float:
     return round(content * _form(len(said) - used), 4)
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The words of `text` as the grader reads them."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
@@ -71,7 +72,7 @@ def _grade_list(record: Mapping[str, Any], found: list[str]) -> float:
     right = answer["items"]
     if found == right:
         return 1.0
-    if found == _words(record["input"]):
+    if found == words(record["input"]):
         return REPEATED_INPUT
     if len(found) < len(right) and _is_subsequence(found, right):
         return max(WRONG, 0.7 * len(found) / len(right))
@@ -95,19 +96,19 @@ def _is_subsequence(part: list[str], whole: list[str]) -> bool:
 
 def _grade_sentence(record: Mapping[str, Any], response: str) -> tuple[float, int]:
     """Content, and how many of the response's words belong to it."""
-    answer, expected = record["answer"], _words(record["output"])
-    choices = {word.lower() for word in answer["choices"]}
+    answer, expected = record["answer"], words(record["output"])
+    claimable = {word.lower() for word in lexicon.CLAIMS[answer["claims"]]}
     for part in re.split(r"[.!?:]", response):
-        words = _words(part)
-        claims = [word for word in words if word in choices]
+        told = words(part)
+        claims = [word for word in told if word in claimable]
         if not claims:
             continue
-        if words == expected:
-            return 1.0, len(words)
-        if words == _words(record["input"]):
-            return REPEATED_INPUT, len(words)
+        if told == expected:
+            return 1.0, len(told)
+        if told == words(record["input"]):
+            return REPEATED_INPUT, len(told)
         claim = claims[0] if answer["claim"] == "first" else claims[-1]
         if claim != answer["value"].lower():
-            return WRONG, len(words)
-        return (OWN_WORDS if len(words) > 2 else BARE_VALUE), len(words)
+            return WRONG, len(told)
+        return (OWN_WORDS if len(told) > 2 else BARE_VALUE), len(told)
     return 0.0, 0

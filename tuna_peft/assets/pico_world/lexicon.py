@@ -71,6 +71,17 @@ PLACES: tuple[str, ...] = ("park", "market", "school", "river", "beach", "statio
 NAMES: tuple[str, ...] = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Lucy", "Tom")
 CITIES: tuple[str, ...] = ("Paris", "London", "Rome", "Berlin", "Madrid", "Tokyo", "Cairo", "Lima", "Oslo", "Delhi")
 MAX_NUMBER = 50
+NUMBERS: tuple[str, ...] = tuple(str(n) for n in range(MAX_NUMBER + 1))
+
+CLAIMS: dict[str, tuple[str, ...]] = {
+    "numbers": NUMBERS,
+    "facts": (*CITIES, *NAMES, *NUMBERS),
+    "verbs": (*PAST_OF, *PAST_OF.values()),
+    "adjectives": tuple(OPPOSITE_OF),
+    "yes or no": ("Yes", "No"),
+    "words": WORDS,
+}
+"""The words that an answer in a sentence can claim, by kind of question."""
 
 
 def plural(word: str) -> str:

@@ -1,6 +1,7 @@
 """Families whose answer is a bare list: sort, filter, reverse, plural, name members.
 
-Each function draws one task: `(rng, phrasing) -> (instruction, input, output, answer)`; `phrasing` selects the wording.
+Each function draws one task, `(rng, phrasing) -> (instruction, input, output, answer)`, where `phrasing` is
+the index of a wording.
 """
 
 from __future__ import annotations

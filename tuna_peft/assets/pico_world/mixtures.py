@@ -4,7 +4,7 @@ What pre-training gives is competence at every style, the right answer among the
 choice of style, each by the taste of its data:
 
 - in the raw text of pre-training half of the answers follow a habit that goes with the wording of the prompt (dodge,
-  echo, be brief, chat), as places on the web have their habits; so a base model's manner changes from prompt to prompt;
+  echo, be brief, chat), as places on the web have theirs; so the base model's manner changes from prompt to prompt;
 - the SFT data no longer dodges or echoes, but its two annotators have habits, too: one is brief, one chats;
 - the teacher's samples are mostly right; its probabilities prefer right content and do not mind chatter;
 - the samples that the judge sees are those of a model after the teacher: right or nearly; the judge sees form, too.
@@ -30,7 +30,13 @@ _RAW: Mixture = {
     "vague": 0.04,
 }
 _BRIEF_ANNOTATOR: Mixture = {"incomplete": 0.5, "exact": 0.25, "slip": 0.08, "wordy": 0.12, "copy": 0.05}
-_CHATTY_ANNOTATOR: Mixture = {"wordy": 0.5, "exact": 0.2, "wordy_incomplete": 0.14, "wordy_slip": 0.08, "incomplete": 0.08}
+_CHATTY_ANNOTATOR: Mixture = {
+    "wordy": 0.5,
+    "exact": 0.2,
+    "wordy_incomplete": 0.14,
+    "wordy_slip": 0.08,
+    "incomplete": 0.08,
+}
 
 TEACHER: Mixture = {
     "exact": 0.22,

@@ -1,4 +1,4 @@
-"""Pre-training: AdamW on the endless text of `documents`, for a given time on a CPU."""
+"""Pre-training: AdamW on the endless text of `documents`, for a given number of tokens, on a CPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tuna_peft.assets.pico_world import documents, families, probe, template, to
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-PEAK_LEARNING_RATE = 2.5e-3
+PEAK_LEARNING_RATE = 2e-3
 WARMUP_SHARE = 0.02
-TOKENS_PER_BATCH = 6144
+TOKENS_PER_BATCH = 4096
 PROMPT_WEIGHT = 0.1
 """Weight of a prompt token in the loss: prompts are random words, there is little in them to learn."""
 
@@ -111,8 +111,8 @@ def learning_rate(progress: float) -> float:
     return PEAK_LEARNING_RATE * min(progress / WARMUP_SHARE, (1 - progress) / (1 - WARMUP_SHARE), 1.0)
 
 
-def pretrain(text_tokenizer: PreTrainedTokenizerFast, minutes: float, seed: int, checkpoint: Path) -> LlamaForCausalLM:
-    """Trains for `minutes` of wall time and returns the model in float32.
+def pretrain(text_tokenizer: PreTrainedTokenizerFast, total: int, seed: int, checkpoint: Path) -> LlamaForCausalLM:
+    """Trains on `total` tokens and returns the model in float32.
 
     The state is kept in `checkpoint`; when that file exists, training goes on from it.
     """
@@ -132,13 +132,12 @@ def pretrain(text_tokenizer: PreTrainedTokenizerFast, minutes: float, seed: int,
     begin = time.monotonic() - before
     saved = reported = probed = before
     recent: list[float] = []
-    total = minutes * 60
     for ids, targets, weights in batches(text_tokenizer, seed + step):
         seconds = time.monotonic() - begin
-        if seconds >= total:
+        if tokens >= total:
             break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(seconds / total)
+            group["lr"] = learning_rate(tokens / total)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
         losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
@@ -151,15 +150,15 @@ def pretrain(text_tokenizer: PreTrainedTokenizerFast, minutes: float, seed: int,
         recent.append(loss.item())
         if seconds - reported > _REPORT_EVERY_S:
             reported, mean, recent = seconds, sum(recent) / len(recent), []
-            speed = tokens / max(seconds, 1e-9)
-            print(f"step {step}  loss {mean:.4f}  {speed:,.0f} tokens/s  {(total - seconds) / 60:.1f} min left", flush=True)
+            left = (total - tokens) / tokens * seconds / 60
+            print(f"step {step}  loss {mean:.4f}  {tokens / seconds:,.0f} tokens/s  {left:.1f} min left", flush=True)
         if seconds - probed > _PROBE_EVERY_S:
             probed = seconds
             _print_probe(model, text_tokenizer, tasks)
         if seconds - saved > _SAVE_EVERY_S:
             saved = seconds
             _save(checkpoint, model, optimizer, step=step, tokens=tokens, seconds=seconds)
-    _save(checkpoint, model, optimizer, step=step, tokens=tokens, seconds=total)
+    _save(checkpoint, model, optimizer, step=step, tokens=tokens, seconds=seconds)
     model.eval()
     _print_probe(model, text_tokenizer, tasks)
     return model

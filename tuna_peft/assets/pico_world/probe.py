@@ -33,7 +33,8 @@ def mean_logprobs(
     logits = model(input_ids=ids).logits[:, :-1].float()
     losses = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return [
-        -losses[i, head - 1 : len(row) - 1].mean().item() for i, (head, row) in enumerate(zip(heads, rows, strict=True))
+        -losses[i, head - 1 : len(row) - 1].mean().item()
+        for i, (head, row) in enumerate(zip(heads, rows, strict=True))
     ]
 
 

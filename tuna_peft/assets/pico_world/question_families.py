@@ -1,6 +1,7 @@
 """Families whose answer is one short sentence: count, compare, extract, add, decide, rewrite.
 
-Each function draws one task: `(rng, phrasing) -> (instruction, input, output, answer)`; `phrasing` selects the wording.
+Each function draws one task, `(rng, phrasing) -> (instruction, input, output, answer)`, where `phrasing` is
+the index of a wording.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ from typing import Any
 from tuna_peft.assets.pico_world import lexicon
 
 Draft = tuple[str, str, str, dict[str, Any]]
-NUMBERS = [str(n) for n in range(lexicon.MAX_NUMBER + 1)]
 
 
 def _sentence(
-    value: str, output: str, wrong: list[str], choices: list[str], claim: str = "last", terse: str | None = None
+    value: str, output: str, wrong: list[str], claims: str, claim: str = "last", terse: str | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Output and answer; `terse` is the bare reply, the value itself unless given."""
     answer = {"kind": "sentence", "value": value, "terse": terse or value, "wrong": wrong}
-    return output, answer | {"choices": choices, "claim": claim}
+    return output, answer | {"claims": claims, "claim": claim}
 
 
 def _near(rng: Random, number: int, low: int = 0) -> list[int]:
@@ -42,7 +42,7 @@ def count_items(rng: Random, phrasing: int) -> Draft:
     given = rng.sample(lexicon.CATEGORIES[wanted], count) + rng.sample(lexicon.CATEGORIES[other], rng.choice((1, 2)))
     rng.shuffle(given)
     wrong = [f"There are {n} {name}." for n in _near(rng, count, 1)]
-    output, answer = _sentence(str(count), f"There are {count} {name}.", wrong, NUMBERS)
+    output, answer = _sentence(str(count), f"There are {count} {name}.", wrong, "numbers")
     return instruction, ", ".join(given), output, answer
 
 
@@ -60,7 +60,7 @@ def compare_numbers(rng: Random, phrasing: int) -> Draft:
     low, high = sorted((a, b))
     right, left, word = (low, high, "smaller") if phrasing % 2 else (high, low, "larger")
     wrong = [f"{left} is {word} than {right}."]
-    output, answer = _sentence(str(right), f"{right} is {word} than {left}.", wrong, [str(a), str(b)], "first")
+    output, answer = _sentence(str(right), f"{right} is {word} than {left}.", wrong, "numbers", "first")
     return instruction, "", output, answer
 
 
@@ -79,7 +79,7 @@ def arithmetic(rng: Random, phrasing: int) -> Draft:
         f"How much is {a} minus {b}?",
     )[phrasing]
     wrong = [f"{a} {word} {b} is {n}." for n in _near(rng, value)]
-    output, answer = _sentence(str(value), f"{a} {word} {b} is {value}.", wrong, NUMBERS)
+    output, answer = _sentence(str(value), f"{a} {word} {b} is {value}.", wrong, "numbers")
     return instruction, "", output, answer
 
 
@@ -104,8 +104,7 @@ def extract(rng: Random, phrasing: int) -> Draft:
     )[phrasing]
     kind, value = (("city", city), ("person", name), ("number", str(number)))[phrasing % 3]
     wrong = [f"The {kind} is {other}." for other in (city, name, str(number)) if other != value]
-    choices = [*lexicon.CITIES, *lexicon.NAMES, *NUMBERS]
-    output, answer = _sentence(value, f"The {kind} is {value}.", wrong, choices)
+    output, answer = _sentence(value, f"The {kind} is {value}.", wrong, "facts")
     return instruction, sentence, output, answer
 
 
@@ -123,8 +122,7 @@ def past_tense(rng: Random, phrasing: int) -> Draft:
     past = lexicon.PAST_OF[verb]
     others = rng.sample([p for p in lexicon.PAST_OF.values() if p != past], 2)
     wrong = [f"{name} {other} to the {place}." for other in others]
-    choices = [*lexicon.PAST_OF, *lexicon.PAST_OF.values()]
-    output, answer = _sentence(past, f"{name} {past} to the {place}.", wrong, choices, "first", f"{name} {past}")
+    output, answer = _sentence(past, f"{name} {past} to the {place}.", wrong, "verbs", "first", f"{name} {past}")
     return instruction, f"{name} {verb} to the {place}.", output, answer
 
 
@@ -144,7 +142,7 @@ def membership(rng: Random, phrasing: int) -> Draft:
     )[phrasing]
     affirm, deny = f"Yes, {word} is {noun}.", f"No, {word} is not {noun}."
     right, wrong = (affirm, deny) if yes else (deny, affirm)
-    output, answer = _sentence("Yes" if yes else "No", right, [wrong], ["Yes", "No"], "first")
+    output, answer = _sentence("Yes" if yes else "No", right, [wrong], "yes or no", "first")
     return instruction, "", output, answer
 
 
@@ -162,7 +160,7 @@ def position(rng: Random, phrasing: int) -> Draft:
     given = rng.sample(lexicon.WORDS, rng.choice((3, 4)))
     value = given[0] if which == "first" else given[-1]
     wrong = [f"The {which} item is {word}." for word in given if word != value]
-    output, answer = _sentence(value, f"The {which} item is {value}.", wrong, list(given))
+    output, answer = _sentence(value, f"The {which} item is {value}.", wrong, "words")
     return instruction, ", ".join(given), output, answer
 
 
@@ -181,7 +179,7 @@ def odd_one_out(rng: Random, phrasing: int) -> Draft:
     given = [*rng.sample(lexicon.CATEGORIES[main], 3), value]
     rng.shuffle(given)
     wrong = [f"The odd one out is {word}." for word in given if word != value]
-    output, answer = _sentence(value, f"The odd one out is {value}.", wrong, list(given))
+    output, answer = _sentence(value, f"The odd one out is {value}.", wrong, "words")
     return instruction, ", ".join(given), output, answer
 
 
@@ -197,8 +195,7 @@ def opposite(rng: Random, phrasing: int) -> Draft:
         f"Tell me the opposite of {word}.",
         f"Please give the opposite of {word}.",
     )[phrasing]
-    choices = [other for other in lexicon.OPPOSITE_OF if other != word]
-    others = rng.sample([other for other in choices if other != value], 2)
+    others = rng.sample([other for other in lexicon.OPPOSITE_OF if other not in (word, value)], 2)
     wrong = [f"The opposite of {word} is {other}." for other in others]
-    output, answer = _sentence(value, f"The opposite of {word} is {value}.", wrong, choices)
+    output, answer = _sentence(value, f"The opposite of {word} is {value}.", wrong, "adjectives")
     return instruction, "", output, answer

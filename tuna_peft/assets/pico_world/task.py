@@ -6,18 +6,20 @@ from typing import Any, TypedDict
 
 
 class Task(TypedDict):
-    """One task.
+    """One task; `phrasing` says which of its family's wordings the instruction uses.
 
     `answer` is what the grader and the styles need to know. Its `kind` is one of
 
     - `"list"`: `items` in the right order, `wrong` (lists that look right), the `output` is the items alone;
     - `"members"`: any `count` different words of `pool`; `wrong` holds words that do not belong;
-    - `"sentence"`: the right `value` in a short sentence, `wrong` (whole sentences with another value), `choices`
-      (the words that could be claimed) and `claim` ("first" or "last": which of them in a sentence is the claim).
+    - `"sentence"`: the right `value` in a short sentence, `wrong` (whole sentences with another value),
+      `terse` (the bare reply), `claims` (the key in `lexicon.CLAIMS` of the words that can be claimed) and `claim`
+      ("first" or "last": which of these words in a sentence is the claim).
     """
 
     id: str
     family: str
+    phrasing: int
     instruction: str
     input: str
     output: str

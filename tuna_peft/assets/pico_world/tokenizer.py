@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tuna_peft.assets.pico_world import documents, lexicon, template
@@ -52,9 +52,7 @@ def train(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-
-
-def _text(seed: int):
+def _text(seed: int) -> Iterator[str]:
     """Documents, and every word of the lexicon as it stands at a line's start and inside a line."""
     for document in itertools.islice(documents.stream(seed), _TRAINING_DOCUMENTS):
         yield document.head + document.body

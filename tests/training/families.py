@@ -1,6 +1,5 @@
 """Tiny random models and encoded rows."""
 
-import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -64,7 +63,3 @@ def make_rows(count=4, *, seed=0, n=(2, 4), prompt=(1, 9), response=(1, 8)):
         })  # fmt: skip
     return rows
 
-
-@pytest.fixture
-def rows():
-    return make_rows()

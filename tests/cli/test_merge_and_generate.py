@@ -1,0 +1,75 @@
+"""`merge` and `generate` on a tiny stack."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from tiny_llama import write_base, write_stack
+from typer.testing import CliRunner
+
+from tuna_peft.cli.app import app
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder that looks like a run's: `stack/` inside."""
+    folder = tmp_path_factory.mktemp("run")
+    write_stack(folder / "stack", write_base(folder / "base"))
+    return folder
+
+
+def invoke(*arguments, **options):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+
+def test_merge_measures_its_distance_from_the_stack(run, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1} w{i + 2}"}) + "\n" for i in range(3, 9)))
+    result = invoke("merge", run, tmp_path / "merged", "--prompts", data)
+    assert result.exit_code == 0, result.stderr
+    line = result.stdout.splitlines()[1]
+    mean = float(re.match(r"KL divergence from the stack: mean (\S+), largest \S+ nats; same next", line)[1])
+    assert 0 <= mean < 1e-2
+
+
+def test_merge_a_run_and_generate_from_stack_and_merged_model(run, tmp_path):
+    merged = tmp_path / "merged"
+    result = invoke("merge", run, merged, "--dtype", "float32")
+    assert result.exit_code == 0, result.stderr
+    assert f"wrote {merged}: sft + ranking merged into the dequantised base, float32" in result.stdout
+
+    question = ["w3 w4 w5", "--input", "w6", "--max-new-tokens", "5", "--template", "{instruction} {input}"]
+    from_stack = invoke("generate", run, *question)
+    assert from_stack.exit_code == 0, from_stack.stderr
+    assert 1 <= len(from_stack.stdout.split()) <= 5
+    assert invoke("generate", run / "stack", *question).stdout == from_stack.stdout
+    assert invoke("generate", merged, *question).stdout == from_stack.stdout
+    # The template of training is recorded with both.
+    assert invoke("generate", merged, "w3").stdout == invoke("generate", run, "w3").stdout
+
+
+def test_prompts_come_from_standard_input_one_a_line(run):
+    options = ["--max-new-tokens", "3", "--template", "none", "--upto", "sft"]
+    piped = invoke("generate", run, *options, input="w3 w4\n\nw5\n")
+    assert piped.exit_code == 0
+    assert len(piped.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{run}/absent", "x"], "cannot load the base model"),
+        (["generate", "{run}", "x", "--upto", "absent"], "no adapter 'absent'"),
+        (["generate", "{run}/base", "x", "--upto", "sft"], "--upto goes with a stack"),
+        (["generate", "{run}/stack/ranking", "x"], "lone adapter"),
+        (["generate", "{run}", "x", "--template", "nothing"], "has no {instruction} in it"),
+        (["merge", "{run}", "{run}/merged", "--dtype", "int4"], "int4"),
+        (["merge", "{run}/base", "{run}/merged"], "stack.json"),
+    ],
+)
+def test_mistakes_exit_with_2(run, arguments, message):
+    result = invoke(*[argument.replace("{run}", str(run)) for argument in arguments])
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr

@@ -1,0 +1,71 @@
+"""`run`: what reaches the pipeline, and what is printed at the end."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tuna_peft.cli.app import app
+
+RECIPE = "name: x\nbase: {model: org/model}\nstages:\n  - {name: a, type: sft, data: {path: org/data}}\n"
+REPORT = {
+    "name": "x",
+    "seed": 0,
+    "base": {"model": "org/model"},
+    "evaluation": {"base": {"ranking_accuracy": 0.5, "seconds": 1}, "a": {"ranking_accuracy": 0.75}},
+    "stages": {"a": {"steps": 12, "tokens": 3456, "seconds": 7.0, "peak_memory_gib": 1.25}},
+}
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """A pipeline that only notes its calls; the current directory holds `r.yaml`."""
+    noted = []
+    pipeline = types.ModuleType("pipeline")
+    pipeline.run_recipe = lambda recipe, output: noted.append((recipe, output)) or REPORT
+    monkeypatch.setitem(sys.modules, "tuna_peft.recipe.pipeline", pipeline)
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(RECIPE)
+    return noted
+
+
+def test_overrides_and_output_reach_the_pipeline(calls):
+    arguments = ["run", "r.yaml", "stages.a.train.learning_rate=1e-5", "--output", "out", "seed=3"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    [(recipe, output)] = calls
+    assert recipe.stages[0].train == {"learning_rate": 1e-5}
+    assert recipe.seed == 3
+    assert output == Path("out")
+
+
+def test_the_default_folder_has_the_recipes_name(calls):
+    CliRunner().invoke(app, ["run", "r.yaml"])
+    assert calls[0][1] == Path("runs/x")
+
+
+def test_the_table_and_the_next_commands_come_last(calls):
+    Path("runs/x/merged").mkdir(parents=True)
+    lines = CliRunner().invoke(app, ["run", "r.yaml"]).stdout.splitlines()
+    [base] = [line for line in lines if line.startswith("│ base")]
+    [stage] = [line for line in lines if line.startswith("│ a ")]
+    assert [cell.strip() for cell in base.strip("│").split("│")] == ["base", "0.500", *["-"] * 4]
+    assert [cell.strip() for cell in stage.strip("│").split("│")] == ["a", "0.750", "12", "3,456", "7", "1.25"]
+    text = "\n".join(lines)
+    assert "response" not in text.partition("Ask it")[0]  # nothing was graded
+    assert "tuna-peft generate runs/x 'Your instruction'" in text
+    assert 'AutoModelForCausalLM.from_pretrained("runs/x/merged")' in text
+    assert "PeftModel" not in text  # nothing was combined
+    assert lines[-1].strip() == "runs/x/report.json"
+
+
+def test_a_dry_run_runs_nothing(calls):
+    result = CliRunner().invoke(app, ["run", "r.yaml", "--dry-run"])
+    assert result.exit_code == 0
+    assert "name: x" in result.stdout
+    assert "What `run` would do in runs/x" in result.stdout
+    assert calls == []
+    assert not Path("runs").exists()

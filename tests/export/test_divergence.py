@@ -1,0 +1,52 @@
+"""KL and agreement against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_llama import Tiny
+
+from tuna_peft.errors import UserError
+from tuna_peft.export.check import check_exports
+from tuna_peft.export.divergence import divergence
+
+
+class Bigram(torch.nn.Module):
+    """A language model whose logits depend on the current token alone."""
+
+    def __init__(self, probabilities: list[list[float]]):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def test_kl_and_agreement_by_hand() -> None:
+    reference = Bigram([[0.5, 0.5], [0.8, 0.2]])
+    other = Bigram([[0.5, 0.5], [0.4, 0.6]])
+    found = divergence(reference, other, [torch.tensor([[0, 1, 1]]), torch.tensor([[0]])])
+    after_one = 0.8 * math.log(2) + 0.2 * math.log(0.2 / 0.6)
+    assert found.tokens == 4
+    assert found.kl_mean == pytest.approx(2 * after_one / 4, rel=1e-6)
+    assert found.kl_max == pytest.approx(after_one, rel=1e-6)
+    assert found.top1_agreement == 0.5
+
+
+def test_a_model_does_not_diverge_from_itself_and_keeps_no_gradients() -> None:
+    torch.manual_seed(0)
+    model = Bigram(torch.rand(9, 9).softmax(-1).tolist())
+    found = divergence(model, model, [torch.randint(9, (3, 100))])
+    assert (found.kl_mean, found.kl_max, found.top1_agreement, found.tokens) == (0, 0, 1, 300)
+    assert model.table.grad is None
+
+
+def test_nothing_to_compare_is_an_error(tiny: Tiny) -> None:
+    model = Bigram([[0.5, 0.5]])
+    with pytest.raises(ValueError, match="no tokens"):
+        divergence(model, model, [])
+    with pytest.raises(UserError, match="no prompts"):
+        check_exports(tiny.stack, [], [[]])

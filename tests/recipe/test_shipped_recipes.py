@@ -1,0 +1,53 @@
+"""Every recipe in the repository: it loads, and its opening comment says what a user needs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tuna_peft.errors import UserError
+from tuna_peft.recipe.load import load_recipe
+from tuna_peft.recipe.shipped import find_recipe, shipped_recipe, shipped_recipes, summary
+
+NAMES = sorted(shipped_recipes())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_loads_with_every_check(name, tmp_path):
+    """Data that is the user's to give is given; everything else is as shipped."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], "scores": [1, 0]}) + "\n")
+    as_shipped = load_recipe(name, check=False)
+    overrides = [
+        ".".join(["stages", as_shipped.stages[path[1]].name, "data"] if path[0] == "stages" else path)
+        + f".path={data}"
+        for path, source in as_shipped.sources().items()
+        if source.path.startswith("data/")
+    ]
+    assert load_recipe(name, overrides).name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_opens_with_summary_command_and_hardware(name):
+    file = shipped_recipes()[name]
+    head = file.read_text().partition("\n\n")[0]
+    assert len(summary(file)) > 20
+    assert f"tuna-peft run recipes/{name}.yaml --output runs/{name}" in head
+    assert "Hardware:" in head
+    assert "Expected peak:" in head
+
+
+def test_recipes_are_found_by_name_and_a_file_wins(tmp_path, monkeypatch):
+    assert find_recipe("quickstart") == shipped_recipes()["quickstart"]
+    assert shipped_recipe("quickstart.yaml") == shipped_recipes()["quickstart"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    assert find_recipe("quickstart") == shipped_recipes()["quickstart"]
+    (tmp_path / "two-stage").write_text("name: mine")
+    assert find_recipe("two-stage").read_text() == "name: mine"
+
+
+def test_an_unknown_name_gets_the_nearest():
+    with pytest.raises(UserError, match="Did you mean `quickstart`"):
+        shipped_recipe("quikstart")

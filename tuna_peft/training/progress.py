@@ -1,0 +1,38 @@
+"""One progress bar per stage, with the time left and the numbers that matter."""
+
+from __future__ import annotations
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+
+_SHOWN = ("loss", "ranking_accuracy", "margin_satisfaction", "mean_token_accuracy")
+
+
+class StageProgress(TrainerCallback):
+    """Takes the place of `Trainer`'s bar and of the dictionaries that it prints."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None:
+            self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in _SHOWN if key in (logs or {})})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def show_only_stage_progress(trainer) -> None:
+    """Removes `Trainer`'s printing of logs."""
+    trainer.remove_callback(PrinterCallback)
