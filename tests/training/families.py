@@ -36,7 +36,7 @@ def make_model(family="llama", attn_implementation="sdpa", **overrides):
     return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
 
 
-def make_rows(count=4, *, seed=0, n=(2, 4), prompt=(1, 9), response=(1, 8)):
+def make_rows(count=4, *, seed=0, n=(2, 4), prompt=(1, 9), response=(1, 8), vocabulary=61):
     """Encoded ranked rows with random tokens, lengths, numbers of responses and ties."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -44,7 +44,7 @@ def make_rows(count=4, *, seed=0, n=(2, 4), prompt=(1, 9), response=(1, 8)):
         return int(torch.randint(low, high + 1, (1,), generator=generator))
 
     def tokens(length):
-        return torch.randint(3, 64, (length,), generator=generator).tolist()
+        return torch.randint(3, 3 + vocabulary, (length,), generator=generator).tolist()
 
     rows = []
     for _ in range(count):

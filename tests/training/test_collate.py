@@ -1,8 +1,9 @@
 """Packed rows and their mask, against matrices written by hand."""
 
 import torch
+from families import make_rows
 
-from tuna_peft.data.collate import RankedCollator
+from tuna_peft.data.collate import RankedCollator, unique_tokens
 from tuna_peft.training.prefix import shared_prefix_mask
 
 ROW = {
@@ -13,58 +14,120 @@ ROW = {
     "reference_ids": [9, 2],
     "reference_skip": 0,
 }
-SHORT = {**ROW, "prompt_ids": [1], "completions_ids": [[5, 6, 2], [5, 2]], "completion_skips": [1, 1]}
+# Responses that begin alike, the second a prefix of the first but for its end.
+ALIKE = {
+    "prompt_ids": [1],
+    "completions_ids": [[5, 6, 7, 2], [5, 6, 2], [5, 8, 2]],
+    "completion_skips": [1, 1, 1],
+    "ranks": [0, 1, 2],
+    "reference_ids": [5, 6, 2],
+    "reference_skip": 1,
+}
+
+
+def collate(*rows, **settings):
+    return RankedCollator(**{"pad_token_id": 0, "pad_to_multiple_of": 1, **settings})(rows)
+
+
+def mask(batch, window=None):
+    return shared_prefix_mask(batch["segment_ids"], batch["position_ids"], batch["limits"], window)[:, 0].int()
 
 
 def test_one_row():
-    batch = RankedCollator(pad_token_id=0, pad_to_multiple_of=1)([ROW])
+    batch = collate(ROW)
     assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 2, 8, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3]]
     assert batch["segment_ids"].tolist() == [[0, 0, 1, 1, 1, 2, 2]]
     assert batch["predictors"].tolist() == [1, 2, 3, 1, 5]
     assert batch["targets"].tolist() == [6, 7, 2, 8, 2]
+    assert batch["path"].tolist() == [0, 1, 2, 3, 4]
     assert batch["candidates"].tolist() == [0, 0, 0, 1, 1]
     assert batch["ranks"].tolist() == [[0, 1]]
     assert batch["mle"].tolist() == [[True, True]]
+    assert mask(batch)[0].tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1, 1],
+    ]
+    assert mask(batch, window=2)[0].tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0],
+        [0, 1, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
 
 
-def test_padding_skips_and_fewer_responses():
-    one = {**SHORT, "completions_ids": [[5, 6, 2]], "completion_skips": [1], "ranks": [0]}
-    batch = RankedCollator(pad_token_id=0, pad_to_multiple_of=8)([ROW, one])
+def test_responses_that_begin_alike_share_their_tokens():
+    batch = collate(ALIKE)
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 2, 2, 8, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 2, 3]]
+    assert batch["segment_ids"].tolist() == [[0, 1, 1, 1, 1, 2, 3, 3]]
+    # 5 is skipped: it belongs to the prompt's text. 6 is predicted once, and is part of two responses.
+    assert batch["targets"].tolist() == [6, 7, 2, 2, 8, 2]
+    assert batch["predictors"].tolist() == [1, 2, 3, 2, 1, 6]
+    assert batch["path"].tolist() == [0, 1, 2, 0, 3, 4, 5]
+    assert batch["candidates"].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert mask(batch)[0].tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_a_reference_that_is_one_of_the_responses_costs_nothing():
+    batch = collate(ALIKE, mle_on="reference")
+    assert unique_tokens(batch) == 8
+    assert batch["candidates"].tolist()[-2:] == [3, 3] and batch["path"].tolist()[-2:] == [0, 3]
+
+
+def test_padding_and_fewer_responses():
+    one = {**ROW, "prompt_ids": [1], "completions_ids": [[5, 6, 2]], "completion_skips": [1], "ranks": [0]}
+    batch = collate(ROW, one, pad_to_multiple_of=8)
     assert batch["input_ids"].shape == (2, 8)
-    assert batch["segment_ids"][1].tolist() == [0, 1, 1, 1, -1, -1, -1, -1]
-    # The skipped token 5 belongs to the prompt's text: it predicts, and is not predicted.
+    assert batch["segment_ids"][1].tolist() == [0, 1, 1, 1, 3, 3, 3, 3]
+    assert unique_tokens(batch) == 7 + 4
     assert batch["predictors"][5:].tolist() == [8 + 1, 8 + 2]
     assert batch["targets"][5:].tolist() == [6, 2]
     assert batch["candidates"][5:].tolist() == [2, 2]
     assert batch["ranks"].tolist() == [[0, 1], [0, -1]]
     assert batch["mle"].tolist() == [[True, True], [True, False]]
+    assert mask(batch)[1, 4:].tolist() == torch.eye(8)[4:].int().tolist()
 
 
 def test_likelihood_on_best_and_on_the_reference():
-    assert RankedCollator(0, mle_on="best")([ROW])["mle"].tolist() == [[True, False]]
-    batch = RankedCollator(0, mle_on="reference", pad_to_multiple_of=1)([ROW])
+    assert collate(ROW, mle_on="best")["mle"].tolist() == [[True, False]]
+    batch = collate(ROW, mle_on="reference")
     assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 2, 8, 2, 9, 2]]
     assert batch["ranks"].tolist() == [[0, 1, -1]]
     assert batch["mle"].tolist() == [[False, False, True]]
 
 
-def test_mask():
-    segments = torch.tensor([[0, 0, 1, 1, 2, -1]])
-    positions = torch.tensor([[0, 1, 2, 3, 2, 0]])
-    assert shared_prefix_mask(segments, positions)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
-    assert shared_prefix_mask(segments, positions, window=2)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0],
-        [0, 1, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
+def test_mask_is_the_one_of_each_token_s_own_sequence():
+    """Independently of segments: q sees k when k lies on the way from the root to q."""
+    rows = make_rows(6, vocabulary=5, n=(4, 6))  # few tokens: deep sharing
+    batch = collate(*rows)
+    for b, row in enumerate(rows):
+        sequences = [tuple(row["prompt_ids"] + response) for response in row["completions_ids"]]
+        prefixes = {sequence[:depth] for sequence in sequences for depth in range(1, len(sequence) + 1)}
+        assert unique_tokens(collate(row)) == len(prefixes)
+        seen = mask(batch)[b]
+        ids, positions = batch["input_ids"][b], batch["position_ids"][b]
+        found = set()
+        for q in range(len(prefixes)):
+            keys = seen[q].nonzero().flatten()
+            keys = keys[positions[keys].argsort()]
+            assert positions[keys].tolist() == list(range(int(positions[q]) + 1))
+            found.add(tuple(ids[keys].tolist()))
+        assert found == prefixes

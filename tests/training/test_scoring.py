@@ -30,7 +30,7 @@ def packed_rows(model, rows, **collator):
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_separate(family, attn_implementation):
-    model, rows = make_model(family, attn_implementation), make_rows()
+    model, rows = make_model(family, attn_implementation), make_rows(2) + make_rows(2, vocabulary=3, seed=1)
     weights = torch.linspace(-1, 1, sum(len(row["ranks"]) for row in rows))
     gradients, values = [], []
     for score in (separate_rows, lambda *args: packed_rows(*args)[0]):

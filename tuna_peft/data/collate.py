@@ -1,21 +1,24 @@
-"""Packs each prompt and its responses into one row: [prompt | response 1 | ... | response N].
+"""Packs each prompt and its responses into one row that computes every shared token once.
 
-The prompt is computed once for all of its responses; each response sees the prompt and itself, and its positions go on
-after the prompt, so every hidden state is the one of a separate row.
+A prompt's N sequences (prompt + response) form a tree: what several of them begin with, the prompt above all, is one
+branch. A row holds the tree's tokens in the order in which the sequences add them, so [prompt | r1 | ... | rN] when
+responses share nothing. Each token sees the tokens of its own sequence before it, at the positions that it would have
+in a separate row, so that every hidden state is that of a separate row.
 
-Shape suffixes: B prompts, N responses, T tokens of a row, R predicted tokens of the batch.
+Shape suffixes: B prompts, N responses, T tokens of a row, S segments of a row, R predicted tokens and P path entries
+of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-PROMPT_SEGMENT = 0
-PADDING_SEGMENT = -1
+# A limit beyond every position: the whole of a segment is visible.
+EVERYTHING = 2**31 - 1
 
 
 @dataclass
@@ -24,10 +27,13 @@ class RankedCollator:
 
     The batch holds:
 
-    - `input_ids`, `position_ids`, `segment_ids` `(B, T)`; segments: 0 prompt, 1..N responses, -1 padding;
-    - `predictors` `(R,)`: index into the flattened `(B * T)` positions of the token that predicts each target;
-    - `targets` `(R,)`: the response tokens that carry loss;
-    - `candidates` `(R,)`: index into the flattened `(B * N)` responses that each target belongs to;
+    - `input_ids`, `position_ids`, `segment_ids` `(B, T)`: the tree's tokens, their depth, and the unbranched run of
+      tokens that each belongs to (padding is a last segment of its own);
+    - `limits` `(B, S, S)`: a token of segment a sees those tokens of segment b whose position is below `limits[a, b]`;
+    - `predictors`, `targets` `(R,)`: each token that carries loss, once, and the index into the flattened `(B * T)`
+      positions of the token before it;
+    - `path`, `candidates` `(P,)`: which of those R tokens make up which response, as an index into the flattened
+      `(B * N)` responses;
     - `ranks` `(B, N)`: 0 is best, equal where tied, -1 where there is no ranked response;
     - `mle` `(B, N)`: which responses the likelihood term covers.
 
@@ -35,53 +41,107 @@ class RankedCollator:
         pad_token_id: Fills `input_ids`; never looked at, padding is known by its segment.
         mle_on: `all`, `best` or `reference`; the last one appends the reference response as one more, unranked.
         pad_to_multiple_of: Rows are padded to a multiple of this.
+        share_responses: Share what responses have in common beyond the prompt.
     """
 
     pad_token_id: int
     mle_on: str = "all"
     pad_to_multiple_of: int = 8
+    share_responses: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         packed = [self._pack(row) for row in rows]
-        width = max(len(row["input_ids"]) for row in packed)
+        width = max(len(tree.tokens) for tree in packed)
         width += -width % self.pad_to_multiple_of
-        n = max(len(row["ranks"]) for row in packed)
+        n = max(len(tree.ranks) for tree in packed)
+        segments = max(len(tree.limits) for tree in packed) + 1
 
-        def stack(key: str, size: int, fill: int) -> torch.Tensor:
-            return torch.tensor([row[key] + [fill] * (size - len(row[key])) for row in packed])
+        def stack(columns: list[list[int]], size: int, fill: int) -> torch.Tensor:
+            return torch.tensor([column + [fill] * (size - len(column)) for column in columns])
 
+        limits = torch.zeros(len(rows), segments, segments, dtype=torch.int32)
+        targets, predictors, path, candidates = [], [], [], []
+        for b, tree in enumerate(packed):
+            for segment, seen in enumerate(tree.limits):
+                for other, limit in seen.items():
+                    limits[b, segment, other] = limit
+            numbers: dict[int, int] = {}  # of a token in this row, among the R of the batch
+            for k, tokens in enumerate(tree.loss_tokens):
+                for token in tokens:
+                    if token not in numbers:
+                        numbers[token] = len(targets)
+                        targets.append(tree.tokens[token])
+                        predictors.append(b * width + tree.parents[token])
+                    path.append(numbers[token])
+                    candidates.append(b * n + k)
         return {
-            "input_ids": stack("input_ids", width, self.pad_token_id),
-            "position_ids": stack("position_ids", width, 0),
-            "segment_ids": stack("segment_ids", width, PADDING_SEGMENT),
-            "predictors": torch.tensor([b * width + t for b, row in enumerate(packed) for t in row["predictors"]]),
-            "targets": torch.tensor([token for row in packed for token in row["targets"]]),
-            "candidates": torch.tensor([b * n + k for b, row in enumerate(packed) for k in row["candidates"]]),
-            "ranks": stack("ranks", n, -1),
-            "mle": stack("mle", n, 0).bool(),
+            "input_ids": stack([tree.tokens for tree in packed], width, self.pad_token_id),
+            "position_ids": stack([tree.positions for tree in packed], width, 0),
+            "segment_ids": stack([tree.segments for tree in packed], width, segments - 1),
+            "limits": limits,
+            "predictors": torch.tensor(predictors),
+            "targets": torch.tensor(targets),
+            "path": torch.tensor(path),
+            "candidates": torch.tensor(candidates),
+            "ranks": stack([tree.ranks for tree in packed], n, -1),
+            "mle": stack([tree.mle for tree in packed], n, 0).bool(),
         }
 
-    def _pack(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        prompt = list(row["prompt_ids"])
+    def _pack(self, row: dict[str, Any]) -> _Tree:
         responses = list(zip(row["completions_ids"], row["completion_skips"], row["ranks"], strict=True))
         if self.mle_on == "reference":
             responses.append((row["reference_ids"], row["reference_skip"], -1))
-        packed: dict[str, list[int]] = {
-            "input_ids": list(prompt),
-            "position_ids": list(range(len(prompt))),
-            "segment_ids": [PROMPT_SEGMENT] * len(prompt),
-            "predictors": [], "targets": [], "candidates": [], "ranks": [], "mle": [],
-        }  # fmt: skip
-        for k, (tokens, skip, rank) in enumerate(responses):
-            start = len(packed["input_ids"])
-            packed["input_ids"] += tokens
-            packed["position_ids"] += range(len(prompt), len(prompt) + len(tokens))
-            packed["segment_ids"] += [k + 1] * len(tokens)
-            for t in range(skip, len(tokens)):
-                # The last prompt token predicts the first token of every response.
-                packed["predictors"].append(start + t - 1 if t else len(prompt) - 1)
-                packed["targets"].append(tokens[t])
-                packed["candidates"].append(k)
-            packed["ranks"].append(rank)
-            packed["mle"].append(int(self.mle_on == "all" or rank == (0 if self.mle_on == "best" else -1)))
-        return packed
+        tree = _Tree()
+        prompt = tree.add(row["prompt_ids"], share=True)
+        for tokens, skip, rank in responses:
+            tree.loss_tokens.append(tree.add(tokens, after=prompt[-1], share=self.share_responses)[skip:])
+            tree.ranks.append(rank)
+            tree.mle.append(int(self.mle_on == "all" or rank == (0 if self.mle_on == "best" else -1)))
+        return tree
+
+
+def unique_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """The tokens that a batch computes, without its padding."""
+    return int((batch["segment_ids"] < batch["limits"].shape[1] - 1).sum())
+
+
+@dataclass
+class _Tree:
+    """One row: tokens by index, with the index of the token before each (-1 for the first)."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    limits: list[dict[int, int]] = field(default_factory=list)
+    loss_tokens: list[list[int]] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    mle: list[int] = field(default_factory=list)
+    _children: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, tokens: Sequence[int], *, after: int = -1, share: bool) -> list[int]:
+        """Adds a sequence behind the token `after`; returns the index of each of its tokens."""
+        indices, parent, shared = [], after, share
+        for token in tokens:
+            index = self._children.get((parent, token)) if shared else None
+            if index is None:
+                index = len(self.tokens)
+                if not indices or shared or not self.limits:  # the first token off the beaten path
+                    self._branch_off(parent)
+                shared = False
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.positions.append(self.positions[parent] + 1 if parent >= 0 else 0)
+                self.segments.append(len(self.limits) - 1)
+                self._children.setdefault((parent, token), index)
+            indices.append(index)
+            parent = index
+        return indices
+
+    def _branch_off(self, parent: int) -> None:
+        """A new segment, which sees what `parent` sees, and of its segment the tokens up to it."""
+        seen: dict[int, int] = {}
+        if parent >= 0:
+            home = self.segments[parent]
+            seen = {**self.limits[home], home: self.positions[parent] + 1}
+        self.limits.append({**seen, len(self.limits): EVERYTHING})

@@ -1,6 +1,6 @@
 """The attention mask of shared-prefix rows.
 
-Shape suffixes: B rows, T tokens of a row; q queries, k keys.
+Shape suffixes: B rows, T tokens of a row, S segments of a row; q queries, k keys.
 """
 
 from __future__ import annotations
@@ -9,34 +9,33 @@ from typing import Any
 
 import torch
 
-from tuna_peft.data.collate import PADDING_SEGMENT, PROMPT_SEGMENT
 from tuna_peft.errors import UserError
 
 
 def shared_prefix_mask(
-    segment_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, window: int | None = None
+    segment_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, limits_BSS: torch.Tensor, window: int | None = None
 ) -> torch.Tensor:
-    """`(B, 1, T, T)` booleans, True where query q may look at key k.
-
-    A token sees itself, what comes before it in its own segment, and the prompt. Padding sees itself alone: a query
-    without any key would turn into NaN.
+    """`(B, 1, T, T)` booleans, True where query q may look at key k: at itself and what its sequence has before it.
 
     Args:
-        segment_ids_BT: 0 prompt, 1..N responses, -1 padding.
-        position_ids_BT: Positions that go on after the prompt in each response.
+        segment_ids_BT: See `RankedCollator`, as for the others. Padding sees itself alone: a query without any key
+            would turn into NaN.
+        position_ids_BT: Positions in the sequence of each token.
+        limits_BSS: Up to which position a segment sees another.
         window: Keys further back than this are hidden (sliding-window models lose their own window when they are
             given a mask, so it is built in here).
     """
-    q, k = segment_ids_BT[:, :, None], segment_ids_BT[:, None, :]
-    causal_TT = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
-    mask_BTT = causal_TT & ((q == k) | (k == PROMPT_SEGMENT)) & (q != PADDING_SEGMENT)
+    rows = torch.arange(len(segment_ids_BT), device=segment_ids_BT.device)[:, None, None]
+    q, k = position_ids_BT[:, :, None], position_ids_BT[:, None, :]
+    mask_BTT = k < limits_BSS[rows, segment_ids_BT[:, :, None], segment_ids_BT[:, None, :]]
+    mask_BTT &= k <= q
     if window is not None:
-        mask_BTT &= position_ids_BT[:, :, None] - position_ids_BT[:, None, :] < window
-    mask_BTT |= torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
+        mask_BTT &= q - k < window
+    mask_BTT |= torch.eye(mask_BTT.shape[1], dtype=torch.bool, device=mask_BTT.device)
     return mask_BTT[:, None]
 
 
-def attention_masks(model: Any, segment_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor) -> Any:
+def attention_masks(model: Any, batch: dict[str, torch.Tensor]) -> Any:
     """The mask in the form the model takes: a tensor, or one by layer type where its layers differ.
 
     Raises:
@@ -56,9 +55,10 @@ def attention_masks(model: Any, segment_ids_BT: torch.Tensor, position_ids_BT: t
             f"{config.model_type} has layers of type {', '.join(sorted(unknown))}, which cannot share a prompt's rows",
             fix="Use a model with plain attention layers.",
         )
+    layout = batch["segment_ids"], batch["position_ids"], batch["limits"]
     masks = {}
     for kind in kinds:
-        mask = shared_prefix_mask(segment_ids_BT, position_ids_BT, window if kind == "sliding_attention" else None)
+        mask = shared_prefix_mask(*layout, window if kind == "sliding_attention" else None)
         if kernel == "eager":  # adds its mask to the scores
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         masks[kind] = mask

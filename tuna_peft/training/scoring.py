@@ -1,6 +1,6 @@
 """From a packed batch to the log-probability of every response, for training and evaluation alike.
 
-Shape suffixes: B prompts, N responses, T tokens of a row, R predicted tokens.
+Shape suffixes: B prompts, N responses, T tokens of a row, R predicted tokens (each once).
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def response_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Re
         model,
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
-        attention_mask=attention_masks(unwrapped, batch["segment_ids"], batch["position_ids"]),
+        attention_mask=attention_masks(unwrapped, batch),
     )
     head = require_plain_head(unwrapped)
     logps_R = token_logps(hidden_BTD.flatten(0, 1)[batch["predictors"]], head, batch["targets"])
     shape = batch["ranks"].shape
-    sums = logps_R.new_zeros(shape.numel()).index_add(0, batch["candidates"], logps_R)
+    sums = logps_R.new_zeros(shape.numel()).index_add(0, batch["candidates"], logps_R[batch["path"]])
     lengths = torch.bincount(batch["candidates"], minlength=shape.numel())
     return ResponseLogps(sums.view(shape), lengths.view(shape))
 

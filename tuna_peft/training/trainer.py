@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from tuna_peft.data.collate import RankedCollator
+from tuna_peft.data.collate import RankedCollator, unique_tokens
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
 from tuna_peft.models.base import keep_quantised_layout, load_base
@@ -172,7 +172,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also counts what the loss of this optimiser step is averaged over, in all micro-batches and processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.state.num_input_tokens_seen += sum(int((batch["segment_ids"] >= 0).sum()) for batch in batches)
+        self.state.num_input_tokens_seen += sum(unique_tokens(batch) for batch in batches)
         return batches, self._count(batches)
 
     def _count(self, batches: list[dict[str, torch.Tensor]]) -> StepCounts:
