@@ -65,21 +65,26 @@ def _swap(aside: Path, final: Path) -> None:
             shutil.rmtree(before, ignore_errors=True)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` as UTF-8, aside and then renamed, flushed to disk."""
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes `data` aside, flushed to disk, and then renames it."""
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         with _disk_full_is_a_user_error(final):
-            with open(aside, "w", encoding="utf-8") as out:
-                out.write(text)
+            with open(aside, "wb") as out:
+                out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(aside, final)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes `text` as UTF-8, see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -111,7 +111,7 @@ def _edit_adapter(stack: Path, name: str, settings: dict[str, Any], tensors: dic
     save_file(load_file(weights) | tensors, weights)
     manifest = json.loads((stack / "stack.json").read_text())
     entry = next(entry for entry in manifest["adapters"] if entry["name"] == name)
-    entry["sha256"] = sha256(weights)
+    entry["sha256"] = {file.name: sha256(file) for file in (weights, weights.with_name("adapter_config.json"))}
     (stack / "stack.json").write_text(json.dumps(manifest))
 
 

@@ -153,7 +153,7 @@ def test_upto_merges_the_lower_part(tiny: Tiny, tmp_path: Path) -> None:
     assert found.kl_max <= 1e-10
 
 
-@pytest.mark.parametrize("part", [1 << 12, 7], ids=["whole", "in-parts"])
+@pytest.mark.parametrize("part", [1 << 14, 7], ids=["whole", "in-parts"])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
 def test_dequantised_is_bitwise_the_live_weight(

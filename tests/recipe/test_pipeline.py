@@ -179,9 +179,8 @@ def test_a_changed_recipe_is_refused_with_its_keys(straight, files):
 
 
 def test_a_folder_in_use_or_of_somebody_else_is_refused(files, tmp_path):
-    with RunDirectory(tmp_path / "run", recipe(files)):
-        with pytest.raises(UserError, match="in use by another run"):
-            run_recipe(recipe(files), tmp_path / "run")
+    with RunDirectory(tmp_path / "run", recipe(files)), pytest.raises(UserError, match="in use by another run"):
+        run_recipe(recipe(files), tmp_path / "run")
     with RunDirectory(tmp_path / "run", recipe(files)):
         pass  # released
     (tmp_path / "other").mkdir()

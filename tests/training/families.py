@@ -62,4 +62,3 @@ def make_rows(count=4, *, seed=0, n=(2, 4), prompt=(1, 9), response=(1, 8), voca
             "reference_skip": 0,
         })  # fmt: skip
     return rows
-

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from families import make_model, make_rows
 from datasets import Dataset
+from families import make_model, make_rows
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -49,8 +49,15 @@ def config(folder, **settings):
 
 
 def trainer(model, folder, rows, callbacks=None, **settings):
-    return TunaTrainer(model, config(folder, **settings), train_dataset=Dataset.from_list(rows),
-                       eval_dataset=Dataset.from_list(rows), processing_class=Tokens(), callbacks=callbacks)  # fmt: skip
+    data = Dataset.from_list(rows)
+    return TunaTrainer(
+        model,
+        config(folder, **settings),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=Tokens(),
+        callbacks=callbacks,
+    )
 
 
 def stacked(base_folder, names=("one",)):
@@ -72,7 +79,7 @@ def losses(run):
 
 
 def test_loss_is_that_of_the_released_code(tmp_path):
-    """Equal N, no ties: separate rows, padded, full logits, MarginRankingLoss per gap plus token-mean cross-entropy."""
+    """Equal N, no ties: separate rows, full logits, MarginRankingLoss per gap plus token-mean cross-entropy."""
     rows = make_rows(3, n=(4, 4))
     for row in rows:
         row.update(ranks=[0, 1, 2, 3], completion_skips=[0] * 4)

@@ -74,7 +74,15 @@ def inspect(
             console.rule(f"stage {entry.name} ({entry.type})")
             limit = entry.train.get("max_length", 1024)
             console.print(
-                inspect_file(entry.data, recipe.prompt, loaded, n, max_length=limit, overflow=entry.overflow)
+                inspect_file(
+                    entry.data,
+                    recipe.prompt,
+                    loaded,
+                    n,
+                    supervised=entry.type == "sft",
+                    max_length=limit,
+                    overflow=entry.overflow,
+                )
             )
 
 

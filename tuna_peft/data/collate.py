@@ -60,7 +60,10 @@ class RankedCollator:
             return torch.tensor([column + [fill] * (size - len(column)) for column in columns])
 
         limits = torch.zeros(len(rows), segments, segments, dtype=torch.int32)
-        targets, predictors, path, candidates = [], [], [], []
+        targets: list[int] = []
+        predictors: list[int] = []
+        path: list[int] = []
+        candidates: list[int] = []
         for b, tree in enumerate(packed):
             for segment, seen in enumerate(tree.limits):
                 for other, limit in seen.items():
@@ -121,7 +124,8 @@ class _Tree:
 
     def add(self, tokens: Sequence[int], *, after: int = -1, share: bool) -> list[int]:
         """Adds a sequence behind the token `after`; returns the index of each of its tokens."""
-        indices, parent, shared = [], after, share
+        indices: list[int] = []
+        parent, shared = after, share
         for token in tokens:
             index = self._children.get((parent, token)) if shared else None
             if index is None:

@@ -40,19 +40,5 @@ def convert(source: DataSource, prompt: PromptConfig, out_path: str | os.PathLik
 
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(ranked_dataset(records).with_format("arrow")[:], buffer)
-        _write_bytes(out, buffer.getvalue())
+        files.write_bytes(out, buffer.getvalue())
     return report
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with files._disk_full_is_a_user_error(path):
-            with open(aside, "wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

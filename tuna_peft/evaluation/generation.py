@@ -34,7 +34,9 @@ def generate_responses(
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), batch_size), desc=description, leave=False):
+    for start in tqdm(
+        range(0, len(order), batch_size), desc=description, leave=False, disable=len(order) <= batch_size
+    ):
         chosen = order[start : start + batch_size]
         width = len(prompts[chosen[0]])
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in chosen], device=device)

@@ -16,7 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 from tuna_peft.errors import UserError
 
 BLOCK = 64  # weights per scale: what bitsandbytes uses where nothing else is asked for
-_PART = 1 << 14  # blocks quantised at a time: a quarter of a million weights
+_PART = 1 << 14  # blocks quantised at a time: a million weights
 
 
 def skeleton(folder: Path, quantization: dict[str, Any] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -12,10 +12,10 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
-from tuna_peft.files import atomic_directory, sha256
+from tuna_peft.files import atomic_directory
 from tuna_peft.models.base import Base, base_identity, load_base, resolve_device, resolve_dtype
 from tuna_peft.models.manifest import AdapterEntry, Manifest, read_manifest
-from tuna_peft.models.stack import ADAPTER_WEIGHTS, adapter_names, load_adapter, save_adapter
+from tuna_peft.models.stack import adapter_names, load_adapter, save_adapter
 
 
 @dataclass
@@ -98,7 +98,7 @@ def write_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None = 
     entries = []
     for name in adapter_names(model):
         save_adapter(model, name, folder / name, base_model=identity["model"])
-        entries.append(AdapterEntry(name, name, sha256(folder / name / ADAPTER_WEIGHTS)))
+        entries.append(AdapterEntry.of(folder, name))
     Manifest(identity, quantization_of(base), entries, prompt or {}).write(folder)
 
 
@@ -111,7 +111,7 @@ def extend_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None =
     identity, names = base_identity(base), adapter_names(model)
     with atomic_directory(folder / names[-1]) as aside:
         save_adapter(model, names[-1], aside, base_model=identity["model"])
-    entries = [AdapterEntry(name, name, sha256(folder / name / ADAPTER_WEIGHTS)) for name in names]
+    entries = [AdapterEntry.of(folder, name) for name in names]
     Manifest(identity, quantization_of(base), entries, prompt or {}).write(folder)
 
 

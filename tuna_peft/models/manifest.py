@@ -15,14 +15,22 @@ from tuna_peft.files import sha256, write_json
 MANIFEST = "stack.json"
 FORMAT = 1
 
+# The configuration counts too: another lora_alpha is another adapter.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 
 @dataclass
 class AdapterEntry:
-    """One adapter: its name, its folder relative to the manifest, the SHA-256 of its weights file."""
+    """One adapter: its name, its folder relative to the manifest, the SHA-256 of each of its files."""
 
     name: str
     path: str
-    sha256: str
+    sha256: dict[str, str]
+
+    @classmethod
+    def of(cls, root: Path, name: str) -> AdapterEntry:
+        """The entry of the adapter in `root/name`."""
+        return cls(name, name, {file: sha256(root / name / file) for file in ADAPTER_FILES})
 
 
 @dataclass
@@ -94,8 +102,10 @@ def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Ma
 
 def _require_complete(manifest: Manifest) -> None:
     for entry in manifest.adapters:
-        if not all(isinstance(value, str) for value in (entry.name, entry.path, entry.sha256)):
-            raise TypeError(f"name, path and sha256 of adapter {entry.name!r} must be strings")
+        if not all(
+            isinstance(value, str) for value in (entry.name, entry.path, *map(entry.sha256.get, ADAPTER_FILES))
+        ):
+            raise TypeError(f"adapter {entry.name!r} needs a name, a path, and a hash of each of its files")
     missing = {"model", "revision", "fingerprint"} - set(manifest.base)
     if missing:
         raise KeyError(f"base.{min(missing)}")
@@ -109,13 +119,13 @@ def _verify(root: Path, entry: AdapterEntry) -> None:
             where=str(root / MANIFEST),
             fix="Do not load this stack; get it again from a source you trust.",
         )
-    weights = root / entry.path / "adapter_model.safetensors"
-    for file in (weights, weights.with_name("adapter_config.json")):
+    for name in ADAPTER_FILES:
+        file = root / entry.path / name
         if not file.is_file():
             raise UserError(f"adapter {entry.name!r} is missing", where=str(file), fix="Copy the whole stack folder.")
-    if sha256(weights) != entry.sha256:
-        raise UserError(
-            f"adapter {entry.name!r} is not the one that was trained: its hash differs from stack.json",
-            where=str(weights),
-            fix="Copy the stack again, or train the stages above this one again.",
-        )
+        if sha256(file) != entry.sha256[name]:
+            raise UserError(
+                f"adapter {entry.name!r} is not the one that was trained: its hash differs from stack.json",
+                where=str(file),
+                fix="Copy the stack again, or train the stages above this one again.",
+            )

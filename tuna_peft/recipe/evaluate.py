@@ -18,7 +18,7 @@ from tuna_peft.recipe.schema import Recipe
 def evaluate(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, inputs: Inputs, name: str
 ) -> dict[str, Any]:
-    """`ranking_accuracy` and `response_score` (each where the recipe has data for it), `seconds`, and the responses."""
+    """`ranking_accuracy` and `response_score` (where the recipe has data for them), `seconds`, and the responses."""
     settings, started = recipe.evaluation, time.monotonic()
     result: dict[str, Any] = {}
     if settings and inputs.ranked is not None:

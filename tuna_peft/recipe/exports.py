@@ -25,7 +25,7 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     if (done := run.load("exports.json")) is not None:
         return done
     base = run.recipe.base
-    where = {"device": base.device, "trust_remote_code": base.trust_remote_code}
+    where: dict[str, Any] = {"device": base.device, "trust_remote_code": base.trust_remote_code}
     exports: dict[str, Any] = {}
     if settings.combine:
         exports["combined"] = _as_dict(combine_stack(stack, run.path / "combined"))

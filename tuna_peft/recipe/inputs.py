@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.load import load_prompts, load_ranked, load_sft
 from tuna_peft.data.tokenize import encode_dataset, prompt_ids
-from tuna_peft.recipe.schema import Recipe
+from tuna_peft.recipe.schema import Overflow, Recipe
 
 
 @dataclass
@@ -41,7 +41,7 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def encode(
-        name: str, source: DataSource, load: Any, max_length: int | None, overflow: str, **options: Any
+        name: str, source: DataSource, load: Any, max_length: int | None, overflow: Overflow, **options: Any
     ) -> Dataset:
         dataset, read = load(source, recipe.prompt)
         limit = min((length for length in (max_length, context) if length is not None), default=None)

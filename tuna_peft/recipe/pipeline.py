@@ -21,7 +21,7 @@ from tuna_peft.recipe.inputs import Inputs, read_inputs
 from tuna_peft.recipe.measure import environment
 from tuna_peft.recipe.rundir import RunDirectory
 from tuna_peft.recipe.schema import Recipe, Stage
-from tuna_peft.recipe.train_stage import train_stage
+from tuna_peft.recipe.train_stage import stage_config, train_stage
 
 logger = logging.getLogger("tuna_peft")
 
@@ -39,6 +39,9 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
     """
     with RunDirectory(output, recipe) as run:
         _quieten_libraries()
+        on_cpu = resolve_device(recipe.base.device).type == "cpu"
+        for stage in recipe.stages:
+            stage_config(recipe, stage, run.stage(stage.name), on_cpu=on_cpu)  # fields that do not go together
         base = _load_base(recipe)
         inputs = read_inputs(recipe, base.tokenizer, base.model.config)
         model: PreTrainedModel | PeftModel = base.model

@@ -82,7 +82,7 @@ def train_fields(stage_type: StageType) -> dict[str, TrainField]:
                 hints[field.name],
                 None if field.default is dataclasses.MISSING else _plain(field.default),
                 " ".join(str(field.metadata.get("help", "")).split()),
-                tuple(field.metadata.get("choices", ())) or _enum_values(hints[field.name]),
+                tuple(field.metadata.get("choices", ())) or _named_values(hints[field.name]),
             )
     return fields
 
@@ -137,8 +137,10 @@ def _wrong_value(field: TrainField, value: Any) -> tuple[str, str | None] | None
     return None
 
 
-def _enum_values(annotation: Any) -> tuple[str, ...]:
-    """The values of an enumeration in `annotation`, such as `SchedulerType | str`."""
+def _named_values(annotation: Any) -> tuple[str, ...]:
+    """The values of a `Literal`, or of an enumeration in `annotation`, such as `SchedulerType | str`."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return tuple(typing.get_args(annotation))
     for part in (annotation, *typing.get_args(annotation)):
         if isinstance(part, type) and not typing.get_args(part) and issubclass(part, enum.Enum):
             return tuple(str(member.value) for member in part)

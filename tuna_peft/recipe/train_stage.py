@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
+from tuna_peft.errors import UserError
 from tuna_peft.files import write_json
 from tuna_peft.models.stack import push_adapter
 from tuna_peft.recipe.measure import Peak
@@ -61,9 +62,10 @@ def train_stage(
             use_rslora=lora.use_rslora, task_type="CAUSAL_LM",
         ),
     )  # fmt: skip
+    config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu")
+    trainer = _trainer(stacked, config, tokenizer, rows, stage.name)
     stop = StopOnRequest()
-    trainer = _trainer(stacked, tokenizer, rows, recipe, stage, folder, stop)
-    show_only_stage_progress(trainer)
+    trainer.add_callback(stop)
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
         logger.info("stage %s goes on from %s", stage.name, checkpoint.name)
@@ -80,7 +82,7 @@ def train_stage(
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "train_loss": result.training_loss,
-        "tokens": next((int(entry["num_tokens"]) for entry in reversed(history) if "num_tokens" in entry), None),
+        "tokens": _tokens(trainer),
         "seconds": round(time.monotonic() - started, 2),
         "resumed_from": checkpoint.name if checkpoint else None,
         **peak.as_dict(),
@@ -90,16 +92,12 @@ def train_stage(
     return _released(trainer, stacked), summary
 
 
-def _trainer(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    recipe: Recipe,
-    stage: Stage,
-    folder: Path,
-    stop: StopOnRequest,
-) -> StackSFTTrainer | TunaTrainer:
-    on_cpu = model.device.type == "cpu"
+def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) -> SFTConfig | TunaConfig:
+    """The trainer's configuration of `stage`.
+
+    Raises:
+        UserError: Its fields do not go together.
+    """
     settings: dict[str, Any] = {
         "report_to": "none",
         "save_total_limit": 1,
@@ -113,15 +111,25 @@ def _trainer(
     }
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__:  # its older name warns
         settings.setdefault("activation_checkpointing", settings.pop("gradient_checkpointing", True))
-    callbacks = [stop, StageProgress(stage.name)]
-    if stage.type == "ranking":
-        return TunaTrainer(
-            model, TunaConfig(**settings), train_dataset=rows, processing_class=tokenizer, callbacks=[stop]
-        )
-    if not {"bf16", "fp16"} & set(settings):
+    if stage.type == "sft" and not {"bf16", "fp16"} & set(settings):
         settings["bf16"], settings["fp16"] = mixed_precision(on_cpu)
-    config = SFTConfig(**{"completion_only_loss": True, **settings})
-    return StackSFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
+    try:
+        if stage.type == "ranking":
+            return TunaConfig(**settings)
+        return SFTConfig(**{"completion_only_loss": True, **settings})
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            str(error), where=f"stages.{stage.name}.train", fix="Change these fields in the recipe."
+        ) from error
+
+
+def _trainer(
+    model: PeftModel, config: SFTConfig | TunaConfig, tokenizer: PreTrainedTokenizerBase, rows: Dataset, name: str
+) -> StackSFTTrainer | TunaTrainer:
+    kind: Any = TunaTrainer if isinstance(config, TunaConfig) else StackSFTTrainer
+    trainer = kind(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[StageProgress(name)])
+    show_only_stage_progress(trainer)
+    return trainer
 
 
 def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftModel:
@@ -135,6 +143,12 @@ def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftM
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return model
+
+
+def _tokens(trainer: StackSFTTrainer | TunaTrainer) -> int | None:
+    if isinstance(trainer, TunaTrainer):
+        return int(trainer.state.num_input_tokens_seen)
+    return next((int(e["num_tokens"]) for e in reversed(trainer.state.log_history) if "num_tokens" in e), None)
 
 
 @contextlib.contextmanager

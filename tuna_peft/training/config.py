@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 
 @dataclass
@@ -61,33 +61,28 @@ class TunaConfig(TrainingArguments):
         default=1024,
         metadata={"help": "Longest prompt plus one response, in tokens. None for no limit."},
     )
-    overflow: str = field(
+    overflow: Literal["error", "cut", "skip"] = field(
         default="error",
-        metadata={"help": "What to do with a response that passes `max_length`: 'error', 'cut' or 'skip'.",
-                  "choices": ["error", "cut", "skip"]},
-    )  # fmt: skip
+        metadata={"help": "What to do with a response that passes `max_length`: 'error', 'cut' or 'skip'."},
+    )
     margin: float = field(default=0.1, metadata={"help": "Margin per step in rank (m in the paper)."})
-    reduction: str = field(
-        default="gap_mean",
-        metadata={"help": "'gap_mean' (released code) or 'pair_sum' (the paper's formula).",
-                  "choices": ["gap_mean", "pair_sum"]},
-    )  # fmt: skip
+    reduction: Literal["gap_mean", "pair_sum"] = field(
+        default="gap_mean", metadata={"help": "'gap_mean' (released code) or 'pair_sum' (the paper's formula)."}
+    )
     length_penalty: float = field(
         default=1.0,
         metadata={"help": "Scores are summed log-probabilities divided by length to this power (beta)."},
     )
     mle_weight: float = field(default=1.0, metadata={"help": "Weight of the likelihood term (lambda)."})
-    mle_on: str = field(
-        default="all",
-        metadata={"help": "Responses that the likelihood term covers: 'all', 'best' or 'reference'.",
-                  "choices": ["all", "best", "reference"]},
-    )  # fmt: skip
+    mle_on: Literal["all", "best", "reference"] = field(
+        default="all", metadata={"help": "Responses that the likelihood term covers: 'all', 'best' or 'reference'."}
+    )
 
     # Defaults that differ from TrainingArguments.
     learning_rate: float = field(
         default=1e-4, metadata={"help": "Initial learning rate. LoRA takes about ten times that of full fine-tuning."}
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate schedule."})
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "The learning rate schedule."})
     logging_steps: float = field(
         default=10, metadata={"help": "Log every X update steps; below 1, a share of all steps."}
     )
@@ -105,12 +100,12 @@ class TunaConfig(TrainingArguments):
         if getattr(self, "activation_checkpointing", True) is None:  # the name from transformers 5.18 on
             self.activation_checkpointing = self.gradient_checkpointing
         if self.bf16 is None:
-            self.bf16, fp16 = mixed_precision(self.use_cpu)
-            self.fp16 = self.fp16 or fp16
-            self.bf16 = self.bf16 and not self.fp16
+            bf16, fp16 = mixed_precision(self.use_cpu)
+            self.fp16: bool = self.fp16 or fp16
+            self.bf16 = bf16 and not self.fp16
         super().__post_init__()
         for name in ("overflow", "reduction", "mle_on"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
+            choices = get_args(get_type_hints(type(self))[name])
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(choices)}")
         if self.n_gpu > 1 and not self.use_cpu:

@@ -16,7 +16,7 @@ _PANELS = {
 
 
 def save_curves(log_history: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> bool:
-    """Draws what `Trainer` logged over the steps; returns False, and writes nothing, where there is nothing to draw."""
+    """Draws what `Trainer` logged over the steps; False, and no file, where there is nothing to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

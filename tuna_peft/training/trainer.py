@@ -24,7 +24,8 @@ from transformers import (
 from tuna_peft.data.collate import RankedCollator, unique_tokens
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
-from tuna_peft.models.base import keep_quantised_layout, load_base
+from tuna_peft.models.base import load_base
+from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.stack import push_adapter
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
 from tuna_peft.training.config import TunaConfig
@@ -109,7 +110,8 @@ class TunaTrainer(StackCheckpoints, Trainer):
         if isinstance(model, str):
             if quantization_config is not None and peft_config is None:
                 raise UserError("a quantised base cannot be trained itself", fix="Pass a peft_config.")
-            base = load_base(model, quantization_config=quantization_config, **(args.model_init_kwargs or {}))
+            model_options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+            base = load_base(model, quantization_config=quantization_config, **model_options)
             model, processing_class = base.model, processing_class or base.tokenizer
             model.requires_grad_(peft_config is None)
         elif quantization_config is not None or args.model_init_kwargs:
@@ -120,6 +122,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
             processing_class.pad_token = processing_class.eos_token
 
         keep_quantised_layout(model)
+        require_exact_dequantisation(model)
         if peft_config is not None:
             model = push_adapter(model, args.adapter_name, peft_config)
         if args.gradient_checkpointing and isinstance(model, PeftModel):
@@ -165,7 +168,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [
+            self._signature_columns: list[str] | None = [
                 "prompt_ids", "completions_ids", "completion_skips", "ranks", "reference_ids", "reference_skip",
             ]  # fmt: skip
 
