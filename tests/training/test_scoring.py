@@ -6,6 +6,7 @@ from families import FAMILIES, make_model, make_rows
 
 from tuna_peft import UserError
 from tuna_peft.data.collate import RankedCollator
+from tuna_peft.data.micro_batches import halves
 from tuna_peft.training.scoring import response_logps
 
 
@@ -52,6 +53,15 @@ def test_padding_and_neighbours_do_not_matter():
     wide, _ = packed_rows(model, rows, pad_to_multiple_of=64)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together, wide, atol=1e-5, rtol=1e-5)
+
+
+def test_halves_of_a_batch_hold_the_same_responses():
+    model = make_model()
+    batch = RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(2, vocabulary=3, seed=1))
+    whole = response_logps(model, batch)
+    parts = [response_logps(model, part) for part in halves(batch)]
+    torch.testing.assert_close(torch.cat([p.sums_BN for p in parts]), whole.sums_BN, atol=1e-5, rtol=1e-5)
+    assert torch.equal(torch.cat([p.lengths_BN for p in parts]), whole.lengths_BN)
 
 
 def test_lengths_and_normalisation():

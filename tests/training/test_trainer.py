@@ -13,6 +13,7 @@ from tuna_peft import TunaConfig, TunaTrainer, UserError
 from tuna_peft.models.base import make_quantization_config
 from tuna_peft.models.stack import adapter_names, fingerprint, push_adapter
 from tuna_peft.training.checkpoint import latest_checkpoint
+from tuna_peft.training.scoring import response_logps
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -85,7 +86,8 @@ def test_loss_is_that_of_the_released_code(tmp_path):
         row.update(ranks=[0, 1, 2, 3], completion_skips=[0] * 4)
     model = make_model()
     run = trainer(model, tmp_path, rows)
-    ours = run.compute_loss(run.model, run._prepare_inputs(run.data_collator(rows)))
+    [batch] = run.data_collator(rows)["micro_batches"]
+    ours = run.compute_loss(run.model, batch)
 
     scores, nll, tokens = [], 0.0, 0
     for row in rows:
@@ -130,6 +132,59 @@ def test_accumulation_does_not_change_the_loss(base_folder, tmp_path, reduction,
     torch.testing.assert_close(results[0][0], results[1][0], atol=2e-4, rtol=1e-4)
     # Adam divides small gradients by small gradients: weights are compared where they moved.
     assert torch.corrcoef(torch.stack([results[0][1], results[1][1]]))[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("budget", [60, 100])
+def test_a_token_budget_does_not_change_the_loss(base_folder, tmp_path, budget):
+    rows = make_rows(16) + make_rows(8, vocabulary=3, seed=1)
+    results = []
+    for max_tokens in (None, budget):
+        run = trainer(
+            stacked(base_folder),
+            tmp_path,
+            rows,
+            max_steps=3,
+            per_device_train_batch_size=8,
+            max_tokens_per_batch=max_tokens,
+        )
+        run.train()
+        results.append(losses(run))
+        seen = run.state.num_input_tokens_seen
+    assert results[0] == pytest.approx(results[1], abs=2e-4)
+    micro_batches = run.data_collator(rows)["micro_batches"]
+    assert len(micro_batches) > 3 and seen > 0
+    assert all(batch["input_ids"].shape[0] * len(batch["input_ids"][0]) <= budget + 8 * 8 for batch in micro_batches)
+
+
+def test_out_of_memory_splits_the_step_and_changes_nothing(base_folder, tmp_path, monkeypatch, caplog):
+    def crowded(model, batch):
+        logps = response_logps(model, batch)
+        if len(batch["ranks"]) > 2:
+            lowest = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+            def fail(gradient):  # late in the backward pass: the layers above have their gradients
+                hook.remove()
+                raise torch.OutOfMemoryError("CUDA out of memory (as if)")
+
+            hook = lowest.register_hook(fail)
+        return logps
+
+    logs = []
+    for scoring in (response_logps, crowded):
+        monkeypatch.setattr("tuna_peft.training.trainer.response_logps", scoring)
+        settings = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        run = trainer(stacked(base_folder), tmp_path, make_rows(16), **settings)
+        run.train()
+        logs.append([entry for entry in run.state.log_history if "loss" in entry])
+    assert "out of memory: this step goes on in 2 forward passes" in caplog.text
+    for whole, split in zip(*logs, strict=True):
+        assert whole == pytest.approx(split, abs=2e-3)
+
+
+def test_a_budget_below_one_prompt_is_refused(base_folder, tmp_path):
+    with pytest.raises(UserError, match="max_tokens_per_batch is 20") as error:
+        trainer(stacked(base_folder), tmp_path, make_rows(), max_tokens_per_batch=20)
+    assert error.value.where.startswith("row ")
 
 
 def test_checkpointing_activations_does_not_change_the_loss(base_folder, tmp_path):

@@ -50,16 +50,19 @@ class RankedCollator:
     share_responses: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        packed = [self._pack(row) for row in rows]
+        return self.stack([self.pack(row) for row in rows])
+
+    def stack(self, packed: Sequence[PackedRow]) -> dict[str, torch.Tensor]:
+        """The batch of rows that are packed already."""
         width = max(len(tree.tokens) for tree in packed)
         width += -width % self.pad_to_multiple_of
         n = max(len(tree.ranks) for tree in packed)
         segments = max(len(tree.limits) for tree in packed) + 1
 
-        def stack(columns: list[list[int]], size: int, fill: int) -> torch.Tensor:
+        def padded(columns: list[list[int]], size: int, fill: int) -> torch.Tensor:
             return torch.tensor([column + [fill] * (size - len(column)) for column in columns])
 
-        limits = torch.zeros(len(rows), segments, segments, dtype=torch.int32)
+        limits = torch.zeros(len(packed), segments, segments, dtype=torch.int32)
         targets: list[int] = []
         predictors: list[int] = []
         path: list[int] = []
@@ -78,23 +81,24 @@ class RankedCollator:
                     path.append(numbers[token])
                     candidates.append(b * n + k)
         return {
-            "input_ids": stack([tree.tokens for tree in packed], width, self.pad_token_id),
-            "position_ids": stack([tree.positions for tree in packed], width, 0),
-            "segment_ids": stack([tree.segments for tree in packed], width, segments - 1),
+            "input_ids": padded([tree.tokens for tree in packed], width, self.pad_token_id),
+            "position_ids": padded([tree.positions for tree in packed], width, 0),
+            "segment_ids": padded([tree.segments for tree in packed], width, segments - 1),
             "limits": limits,
             "predictors": torch.tensor(predictors),
             "targets": torch.tensor(targets),
             "path": torch.tensor(path),
             "candidates": torch.tensor(candidates),
-            "ranks": stack([tree.ranks for tree in packed], n, -1),
-            "mle": stack([tree.mle for tree in packed], n, 0).bool(),
+            "ranks": padded([tree.ranks for tree in packed], n, -1),
+            "mle": padded([tree.mle for tree in packed], n, 0).bool(),
         }
 
-    def _pack(self, row: dict[str, Any]) -> _Tree:
+    def pack(self, row: dict[str, Any]) -> PackedRow:
+        """One row's tokens as a tree."""
         responses = list(zip(row["completions_ids"], row["completion_skips"], row["ranks"], strict=True))
         if self.mle_on == "reference":
             responses.append((row["reference_ids"], row["reference_skip"], -1))
-        tree = _Tree()
+        tree = PackedRow()
         prompt = tree.add(row["prompt_ids"], share=True)
         for tokens, skip, rank in responses:
             tree.loss_tokens.append(tree.add(tokens, after=prompt[-1], share=self.share_responses)[skip:])
@@ -109,8 +113,8 @@ def unique_tokens(batch: dict[str, torch.Tensor]) -> int:
 
 
 @dataclass
-class _Tree:
-    """One row: tokens by index, with the index of the token before each (-1 for the first)."""
+class PackedRow:
+    """The tree of one prompt and its responses: tokens by index, with the index of the one before each (or -1)."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)

@@ -34,6 +34,12 @@ class TunaConfig(TrainingArguments):
             What to do with a response that passes `max_length`: `"error"`, `"cut"` its end, or `"skip"` it (and the
             row when fewer than two ranks are left).
 
+        > Parameters that control memory
+
+        max_tokens_per_batch (`int`, *optional*):
+            Most tokens of one forward pass, padding included; the prompts of a batch are split to fit, like lengths
+            together. The loss does not change: it is averaged over all prompts of the step.
+
         > Parameters that control the loss
 
         margin (`float`, *optional*, defaults to `0.1`):
@@ -64,6 +70,10 @@ class TunaConfig(TrainingArguments):
     overflow: Literal["error", "cut", "skip"] = field(
         default="error",
         metadata={"help": "What to do with a response that passes `max_length`: 'error', 'cut' or 'skip'."},
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of one forward pass; the prompts of a batch are split to fit. None: no limit."},
     )
     margin: float = field(default=0.1, metadata={"help": "Margin per step in rank (m in the paper)."})
     reduction: Literal["gap_mean", "pair_sum"] = field(

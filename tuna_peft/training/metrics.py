@@ -34,6 +34,12 @@ class RunningMeans:
         """Adds `total` over `count` items to the mean `name`."""
         self._sums[name].append((torch.as_tensor(total).detach(), torch.as_tensor(count)))
 
+    def copy(self) -> RunningMeans:
+        """The same sums, to come back to."""
+        other = RunningMeans()
+        other._sums.update({name: list(entries) for name, entries in self._sums.items()})
+        return other
+
     def pop(self) -> dict[str, tuple[float, float]]:
         """`{name: (total, count)}`, and starts anew."""
         sums = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from tuna_peft.data.collate import RankedCollator, unique_tokens
+from tuna_peft.data.micro_batches import MicroBatchCollator, halves
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
 from tuna_peft.models.base import load_base
@@ -34,6 +37,8 @@ from tuna_peft.training.loss import PairCounts, hinge_by_distance, pair_weights
 from tuna_peft.training.metrics import RunningMeans, pair_statistics
 from tuna_peft.training.scoring import response_logps
 
+logger = logging.getLogger("tuna_peft")
+
 
 @dataclass
 class StepCounts:
@@ -43,13 +48,11 @@ class StepCounts:
         pairs: Pairs by distance in rank, 1 first.
         prompts: Prompts.
         mle_tokens: Response tokens of the likelihood term.
-        shares: Micro-batches of all processes: each adds this part of the step's loss.
     """
 
     pairs: list[int]
     prompts: int
     mle_tokens: int
-    shares: int
 
 
 class TunaTrainer(StackCheckpoints, Trainer):
@@ -139,11 +142,16 @@ class TunaTrainer(StackCheckpoints, Trainer):
         elif eval_dataset is not None:
             eval_dataset = prepare(eval_dataset)
 
+        collator = MicroBatchCollator(
+            RankedCollator(processing_class.pad_token_id, mle_on=args.mle_on), args.max_tokens_per_batch
+        )
+        if train_dataset is not None:
+            collator.require_fitting(train_dataset)
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or RankedCollator(processing_class.pad_token_id, mle_on=args.mle_on),
+            data_collator=data_collator or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -175,8 +183,46 @@ class TunaTrainer(StackCheckpoints, Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also counts what the loss of this optimiser step is averaged over, in all micro-batches and processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.state.num_input_tokens_seen += sum(unique_tokens(batch) for batch in batches)
-        return batches, self._count(batches)
+        micro_batches = [micro_batch for batch in batches for micro_batch in batch["micro_batches"]]
+        self.state.num_input_tokens_seen += sum(map(unique_tokens, micro_batches))
+        return batches, self._count(micro_batches)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward over the micro-batches of one batch; out of memory, over their halves."""
+        micro_batches = inputs["micro_batches"]
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        earlier = [parameter.grad for parameter in parameters]
+        metrics = self._means["train"].copy()
+        while True:
+            # Gradients of earlier batches are kept aside, so that a pass that failed half-way leaves no trace.
+            for parameter in parameters:
+                parameter.grad = None
+            try:
+                loss = self._accumulate(model, micro_batches, num_items_in_batch)
+                break
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes > 1 or all(len(batch["ranks"]) == 1 for batch in micro_batches):
+                    raise
+            micro_batches = [part for batch in micro_batches for part in halves(batch)]
+            self._means["train"] = metrics.copy()
+            logger.warning(
+                "out of memory: this step goes on in %d forward passes; lower max_tokens_per_batch to save time",
+                len(micro_batches),
+            )
+            torch.cuda.empty_cache()
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return loss
+
+    def _accumulate(self, model, micro_batches: list[dict[str, torch.Tensor]], counts: StepCounts) -> torch.Tensor:
+        losses = []
+        for index, micro_batch in enumerate(micro_batches):
+            # Processes exchange gradients once, after the last backward pass.
+            last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, micro_batch, counts))
+        return torch.stack(losses).sum()
 
     def _count(self, batches: list[dict[str, torch.Tensor]]) -> StepCounts:
         own = [_micro_batch_counts(batch) for batch in batches]
@@ -185,7 +231,6 @@ class TunaTrainer(StackCheckpoints, Trainer):
             pairs=[sum(pairs) for pairs in zip_longest(*(pairs for pairs, _, _ in everywhere), fillvalue=0)],
             prompts=sum(prompts for _, prompts, _ in everywhere),
             mle_tokens=sum(tokens for _, _, tokens in everywhere),
-            shares=max(len(batches), 1) * self.accelerator.num_processes,
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: StepCounts | None = None):
@@ -205,12 +250,12 @@ class TunaTrainer(StackCheckpoints, Trainer):
         mle_loss = -logps.sums_BN[inputs["mle"]].sum() / max(counts.mle_tokens, 1)
         loss = rank_loss + args.mle_weight * mle_loss
 
-        self._record(training, scores_BN.detach(), inputs, rank_loss, mle_loss, counts.shares)
+        self._record(training, scores_BN.detach(), inputs, rank_loss, mle_loss, counts.prompts)
         # Gradients and logs are averaged over processes, while the counts are those of all of them.
         loss = loss * self.accelerator.num_processes
         return (loss, {"scores": scores_BN}) if return_outputs else loss
 
-    def _record(self, training, scores_BN, inputs, rank_loss, mle_loss, shares) -> None:
+    def _record(self, training, scores_BN, inputs, rank_loss, mle_loss, prompts) -> None:
         means, ranks_BN = self._means["train" if training else "eval"], inputs["ranks"]
         right, satisfied, pairs = pair_statistics(scores_BN, ranks_BN, self.args.margin)
         means.add("ranking_accuracy", right, pairs)
@@ -218,15 +263,17 @@ class TunaTrainer(StackCheckpoints, Trainer):
         for rank in range(ranks_BN.shape[1]):
             here_BN = ranks_BN == rank
             means.add(f"scores/rank_{rank}", scores_BN[here_BN].sum(), here_BN.sum())
-        means.add("rank_loss", rank_loss, 1 / shares)
-        means.add("mle_loss", mle_loss, 1 / shares)
+        share = len(ranks_BN) / prompts  # of the step: the shares of all micro-batches and processes add up to one
+        means.add("rank_loss", rank_loss, share)
+        means.add("mle_loss", mle_loss, share)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone: metrics are recorded on the way."""
-        inputs = self._prepare_inputs(inputs)
+        micro_batches = self._prepare_inputs(inputs)["micro_batches"]
+        counts = self._count(micro_batches)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            losses = [self.compute_loss(model, batch, num_items_in_batch=counts) for batch in micro_batches]
+        return torch.stack(losses).sum(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the ranking metrics to what `Trainer` logs."""
