@@ -38,14 +38,13 @@ def response_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Re
         model: A causal LM, a `PeftModel` around one, or either wrapped for distributed training.
         batch: See `RankedCollator`, on the model's device.
     """
-    unwrapped = getattr(model, "module", model)
-    hidden_BTD = _final_hidden_states(
+    hidden_BTD = final_hidden_states(
         model,
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
-        attention_mask=attention_masks(unwrapped, batch),
+        attention_mask=attention_masks(unwrap(model), batch),
     )
-    head = require_plain_head(unwrapped)
+    head = require_plain_head(unwrap(model))
     logps_R = token_logps(hidden_BTD.flatten(0, 1)[batch["predictors"]], head, batch["targets"])
     shape = batch["ranks"].shape
     sums = logps_R.new_zeros(shape.numel()).index_add(0, batch["candidates"], logps_R[batch["path"]])
@@ -53,14 +52,19 @@ def response_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Re
     return ResponseLogps(sums.view(shape), lengths.view(shape))
 
 
-def _final_hidden_states(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside what distributed training puts around it."""
+    return getattr(model, "module", model)
+
+
+def final_hidden_states(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
     """`(B, T, hidden)` after the last norm.
 
     The whole model is called, so that what wraps it (autocast, DDP) does its work, and asked for one position of
     logits; a hook takes the states on the way. Through `output_hidden_states` they would come out as fp32 copies of
     every layer under mixed precision.
     """
-    causal_lm = getattr(model, "module", model)
+    causal_lm = unwrap(model)
     if isinstance(causal_lm, PeftModel):
         causal_lm = causal_lm.get_base_model()
     taken: list[torch.Tensor] = []
