@@ -219,6 +219,13 @@ def test_bad_data_of_a_late_stage_stops_before_anything_trains(files, tmp_path):
     assert not (tmp_path / "run" / "stack").exists()
 
 
+def test_a_grader_that_does_not_exist_stops_before_anything_is_loaded(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("tuna_peft.recipe.pipeline.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
+    evaluation = {**recipe(files).evaluation.model_dump(), "grader": "test_pipeline:grad"}
+    with pytest.raises(UserError, match="no grader 'test_pipeline:grad'"):
+        run_recipe(recipe(files, evaluation=evaluation), tmp_path / "run")
+
+
 def test_the_adapters_of_a_run_are_refused_by_another_base(straight, tmp_path):
     other = write_base(Path(tmp_path) / "other", seed=1)
     with pytest.raises(UserError, match="trained on"):

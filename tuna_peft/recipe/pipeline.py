@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from tuna_peft.evaluation.graders import load_grader
 from tuna_peft.models.adapter_stack import extend_stack
 from tuna_peft.models.base import Base, load_base, make_quantization_config, resolve_device, resolve_dtype
 from tuna_peft.models.manifest import read_manifest
@@ -42,6 +43,8 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         on_cpu = resolve_device(recipe.base.device).type == "cpu"
         for stage in recipe.stages:
             stage_config(recipe, stage, run.stage(stage.name), on_cpu=on_cpu)  # fields that do not go together
+        if recipe.evaluation and recipe.evaluation.grader:
+            load_grader(recipe.evaluation.grader)
         base = _load_base(recipe)
         inputs = read_inputs(recipe, base.tokenizer, base.model.config)
         model: PreTrainedModel | PeftModel = base.model
