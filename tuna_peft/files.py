@@ -17,15 +17,26 @@ from tuna_peft.errors import UserError
 
 
 @contextlib.contextmanager
-def _disk_full_is_a_user_error(path: Path) -> Iterator[None]:
+def disk_full_is_a_user_error(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names a full disk as the reason of whatever failed while something was written to `path`.
+
+    torch and safetensors report it as errors of their own without a number, so any error counts when nothing is free.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                "the disk is full", where=str(path), fix="Free some space and run the command again."
-            ) from error
+    except UserError:
         raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or _free_bytes(path) < 1 << 20:
+            fix = "Free some space and run the command again."
+            raise UserError("the disk is full", where=str(path), fix=fix) from error
+        raise
+
+
+def _free_bytes(path: str | os.PathLike[str]) -> int:
+    existing = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 @contextlib.contextmanager
@@ -39,7 +50,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     os.chmod(aside, 0o755)
     try:
-        with _disk_full_is_a_user_error(final):
+        with disk_full_is_a_user_error(final):
             yield aside
             _swap(aside, final)
     except BaseException:
@@ -71,7 +82,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}")
     try:
-        with _disk_full_is_a_user_error(final):
+        with disk_full_is_a_user_error(final):
             with open(aside, "wb") as out:
                 out.write(data)
                 out.flush()

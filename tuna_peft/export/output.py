@@ -52,7 +52,7 @@ def require_space(out_dir: str | os.PathLike[str], needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"not enough disk space: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free",
+            f"not enough disk space: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free",
             where=str(existing),
             fix="Free some space or choose another output directory.",
         )

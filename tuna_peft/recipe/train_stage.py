@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig
 
 from tuna_peft.errors import UserError
@@ -25,7 +25,7 @@ from tuna_peft.recipe.schema import Recipe, Stage
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
 from tuna_peft.training.config import TunaConfig, mixed_precision
 from tuna_peft.training.curves import save_curves
-from tuna_peft.training.progress import StageProgress, show_only_stage_progress
+from tuna_peft.training.progress import StageProgress
 from tuna_peft.training.sft import StackSFTTrainer
 from tuna_peft.training.trainer import TunaTrainer
 
@@ -63,14 +63,13 @@ def train_stage(
         ),
     )  # fmt: skip
     config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu")
-    trainer = _trainer(stacked, config, tokenizer, rows, stage.name)
-    stop = StopOnRequest()
-    trainer.add_callback(stop)
+    stop, progress = StopOnRequest(), StageProgress(stage.name)
+    trainer = _trainer(stacked, config, tokenizer, rows, [stop, progress])
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
         logger.info("stage %s goes on from %s", stage.name, checkpoint.name)
     started, peak = time.monotonic(), Peak()
-    with _stop_on_ctrl_c(stop):
+    with _stop_on_ctrl_c(stop), contextlib.closing(progress):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = trainer.state.log_history
     write_json(folder / "log_history.json", history)
@@ -124,11 +123,15 @@ def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) ->
 
 
 def _trainer(
-    model: PeftModel, config: SFTConfig | TunaConfig, tokenizer: PreTrainedTokenizerBase, rows: Dataset, name: str
+    model: PeftModel,
+    config: SFTConfig | TunaConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    callbacks: list[TrainerCallback],
 ) -> StackSFTTrainer | TunaTrainer:
     kind: Any = TunaTrainer if isinstance(config, TunaConfig) else StackSFTTrainer
-    trainer = kind(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[StageProgress(name)])
-    show_only_stage_progress(trainer)
+    trainer = kind(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)  # StageProgress shows what it would print
     return trainer
 
 

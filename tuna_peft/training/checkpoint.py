@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from tuna_peft.errors import UserError
+from tuna_peft.files import disk_full_is_a_user_error
 from tuna_peft.models.adapter_stack import write_stack
 from tuna_peft.models.stack import adapter_names, load_adapter_weights, train_top_adapter
 
@@ -29,6 +30,10 @@ class StackCheckpoints(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             write_stack(self.model, folder)
             self.processing_class.save_pretrained(str(folder))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with disk_full_is_a_user_error(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if isinstance(self.model, PeftModel):

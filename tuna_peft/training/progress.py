@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 _SHOWN = ("loss", "ranking_accuracy", "margin_satisfaction", "mean_token_accuracy")
 
@@ -27,12 +27,8 @@ class StageProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in _SHOWN if key in (logs or {})})
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self) -> None:
+        """Leaves the bar as it is, and the line free for what follows."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-def show_only_stage_progress(trainer) -> None:
-    """Removes `Trainer`'s printing of logs."""
-    trainer.remove_callback(PrinterCallback)
