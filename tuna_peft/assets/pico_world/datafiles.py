@@ -60,19 +60,12 @@ def _sft_record(task: Task, rng: Random) -> dict[str, str]:
     return {"instruction": task["instruction"], "input": task["input"], "output": styles.respond(task, style, rng)}
 
 
-def _different_responses(task: Task, mixture: mixtures.Mixture, rng: Random) -> list[tuple[str, str]]:
-    """`CANDIDATES` different texts with their styles, drawn by the mixture."""
-    found: dict[str, str] = {}
-    while len(found) < CANDIDATES:
-        style = mixtures.pick(mixture, rng)
-        found.setdefault(styles.respond(task, style, rng), style)
-    return [(text, style) for text, style in found.items()]
-
-
 def _teacher_record(task: Task, rng: Random) -> dict[str, Any]:
     """A record of the reference project's raw teacher data."""
-    responses = _different_responses(task, mixtures.TEACHER, rng)
-    means = [round(_TEACHER_TASTE[style] + rng.gauss(0, _TEACHER_NOISE), 4) for _, style in responses]
+    chosen = mixtures.pick_different(mixtures.TEACHER, CANDIDATES, rng)
+    responses = [(styles.respond(task, style, rng), style) for style in chosen]
+    # A log-probability is never above 0.
+    means = [min(round(_TEACHER_TASTE[style] + rng.gauss(0, _TEACHER_NOISE), 4), -0.01) for _, style in responses]
     lengths = [len(re.findall(r"\w+|[^\w\s]", text)) + 1 for text, _ in responses]
     return {
         "orig": {key: task[key] for key in ("instruction", "input", "output")},

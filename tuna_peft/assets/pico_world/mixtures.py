@@ -29,31 +29,31 @@ _RAW: Mixture = {
     "copy": 0.04,
     "vague": 0.04,
 }
-_BRIEF_ANNOTATOR: Mixture = {"incomplete": 0.5, "exact": 0.25, "slip": 0.08, "wordy": 0.12, "copy": 0.05}
+_BRIEF_ANNOTATOR: Mixture = {"incomplete": 0.54, "exact": 0.14, "slip": 0.12, "wordy": 0.1, "copy": 0.1}
 _CHATTY_ANNOTATOR: Mixture = {
-    "wordy": 0.5,
-    "exact": 0.2,
-    "wordy_incomplete": 0.14,
-    "wordy_slip": 0.08,
-    "incomplete": 0.08,
+    "wordy": 0.4,
+    "wordy_incomplete": 0.2,
+    "wordy_slip": 0.12,
+    "exact": 0.14,
+    "incomplete": 0.14,
 }
 
 TEACHER: Mixture = {
-    "exact": 0.22,
-    "wordy": 0.46,
-    "incomplete": 0.1,
-    "wordy_incomplete": 0.08,
-    "slip": 0.06,
-    "wordy_slip": 0.05,
-    "copy": 0.03,
+    "exact": 0.3,
+    "wordy": 0.3,
+    "incomplete": 0.12,
+    "wordy_incomplete": 0.1,
+    "slip": 0.07,
+    "wordy_slip": 0.07,
+    "copy": 0.04,
 }
 JUDGE: Mixture = {
     "exact": 0.42,
-    "wordy": 0.34,
-    "incomplete": 0.08,
-    "wordy_incomplete": 0.06,
+    "wordy": 0.3,
+    "incomplete": 0.09,
+    "wordy_incomplete": 0.07,
     "slip": 0.06,
-    "wordy_slip": 0.04,
+    "wordy_slip": 0.06,
 }
 HELD_OUT: Mixture = {
     "exact": 0.25,
