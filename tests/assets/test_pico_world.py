@@ -34,9 +34,7 @@ def _prompt_of(record: dict) -> str:
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, list[dict]]:
     rng = Random(7)
-    return {
-        family: [families.draw(rng, held_out=False, family=family) for _ in range(40)] for family in families.FAMILIES
-    }
+    return {family: [families.draw(rng, [family], held_out=False) for _ in range(40)] for family in families.FAMILIES}
 
 
 # --- grader ---------------------------------------------------------------------------------------------------------
