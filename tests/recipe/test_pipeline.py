@@ -217,6 +217,9 @@ def test_bad_data_of_a_late_stage_stops_before_anything_trains(files, tmp_path):
     with pytest.raises(UserError, match="bad.jsonl: line 1"):
         run_recipe(recipe(files, stages=stages), tmp_path / "run")
     assert not (tmp_path / "run" / "stack").exists()
+    stages[2]["data"]["path"] = str(files / "ranked.jsonl")  # corrected: the folder is still good
+    with RunDirectory(tmp_path / "run", recipe(files, stages=stages)):
+        pass
 
 
 def test_a_grader_that_does_not_exist_stops_before_anything_is_loaded(files, tmp_path, monkeypatch):

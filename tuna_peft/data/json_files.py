@@ -45,7 +45,8 @@ def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         where = f"{path}: line {number}"
-        if last and (error.pos >= len(line.rstrip()) or not line.rstrip().endswith("}")):
+        begun = line.lstrip().startswith("{")
+        if last and begun and (error.pos >= len(line.rstrip()) or not line.rstrip().endswith("}")):
             what = f"the file ends in the middle of a record, after {len(line)} characters of this line"
             raise UserError(what, where=where, fix=_CUT_FIX) from None
         raise UserError(

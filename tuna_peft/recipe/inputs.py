@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.load import load_prompts, load_ranked, load_sft
 from tuna_peft.data.tokenize import encode_dataset, prompt_ids
+from tuna_peft.errors import UserError
 from tuna_peft.recipe.schema import Overflow, Recipe
 
 
@@ -45,9 +46,13 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
     ) -> Dataset:
         dataset, read = load(source, recipe.prompt)
         limit = min((length for length in (max_length, context) if length is not None), default=None)
-        encoded, tokens = encode_dataset(
-            dataset, tokenizer, max_length=limit, overflow=overflow, on_bad_row=source.on_bad_row, **options
-        )
+        try:
+            encoded, tokens = encode_dataset(
+                dataset, tokenizer, max_length=limit, overflow=overflow, on_bad_row=source.on_bad_row, **options
+            )
+        except UserError as error:
+            place = f"{source.path}: {error.where}" if error.where else source.path
+            raise UserError(error.what, where=place, fix=error.fix) from error
         inputs.counts[name] = {**read.as_dict(), "tokens": tokens.as_dict()}
         return encoded
 

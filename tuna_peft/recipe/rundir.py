@@ -96,8 +96,11 @@ class RunDirectory:
 
     def _check_recipe(self) -> None:
         file = self.path / "recipe.yaml"
+        if file.exists() and not self._begun():
+            file.unlink()  # the recipe of a run that stopped at its inputs may be corrected
+            (self.path / "run.log").unlink(missing_ok=True)
         if not file.exists():
-            if foreign := [entry.name for entry in self.path.iterdir() if entry.name != ".lock"]:
+            if foreign := [entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "stages")]:
                 raise UserError(
                     f"the output directory holds other files ({', '.join(sorted(foreign)[:3])} ...)",
                     where=str(self.path),
@@ -113,6 +116,11 @@ class RunDirectory:
                 where=str(self.path),
                 fix="Choose another --output, or undo the change to go on with the old run.",
             )
+
+    def _begun(self) -> bool:
+        """Whether anything has been evaluated or trained here."""
+        parts = ("evaluation", "stages", "stack")
+        return any(path.is_file() for part in parts for path in (self.path / part).rglob("*"))
 
     def stage(self, name: str) -> Path:
         """The working folder of a stage."""
