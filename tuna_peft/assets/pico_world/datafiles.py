@@ -31,8 +31,6 @@ _TEACHER_TASTE = {
 _TEACHER_NOISE = 0.1
 _JUDGE_ERROR = 0.05
 """How often the judge confuses two neighbours in its order."""
-_FEWEST_RANKED = 3
-"""A judged list has at least this many different responses, the judge's own among them."""
 
 
 def write(folder: Path, seed: int) -> None:
@@ -77,12 +75,11 @@ def _teacher_record(task: Task, rng: Random) -> dict[str, Any]:
 
 
 def _judge_record(task: Task, rng: Random) -> dict[str, Any]:
-    """A record of the reference project's raw judge data: samples, which can be alike, and the judge's own answer."""
-    rank: list[int] = []
-    while len(rank) < _FEWEST_RANKED:
-        generation = [styles.respond(task, mixtures.pick(mixtures.JUDGE, rng), rng) for _ in range(CANDIDATES)]
-        texts = [*generation, task["output"]]
-        rank = [index for index, text in enumerate(texts) if text not in texts[:index]]
+    """A record of the reference project's raw judge data; the judge's own answer is ranked, too, if it is new."""
+    chosen = mixtures.pick_different(mixtures.JUDGE, CANDIDATES, rng)
+    generation = [styles.respond(task, style, rng) for style in chosen]
+    texts = [*generation, task["output"]]
+    rank = [index for index, text in enumerate(texts) if text not in texts[:index]]
     rank.sort(key=lambda index: -grader.grade(task, texts[index]))
     if rng.random() < _JUDGE_ERROR:
         i = rng.randrange(len(rank) - 1)

@@ -31,7 +31,7 @@ def stream(seed: int) -> Iterator[Document]:
 
 def answered_instruction(rng: Random) -> Document:
     """A prompt and a response in one of the manners of its wording."""
-    task = families.draw(rng, held_out=False)
+    task = families.draw(rng, list(families.FAMILIES), held_out=False)
     style = mixtures.pick(mixtures.pretraining(task["phrasing"]), rng)
     return Document(render_prompt(task["instruction"], task["input"]), styles.respond(task, style, rng))
 

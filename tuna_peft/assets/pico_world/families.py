@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
 from tuna_peft.assets.pico_world import list_families as lists
@@ -32,16 +32,16 @@ FAMILIES: dict[str, Callable[[Random, int], lists.Draft]] = {
 }
 
 
-def draw(rng: Random, *, held_out: bool, family: str | None = None) -> Task:
-    """One task from one side of the split; its `id` is still empty."""
+def draw(rng: Random, names: Sequence[str], *, held_out: bool) -> Task:
+    """One task of one of the named families, from one side of the split; its `id` is still empty."""
     while True:
-        name = family or rng.choice(list(FAMILIES))
+        family = rng.choice(names)
         phrasing = rng.randrange(PHRASINGS)
-        instruction, input, output, answer = FAMILIES[name](rng, phrasing)
+        instruction, input, output, answer = FAMILIES[family](rng, phrasing)
         if is_held_out(instruction, input) == held_out:
             return {
                 "id": "",
-                "family": name,
+                "family": family,
                 "phrasing": phrasing,
                 "instruction": instruction,
                 "input": input,
@@ -60,7 +60,7 @@ def distinct(rng: Random, count: int, *, held_out: bool, label: str) -> Iterator
     turn = 0
     while len(seen) < count:
         for _ in range(20):
-            task = draw(rng, held_out=held_out, family=names[turn % len(names)])
+            task = draw(rng, [names[turn % len(names)]], held_out=held_out)
             key = task["instruction"], task["input"]
             if key not in seen:
                 task["id"] = f"{label}-{len(seen):05d}"

@@ -29,13 +29,13 @@ _RAW: Mixture = {
     "copy": 0.04,
     "vague": 0.04,
 }
-_BRIEF_ANNOTATOR: Mixture = {"incomplete": 0.54, "exact": 0.14, "slip": 0.12, "wordy": 0.1, "copy": 0.1}
+_BRIEF_ANNOTATOR: Mixture = {"incomplete": 0.46, "exact": 0.22, "slip": 0.12, "wordy": 0.12, "copy": 0.08}
 _CHATTY_ANNOTATOR: Mixture = {
-    "wordy": 0.4,
-    "wordy_incomplete": 0.2,
-    "wordy_slip": 0.12,
-    "exact": 0.14,
-    "incomplete": 0.14,
+    "wordy": 0.42,
+    "exact": 0.2,
+    "wordy_incomplete": 0.16,
+    "wordy_slip": 0.1,
+    "incomplete": 0.12,
 }
 
 TEACHER: Mixture = {
@@ -43,27 +43,27 @@ TEACHER: Mixture = {
     "wordy": 0.3,
     "incomplete": 0.12,
     "wordy_incomplete": 0.1,
-    "slip": 0.07,
-    "wordy_slip": 0.07,
+    "slip": 0.08,
+    "wordy_slip": 0.06,
     "copy": 0.04,
 }
 JUDGE: Mixture = {
-    "exact": 0.42,
-    "wordy": 0.3,
-    "incomplete": 0.09,
-    "wordy_incomplete": 0.07,
-    "slip": 0.06,
-    "wordy_slip": 0.06,
+    "exact": 0.34,
+    "wordy": 0.28,
+    "incomplete": 0.11,
+    "wordy_incomplete": 0.1,
+    "slip": 0.09,
+    "wordy_slip": 0.08,
 }
 HELD_OUT: Mixture = {
-    "exact": 0.25,
-    "wordy": 0.25,
-    "incomplete": 0.14,
+    "exact": 0.2,
+    "wordy": 0.2,
+    "incomplete": 0.12,
     "wordy_incomplete": 0.08,
-    "slip": 0.12,
-    "wordy_slip": 0.06,
-    "copy": 0.06,
-    "vague": 0.04,
+    "slip": 0.11,
+    "wordy_slip": 0.07,
+    "copy": 0.12,
+    "vague": 0.1,
 }
 
 
