@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from tuna_peft.export.divergence import Divergence
 
 
 def merge(
@@ -29,7 +27,7 @@ def merge(
         typer.Option(
             "--prompts",
             help="Data: measure on 16 of its prompts how far the model is from the stack.",
-            show_default=False,
+            show_default="of a run: the run's own",
         ),
     ] = None,
 ) -> None:
@@ -43,25 +41,31 @@ def merge(
         f"wrote {report.path}: {' + '.join(report.adapters)} merged into the {report.base} base, {report.dtype}, "
         f"{report.nbytes / 2**20:,.1f} MiB, {report.seconds:.1f} s"
     )
-    if prompts is not None:
-        measured = _divergence(source, out, prompts, upto, base_model)
+    ids = _prompt_ids(source, out, prompts) if prompts is not None else _prompts_of_run(stack)
+    if ids:
+        from tuna_peft.export.check import check_exports
+
+        measured = check_exports(source, [out], ids, upto=upto, base_model=base_model)[str(out)]
         typer.echo(
             f"KL divergence from the stack: mean {measured.kl_mean:.2e}, largest {measured.kl_max:.2e} nats; "
             f"same next token in {measured.top1_agreement:.1%} of {measured.tokens:,} tokens"
         )
 
 
-def _divergence(source: Path, out: Path, data: str, upto: str | None, base_model: str | None) -> Divergence:
+def _prompts_of_run(run: Path) -> list[list[int]]:
+    file = run / "divergence_prompts.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def _prompt_ids(source: Path, out: Path, data: str) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     from tuna_peft.data.config import DataSource, PromptConfig
     from tuna_peft.data.load import load_prompts
     from tuna_peft.data.texts import prompt_ids
-    from tuna_peft.export.check import check_exports
     from tuna_peft.models.manifest import read_manifest
 
     template = PromptConfig.model_validate(read_manifest(source).prompt)
     tokenizer = AutoTokenizer.from_pretrained(out)
     records, _ = load_prompts(DataSource(path=data, limit=16), template)
-    ids = [prompt_ids(record["prompt"], tokenizer) for record in records]
-    return check_exports(source, [out], ids, upto=upto, base_model=base_model)[str(out)]
+    return [prompt_ids(record["prompt"], tokenizer) for record in records]

@@ -132,6 +132,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, name: str, folder: Path) ->
         UserError: Its tensors do not fit this base, by name or by shape: PEFT would skip or half-load them.
     """
     config = LoraConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # the manifest knows the base by its weights; PEFT warns of another spelling
     stacked = push_adapter(model, name, config)
     load_adapter_weights(stacked, name, folder)
     stacked.set_requires_grad(name, False)

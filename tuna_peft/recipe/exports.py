@@ -12,6 +12,8 @@ from tuna_peft.export.merge import merge_stack
 from tuna_peft.recipe.inputs import Inputs
 from tuna_peft.recipe.rundir import RunDirectory
 
+DIVERGENCE_PROMPTS = "divergence_prompts.json"
+
 logger = logging.getLogger("tuna_peft")
 
 
@@ -35,6 +37,7 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
             merge_stack(stack, run.path / "merged", dtype=merge.dtype, base=merge.base, load_dtype=base.dtype, **where)
         )
     prompts = divergence_prompts(inputs, settings.divergence_prompts)
+    run.save(DIVERGENCE_PROMPTS, prompts)  # a later `tuna-peft merge` measures on the same
     if exports and prompts:
         measured = check_exports(stack, [run.path / name for name in exports], prompts, dtype=base.dtype, **where)
         for name, export in exports.items():
