@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow bench lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/tuna-peft run recipes/quickstart.yaml --output runs/quickstart
@@ -16,6 +16,14 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# Minutes on meta tensors, about ten on the CPU; nothing else should run meanwhile.
+BENCH := $(BIN)/python -m benchmarks.ranking_step --json benchmarks/results/local.json
+bench: .venv/installed-dev
+	for w in short long short-varied long-varied; do $(BENCH) --device meta --workload $$w --groups 2 || exit 1; done
+	for s in 8b 13b; do $(BENCH) --device meta --shape $$s --workload long || exit 1; done
+	for w in short-varied long-varied; do $(BENCH) --device cpu --workload $$w --groups 2 || exit 1; done
+	$(BIN)/python -m benchmarks.report benchmarks/results/local.json
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -14,32 +14,31 @@ CHUNK_ROWS = 256
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log p(target) by row; the backward recomputes each chunk's logits instead of storing them."""
+    """log p(target) by row, and with it, from the same logits, its gradient in that row's hidden state.
+
+    A row's log-probability is one number, so its gradient is a fixed vector times what comes from above: it needs no
+    second product with the head in the backward pass, and no more memory than the hidden states themselves.
+    """
 
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, bias_V, targets_R):
-        logps, normalisers = [], []
+        logps, slopes = [], []
         for rows, targets in zip(hidden_RD.split(CHUNK_ROWS), targets_R.split(CHUNK_ROWS), strict=True):
             logits = torch.nn.functional.linear(rows, weight_VD, bias_V).float()
-            normaliser = logits.logsumexp(-1)
-            logps.append(logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser)
-            normalisers.append(normaliser)
-        ctx.save_for_backward(hidden_RD, weight_VD, bias_V, targets_R, torch.cat(normalisers))
+            logps.append(logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1))
+            if ctx.needs_input_grad[0]:
+                # d log p(t) / d logits = onehot(t) - softmax, in fp32 until the product: 1 - p(t) may be tiny.
+                slope = logits.softmax(-1).neg_()
+                slope.scatter_add_(-1, targets[:, None], torch.ones_like(slope[:, :1]))
+                slopes.append(slope.to(weight_VD.dtype) @ weight_VD)
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad_R):
-        hidden_RD, weight_VD, bias_V, targets_R, normaliser_R = ctx.saved_tensors
-        grads = []
-        for rows, targets, normaliser, grad in zip(
-            *(x.split(CHUNK_ROWS) for x in (hidden_RD, targets_R, normaliser_R, grad_R)), strict=True
-        ):
-            # d log p(t) / d logits = onehot(t) - softmax
-            logits = torch.nn.functional.linear(rows, weight_VD, bias_V).float()
-            grad_logits = (logits - normaliser[:, None]).exp_().mul_(-grad[:, None])
-            grad_logits.scatter_add_(-1, targets[:, None], grad[:, None])
-            grads.append(grad_logits.to(weight_VD.dtype) @ weight_VD)
-        return torch.cat(grads).to(hidden_RD.dtype), None, None, None
+        (slope_RD,) = ctx.saved_tensors
+        return (slope_RD * grad_R[:, None]).to(slope_RD.dtype), None, None, None
 
 
 def token_logps(hidden_RD: torch.Tensor, head: torch.nn.Linear, targets_R: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""What the ranking step costs, beside other ways to compute it. See docs/performance.md."""

@@ -1,0 +1,50 @@
+"""No figure without this: on a tiny fp32 model, loss and adapter gradients of an arm are those of the reference."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.arms import ARMS
+from benchmarks.shapes import build, config_of
+from benchmarks.workloads import Group, Workload
+
+TOLERANCE = 1e-5
+
+
+class Disagreement(RuntimeError):
+    """An arm computes something else than the reference."""
+
+
+def require_agreement(names: list[str], *, device: str = "cpu", tolerance: float = TOLERANCE) -> dict[str, float]:
+    """The largest relative difference of each arm that computes the Tuna loss, in the loss or in the gradient.
+
+    Gradients are compared as one vector, by the norm of their difference.
+
+    Raises:
+        Disagreement: It is above the tolerance.
+    """
+    model = build("tiny", device, quantise=False, dtype=torch.float32)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = Workload("agreement", prompt=24, varied=True, mean=40).groups(2, config_of("tiny").vocab_size)
+
+    def compute(name: str, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
+        arm = ARMS[name]
+        batch = {key: value.to(device) for key, value in arm.batch(groups).items()}
+        loss = arm.loss(model, device)(batch)
+        gradients = torch.autograd.grad(loss, parameters)
+        return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    loss, gradient = compute("reference", groups)
+    differences = {}
+    for name in names:
+        if name == "reference" or not ARMS[name].agrees:
+            continue
+        other_loss, other_gradient = compute(name, groups)
+        worst = max(
+            float((other_loss - loss).abs() / loss.abs()),
+            float((other_gradient - gradient).norm() / gradient.norm()),
+        )
+        if not worst <= tolerance:
+            raise Disagreement(f"{name} differs from the reference by {worst:.1e} (limit {tolerance:.0e}): no figures")
+        differences[name] = worst
+    return differences

@@ -1,0 +1,57 @@
+"""The ways to compute a ranking step, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import ours, reference, trl_pairs
+from benchmarks.workloads import RESPONSES, Group
+
+Loss = Callable[[dict[str, Any]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to compute a step.
+
+    Attributes:
+        batch: Groups to a micro-batch.
+        loss: `(model, device)` to a function from the micro-batch to the loss.
+        agrees: Whether it computes the Tuna loss, so that it can be compared with the reference.
+        checkpointing: Whether it may recompute activations where the run asks for it.
+    """
+
+    batch: Callable[[list[Group]], dict[str, Any]]
+    loss: Callable[[Any, str], Loss]
+    agrees: bool = True
+    checkpointing: bool = True
+
+
+def _plain(loss: Callable[..., torch.Tensor]) -> Callable[[Any, str], Loss]:
+    return lambda model, device: partial(loss, model, responses=RESPONSES)
+
+
+def _of_trainer(make: Callable[[Any, str], Any]) -> Callable[[Any, str], Loss]:
+    return lambda model, device: partial(make(model, device).compute_loss, model)
+
+
+ARMS = {
+    "reference": Arm(reference.batch_of, _plain(reference.loss_of)),
+    "trl-cpo": Arm(trl_pairs.cpo_batch, _of_trainer(trl_pairs.cpo_trainer), agrees=False),
+    "trl-dpo": Arm(trl_pairs.dpo_batch, _of_trainer(trl_pairs.dpo_trainer), agrees=False),
+    "ours": Arm(ours.batch_of, _plain(ours.loss_of)),
+    "ours-no-checkpointing": Arm(ours.batch_of, _plain(ours.loss_of), checkpointing=False),
+    "ours-share-prompt-only": Arm(partial(ours.batch_of, share_responses=False), _plain(ours.loss_of)),
+    "ours-separate-rows": Arm(ours.separate_rows, _plain(ours.loss_of)),
+    "ours-full-logits": Arm(ours.batch_of, _plain(ours.loss_with_full_logits)),
+}
+
+
+def to_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
+    """Moves the tensors of a batch."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -1,0 +1,131 @@
+"""Operations counted and the fewest possible; bytes of weights.
+
+Only matrix products count, a multiplication and an addition each. Attention's backward pass counts as the four
+products that the mathematics asks for; memory-efficient kernels make a fifth, which `kernel` includes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import bitsandbytes  # noqa: F401 (defines its operators)
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import LlamaConfig
+
+from benchmarks.shapes import LORA_RANK
+from benchmarks.workloads import Group, response_tokens
+
+_aten = torch.ops.aten
+
+
+def _attention(query, key, value, *args, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad, query, key, value, *args, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _quantised_linear(x, weight, shape, *args, **kwargs) -> int:
+    return 2 * math.prod(x) * shape[0]
+
+
+# What torch does not count: attention on CPUs, and products with a 4-bit weight `(out, in)`.
+_MORE_OPERATORS = {
+    torch.ops.bitsandbytes.gemm_4bit: _quantised_linear,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+# NF4 in blocks of 64 with double quantisation: half a byte, a byte of scale a block, and the scales' scales.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass
+class Counted:
+    """FLOPs of a step: by the mathematics of what is computed, and as the kernels really do it."""
+
+    model: float = 0.0
+    kernel: float = 0.0
+
+
+@contextmanager
+def counted() -> Iterator[Counted]:
+    """Counts the FLOPs inside; the result is there when the context has ended."""
+    result = Counted()
+    with FlopCounterMode(display=False, custom_mapping=_MORE_OPERATORS) as counter:
+        yield result
+    by_operator = counter.get_flop_counts().get("Global", {})
+    result.kernel = float(sum(by_operator.values()))
+    backward = sum(flops for operator, flops in by_operator.items() if _is_attention_backward(str(operator)))
+    result.model = result.kernel - backward / 5
+
+
+def _is_attention_backward(operator: str) -> bool:
+    return "attention" in operator and operator.endswith("backward")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many numbers a model has."""
+
+    body: int
+    head: int
+    embedding: int
+    adapters: int
+
+
+def parameters_of(config: LlamaConfig) -> Parameters:
+    """LLaMA's linear layers, head and embedding (untied), and LoRA on all layers of the body; norms are left out."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = hidden * config.num_key_value_heads // config.num_attention_heads
+    shapes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden), *[(hidden, inner)] * 3]
+    vocabulary = config.vocab_size * hidden
+    return Parameters(
+        body=config.num_hidden_layers * sum(a * b for a, b in shapes),
+        head=vocabulary,
+        embedding=vocabulary,
+        adapters=config.num_hidden_layers * sum(LORA_RANK * (a + b) for a, b in shapes),
+    )
+
+
+def limit(config: LlamaConfig, groups: list[Group]) -> float:
+    """The fewest FLOPs that the gradient of these groups takes: every unique token once, no recomputation.
+
+    With U unique tokens, R response tokens, and A pairs of a token and one that it attends to (itself included):
+
+        2 * 2 * body * U            forward, and the gradient of the activations (the base is frozen)
+        + 3 * 2 * adapters * U      LoRA has a gradient of its own weights too
+        + 2 * 2 * head * R          only positions that predict a response's token need logits
+        + 3 * 2 * 2 * hidden * layers * A
+    """
+    size = parameters_of(config)
+    unique = pairs = 0
+    for group in groups:
+        prompt = len(group["prompt_ids"])
+        unique += prompt
+        pairs += prompt * (prompt + 1) // 2
+        for length in map(len, group["completions_ids"]):
+            unique += length
+            pairs += length * prompt + length * (length + 1) // 2
+    return (
+        4.0 * size.body * unique
+        + 6.0 * size.adapters * unique
+        + 4.0 * size.head * response_tokens(groups)
+        + 12.0 * config.hidden_size * config.num_hidden_layers * pairs
+    )
+
+
+def weight_bytes(config: LlamaConfig) -> float:
+    """The frozen weights: an NF4 body, 16-bit embedding and head."""
+    size = parameters_of(config)
+    return size.body * NF4_BYTES + 2.0 * (size.head + size.embedding)
+
+
+def training_state_bytes(config: LlamaConfig) -> float:
+    """fp32 adapters, their gradients and AdamW's two moments."""
+    return 16.0 * parameters_of(config).adapters

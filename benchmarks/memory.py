@@ -1,0 +1,57 @@
+"""Bytes of tensors alive, on any device: also where there is no allocator to ask, as on meta."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+BLOCK = 512  # CUDA's allocator rounds every tensor up to this
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators make inside this context, until the last tensor on them dies.
+
+    What lived before is not counted, nor what a kernel uses inside itself (workspaces).
+
+    Args:
+        known: Tensors that exist already and that operators may return again (parameters, gradients, inputs).
+
+    Attributes:
+        now: Bytes alive.
+        peak: The most at any time.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # An operator that works in place or makes a view returns a storage of its arguments.
+        before = {
+            tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage(), before)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage, before: set[int]) -> None:
+        key = storage._cdata
+        if key in self._seen or key in before:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size).atexit = False
+
+    def _remove(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size

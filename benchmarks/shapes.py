@@ -1,0 +1,126 @@
+"""The models: LLaMA shapes with random NF4 weights, or without weights on the meta device, and LoRA on every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tuna_peft.models.dequantise import keep_quantised_layout
+
+LORA_RANK = 16
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary
+_SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 97),
+    "small": (512, 1408, 8, 8, 8, 32_000),
+    "7b": (4096, 11_008, 32, 32, 32, 32_000),
+    "8b": (4096, 14_336, 32, 32, 8, 128_256),
+    "13b": (5120, 13_824, 40, 40, 40, 32_000),
+}
+SHAPES = tuple(_SHAPES)
+
+
+def config_of(shape: str) -> LlamaConfig:
+    """LLaMA-7B, Llama-3-8B, LLaMA-13B, or something that a CPU can run."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = _SHAPES[shape]
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        attn_implementation="sdpa",
+        use_cache=False,
+        pad_token_id=0,
+    )
+
+
+class MetaNF4Linear(torch.nn.Linear):
+    """A frozen layer that makes the 16-bit copy of its weight anew in every pass, as a 4-bit layer does.
+
+    bitsandbytes has no kernels for meta tensors. Here the stored weight is 16-bit too; what the NF4 one would occupy
+    is computed (`flops.weight_bytes`) and never read off this layer.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Dequantising.apply(x, self.weight)
+
+
+class _Dequantising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return torch.nn.functional.linear(x, weight.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grads[0] @ weight.clone(), None
+
+
+def build(shape: str, device: str, *, quantise: bool = True, dtype: torch.dtype | None = None) -> PeftModel:
+    """A frozen base in the given shape with LoRA r=16 on all linear layers of the body, in training mode.
+
+    On meta, base and adapters are bf16: autocast does not exist there, and this keeps casts out that a GPU would not
+    make either. On CUDA the base computes in bf16; on CPU everything is fp32.
+    """
+    config = config_of(shape)
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    torch.manual_seed(0)
+    with torch.device("meta" if device == "meta" else "cpu"):
+        model: Any = LlamaForCausalLM(config).to(dtype)
+    if quantise:
+        _quantise(model, device)
+    if device == "cuda":
+        model.to(device)
+    model.requires_grad_(False)
+    keep_quantised_layout(model)
+    lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=device != "meta")
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name and not parameter.is_meta:  # zeros would hide the gradient of lora_A
+            torch.nn.init.normal_(parameter, std=0.02)
+    peft_model.enable_input_require_grads()
+    return peft_model.train()
+
+
+def set_checkpointing(model: PeftModel, on: bool) -> None:
+    """Recomputes every layer in the backward pass, or none."""
+    base: Any = model.get_base_model()
+    if on:
+        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    else:
+        base.gradient_checkpointing_disable()
+
+
+def _quantise(model: Any, device: str) -> None:
+    for name, module in list(model.model.named_modules()):
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        new: torch.nn.Module
+        if device == "meta":
+            new = MetaNF4Linear(
+                module.in_features, module.out_features, bias=False, device="meta", dtype=module.weight.dtype
+            )
+        else:
+            new = Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                quant_type="nf4",
+                compute_dtype=module.weight.dtype,
+            )
+            new.weight = Params4bit(
+                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+            )
+            new = new.to(device)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.model.get_submodule(parent), leaf, new)
+    model.is_loaded_in_4bit = device != "meta"  # what PEFT asks before it puts LoRA on a Linear4bit
