@@ -25,11 +25,16 @@ class _TokenLogps(torch.autograd.Function):
         logps, slopes = [], []
         for rows, targets in zip(hidden_RD.split(CHUNK_ROWS), targets_R.split(CHUNK_ROWS), strict=True):
             logits = torch.nn.functional.linear(rows, weight_VD, bias_V).float()
-            logps.append(logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1))
+            chosen = logits.gather(-1, targets[:, None])
+            # softmax and its normaliser in place: library calls would each make another copy of the chunk.
+            highest = logits.amax(-1, keepdim=True)
+            exponentials = logits.sub_(highest).exp_()
+            total = exponentials.sum(-1, keepdim=True)
+            logps.append((chosen - highest - total.log()).squeeze(-1))
             if ctx.needs_input_grad[0]:
                 # d log p(t) / d logits = onehot(t) - softmax, in fp32 until the product: 1 - p(t) may be tiny.
-                slope = logits.softmax(-1).neg_()
-                slope.scatter_add_(-1, targets[:, None], torch.ones_like(slope[:, :1]))
+                slope = exponentials.div_(-total)
+                slope.scatter_add_(-1, targets[:, None], torch.ones_like(chosen))
                 slopes.append(slope.to(weight_VD.dtype) @ weight_VD)
         if slopes:
             ctx.save_for_backward(torch.cat(slopes))
