@@ -148,7 +148,7 @@ def _with(trainer, callback):
     return trainer
 
 
-def test_ctrl_c_saves_a_checkpoint_of_the_step(files, tmp_path, monkeypatch):
+def test_ctrl_c_saves_the_step_and_the_run_goes_on_to_the_same_bytes(straight, files, tmp_path, monkeypatch):
     class PressCtrlC(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
@@ -160,7 +160,11 @@ def test_ctrl_c_saves_a_checkpoint_of_the_step(files, tmp_path, monkeypatch):
     monkeypatch.setattr(train_stage_module, "_trainer", lambda *args: _with(real(*args), PressCtrlC()))
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(files), tmp_path / "run")
+    monkeypatch.undo()
     assert (tmp_path / "run/stages/sft/checkpoint-3/trainer_state.json").exists()
+    report = run_recipe(recipe(files), tmp_path / "run")
+    assert report["stages"]["sft"]["resumed_from"] == "checkpoint-3"
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(straight[0])
 
 
 def test_stop_on_request_only_when_requested():

@@ -198,6 +198,10 @@ class TunaTrainer(StackCheckpoints, Trainer):
         if not self._verified:
             self._verify(model)
         micro_batches = inputs["micro_batches"]
+        if self.accelerator.num_processes > 1:
+            # One process cannot go back alone, and what is exchanged at the end are the gradients of all batches:
+            # they must stay where they are.
+            return self._accumulate(model, micro_batches, num_items_in_batch)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         earlier = [parameter.grad for parameter in parameters]
         metrics = self._means["train"].copy()
@@ -209,7 +213,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
                 loss = self._accumulate(model, micro_batches, num_items_in_batch)
                 break
             except torch.OutOfMemoryError:
-                if self.accelerator.num_processes > 1 or all(len(batch["ranks"]) == 1 for batch in micro_batches):
+                if all(len(batch["ranks"]) == 1 for batch in micro_batches):
                     raise
             micro_batches = [part for batch in micro_batches for part in halves(batch)]
             self._means["train"] = metrics.copy()
