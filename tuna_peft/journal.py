@@ -1,0 +1,190 @@
+"""An append-only file of answers that were paid for, in money or in hours, each under a key made of its question.
+
+One JSON object per line, `{"key": ..., "value": ...}`, in ASCII: any text survives, control characters and lone
+surrogates included. Work that is killed and started again asks only for the keys that are not there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tuna_peft.errors import UserError
+from tuna_peft.files import disk_full_is_a_user_error
+
+logger = logging.getLogger(__name__)
+
+SYNC_SECONDS = 1.0
+"""At most this much is lost when the machine, not only the process, dies."""
+
+
+def content_key(**parts: Any) -> str:
+    """The key of a question: a hash over everything that its answer depends on.
+
+    Args:
+        parts: JSON values. The order of names does not matter, here or inside of objects; 1 and 1.0 differ.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        ValueError: A number is NaN or infinite.
+    """
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:32]
+
+
+class Journal:
+    """Answers by key, on disk as soon as they are added; safe to use from several threads of one process.
+
+    Values are read from the file when asked for, so that memory holds only the keys. The first record of a key is
+    the one that counts, for ever: what was made from it stays true.
+
+    Args:
+        path: A .jsonl file; it is made if it is not there.
+
+    Raises:
+        UserError: Another process has it open, or it is some other file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._guard = threading.Lock()
+        self._places: dict[str, tuple[int, int]] = {}  # key -> (offset, length) of its line
+        self._end, self._synced = 0, time.monotonic()
+        try:
+            self._take_lock()
+            self._read()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys, in the order in which they were added."""
+        return iter(list(self._places))
+
+    def __getitem__(self, key: str) -> Any:
+        """The value under `key`, a fresh copy each time; KeyError if there is none."""
+        offset, length = self._places[key]
+        return json.loads(os.pread(self._file, length, offset))["value"]
+
+    def add(self, key: str, value: Any) -> None:
+        """Appends a record; it survives the death of this process from here on.
+
+        Args:
+            key: See `content_key`.
+            value: A JSON value.
+
+        Raises:
+            KeyError: The key has a value already: it was asked for twice.
+            UserError: The disk is full; what was written before is intact.
+        """
+        line = json.dumps({"key": key, "value": value}, allow_nan=False).encode("ascii") + b"\n"
+        with self._guard:
+            if key in self._places:
+                raise KeyError(f"{self.path} has a value for {key} already")
+            self._append(line)
+            self._places[key] = (self._end, len(line))
+            self._end += len(line)
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                self._sync()
+
+    def close(self) -> None:
+        """Flushes to the disk itself and lets go of the file; harmless when called again."""
+        with self._guard:
+            if self._file >= 0:
+                self._sync()
+                os.close(self._file)
+                self._file = -1
+
+    def _append(self, line: bytes) -> None:
+        written = 0
+        try:
+            with disk_full_is_a_user_error(self.path):
+                while written < len(line):
+                    written += os.pwrite(self._file, line[written:], self._end + written)
+        except BaseException:
+            os.ftruncate(self._file, self._end)
+            raise
+
+    def _sync(self) -> None:
+        os.fsync(self._file)
+        self._synced = time.monotonic()
+
+    def _take_lock(self) -> None:
+        try:
+            # The kernel lets go of the lock when the process ends, however it ends.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                "the journal is in use by another process",
+                where=str(self.path),
+                fix="Wait for it to end, or choose another journal.",
+            ) from error
+
+    def _read(self) -> None:
+        """Finds the records, and drops the end of a line that a dying process had begun."""
+        bad: list[int] = []
+        with open(self.path, "rb") as source:
+            for number, line in enumerate(source, 1):
+                key = _key_of(line)
+                if key is not None:
+                    self._places.setdefault(key, (self._end, len(line)))
+                elif line.endswith(b"\n"):
+                    bad.append(number)
+                else:
+                    break
+                self._end += len(line)
+        if bad and not self._places:
+            raise UserError(
+                "this is no journal: none of its lines is a record",
+                where=str(self.path),
+                fix="Give the path of a new file, or of a journal that an earlier run began.",
+            )
+        if bad:
+            logger.warning(
+                "%s: %d lines are damaged (the first is line %d); what they held is asked for again",
+                self.path, len(bad), bad[0],
+            )  # fmt: skip
+        torn = os.path.getsize(self.path) - self._end
+        if torn and not self._places:
+            # A first line without an end: ours, cut, or the text of somebody else's file.
+            start = os.pread(self._file, 9, 0)
+            if not b'{"key": "'.startswith(start[:9]):
+                raise UserError("this is no journal", where=str(self.path), fix="Give the path of a new file.")
+        os.ftruncate(self._file, self._end)
+
+
+def _key_of(line: bytes) -> str | None:
+    """The key of a whole record; None for anything else. No proper beginning of a record parses."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.keys() != {"key", "value"} or not isinstance(record["key"], str):
+        return None
+    return record["key"]
