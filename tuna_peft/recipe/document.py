@@ -65,10 +65,12 @@ class Document:
     Attributes:
         data: Dictionaries, lists and scalars.
         places: `file:line`, or the override, for every path of keys that was written.
+        folders: Where the files lie that it was read from: the recipe's own, then those of what it extends.
     """
 
     data: Any
     places: dict[KeyPath, str] = field(default_factory=dict)
+    folders: list[Path] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> str:
         """Where `path`, or the nearest key above it, was written."""
@@ -97,7 +99,7 @@ def _item(data: Any, key: str | int) -> Any:
 
 
 def read_document(file: str | Path) -> Document:
-    """Reads a recipe file.
+    """Reads one recipe file; what it extends is for `extends.read_recipe` to add.
 
     Raises:
         UserError: It cannot be read, is not UTF-8, is no YAML, repeats a key, or does not hold a mapping.
@@ -109,7 +111,9 @@ def read_document(file: str | Path) -> Document:
         raise UserError(f"cannot read the recipe: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text (byte {error.start})", where=str(path), fix="Save it as UTF-8.") from error
-    return parse_document(text, str(path))
+    document = parse_document(text, str(path))
+    document.folders = [path.parent]
+    return document
 
 
 def parse_document(text: str, file: str) -> Document:

@@ -9,6 +9,7 @@ from pydantic import PydanticUserError
 from pydantic.errors import PydanticInvalidForJsonSchema
 
 from tuna_peft.errors import UserError
+from tuna_peft.recipe.extends import EXTENDS, EXTENDS_HELP
 from tuna_peft.recipe.problems import did_you_mean
 from tuna_peft.recipe.schema import Recipe, StageType
 from tuna_peft.recipe.train_fields import TrainField, train_fields, type_adapter
@@ -20,6 +21,7 @@ def recipe_json_schema() -> dict[str, Any]:
     """JSON schema, draft 2020-12; which fields `train` takes follows from the stage's `type`. Imports torch."""
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"][EXTENDS] = {"type": "string", "description": EXTENDS_HELP}
     stage = schema["$defs"]["Stage"]
     stage["allOf"] = []
     for stage_type, definition in _TRAIN.items():

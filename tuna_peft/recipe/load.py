@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tuna_peft.recipe.document import Document, KeyPath, read_document
+from tuna_peft.recipe.document import Document, KeyPath
 from tuna_peft.recipe.expectations import expected
+from tuna_peft.recipe.extends import EXTENDS, read_recipe
 from tuna_peft.recipe.overrides import apply_overrides
 from tuna_peft.recipe.paths import missing_paths, resolve_paths
 from tuna_peft.recipe.problems import Problem, did_you_mean, raise_problems
@@ -22,7 +23,8 @@ from tuna_peft.recipe.train_fields import check_train
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, check: bool = True) -> Recipe:
     """Loads, overrides and checks a recipe.
 
-    Local paths come out absolute: a relative one is looked for in the current directory, then beside the recipe.
+    A recipe may stand on another, see `extends.read_recipe`. Local paths come out absolute: a relative one is looked
+    for in the current directory, then beside the recipe, then beside what it extends.
 
     Args:
         recipe: A file, or the name of a shipped recipe.
@@ -33,8 +35,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, check: boo
     Raises:
         UserError: Everything that is wrong, each with file and line or override, dotted key, what was expected.
     """
-    file = find_recipe(recipe)
-    document = read_document(file)
+    document = read_recipe(find_recipe(recipe))
     apply_overrides(document, overrides)
     try:
         # strict: YAML has types of its own, so "8" in quotes is a text and no rank
@@ -43,10 +44,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, check: boo
         problems = _schema_problems(error, document)
         raise_problems(problems + (_train_problems(document) if check else []))
         raise
-    resolve_paths(loaded, file.parent)
+    resolve_paths(loaded, document.folders)
     if check:
         problems = _train_problems(document)
-        for path, what, fix in missing_paths(loaded, file.parent):
+        for path, what, fix in missing_paths(loaded, document.folders):
             problems.append(Problem(document.place(path), document.dotted(path), what, fix))
         raise_problems(problems)
     return loaded
@@ -110,7 +111,7 @@ def _valid_keys(path: KeyPath) -> list[str]:
         if isinstance(key, str):
             fields = [model.model_fields[key] for model in models if key in model.model_fields]
             models = [model for field in fields for model in _models_in(field.annotation)]
-    return [name for model in models for name in model.model_fields]
+    return [*(name for model in models for name in model.model_fields), *([] if path else [EXTENDS])]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

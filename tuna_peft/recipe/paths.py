@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tuna_peft.recipe.document import KeyPath
@@ -12,18 +12,18 @@ from tuna_peft.recipe.schema import Recipe
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".txt")
 
 
-def resolve_paths(recipe: Recipe, folder: Path) -> None:
-    """Makes every local path in `recipe` absolute, in place: found in the current directory, else in `folder`.
+def resolve_paths(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Makes every local path in `recipe` absolute, in place: found in the current directory, else in `folders`.
 
     Absolute, because a run is resumed from anywhere, and what is written into its folder must still name the same
-    data. What is found in neither place stays as it is: it may be a Hub id.
+    data. What is found nowhere stays as it is: it may be a Hub id.
     """
-    recipe.base.model = _resolve(recipe.base.model, folder)
+    recipe.base.model = _resolve(recipe.base.model, folders)
     for source in recipe.sources().values():
-        source.path = _resolve(source.path, folder)
+        source.path = _resolve(source.path, folders)
 
 
-def missing_paths(recipe: Recipe, folder: Path) -> Iterator[tuple[KeyPath, str, str]]:
+def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str, str]]:
     """`(path of keys, what, fix)` for everything that can only be a local file and does not exist."""
     named: dict[KeyPath, str] = {("base", "model"): recipe.base.model}
     named |= {(*path, "path"): source.path for path, source in recipe.sources().items()}
@@ -31,18 +31,18 @@ def missing_paths(recipe: Recipe, folder: Path) -> Iterator[tuple[KeyPath, str, 
         if _must_be_local(text) and not Path(text).expanduser().exists():
             yield (
                 path,
-                f"there is no file or folder {text!r} here or beside the recipe ({folder}).",
-                _nearby(text, folder),
+                f"there is no file or folder {text!r} here or beside the recipe ({', '.join(map(str, folders))}).",
+                _nearby(text, folders),
             )
 
 
-def _resolve(text: str, folder: Path) -> str:
+def _resolve(text: str, folders: Sequence[Path]) -> str:
     if text.startswith("builtin:"):
         return text
     path = Path(text).expanduser()
-    for candidate in (Path.cwd() / path, folder / path):
-        if candidate.exists():
-            return str(candidate.resolve())
+    for folder in (Path.cwd(), *folders):
+        if (folder / path).exists():
+            return str((folder / path).resolve())
     return text
 
 
@@ -52,10 +52,10 @@ def _must_be_local(text: str) -> bool:
     return text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith(_DATA_SUFFIXES)
 
 
-def _nearby(text: str, folder: Path) -> str:
+def _nearby(text: str, folders: Sequence[Path]) -> str:
     """The nearest name where the file was expected, else what lies there."""
     path = Path(text).expanduser()
-    parents = dict.fromkeys([(Path.cwd() / path.parent).resolve(), (folder / path.parent).resolve()])
+    parents = dict.fromkeys((folder / path.parent).resolve() for folder in (Path.cwd(), *folders))
     entries = [entry.name for parent in parents if parent.is_dir() for entry in sorted(parent.iterdir())]
     names = [name for name in entries if not name.startswith(".")]
     return did_you_mean(path.name, names, most=8) if names else "Check the path."

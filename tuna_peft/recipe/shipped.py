@@ -19,8 +19,13 @@ def recipes_folder() -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name to file, in alphabetical order."""
-    return {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
+    """Name to file, in alphabetical order; those in a folder go by `folder/name`."""
+    folder = recipes_folder()
+    return {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in sorted(folder.glob("**/*.yaml"))
+        if file.parent.name != "accelerate"
+    }
 
 
 def shipped_recipe(name: str) -> Path:
