@@ -46,7 +46,7 @@ def generate(
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.data.templates import PromptTemplate
     from tuna_peft.data.texts import prompt_ids
-    from tuna_peft.evaluation.generation import generate_responses
+    from tuna_peft.models.generation import generate_responses
 
     logging.disable_progress_bar()
     wanted = None if template is None else from_options(PromptConfig, {"template": template})
