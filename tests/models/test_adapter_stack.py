@@ -15,6 +15,7 @@ from tiny_llama import RANKING, SFT, load_tiny, stack_on, write_base
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.adapter_stack import AdapterStack, save_stack
+from tuna_peft.models.base import load_base, make_quantization_config
 from tuna_peft.models.manifest import read_manifest
 
 TOKENS = torch.tensor([[1, 5, 9, 40]])
@@ -61,12 +62,38 @@ def test_another_base_is_refused(stack_path: Path, tmp_path: Path) -> None:
         AdapterStack.from_pretrained(stack_path, base=load_tiny(other))
 
 
-def test_a_lone_adapter_is_refused_with_what_it_lacks(stack_path: Path) -> None:
+def test_a_given_base_must_be_quantised_as_in_training(base_path: str, stack_path: Path) -> None:
+    AdapterStack.from_pretrained(stack_path, base=load_tiny(base_path))
+    with pytest.raises(UserError, match=r"bnb_4bit_quant_type=nf4.*; the one given has no quantisation"):
+        AdapterStack.from_pretrained(stack_path, base=load_tiny(base_path, "none"))
+    with pytest.raises(UserError, match="the one given has quantisation .*bnb_4bit_use_double_quant=False"):
+        AdapterStack.from_pretrained(stack_path, base=load_tiny(base_path, double_quant=False))
+
+
+def test_the_dtype_of_training_is_recorded_and_kept(base_path: str, tmp_path: Path) -> None:
+    config = make_quantization_config("nf4")
+    live = stack_on(load_base(base_path, quantization_config=config, dtype="bfloat16", device="cpu"), sft=SFT)
+    save_stack(live, tmp_path / "stack")
+    assert read_manifest(tmp_path / "stack").load_dtype == "bfloat16"
+    AdapterStack.from_pretrained(tmp_path / "stack", device="cpu", dtype="float32").save(tmp_path / "again")
+    assert read_manifest(tmp_path / "again").load_dtype == "bfloat16"
+
+
+def test_a_stack_of_an_earlier_version_has_no_dtype(stack_path: Path, tmp_path: Path) -> None:
+    folder = _edited(stack_path, tmp_path / "stack", lambda manifest: manifest.pop("load_dtype"))
+    assert AdapterStack.from_pretrained(folder, device="cpu").load_dtype is None
+
+
+def test_a_lone_adapter_is_refused_with_what_it_lacks(stack_path: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lone adapter") as error:
         AdapterStack.from_pretrained(stack_path / "ranking")
+    assert error.value.fix == f"Its stack is {stack_path}: load that, up to 'ranking'."
+    alone = shutil.copytree(stack_path / "ranking", tmp_path / "alone")
+    with pytest.raises(UserError, match="lone adapter") as error:
+        AdapterStack.from_pretrained(alone)
     assert "stack.json" in str(error.value.fix)
     with pytest.raises(UserError, match=r"no stack\.json here"):
-        AdapterStack.from_pretrained(stack_path.parent)
+        AdapterStack.from_pretrained(tmp_path)
 
 
 def test_a_changed_adapter_is_refused(stack_path: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_llama import load_tiny, write_base
 from transformers import BertConfig, BertForSequenceClassification, T5Config
 
@@ -50,6 +51,14 @@ def test_a_missing_base_is_refused(tmp_path: Path) -> None:
         load_base(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="no built-in model"):
         resolve_model_path("builtin:unknown")
+
+
+def test_pickled_weights_are_not_read(base_path: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base_path, tmp_path / "base"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load .*safetensors"):
+        load_tiny(str(folder), "none")
 
 
 def test_what_is_no_causal_lm_is_refused(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def combine_stack(
     alpha / sqrt(r), one alpha for all ranks) can change it.
 
     Args:
-        stack_dir: The folder with `stack.json`.
+        stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
         out_dir: Appears whole or not at all; an earlier export there is replaced.
         upto: Combine the stack up to this adapter.
 
@@ -63,7 +63,7 @@ def combine_stack(
     for module, shape in factors.shapes.items():
         specs[f"{PEFT_PREFIX}{module}.lora_A.weight"] = TensorSpec("F32", (shape.rank, shape.inputs))
         specs[f"{PEFT_PREFIX}{module}.lora_B.weight"] = TensorSpec("F32", (shape.outputs, shape.rank))
-    require_replaceable(out_dir, [stack_dir])
+    require_replaceable(out_dir, [factors.folder])
     require_space(out_dir, sum(spec.nbytes for spec in specs.values()))
 
     def load(key: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from tuna_peft.errors import UserError
+from tuna_peft.models.find_stack import find_stack
 from tuna_peft.models.manifest import Manifest, read_manifest
 from tuna_peft.models.stack import ADAPTER_WEIGHTS, require_stackable
 
@@ -67,6 +68,7 @@ class StackFactors:
     """A verified stack's factors, read from the files module by module.
 
     Attributes:
+        folder: Where the stack is, see `find_stack`.
         manifest: The stack's manifest, cut at `upto`.
         shapes: The sizes for every module that an adapter targets, in the order of their first appearance.
 
@@ -74,15 +76,17 @@ class StackFactors:
         UserError: A broken stack, or an adapter that is not plain LoRA on linear layers.
     """
 
+    folder: Path
     manifest: Manifest
     shapes: dict[str, FactorShape]
 
     def __init__(self, stack_dir: str | os.PathLike[str], upto: str | None = None):
-        self.manifest = read_manifest(stack_dir, upto)
+        self.folder = find_stack(stack_dir)
+        self.manifest = read_manifest(self.folder, upto)
         self.shapes = {}
         self._adapters: list[_Adapter] = []
         for entry in self.manifest.adapters:
-            folder = Path(stack_dir) / entry.path
+            folder = self.folder / entry.path
             config = LoraConfig.from_pretrained(str(folder))
             require_stackable(config, entry.name)
             self._adapters.append(_Adapter(folder / ADAPTER_WEIGHTS, config, self._add_shapes(folder, entry.name)))

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from tuna_peft.errors import UserError
 from tuna_peft.files import atomic_directory
 from tuna_peft.models.base import Base, base_identity, load_base, resolve_device, resolve_dtype
+from tuna_peft.models.find_stack import find_stack
 from tuna_peft.models.manifest import AdapterEntry, Manifest, read_manifest
 from tuna_peft.models.stack import adapter_names, load_adapter, save_adapter
 
@@ -26,11 +27,13 @@ class AdapterStack:
         model: A `PeftModel`, in evaluation mode (the bare base for an empty stack).
         tokenizer: The base's tokenizer.
         prompt: The prompt template of training, as in the manifest.
+        load_dtype: What the base was loaded in for training, as in the manifest; None is what it is loaded in now.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     prompt: dict[str, Any] = field(default_factory=dict)
+    load_dtype: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -42,6 +45,7 @@ class AdapterStack:
         cls,
         folder: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         upto: str | None = None,
         base: Base | None = None,
         base_model: str | None = None,
@@ -52,14 +56,19 @@ class AdapterStack:
         """Loads a stack onto the base and the quantisation it was trained with, and verifies both.
 
         Args:
-            folder: The folder with `stack.json`.
+            folder: The folder with `stack.json`, a run's folder, or a Hub id.
+            revision: Branch, tag or commit of a stack on the Hub.
             upto: Load the stack up to this adapter.
             base: An already loaded base; by default the manifest's is loaded.
             base_model: Where that base is now, if it has moved.
+            dtype: `auto` is what suits the device, see `resolve_dtype`; `load_dtype` in the manifest is what the
+                adapters were trained on.
 
         Raises:
-            UserError: A broken or lone adapter, changed weights, or another base than the one of training.
+            UserError: A broken or lone adapter, changed weights, or another base or quantisation than that of
+                training.
         """
+        folder = find_stack(folder, revision)
         manifest = read_manifest(folder, upto)
         if base is None:
             base = load_base(
@@ -73,16 +82,18 @@ class AdapterStack:
                 trust_remote_code=trust_remote_code,
             )
         require_same_base(base.identity, manifest.base, str(folder))
+        _require_same_quantization(quantization_of(base.model), manifest.quantization, str(folder))
         model: PreTrainedModel | PeftModel = base.model
         for entry in manifest.adapters:
-            model = load_adapter(model, entry.name, Path(folder) / entry.path)
-        return cls(model, base.tokenizer, manifest.prompt)
+            model = load_adapter(model, entry.name, folder / entry.path)
+        return cls(model, base.tokenizer, manifest.prompt, manifest.load_dtype)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the stack, see `save_stack`."""
         if not isinstance(self.model, PeftModel):
             raise UserError("the stack has no adapters to save", where=str(folder))
-        save_stack(self.model, folder, self.prompt)
+        with atomic_directory(folder) as aside:
+            write_stack(self.model, aside, self.prompt, self.load_dtype)
 
 
 def save_stack(model: PeftModel, folder: str | os.PathLike[str], prompt: dict[str, Any] | None = None) -> None:
@@ -91,15 +102,14 @@ def save_stack(model: PeftModel, folder: str | os.PathLike[str], prompt: dict[st
         write_stack(model, aside, prompt)
 
 
-def write_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None = None) -> None:
+def write_stack(
+    model: PeftModel, folder: Path, prompt: dict[str, Any] | None = None, load_dtype: str | None = None
+) -> None:
     """Writes every adapter to `folder/<name>/` and then the manifest to `folder/stack.json`."""
     base = cast(PreTrainedModel, model.get_base_model())
-    identity = base_identity(base)
-    entries = []
     for name in adapter_names(model):
-        save_adapter(model, name, folder / name, base_model=identity["model"])
-        entries.append(AdapterEntry.of(folder, name))
-    Manifest(identity, quantization_of(base), entries, prompt or {}).write(folder)
+        save_adapter(model, name, folder / name, base_model=base_identity(base)["model"])
+    _manifest_of(model, folder, prompt, load_dtype).write(folder)
 
 
 def extend_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None = None) -> None:
@@ -107,12 +117,24 @@ def extend_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None =
 
     The adapter's folder appears at once, and then the manifest that names it.
     """
+    base, top = cast(PreTrainedModel, model.get_base_model()), adapter_names(model)[-1]
+    with atomic_directory(folder / top) as aside:
+        save_adapter(model, top, aside, base_model=base_identity(base)["model"])
+    _manifest_of(model, folder, prompt).write(folder)
+
+
+def _manifest_of(
+    model: PeftModel, folder: Path, prompt: dict[str, Any] | None, load_dtype: str | None = None
+) -> Manifest:
     base = cast(PreTrainedModel, model.get_base_model())
-    identity, names = base_identity(base), adapter_names(model)
-    with atomic_directory(folder / names[-1]) as aside:
-        save_adapter(model, names[-1], aside, base_model=identity["model"])
-    entries = [AdapterEntry.of(folder, name) for name in names]
-    Manifest(identity, quantization_of(base), entries, prompt or {}).write(folder)
+    return Manifest(
+        base_identity(base),
+        quantization_of(base),
+        [AdapterEntry.of(folder, name) for name in adapter_names(model)],
+        prompt or {},
+        # The configuration keeps it where trainers cast parameters afterwards.
+        load_dtype=load_dtype or str(base.config.dtype or base.dtype).removeprefix("torch."),
+    )
 
 
 def quantization_of(model: PreTrainedModel) -> dict[str, Any] | None:
@@ -155,3 +177,18 @@ def require_same_base(loaded: dict[str, Any], trained: dict[str, Any], where: st
             where=where,
             fix="Load it on the base it was trained on.",
         )
+
+
+def _require_same_quantization(loaded: dict[str, Any] | None, trained: dict[str, Any] | None, where: str) -> None:
+    if loaded != trained:
+        raise UserError(
+            f"this stack was trained on a base with {_described(trained)}; the one given has {_described(loaded)}",
+            where=where,
+            fix="Load the base as it was trained on, or leave it out: the manifest says how to load it.",
+        )
+
+
+def _described(quantization: dict[str, Any] | None) -> str:
+    if quantization is None:
+        return "no quantisation"
+    return "quantisation " + ", ".join(f"{key}={value}" for key, value in quantization.items())

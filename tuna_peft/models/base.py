@@ -134,6 +134,7 @@ def load_base(
             dtype=resolve_dtype(dtype, target),
             quantization_config=quantization_config,
             device_map={"": target} if quantization_config is not None else None,
+            use_safetensors=True,  # pickles run code
             attn_implementation=attn_implementation,
             **hub,
         )

@@ -42,12 +42,14 @@ class Manifest:
         quantization: bitsandbytes settings of that base as keyword arguments, or None for an unquantised one.
         adapters: From the bottom of the stack to its top.
         prompt: The prompt template of training: `{"template", ...}`; empty when unknown.
+        load_dtype: What the base was loaded in, which 4-bit codes are made from; None when unknown.
     """
 
     base: dict[str, Any]
     quantization: dict[str, Any] | None
     adapters: list[AdapterEntry]
     prompt: dict[str, Any] = field(default_factory=dict)
+    load_dtype: str | None = None
     format: int = FORMAT
     written_by: str = f"tuna_peft {tuna_peft.__version__}"
 
@@ -69,13 +71,7 @@ def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Ma
     root = Path(folder)
     file = root / MANIFEST
     if not file.is_file():
-        lone = (root / "adapter_config.json").is_file()
-        raise UserError(
-            "this is a lone adapter: nothing says which adapters it was trained on" if lone else "no stack.json here",
-            where=str(root),
-            fix="Give the folder that holds stack.json (the `stack` folder of a run); "
-            "a lone upper adapter is useless without the ones below it.",
-        )
+        raise _no_manifest(root)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if raw.get("format") != FORMAT:
@@ -98,6 +94,19 @@ def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Ma
     for entry in manifest.adapters:
         _verify(root, entry)
     return manifest
+
+
+def _no_manifest(root: Path) -> UserError:
+    if not (root / "adapter_config.json").is_file():
+        return UserError(
+            "no stack.json here",
+            where=str(root),
+            fix="Give a run's folder, the folder that holds stack.json, or a Hub id.",
+        )
+    fix = "Give the folder that holds stack.json; a lone upper adapter is useless without the ones below it."
+    if (root.parent / MANIFEST).is_file():
+        fix = f"Its stack is {root.parent}: load that, up to {root.name!r}."
+    return UserError("this is a lone adapter: nothing says which adapters it was trained on", where=str(root), fix=fix)
 
 
 def _require_complete(manifest: Manifest) -> None:
