@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.workloads import Group
 from tuna_peft.data.collate import RankedCollator
+from tuna_peft.models.prefix import attention_masks
+from tuna_peft.models.scoring import ResponseLogps, response_logps
 from tuna_peft.training.loss import tuna_loss
-from tuna_peft.training.prefix import attention_masks
-from tuna_peft.training.scoring import ResponseLogps, response_logps
 
 
 def batch_of(groups: list[Group], *, share_responses: bool = True) -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 
 from tuna_peft import TunaConfig, TunaTrainer, UserError
 from tuna_peft.models.base import make_quantization_config
+from tuna_peft.models.scoring import response_logps
 from tuna_peft.models.stack import adapter_names, fingerprint, push_adapter
 from tuna_peft.training.checkpoint import latest_checkpoint
-from tuna_peft.training.scoring import response_logps
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

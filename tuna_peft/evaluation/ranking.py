@@ -9,8 +9,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from tuna_peft.data.collate import RankedCollator
+from tuna_peft.models.scoring import response_logps
 from tuna_peft.training.metrics import pair_statistics
-from tuna_peft.training.scoring import response_logps
 
 
 @torch.no_grad()

@@ -29,13 +29,13 @@ from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
 from tuna_peft.models.base import load_base
 from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_dequantisation
+from tuna_peft.models.logps import require_plain_head
+from tuna_peft.models.scoring import response_logps
 from tuna_peft.models.stack import push_adapter
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
 from tuna_peft.training.config import TunaConfig
-from tuna_peft.training.logps import require_plain_head
 from tuna_peft.training.loss import PairCounts, hinge_by_distance, pair_weights
 from tuna_peft.training.metrics import RunningMeans, pair_statistics
-from tuna_peft.training.scoring import response_logps
 from tuna_peft.training.verify import verify_shared_rows
 
 logger = logging.getLogger("tuna_peft")

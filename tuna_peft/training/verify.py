@@ -8,8 +8,8 @@ import torch
 
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.errors import UserError
-from tuna_peft.training.logps import require_plain_head, token_logps
-from tuna_peft.training.scoring import final_hidden_states, response_logps, unwrap
+from tuna_peft.models.logps import require_plain_head, token_logps
+from tuna_peft.models.scoring import final_hidden_states, response_logps, unwrap
 
 # Of a mean log-probability per token, in nats. 16-bit matrix products of other shapes round differently, and 8-bit
 # layers round their activations.

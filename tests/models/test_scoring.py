@@ -7,7 +7,7 @@ from families import FAMILIES, make_model, make_rows
 from tuna_peft import UserError
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.data.micro_batches import halves
-from tuna_peft.training.scoring import response_logps
+from tuna_peft.models.scoring import response_logps
 
 
 def separate_rows(model, rows):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tuna_peft.training import logps
+from tuna_peft.models import logps
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from tuna_peft.training.logps import require_plain_head, token_logps
-from tuna_peft.training.prefix import attention_masks
+from tuna_peft.models.logps import require_plain_head, token_logps
+from tuna_peft.models.prefix import attention_masks
 
 
 @dataclass
