@@ -1,0 +1,27 @@
+"""Servers on loopback, and a client that does not wait long between its attempts."""
+
+import pytest
+
+from tuna_peft.feedback.server import Server, ServerSettings
+
+KEY = "sk-secret-0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    return KEY
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+
+
+@pytest.fixture
+def connect():
+    def make(url, **settings):
+        return Server(ServerSettings(base_url=url, model="some-model", **settings))
+
+    return make

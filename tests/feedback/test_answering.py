@@ -1,0 +1,101 @@
+"""Every question asked once, whatever fails beside it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.answering import MAX_FAILURES_IN_A_ROW, answer_all
+from tuna_peft.feedback.server import NoAnswer
+from tuna_peft.feedback.spending import CostLimitReached
+from tuna_peft.journal import Journal
+
+QUESTIONS = {str(i): i for i in range(200)}
+
+
+@pytest.fixture
+def journal(tmp_path):
+    with Journal(tmp_path / "journal.jsonl") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("in_flight", [1, 32])
+def test_each_question_is_asked_once(journal, in_flight):
+    asked = []
+
+    def ask(i):
+        asked.append(i)
+        return i * i
+
+    journal.add("3", "of an earlier run")
+    outcome = answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
+    assert (outcome.found, outcome.asked, outcome.unanswered) == (1, 199, {})
+    assert sorted(asked) == [i for i in range(200) if i != 3]
+    assert [journal[str(i)] for i in range(5)] == [0, 1, 4, "of an earlier run", 16]
+    assert answer_all(journal, QUESTIONS, ask, in_flight=in_flight).found == len(asked) + 1 == 200
+
+
+def test_as_many_at_once_as_allowed_and_no_more(journal):
+    barrier, guard, now, most = threading.Barrier(4), threading.Lock(), [0], [0]
+
+    def ask(i):
+        with guard:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        barrier.wait(timeout=60)  # none gets on before four are there
+        with guard:
+            now[0] -= 1
+
+    answer_all(journal, QUESTIONS, ask, in_flight=4)
+    assert most == [4]
+
+
+@pytest.mark.parametrize("in_flight", [1, 8])
+def test_a_failed_question_costs_itself(journal, in_flight):
+    def ask(i):
+        if i % 10 == 0:
+            raise NoAnswer("nothing came")
+        return i
+
+    outcome = answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
+    assert outcome.asked == 180
+    assert outcome.unanswered == {str(i): "nothing came" for i in range(0, 200, 10)}
+    assert "10" not in journal
+    assert answer_all(journal, QUESTIONS, lambda i: i).asked == 20
+
+
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_a_dead_server_ends_it(journal, in_flight):
+    asked = []
+
+    def ask(i):
+        asked.append(i)
+        if i >= 50:
+            raise NoAnswer("no connection", where="http://host/v1", fix="Is it running?")
+        return i
+
+    with pytest.raises(UserError, match=r"(?s)in a row have failed, the last with: no connection.* 50 answers .*kept"):
+        answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
+    assert len(journal) == 50
+    assert len(asked) <= 50 + MAX_FAILURES_IN_A_ROW + in_flight
+
+
+@pytest.mark.parametrize("error", [CostLimitReached("enough"), ZeroDivisionError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_any_other_error_ends_it_and_keeps_what_was_under_way(journal, in_flight, error):
+    failed = threading.Event()
+
+    def ask(i):
+        if i == 60:
+            failed.set()
+            raise error
+        if i in (58, 59, 61) and in_flight > 1:
+            failed.wait(timeout=60)
+        return i
+
+    with pytest.raises(type(error)):
+        answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
+    assert all(str(i) in journal for i in range(60))
+    assert len(journal) < 70

@@ -1,0 +1,147 @@
+"""Many questions, each asked once: in parallel, each answer in the journal as it arrives."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.server import RequestFailed
+from tuna_peft.journal import Journal
+
+Question = TypeVar("Question")
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES_IN_A_ROW = 8
+"""So many failed requests without an answer in between mean that the server, not a question, is the reason."""
+
+
+@dataclasses.dataclass
+class Answering:
+    """What became of the questions.
+
+    Args:
+        found: Answers that the journal had already.
+        asked: Answers that were asked for and came.
+        unanswered: Why there is none, by key. They are not in the journal and will be asked again.
+    """
+
+    found: int = 0
+    asked: int = 0
+    unanswered: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def answer_all(
+    journal: Journal,
+    questions: Mapping[str, Question],
+    ask: Callable[[Question], Any],
+    *,
+    in_flight: int = 1,
+    description: str = "asking",
+) -> Answering:
+    """Brings an answer to every question into the journal.
+
+    Ctrl-C waits for the answers that are under way, and keeps them; a second one does not wait.
+
+    Args:
+        journal: Keys that it has are not asked again.
+        questions: By key, see `tuna_peft.journal.content_key`.
+        ask: Gives the answer, a JSON value; called in `in_flight` threads, or in this one if that is 1.
+            `RequestFailed` costs this question, any other exception ends it all once the others' answers are in.
+
+    Raises:
+        UserError: The server answers nothing any more.
+    """
+    missing = [key for key in questions if key not in journal]
+    run = _Run(journal, questions, ask, missing, Answering(found=len(questions) - len(missing)))
+    with tqdm(total=len(missing), desc=description, delay=2, disable=None, leave=False) as run.bar:
+        if in_flight == 1:
+            run.work()
+        else:
+            _in_threads(run, min(in_flight, len(missing)))
+    if run.error is not None:
+        raise run.error
+    return run.outcome
+
+
+def _in_threads(run: _Run, count: int) -> None:
+    # Daemons: a second Ctrl-C need not wait for them.
+    threads = [threading.Thread(target=run.work, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        run.stop()
+        logger.warning("waiting for the answers that are under way; Ctrl-C again gives them up")
+        for thread in threads:
+            thread.join()
+        raise
+
+
+class _Run:
+    """The state that the threads of one `answer_all` share."""
+
+    bar: Any
+
+    def __init__(
+        self,
+        journal: Journal,
+        questions: Mapping[str, Any],
+        ask: Callable[[Any], Any],
+        missing: list[str],
+        outcome: Answering,
+    ):
+        self.journal, self.questions, self.ask = journal, questions, ask
+        self.outcome = outcome
+        self.error: BaseException | None = None
+        self._left = iter(missing)
+        self._stopped = False
+        self._failures_in_a_row = 0
+        self._guard = threading.Lock()
+
+    def stop(self) -> None:
+        """No further question is begun."""
+        self._stopped = True
+
+    def work(self) -> None:
+        """Asks until nothing is left."""
+        while (key := self._next()) is not None:
+            try:
+                answer = self.ask(self.questions[key])
+                self.journal.add(key, answer)
+            except RequestFailed as failure:
+                self._failed(key, failure)
+            except BaseException as error:
+                with self._guard:
+                    self.error = self.error or error
+                self.stop()
+            else:
+                with self._guard:
+                    self.outcome.asked += 1
+                    self._failures_in_a_row = 0
+                    self.bar.update()
+
+    def _next(self) -> str | None:
+        with self._guard:
+            return None if self._stopped else next(self._left, None)
+
+    def _failed(self, key: str, failure: RequestFailed) -> None:
+        with self._guard:
+            self.outcome.unanswered[key] = failure.what
+            self._failures_in_a_row += 1
+            self.bar.update()
+            if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW and self.error is None:
+                self.stop()
+                kept = f"The {self.outcome.found + self.outcome.asked} answers so far are kept: "
+                self.error = UserError(
+                    f"{self._failures_in_a_row} requests in a row have failed, the last with: {failure.what}",
+                    where=failure.where,
+                    fix=f"{kept}run the same command again to go on. {failure.fix or ''}".rstrip(),
+                )

@@ -1,0 +1,316 @@
+"""An OpenAI-compatible server: one request in, one checked JSON object out. Several threads may share a `Server`.
+
+The `openai` client repeats requests by itself after 408, 409, 429, 5xx, time-outs and lost connections, with growing
+and jittered waits, and keeps to `Retry-After` (up to two minutes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.spending import Prices, Spending, Usage, estimate_tokens
+
+MAX_ANSWER_BYTES = 16 << 20
+"""A body that is longer is given up; log-probabilities of a long prompt need some megabytes."""
+
+
+class ServerSettings(BaseModel):
+    """Where an OpenAI-compatible server is, and how it may be used. Nothing here is secret."""
+
+    # A key that was put in the wrong place must not come back in an error message.
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    base_url: str = Field(description="For example https://api.openai.com/v1 or http://localhost:8000/v1.")
+    model: str = Field(min_length=1, description="The model's name on that server.")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="Name of the environment variable that holds the key, never the key itself."
+    )
+    timeout: PositiveFloat = Field(300.0, description="Seconds that a whole answer may take.")
+    max_retries: int = Field(6, ge=0, le=20, description="Repetitions after 429, 5xx, time-outs and lost connections.")
+    in_flight: PositiveInt = Field(8, le=256, description="Requests at the same time.")
+    price_in: float | None = Field(None, ge=0, allow_inf_nan=False, description="Price of a million prompt tokens.")
+    price_out: float | None = Field(None, ge=0, allow_inf_nan=False, description="Price of a million answer tokens.")
+    max_cost: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Stop before the answers cost more, in the prices' currency."
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("expected an address like https://host/v1")
+        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+            raise ValueError("the address holds more than host and path; a key belongs into the environment")
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name_of_a_variable(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError("expected the name of an environment variable, not the key itself")
+        return value
+
+    @model_validator(mode="after")
+    def _a_limit_needs_prices(self) -> ServerSettings:
+        if (self.price_in is None) != (self.price_out is None):
+            raise ValueError("give both `price_in` and `price_out`, or neither")
+        if self.max_cost is not None and self.price_in is None:
+            raise ValueError("`max_cost` needs `price_in` and `price_out` (per million tokens)")
+        return self
+
+    def spending(self) -> Spending:
+        """A counter with these prices and this limit."""
+        return Spending(Prices(self.price_in or 0.0, self.price_out or 0.0), self.max_cost)
+
+
+class RequestFailed(UserError):
+    """This one request has no usable answer; others may have one."""
+
+
+class NoAnswer(RequestFailed):
+    """Nothing came back, however often it was asked: overload, time-out, lost connection. Worth asking another day."""
+
+
+class Refused(RequestFailed):
+    """The server will not answer this request, however often it is asked (400, 413, 422)."""
+
+
+class BadAnswer(RequestFailed):
+    """What came back cannot be read. Another attempt may differ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A server's answer.
+
+    Args:
+        data: The JSON object, of which nothing is checked but that it is one.
+        usage: As the server says, or estimated where it says nothing.
+    """
+
+    data: dict[str, Any]
+    usage: Usage
+
+
+class Server:
+    """A client for one model on one server.
+
+    Args:
+        settings: See `ServerSettings`. The key is read from the environment here, and goes nowhere but into the
+            requests' headers: errors have it removed.
+        spending: Counts tokens and holds the limit; by default a fresh one from the settings.
+
+    Raises:
+        UserError: The `openai` package is missing, or the key has characters that no key has.
+    """
+
+    def __init__(self, settings: ServerSettings, spending: Spending | None = None):
+        try:
+            import openai
+        except ImportError:
+            raise UserError(
+                "servers need the `openai` package", fix="Install it: pip install 'tuna-peft[openai]'"
+            ) from None
+        self.settings = settings
+        self.spending = spending or settings.spending()
+        self._key = os.environ.get(settings.api_key_env, "").strip()
+        if not re.fullmatch(r"[!-~]*", self._key):
+            raise UserError("the key has spaces or unprintable characters in it", where=settings.api_key_env)
+        self._openai = openai
+        self._client = openai.OpenAI(
+            base_url=settings.base_url,
+            api_key=self._key or "none",  # local servers want none, and the client insists on one
+            max_retries=settings.max_retries,
+            timeout=settings.timeout,
+            http_client=_limited_client(settings),
+        )
+
+    def chat(self, messages: list[dict[str, str]], **options: Any) -> Reply:
+        """POST chat/completions with further fields of the request in `options`; for errors see `post`."""
+        return self.post("/chat/completions", {"messages": messages, **options})
+
+    def complete(self, prompt: str | list[int], **options: Any) -> Reply:
+        """POST completions: `prompt` is text or token ids; for errors see `post`."""
+        return self.post("/completions", {"prompt": prompt, **options})
+
+    def post(self, path: str, body: dict[str, Any]) -> Reply:
+        """One request, repeated by the client as its settings allow.
+
+        Args:
+            path: Below the base URL.
+            body: The request without `model`. `max_tokens` (times `n`) bounds what it can cost.
+
+        Raises:
+            NoAnswer, Refused, BadAnswer: This request failed.
+            CostLimitReached: It could cost too much, and was not sent.
+            UserError: No request can succeed: wrong key, no such model or path.
+        """
+        worst = Usage(1, _tokens_of(body), body.get("n", 1) * (body.get("max_tokens") or 0))
+        with self.spending.request(worst) as used:
+            content = self._send(path, {"model": self.settings.model, **body})
+            used.append(worst)  # what cannot be read has been paid for, too
+            data = self._parse(content)
+            used[0] = usage = _usage(data, worst)
+        return Reply(data, usage)
+
+    def _send(self, path: str, body: dict[str, Any]) -> bytes:
+        try:
+            return self._client.post(path, body=body, cast_to=self._response_class).content
+        except UnicodeEncodeError:
+            raise Refused("the text holds half of a surrogate pair", where=self._where) from None
+        except self._openai.APIStatusError as error:
+            raise self._fault_of_status(error.status_code, self._message(error)) from None
+        except self._openai.APITimeoutError:
+            what = f"no answer within {self.settings.timeout:g} s, asked {self.settings.max_retries + 1} times"
+            raise NoAnswer(what, where=self._where, fix="Allow a longer time-out, or fewer in flight.") from None
+        except self._openai.APIConnectionError as error:
+            reason = self.scrub(str(error.__cause__ or error))
+            what = f"no connection, tried {self.settings.max_retries + 1} times: {reason}"
+            raise NoAnswer(what, where=self._where, fix="Is the server running, and the address right?") from None
+        except self._openai.OpenAIError as error:
+            raise BadAnswer(self.scrub(str(error)), where=self._where) from None
+
+    @property
+    def _where(self) -> str:
+        return self.settings.base_url
+
+    @property
+    def _response_class(self) -> Any:
+        import httpx2
+
+        return httpx2.Response
+
+    def _fault_of_status(self, status: int, message: str) -> UserError:
+        name = self.settings.api_key_env
+        if status in (401, 403):
+            held = f"the key in {name} is not accepted" if self._key else f"it wants a key, and {name} is not set"
+            return UserError(f"{held} ({status}: {message})", where=self._where, fix=f"Set {name} to a valid key.")
+        if status == 402:
+            return UserError(f"the account has no credit left ({message})", where=self._where)
+        if status in (404, 405):
+            fix = f"Check the base URL and the model's name, {self.settings.model!r}."
+            return UserError(f"no such path or model ({status}: {message})", where=self._where, fix=fix)
+        if status in (408, 409, 429) or status >= 500:
+            what = f"{status} however often asked ({self.settings.max_retries + 1} times): {message}"
+            return NoAnswer(what, where=self._where)
+        return Refused(f"the server refuses the request ({status}: {message})", where=self._where)
+
+    def _message(self, error: Any) -> str:
+        body = error.body
+        if isinstance(body, dict):
+            body = body.get("message", body)
+        return self.scrub(str(body if body else error.message))
+
+    def scrub(self, text: str, most: int = 300) -> str:
+        """A server's words, fit for a terminal or a log: the key taken out, on one line, not long."""
+        if self._key:
+            text = text.replace(self._key, "[key]")
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", text).strip()
+        return text if len(text) <= most else text[:most] + " ..."
+
+    def _parse(self, content: bytes) -> dict[str, Any]:
+        try:
+            data = json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise BadAnswer(f"the answer is not JSON: {self.scrub(repr(content[:80]))}", where=self._where) from None
+        if not isinstance(data, dict):
+            raise BadAnswer("the answer is JSON, but no object", where=self._where)
+        return data
+
+
+def _limited_client(settings: ServerSettings) -> Any:
+    """An HTTP client that stops reading a body that is too long or takes too long."""
+    import httpx2
+    import openai
+
+    class LimitedClient(openai.DefaultHttpxClient):
+        def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+            began = time.monotonic()
+            response = super().send(request, stream=True, **options)
+            body = bytearray()
+            try:
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    if len(body) > MAX_ANSWER_BYTES:
+                        # Of this class, so that the client does not repeat the request.
+                        raise openai.OpenAIError(f"the answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
+                    if time.monotonic() - began > settings.timeout:  # a drip keeps the socket's own time-out away
+                        raise httpx2.ReadTimeout("the whole answer took too long", request=request)
+            finally:
+                response.close()
+            headers = [
+                (name, value)
+                for name, value in response.headers.multi_items()
+                if name.lower() not in ("content-encoding", "content-length", "transfer-encoding")
+            ]
+            return httpx2.Response(
+                response.status_code, headers=headers, content=bytes(body), request=response.request
+            )
+
+    limits = httpx2.Limits(max_connections=settings.in_flight, max_keepalive_connections=settings.in_flight)
+    timeout = httpx2.Timeout(settings.timeout, connect=min(10.0, settings.timeout))
+    return LimitedClient(limits=limits, timeout=timeout)
+
+
+def _tokens_of(body: dict[str, Any]) -> int:
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return estimate_tokens(prompt)
+    if prompt is not None:
+        return len(prompt)
+    return sum(estimate_tokens(message["content"]) + 4 for message in body.get("messages", []))
+
+
+def _usage(data: dict[str, Any], estimate: Usage) -> Usage:
+    """The server's count, where it gives numbers that can be true."""
+    usage = data.get("usage")
+    counts = (
+        [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [None]
+    )
+    if all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 40 for n in counts):
+        return Usage(1, *counts)
+    return estimate
+
+
+def choices(reply: Reply, n: int = 1) -> list[dict[str, Any]]:
+    """The `n` choices of a reply, in the order of their `index`; what is in them is still to be checked.
+
+    Raises:
+        BadAnswer: There are not `n` of them.
+    """
+    found = reply.data.get("choices")
+    if not isinstance(found, list) or len(found) != n or not all(isinstance(choice, dict) for choice in found):
+        raise BadAnswer(f"the answer has no {n} choices")
+    places = [choice.get("index", place) for place, choice in enumerate(found)]
+    if sorted(places, key=str) != sorted(range(n), key=str):
+        raise BadAnswer(f"the choices have the indices {places!r:.80}, not 0 to {n - 1}")
+    return [choice for _, choice in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
+
+
+def message_text(reply: Reply) -> tuple[str, bool]:
+    """The text of a chat reply with one choice, and whether it was cut at `max_tokens`.
+
+    Raises:
+        BadAnswer: There is no such text.
+    """
+    [choice] = choices(reply)
+    message = choice.get("message")
+    text = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(text, str):
+        raise BadAnswer("the answer has no text")
+    return sound_text(text), choice.get("finish_reason") == "length"
+
+
+def sound_text(text: str) -> str:
+    """`text` with halves of surrogate pairs replaced: JSON can spell them, nothing downstream can hold them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
