@@ -299,8 +299,8 @@ def test_bad_rows_are_skipped_and_counted_only_when_told(jsonl):
 
 def test_prompts_alone(jsonl):
     teacher = jsonl(TEACHER)
-    prompts, report = load_prompts(DataSource(path=teacher), PLAIN)
-    assert prompts == [{"id": "line-1", "prompt": "Q: Sort. b aA:", "record": TEACHER}]
+    [row], report = load_prompts(DataSource(path=teacher), PLAIN)
+    assert row == {"id": "line-1", "prompt": "Q: Sort. b aA:", "reference": "a b", "record": TEACHER}
     assert report.as_dict() == {"read": 1, "kept": 1, "skipped": {}, "duplicates_merged": 0, "omitted": 0}
     bare = jsonl({"instruction": "Hi.", "id": 3}, {"instruction": ""})
     with pytest.raises(UserError, match="line 2: the instruction is missing"):

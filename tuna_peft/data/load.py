@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -10,10 +11,12 @@ from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.ranked import (
     BadRow,
     Normalised,
+    Prompt,
     ReadReport,
     Record,
     add_reference,
     clean_prompt,
+    clean_response,
     normalise,
     record_id,
 )
@@ -73,26 +76,27 @@ def load_prompts(source: DataSource, prompt: PromptConfig) -> tuple[list[Record]
     """Reads prompts alone, from any format; the records need no responses.
 
     Returns:
-        A list of `{"id", "prompt", "record"}` (`record` is the raw one), and the counts of what was read.
+        A list of `{"id", "prompt", "reference", "record"}` (`reference` is the response that came with the prompt, or
+        None; `record` is the raw one), and the counts of what was read.
 
     Raises:
         UserError: As `load_ranked`.
     """
-    raw_records = read_records(source)
-    format, template = _format(source, raw_records, prompts_only=True), PromptTemplate(prompt)
-    prompts, report = [], ReadReport()
-    for where, raw in _progress(raw_records, "Reading prompts"):
-        report.read += 1
-        try:
-            identity, text = format.prompt(raw, source, template, where)
-            row = {"id": record_id(identity, where), "prompt": clean_prompt(text, where), "record": raw}
-        except BadRow as error:
-            _skip(error, source, report)
-            continue
-        prompts.append(row)
-    report.kept = len(prompts)
-    _require_some(report, source)
-    return prompts, report
+    return _read_unranked(source, prompt, "Reading prompts", _prompt_alone)
+
+
+def load_candidates(source: DataSource, prompt: PromptConfig) -> tuple[list[Record], ReadReport]:
+    """Reads responses that are still to be scored or judged, from any format; ranks and scores are not looked at.
+
+    Returns:
+        A list of `{"id", "prompt", "completions", "reference", "record"}`, the completions in the order of the file
+        with exact duplicates merged, and the counts of what was read. `record` is the record that the prompt came
+        from: the raw one, or what the file has under `record`, as samples do.
+
+    Raises:
+        UserError: As `load_ranked`, though a single response will do here.
+    """
+    return _read_unranked(source, prompt, "Reading responses", _with_responses)
 
 
 def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True) -> tuple[list[Record], ReadReport]:
@@ -152,6 +156,57 @@ def ranked_dataset(records: list[Record]) -> datasets.Dataset:
     }
     table = {name: [record[name] for record in records] for name in features}
     return datasets.Dataset.from_dict(table, features=datasets.Features(features))
+
+
+def _read_unranked(
+    source: DataSource, prompt: PromptConfig, what: str, read: Callable[..., tuple[Record, int]]
+) -> tuple[list[Record], ReadReport]:
+    raw_records = read_records(source)
+    format, template = _format(source, raw_records, prompts_only=True), PromptTemplate(prompt)
+    records, report = [], ReadReport()
+    for where, raw in _progress(raw_records, what):
+        report.read += 1
+        try:
+            identity, text = format.prompt(raw, source, template, where)
+            row = {"id": record_id(identity, where), "prompt": clean_prompt(text, where)}
+            rest, merged = read(raw, where, format, source, row["prompt"])
+        except BadRow as error:
+            _skip(error, source, report)
+            continue
+        report.duplicates_merged += merged
+        records.append({**row, **rest})
+    report.kept = len(records)
+    _require_some(report, source)
+    return records, report
+
+
+def _prompt_alone(raw: Record, where: str, format: Format, source: DataSource, prompt: Prompt) -> tuple[Record, int]:
+    try:
+        found = format.responses(raw, source, where)
+    except BadRow:  # a prompt without responses is all that is wanted
+        found = {"reference": None}
+    reference = found["completions"][0] if format.name == "alpaca" and "completions" in found else found["reference"]
+    if not isinstance(reference, str) or not reference.strip():
+        reference = None
+    return {"reference": reference, "record": raw}, 0
+
+
+def _with_responses(raw: Record, where: str, format: Format, source: DataSource, prompt: Prompt) -> tuple[Record, int]:
+    found = format.responses(raw, source, where)
+    responses = found["completions"]
+    if not isinstance(responses, list) or not responses:
+        raise BadRow("the record has no responses", reason="no responses", where=where)
+    texts = [
+        clean_response(response, prompt, f"{where}, candidate {index}") for index, response in enumerate(responses)
+    ]
+    distinct = list(dict.fromkeys(texts))
+    reference = found["reference"]
+    rest = {
+        "completions": distinct,
+        "reference": None if reference is None else clean_response(reference, prompt, f"{where}, reference"),
+        "record": raw.get("record", raw),
+    }
+    return rest, len(texts) - len(distinct)
 
 
 def _read_one(
