@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tuna_peft.evaluation.graders import load_grader
 from tuna_peft.evaluation.ranking import ranking_accuracy
+from tuna_peft.graders import load_grader
 from tuna_peft.models.generation import generate_responses
 from tuna_peft.recipe.inputs import Inputs
 from tuna_peft.recipe.schema import Recipe

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tuna_peft.evaluation.graders import load_grader
+from tuna_peft.graders import load_grader
 from tuna_peft.models.adapter_stack import extend_stack
 from tuna_peft.models.base import Base, load_base, make_quantization_config, resolve_device, resolve_dtype
 from tuna_peft.models.manifest import read_manifest
