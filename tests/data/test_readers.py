@@ -306,7 +306,7 @@ def test_prompts_alone(jsonl):
     with pytest.raises(UserError, match="line 2: the instruction is missing"):
         load_prompts(DataSource(path=bare), PLAIN)
     prompts, report = load_prompts(DataSource(path=bare, on_bad_row="skip"), PLAIN)
-    assert prompts == [{"id": "3", "prompt": "Q: Hi.A:", "record": {"instruction": "Hi.", "id": 3}}]
+    assert prompts == [{"id": "3", "prompt": "Q: Hi.A:", "reference": None, "record": {"instruction": "Hi.", "id": 3}}]
     assert report.skipped == {"no prompt": 1}
     assert load_prompts(DataSource(path=jsonl({"prompt": "p"})), PLAIN)[0][0]["prompt"] == "p"
     question = DataSource(path=jsonl({"text": "Why?"}), columns={"instruction": "text"})
