@@ -62,7 +62,7 @@ def test_prompts_come_from_standard_input_one_a_line(run):
     [
         (["generate", "{run}/absent", "x"], "cannot load the base model"),
         (["generate", "{run}", "x", "--upto", "absent"], "no adapter 'absent'"),
-        (["generate", "{run}/base", "x", "--upto", "sft"], "--upto goes with a stack"),
+        (["generate", "{run}/base", "x", "--upto", "sft"], "upto` goes with a stack"),
         (["generate", "{run}/stack/ranking", "x"], "lone adapter"),
         (["generate", "{run}", "x", "--template", "nothing"], "has no {instruction} in it"),
         (["merge", "{run}", "{run}/merged", "--dtype", "int4"], "int4"),

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from tuna_peft.models.adapter_stack import AdapterStack
 
 
 def generate(
@@ -46,41 +41,17 @@ def generate(
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.data.templates import PromptTemplate
     from tuna_peft.data.texts import prompt_ids
+    from tuna_peft.models.any_model import load_any_model, prompt_of
     from tuna_peft.models.generation import generate_responses
 
     logging.disable_progress_bar()
     wanted = None if template is None else from_options(PromptConfig, {"template": template})
-    loaded = _load(model, upto, base_model, device)
-    recorded = loaded.prompt or _usual_prompt(loaded.tokenizer)
-    prompts = PromptTemplate(wanted or PromptConfig.model_validate(recorded))
+    loaded = load_any_model(model, upto=upto, base_model=base_model, device=device)
+    prompts = PromptTemplate(wanted or PromptConfig.model_validate(prompt_of(loaded)))
     for instruction in _instructions(prompt):
         ids = prompt_ids(prompts.render(instruction, input), loaded.tokenizer)
         [response] = generate_responses(loaded.model, loaded.tokenizer, [ids], max_new_tokens=max_new_tokens)
         typer.echo(response)
-
-
-def _load(model: str, upto: str | None, base_model: str | None, device: str) -> AdapterStack:
-    """A stack, or any other model as a stack of no adapters."""
-    from tuna_peft.errors import UserError
-    from tuna_peft.models.adapter_stack import AdapterStack
-    from tuna_peft.models.base import load_base
-
-    folder = Path(model)
-    for candidate in (folder / "stack", folder):
-        # A lone adapter goes the same way: it is refused with the reason.
-        if (candidate / "stack.json").is_file() or (candidate / "adapter_config.json").is_file():
-            return AdapterStack.from_pretrained(candidate, upto=upto, base_model=base_model, device=device)
-    if upto is not None:
-        raise UserError("--upto goes with a stack; this is a single model", where=model)
-    base = load_base(model, device=device)
-    record = folder / "tuna_export.json"
-    prompt = json.loads(record.read_text(encoding="utf-8"))["stack"]["prompt"] if record.is_file() else {}
-    return AdapterStack(base.model, base.tokenizer, prompt)
-
-
-def _usual_prompt(tokenizer: Any) -> dict[str, str]:
-    """For a model of which nothing is recorded."""
-    return {"template": "chat" if tokenizer.chat_template else "alpaca"}
 
 
 def _instructions(prompt: str | None) -> Iterator[str]:

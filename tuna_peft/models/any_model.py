@@ -1,0 +1,81 @@
+"""Whatever a user calls a model: a run's folder, a stack, a merged model, a Hub id, `builtin:`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from tuna_peft.errors import UserError
+from tuna_peft.models.adapter_stack import AdapterStack, quantization_of
+from tuna_peft.models.base import base_identity, load_base, make_quantization_config, resolve_device, resolve_dtype
+from tuna_peft.models.stack import adapter_names, fingerprint
+
+
+def load_any_model(
+    model: str,
+    *,
+    upto: str | None = None,
+    base_model: str | None = None,
+    revision: str | None = None,
+    quantization: str = "none",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> AdapterStack:
+    """A stack, or any other model as a stack of no adapters.
+
+    Args:
+        model: A run's folder, a stack's, a merged model's, a Hub id, or `builtin:pico-llama`.
+        upto: Of a stack: with the adapters up to this one.
+        base_model: Of a stack: where its base is now.
+        revision: Of a model on the Hub: branch, tag or commit.
+        quantization: Of a single model: `nf4`, `fp4`, `int8` or `none`; a stack has that of its training.
+        device: See `load_base`.
+        trust_remote_code: See `load_base`.
+
+    Raises:
+        UserError: It cannot be loaded, or `upto` is given for a single model.
+    """
+    folder = Path(model)
+    for candidate in (folder / "stack", folder):
+        # A lone adapter goes the same way: it is refused with the reason.
+        if (candidate / "stack.json").is_file() or (candidate / "adapter_config.json").is_file():
+            return AdapterStack.from_pretrained(
+                candidate, upto=upto, base_model=base_model, device=device, trust_remote_code=trust_remote_code
+            )
+    if upto is not None:
+        raise UserError("`upto` goes with a stack; this is a single model", where=model)
+    compute = resolve_dtype("auto", resolve_device(device))
+    base = load_base(
+        model,
+        revision=revision,
+        quantization_config=make_quantization_config(quantization, compute_dtype=compute),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    record = folder / "tuna_export.json"
+    prompt = json.loads(record.read_text(encoding="utf-8"))["stack"]["prompt"] if record.is_file() else {}
+    return AdapterStack(base.model, base.tokenizer, prompt)
+
+
+def prompt_of(loaded: AdapterStack) -> dict[str, Any]:
+    """The prompt template that a model was trained with, or the usual one where nothing is recorded."""
+    return loaded.prompt or _usual_prompt(loaded.tokenizer)
+
+
+def model_digest(model: torch.nn.Module) -> dict[str, Any]:
+    """What a model's outputs depend on, as plain JSON: where its base is from, its quantisation, every adapter."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {
+        "base": base_identity(base),
+        "quantization": quantization_of(base),
+        "adapters": {name: fingerprint(model, name) for name in adapter_names(model)},
+    }
+
+
+def _usual_prompt(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {"template": "chat" if tokenizer.chat_template else "alpaca"}
