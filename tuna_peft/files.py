@@ -52,13 +52,13 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         with disk_full_is_a_user_error(final):
             yield aside
-            _swap(aside, final)
+            replace_directory(aside, final)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
-def _swap(aside: Path, final: Path) -> None:
+def replace_directory(aside: Path, final: Path) -> None:
     """Puts `aside` in the place of `final`; an interruption leaves one of the two there."""
     if not final.exists():
         os.replace(aside, final)

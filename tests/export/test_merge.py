@@ -12,7 +12,7 @@ import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
 from safetensors.torch import load_file, save_file
-from tiny_llama import PROMPTS, Tiny, load_tiny, write_base, write_stack
+from tiny_llama import PROMPTS, RANKING, SFT, Tiny, load_tiny, stack_on, write_base, write_stack
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tuna_peft.errors import UserError
@@ -21,8 +21,8 @@ from tuna_peft.export.base_weight import dequantised, quantised_modules, require
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.divergence import divergence
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.models.adapter_stack import AdapterStack, quantization_of
-from tuna_peft.models.base import safetensors_files
+from tuna_peft.models.adapter_stack import AdapterStack, quantization_of, save_stack
+from tuna_peft.models.base import load_base, make_quantization_config, safetensors_files
 from tuna_peft.models.dequantise import dequantised_weight
 
 
@@ -82,6 +82,25 @@ def test_16_bits_are_the_fp32_merge_rounded_once(tiny: Tiny, tmp_path: Path, dty
     full, half = tensors_of(tmp_path / "full"), tensors_of(tmp_path / "half")
     for name, tensor in half.items():
         assert torch.equal(tensor, full[name].to(getattr(torch, dtype))), name
+
+
+@pytest.mark.parametrize("method", ["nf4", "none"])
+def test_the_base_is_taken_as_it_was_loaded_in_training(tiny: Tiny, tmp_path: Path, method: str) -> None:
+    """A stack trained in bf16 on a GPU and merged on a CPU, where the default is fp32."""
+    base = shutil.copytree(tiny.base, tmp_path / "base")
+    stored = {name: x.float() + 1e-4 for name, x in tensors_of(base).items()}  # no bf16 numbers
+    save_file(stored, base / "model.safetensors", metadata={"format": "pt"})
+    config = make_quantization_config(method)
+    live = load_base(str(base), quantization_config=config, dtype="bfloat16", device="cpu")
+    save_stack(stack_on(live, sft=SFT, ranking=RANKING), tmp_path / "stack")
+    merge_stack(tmp_path / "stack", tmp_path / "merged", dtype="float32", device="cpu")
+    layers = dict(live.model.named_modules())
+    for name, tensor in tensors_of(tmp_path / "merged").items():
+        module = name.removesuffix(".weight")
+        layer = layers.get(module.replace("model.", "base_model.model.model.", 1), layers.get(module))
+        expected = dequantised_weight(getattr(layer, "base_layer", layer)).double()
+        expected = expected + stack_delta(tmp_path / "stack", module)
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +18,10 @@ from safetensors.torch import load_file
 from tiny_llama import Tiny
 
 from tuna_peft.errors import UserError
-from tuna_peft.export import merge as merge_module
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.export.output import RECORD, peak_rss_bytes
+from tuna_peft.export.merged_weights import MergedWeights
+from tuna_peft.export.output import RECORD, partial_directory, peak_rss_bytes, resumable_directory
 
 EXPORTS = pytest.mark.parametrize("export", [combine_stack, merge_stack])
 Export = Callable[..., Any]
@@ -36,30 +39,102 @@ def test_too_little_space_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def _count(monkeypatch: pytest.MonkeyPatch, stop_at: int = 0, failure: BaseException | None = None) -> list[str]:
+    """Lists the tensors that merges make from now on, and fails at one of them."""
+    make, made = MergedWeights.make, []
+
+    def counted(self: MergedWeights, name: str) -> Any:
+        made.append(name)
+        if failure is not None and len(made) == stop_at:
+            raise failure
+        return make(self, name)
+
+    monkeypatch.setattr(MergedWeights, "make", counted)
+    return made
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("before", [False, True], ids=["new", "over-an-earlier-one"])
-def test_an_interrupted_merge_leaves_nothing_new(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, before: bool
+def test_an_interrupted_merge_leaves_nothing_that_looks_complete_and_goes_on(
+    tiny: Tiny, tmp_path: Path, failure: BaseException, before: bool
 ) -> None:
     out = tmp_path / "merged"
+    straight = merge_stack(tiny.stack, tmp_path / "straight", max_shard_size="50KB")
     if before:
         merge_stack(tiny.stack, out)
-    write, calls = merge_module.write_safetensors, []
-
-    def fails_in_the_second_shard(path: Path, *args: Any) -> None:
-        calls.append(path)
-        write(path, *args)
-        if len(calls) == 2:
-            raise failure
-
-    monkeypatch.setattr(merge_module, "write_safetensors", fails_in_the_second_shard)
     expected = (UserError, "the disk is full") if isinstance(failure, OSError) else (KeyboardInterrupt, None)
-    with pytest.raises(expected[0], match=expected[1]):
-        merge_stack(tiny.stack, out, max_shard_size="50KB")
-    assert [path.name for path in tmp_path.iterdir()] == (["merged"] if before else [])
+    with pytest.MonkeyPatch.context() as patch:
+        _count(patch, 14, failure)
+        with pytest.raises(expected[0], match=expected[1]):
+            merge_stack(tiny.stack, out, max_shard_size="50KB")
+    visible = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert sorted(visible) == (["merged", "straight"] if before else ["straight"])
     if before:
-        assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
         assert load_file(out / "model.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        made = _count(patch)
+        merge_stack(tiny.stack, out, max_shard_size="50KB")
+    assert len(made) == straight.tensors - 13
+    _assert_same_files(out, tmp_path / "straight")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "straight"]
+
+
+KILLED = """
+import os, signal, sys
+from tuna_peft.export.merge import merge_stack
+from tuna_peft.export.merged_weights import MergedWeights
+make, made = MergedWeights.make, []
+def killed(self, name):
+    made.append(name)
+    if len(made) == 14:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make(self, name)
+MergedWeights.make = killed
+merge_stack(sys.argv[1], sys.argv[2], dtype="nf4", max_shard_size="20KB")
+"""
+
+
+def test_kill_9_in_the_middle_of_a_merge(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "merged"
+    run = subprocess.run([sys.executable, "-c", KILLED, str(tiny.stack), str(out)], capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    assert not out.exists()
+    straight = merge_stack(tiny.stack, tmp_path / "straight", dtype="nf4", max_shard_size="20KB")
+    made = _count(monkeypatch)
+    report = merge_stack(tiny.stack, out, dtype="nf4", max_shard_size="20KB")
+    _assert_same_files(out, tmp_path / "straight")
+    assert report.requantisation_error == straight.requantisation_error
+    groups = len(load_file(Path(tiny.base) / "model.safetensors"))
+    assert 0 < len(made) <= groups - 12  # what Python had not handed to the system yet is made again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "straight"]
+
+
+def _assert_same_files(one: Path, other: Path) -> None:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_what_is_left_of_another_merge_is_not_gone_on_with(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _count(patch, 14, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge_stack(tiny.stack, tmp_path / "out", dtype="float16", max_shard_size="50KB")
+    assert (partial_directory(tmp_path / "out") / "plan.json").is_file()
+    merge_stack(tiny.stack, tmp_path / "out", dtype="float32", max_shard_size="50KB")
+    merge_stack(tiny.stack, tmp_path / "straight", dtype="float32", max_shard_size="50KB")
+    _assert_same_files(tmp_path / "out", tmp_path / "straight")
+
+
+def test_two_merges_do_not_write_the_same_export(tiny: Tiny, tmp_path: Path) -> None:
+    with resumable_directory(tmp_path / "out", {"by": "another"}) as aside:
+        (aside / "something").touch()
+        with pytest.raises(UserError, match="another process is writing"):
+            merge_stack(tiny.stack, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["something"]
 
 
 def test_an_interrupted_replacement_puts_the_earlier_export_back(

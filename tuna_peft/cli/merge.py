@@ -10,9 +10,11 @@ import typer
 
 
 def merge(
-    stack: Annotated[Path, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, or a run's folder.")],
+    stack: Annotated[
+        str, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, a run's folder, or a Hub id.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32, or nf4.")] = "bfloat16",
     base: Annotated[
         str, typer.Option("--base", help="Add to the dequantised weights of training, or to the original ones.")
     ] = "dequantised",
@@ -31,17 +33,22 @@ def merge(
         ),
     ] = None,
 ) -> None:
-    """Merge a stack of adapters into its base: one 16-bit model, dequantised once and rounded once."""
+    """Merge a stack of adapters into its base: one model, dequantised once and rounded once."""
     from tuna_peft.export.merge import merge_stack
+    from tuna_peft.models.find_stack import find_stack
 
-    inside = stack / "stack"
-    source = inside if (inside / "stack.json").is_file() else stack
+    source = find_stack(stack)
     report = merge_stack(source, out, dtype=dtype, base=base, upto=upto, base_model=base_model)  # type: ignore[arg-type]
     typer.echo(
         f"wrote {report.path}: {' + '.join(report.adapters)} merged into the {report.base} base, {report.dtype}, "
         f"{report.nbytes / 2**20:,.1f} MiB, {report.seconds:.1f} s"
     )
-    ids = _prompt_ids(source, out, prompts) if prompts is not None else _prompts_of_run(stack)
+    if report.requantisation_error:
+        typer.echo(
+            "quantising again changed the weights of a module by {mean:.1%} on average, {max:.1%} at most "
+            "(Frobenius norm)".format(**report.requantisation_error)
+        )
+    ids = _prompt_ids(source, out, prompts) if prompts is not None else _prompts_of_run(source.parent)
     if ids:
         from tuna_peft.export.check import check_exports
 

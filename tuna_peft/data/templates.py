@@ -21,17 +21,22 @@ ALPACA_NO_INPUT = (
 
 
 class PromptTemplate:
-    """Renders instructions into prompts, as a `PromptConfig` says."""
+    """Renders instructions into prompts, as a `PromptConfig` says.
+
+    Attributes:
+        with_input: The text around `{instruction}` and `{input}`.
+        no_input: The text around `{instruction}` where there is no input.
+    """
 
     def __init__(self, config: PromptConfig):
         self.name = config.template
         if config.template == "alpaca":
-            self._with_input, self._no_input = ALPACA_INPUT, ALPACA_NO_INPUT
+            self.with_input, self.no_input = ALPACA_INPUT, ALPACA_NO_INPUT
         elif config.template in ("chat", "none"):
-            self._with_input = self._no_input = "{instruction}"
+            self.with_input = self.no_input = "{instruction}"
         else:
-            self._with_input = config.template
-            self._no_input = config.template_no_input or config.template
+            self.with_input = config.template
+            self.no_input = config.template_no_input or config.template
 
     def render(self, instruction: str, input: str | None = None, where: str | None = None) -> Prompt:
         """The prompt: a text, or for `chat` a list with one user message.
@@ -48,15 +53,15 @@ class PromptTemplate:
             content = f"{instruction}\n\n{input}" if input and input.strip() else instruction
             return [{"role": "user", "content": content}]
         if not input or not input.strip():
-            return _fill(self._no_input, instruction, "")
-        if "{input}" not in self._with_input:
+            return _fill(self.no_input, instruction, "")
+        if "{input}" not in self.with_input:
             raise BadRow(
                 "the record has an input, and the prompt template has no {input} to hold it",
                 reason="input without a place in the template",
                 where=where,
                 fix="Add {input} to the template, or use `template: alpaca`.",
             )
-        return _fill(self._with_input, instruction, input)
+        return _fill(self.with_input, instruction, input)
 
 
 def _fill(template: str, instruction: str, input: str) -> str:

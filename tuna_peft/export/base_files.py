@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer
 
 from tuna_peft.errors import UserError
-from tuna_peft.files import write_json
+from tuna_peft.export.chat_template import chat_template_of
+from tuna_peft.files import write_json, write_text
 from tuna_peft.models.adapter_stack import require_same_base
 from tuna_peft.models.base import resolve_model_path, safetensors_files, weights_fingerprint
 from tuna_peft.models.manifest import Manifest
@@ -71,13 +73,32 @@ def companion_files(folder: Path) -> list[Path]:
     return sorted(found - set(folder.glob(_WEIGHT_INDICES)))
 
 
-def copy_companions(folder: Path, out: Path, dtype: str) -> None:
-    """Copies the base's companion files as they are, but for the dtype in `config.json`.
+def copy_companions(
+    folder: Path, out: Path, changes: dict[str, Any], prompt: dict[str, Any], *, trust_remote_code: bool = False
+) -> None:
+    """Copies the base's companion files as they are, but for `changes` in `config.json` and for the chat template.
 
-    This is where a chat template that repeats the training prompt will be added.
+    Args:
+        prompt: The manifest's prompt template, which becomes the chat template, see `chat_template_of`.
     """
     for path in companion_files(folder):
         shutil.copyfile(path, out / path.name)
     config = read_config(folder)
     config.pop("torch_dtype", None)  # the name of `dtype` before transformers 5
-    write_json(out / "config.json", {**config, "dtype": dtype})
+    write_json(out / "config.json", {**config, **changes})
+    if any(out.glob("tokenizer*")):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        template = chat_template_of(prompt, tokenizer)
+        if template is not None:
+            _write_chat_template(out, template)
+
+
+def _write_chat_template(out: Path, template: str) -> None:
+    write_text(out / "chat_template.jinja", template)
+    # Older homes of the template, which would contradict it.
+    (out / "chat_template.json").unlink(missing_ok=True)
+    config = out / "tokenizer_config.json"
+    if config.is_file():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        if settings.pop("chat_template", None) is not None:
+            write_json(config, settings)

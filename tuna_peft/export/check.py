@@ -15,6 +15,9 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.divergence import Divergence, divergence_from, iter_logits
 from tuna_peft.models.adapter_stack import AdapterStack
 from tuna_peft.models.base import resolve_device, resolve_dtype
+from tuna_peft.models.dequantise import keep_quantised_layout
+from tuna_peft.models.find_stack import find_stack
+from tuna_peft.models.manifest import read_manifest
 
 
 def check_exports(
@@ -38,7 +41,8 @@ def check_exports(
         stack_dir: The folder with `stack.json`.
         exports: Folders of `combine_stack` and `merge_stack`.
         prompts: Token ids of each prompt.
-        upto, base_model, device, dtype, trust_remote_code: As in `AdapterStack.from_pretrained`.
+        dtype: What to load and compute in; `auto` is what the manifest says of training.
+        upto, base_model, device, trust_remote_code: As in `AdapterStack.from_pretrained`.
 
     Raises:
         UserError: A broken stack, or no prompts.
@@ -46,6 +50,8 @@ def check_exports(
     batches = [torch.tensor([list(prompt)]) for prompt in prompts if len(prompt)]
     if not batches:
         raise UserError("no prompts to compare on", fix="Give some held-out prompts.")
+    if dtype == "auto":
+        dtype = read_manifest(find_stack(stack_dir)).load_dtype or "auto"
     stack = AdapterStack.from_pretrained(
         stack_dir,
         upto=upto,
@@ -74,5 +80,6 @@ def check_exports(
             merged: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=resolve_dtype(dtype, target), trust_remote_code=trust_remote_code
             )
+            keep_quantised_layout(merged)
             results[str(folder)] = divergence_from(reference, merged.to(target).eval(), batches)
     return results

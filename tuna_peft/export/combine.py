@@ -59,21 +59,23 @@ def combine_stack(
     factors = StackFactors(stack_dir, upto)
     if not factors.shapes:
         raise UserError("the stack has no adapters to combine", where=str(stack_dir))
-    specs: dict[str, TensorSpec] = {}
-    for module, shape in factors.shapes.items():
-        specs[f"{PEFT_PREFIX}{module}.lora_A.weight"] = TensorSpec("F32", (shape.rank, shape.inputs))
-        specs[f"{PEFT_PREFIX}{module}.lora_B.weight"] = TensorSpec("F32", (shape.outputs, shape.rank))
+    groups = {
+        module: {
+            f"{PEFT_PREFIX}{module}.lora_A.weight": TensorSpec("F32", (shape.rank, shape.inputs)),
+            f"{PEFT_PREFIX}{module}.lora_B.weight": TensorSpec("F32", (shape.outputs, shape.rank)),
+        }
+        for module, shape in factors.shapes.items()
+    }
     require_replaceable(out_dir, [factors.folder])
-    require_space(out_dir, sum(spec.nbytes for spec in specs.values()))
+    require_space(out_dir, sum(spec.nbytes for specs in groups.values() for spec in specs.values()))
 
-    def load(key: str) -> torch.Tensor:
-        module, _, side = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+    def load(module: str) -> dict[str, torch.Tensor]:
         both = factors.of(module)
-        return both.a if side == "lora_A" else both.b
+        return {f"{PEFT_PREFIX}{module}.lora_A.weight": both.a, f"{PEFT_PREFIX}{module}.lora_B.weight": both.b}
 
     config = _combined_config(factors)
     with atomic_directory(out_dir) as aside:
-        write_safetensors(aside / ADAPTER_WEIGHTS, specs, load)
+        write_safetensors(aside / ADAPTER_WEIGHTS, groups, load)
         config.save_pretrained(str(aside))
         write_record(aside, "combined", factors.manifest)
     return CombineReport(

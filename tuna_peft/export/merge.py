@@ -6,25 +6,35 @@ by adapter into a quantised model would round once per adapter.
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from tqdm.auto import tqdm
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.base_files import companion_files, copy_companions, locate_base
-from tuna_peft.export.base_weight import dequantised, quantised_modules, require_linear, skeleton
 from tuna_peft.export.factors import StackFactors
-from tuna_peft.export.output import peak_rss_bytes, require_replaceable, require_space, write_record
-from tuna_peft.export.safetensors_stream import FLOATS, SafetensorsReader, TensorSpec, write_safetensors
-from tuna_peft.files import atomic_directory, write_json
-from tuna_peft.models.base import resolve_device, resolve_dtype, safetensors_files
+from tuna_peft.export.merged_weights import DTYPES, MergedWeights
+from tuna_peft.export.output import (
+    peak_rss_bytes,
+    require_replaceable,
+    require_space,
+    resumable_directory,
+    write_record,
+)
+from tuna_peft.export.safetensors_stream import write_safetensors
+from tuna_peft.files import write_json
+from tuna_peft.models.base import resolve_device, resolve_dtype
 
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+MERGED_DTYPES = (*DTYPES, "nf4")
+REQUANTISATION = "requantisation_error.json"
 
 
 @dataclass(frozen=True)
@@ -35,9 +45,10 @@ class MergeReport:
         path: The model's folder.
         adapters: Names from the bottom of the stack to its top.
         base: `dequantised` or `original`.
-        dtype: Output dtype.
+        dtype: Output dtype, or `nf4`.
         tensors: Number of tensors written.
-        merged: How many of them took a part of the stack.
+        merged: Number of modules that took a part of the stack.
+        requantisation_error: Of `nf4`: mean and largest over the modules of |W - nf4(W)| / |W| (Frobenius norm).
         files: Number of weight files.
         nbytes: Size of all weights.
         seconds: Wall-clock time.
@@ -50,6 +61,7 @@ class MergeReport:
     dtype: str
     tensors: int
     merged: int
+    requantisation_error: dict[str, float] | None
     files: int
     nbytes: int
     seconds: float
@@ -71,129 +83,100 @@ def merge_stack(
 ) -> MergeReport:
     """Writes the base with the stack merged in; plain `AutoModelForCausalLM.from_pretrained` loads it.
 
-    One tensor at a time goes from the base's safetensors files to the output's; no model is built.
+    One tensor at a time goes from the base's safetensors files to the output's; no model is built. An interrupted
+    merge goes on where it was when it is called again in the same way.
 
     Args:
-        stack_dir: The folder with `stack.json`.
+        stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
         out_dir: Appears whole or not at all; an earlier export there is replaced.
-        dtype: `bfloat16`, `float16` or `float32`.
-        base: `dequantised` adds the stack to the weights that it was trained on, `original` to the stored ones.
-            The same for an unquantised base.
+        dtype: `bfloat16`, `float16`, `float32`, or `nf4`: quantised again, in the form that transformers loads.
+        base: `dequantised` adds the stack to the weights that it was trained on (for an unquantised base: in the
+            dtype of training), `original` to the stored ones.
         upto: Merge the stack up to this adapter.
         base_model: Where the base is now, if it has moved.
         max_shard_size: Largest size of a weights file, for example `5GB`.
         device: Where to quantise and add; `auto` is the GPU when there is one.
-        load_dtype: What the live model is loaded with, as in `load_base`.
+        load_dtype: What the base was loaded in for training; `auto` is what the manifest says, and for a stack that
+            does not say it what `load_base` would choose here.
 
     Raises:
         UserError: A broken stack, another or an unreadable base, a layout in which a weight is not found, no space,
             an `out_dir` in use, or weights that do not fit the dtype.
     """
     start = time.perf_counter()
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}", fix=f"Use one of {', '.join(DTYPES)}.")
+    if dtype not in MERGED_DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}", fix=f"Use one of {', '.join(MERGED_DTYPES)}.")
     if base not in ("dequantised", "original"):
         raise UserError(f"unknown base {base!r}", fix="Use dequantised or original.")
     factors = StackFactors(stack_dir, upto)
-    folder = locate_base(factors.manifest, base_model, stack_dir)
-    quantization = factors.manifest.quantization if base == "dequantised" else None
+    manifest = factors.manifest
+    folder = locate_base(manifest, base_model, factors.folder)
     target = resolve_device(device)
-    source = SafetensorsReader(safetensors_files(str(folder)))
-    weights = _Weights(source, factors, quantization, target, resolve_dtype(load_dtype, target), dtype)
-    weights.prepare(folder, trust_remote_code)
+    loaded_in = resolve_dtype(manifest.load_dtype or "auto" if load_dtype == "auto" else load_dtype, target)
+    weights = MergedWeights(folder, factors, base, dtype, loaded_in, target, trust_remote_code)
 
-    specs = {
-        name: TensorSpec(DTYPES[dtype] if spec.dtype in FLOATS else spec.dtype, spec.shape)
-        for name, spec in source.specs.items()
-    }
-    total = sum(spec.nbytes for spec in specs.values())
-    require_replaceable(out_dir, [stack_dir, folder])
+    total = sum(spec.nbytes for specs in weights.groups.values() for spec in specs.values())
+    require_replaceable(out_dir, [factors.folder, folder])
     require_space(out_dir, total + sum(path.stat().st_size for path in companion_files(folder)))
-    with atomic_directory(out_dir) as aside:
-        copy_companions(folder, aside, dtype)
-        files = _write_shards(aside, specs, weights, max_shard_size)
-        write_record(aside, "merged", factors.manifest, base=base, dtype=dtype)
+    plan = {
+        "stack": asdict(manifest),
+        "base": base,
+        "dtype": dtype,
+        "load_dtype": str(loaded_in),
+        "max_shard_size": max_shard_size,
+        "device": target.type,
+    }
+    with resumable_directory(out_dir, plan) as aside:
+        copy_companions(folder, aside, weights.config_changes(), manifest.prompt, trust_remote_code=trust_remote_code)
+        with tqdm(total=total, desc="merging", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
+            files = _write_shards(aside, weights, max_shard_size, bar.update)
+        write_record(aside, "merged", manifest, base=base, dtype=dtype)
+    errors = weights.errors.values()
     return MergeReport(
         path=Path(out_dir),
-        adapters=[entry.name for entry in factors.manifest.adapters],
+        adapters=[entry.name for entry in manifest.adapters],
         base=base,
         dtype=dtype,
-        tensors=len(specs),
+        tensors=sum(map(len, weights.groups.values())),
         merged=len(factors.shapes),
-        files=files,
+        requantisation_error={"mean": sum(errors) / len(errors), "max": max(errors)} if errors else None,
+        files=len(files),
         nbytes=total,
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
     )
 
 
-class _Weights:
-    """The output's tensors, made one at a time."""
+def _write_shards(
+    folder: Path, weights: MergedWeights, max_shard_size: str | int, report: Callable[[int], object]
+) -> list[Path]:
+    """Writes the weights as transformers names them, one file or shards with an index; skips shards that are there."""
+    errors = folder / REQUANTISATION
+    if errors.is_file():
+        weights.errors.update(json.loads(errors.read_text(encoding="utf-8")))
 
-    def __init__(
-        self,
-        source: SafetensorsReader,
-        factors: StackFactors,
-        quantization: dict[str, Any] | None,
-        device: torch.device,
-        load_dtype: torch.dtype,
-        dtype: str,
-    ):
-        self.source, self.factors, self.quantization = source, factors, quantization
-        self.device, self.load_dtype, self.dtype = device, load_dtype, dtype
-        self.quantised: set[str] = set()
+    def make(group: str) -> dict[str, torch.Tensor]:
+        before = len(weights.errors)
+        made = weights.make(group)
+        if len(weights.errors) > before:
+            write_json(errors, weights.errors)
+        return made
 
-    def prepare(self, folder: Path, trust_remote_code: bool) -> None:
-        """Finds the quantised modules and checks that every weight to be changed is where it is expected."""
-        model = skeleton(folder, self.quantization, trust_remote_code=trust_remote_code)
-        self.quantised = quantised_modules(model)
-        changed = [*self.factors.shapes, *sorted(self.quantised)]
-        require_linear(model, changed)
-        for module in changed:
-            spec = self.source.specs.get(module + ".weight")
-            if spec is None:
-                raise UserError(
-                    f"the checkpoint stores no weight for {module!r} under its own name (fused or renamed weights?)",
-                    where=str(folder),
-                    fix="Save the base again with transformers' save_pretrained, or publish the combined adapter.",
-                )
-            shape = self.factors.shapes.get(module)
-            if shape and spec.shape != (shape.outputs, shape.inputs):
-                raise UserError(
-                    f"the adapters' {module!r} is {(shape.outputs, shape.inputs)}, the base's {spec.shape}",
-                    where=str(folder),
-                    fix="Merge into the base that the stack was trained on.",
-                )
-
-    def make(self, name: str) -> torch.Tensor:
-        """The tensor `name` of the merged model, in the output dtype unless it holds integers."""
-        module = name.removesuffix(".weight")
-        weight = self.source.read(name, self.device)
-        if self.quantization is not None and module in self.quantised:
-            weight = dequantised(weight, self.quantization, self.load_dtype)
-        if name.endswith(".weight") and module in self.factors.shapes:
-            part = self.factors.of(module)
-            # A copy, because the tensor may be the file itself, mapped into memory.
-            weight = weight.to(torch.float32, copy=True).addmm_(part.b.to(self.device), part.a.to(self.device))
-        if not weight.is_floating_point():
-            return weight
-        rounded = weight.to(getattr(torch, self.dtype))
-        if self.dtype == "float16" and not rounded.isfinite().all():
-            raise UserError(f"{name!r} has values beyond float16's range", fix="Use bfloat16 or float32.")
-        return rounded
-
-
-def _write_shards(folder: Path, specs: dict[str, TensorSpec], weights: _Weights, max_shard_size: str | int) -> int:
-    """Writes the weights as transformers names them, one file or shards with an index; returns the number of files."""
+    sizes = {group: sum(spec.nbytes for spec in specs.values()) for group, specs in weights.groups.items()}
     split = split_state_dict_into_shards_factory(
-        specs,  # it needs nothing of a tensor but its size
-        get_storage_size=lambda spec: spec.nbytes,
+        sizes,
+        get_storage_size=lambda nbytes: nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     for file, names in split.filename_to_tensors.items():
-        write_safetensors(folder / file, {name: specs[name] for name in names}, weights.make)
+        if (folder / file).is_file():
+            report(sum(sizes[name] for name in names))
+        else:
+            write_safetensors(folder / file, {name: weights.groups[name] for name in names}, make, report)
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
-    return len(split.filename_to_tensors)
+        weight_map = {
+            tensor: file for group, file in split.tensor_to_filename.items() for tensor in weights.groups[group]
+        }
+        write_json(folder / "model.safetensors.index.json", {"metadata": split.metadata, "weight_map": weight_map})
+    return [folder / file for file in split.filename_to_tensors]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
-from tuna_peft.files import write_json
+from tuna_peft.files import disk_full_is_a_user_error, replace_directory, write_json
 from tuna_peft.models.manifest import Manifest
 
 RECORD = "tuna_export.json"
+PLAN = "plan.json"
 
 
 def write_record(folder: Path, kind: str, manifest: Manifest, **settings: Any) -> None:
@@ -42,14 +46,70 @@ def require_replaceable(out_dir: str | os.PathLike[str], inputs: Iterable[str | 
         )
 
 
+@contextlib.contextmanager
+def resumable_directory(out_dir: str | os.PathLike[str], plan: dict[str, Any]) -> Iterator[Path]:
+    """Yields a directory beside `out_dir` that becomes `out_dir` on success and outlives an interruption.
+
+    It holds `plan`. Where one with the same plan is left of an interrupted process, that one is yielded as it is; one
+    with another plan is emptied. A mistake of the user (`UserError`) would only come again: it deletes the directory.
+
+    Raises:
+        UserError: Another process is writing there, or the disk is full (then the directory stays).
+    """
+    final = Path(out_dir)
+    aside = partial_directory(final)
+    aside.mkdir(parents=True, exist_ok=True)
+    lock = os.open(aside, os.O_RDONLY)
+    try:
+        _take(lock, final)
+        with disk_full_is_a_user_error(final):
+            if not _has_plan(aside, plan):
+                for entry in aside.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                write_json(aside / PLAN, plan)
+            try:
+                yield aside
+            except UserError:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+            (aside / PLAN).unlink()
+            replace_directory(aside, final)
+    finally:
+        os.close(lock)
+
+
+def partial_directory(out_dir: str | os.PathLike[str]) -> Path:
+    """Where `resumable_directory` keeps what is not finished."""
+    final = Path(out_dir).absolute()
+    return final.with_name(f".{final.name}.partial")
+
+
+def _take(lock: int, final: Path) -> None:
+    try:
+        # The kernel lets go of it when the process ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError("another process is writing this export", where=str(final), fix="Wait for it.") from error
+
+
+def _has_plan(aside: Path, plan: dict[str, Any]) -> bool:
+    try:
+        return json.loads((aside / PLAN).read_text(encoding="utf-8")) == plan
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 def require_space(out_dir: str | os.PathLike[str], needed: int) -> None:
     """Checks that `needed` bytes are free where `out_dir` will be, before anything is written.
+
+    What an interrupted export has written there counts as free: it is used or deleted.
 
     Raises:
         UserError: They are not.
     """
     existing = next(path for path in Path(out_dir).resolve().parents if path.exists())
-    free = shutil.disk_usage(existing).free
+    partial = partial_directory(out_dir)
+    free = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in partial.glob("*") if file.is_file())
     if free < needed:
         raise UserError(
             f"not enough disk space: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free",

@@ -7,11 +7,13 @@ header's length, a JSON header with every tensor's type, shape and byte range, t
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -64,30 +66,71 @@ class SafetensorsReader:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], specs: Mapping[str, TensorSpec], load: Callable[[str], torch.Tensor]
+    path: str | os.PathLike[str],
+    groups: Mapping[str, Mapping[str, TensorSpec]],
+    load: Callable[[str], Mapping[str, torch.Tensor]],
+    report: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """Writes the tensors of `specs`, each taken from `load(name)` when its turn comes.
+    """Writes groups of tensors, each taken from `load(group)` when its turn comes; goes on where it was interrupted.
+
+    Until it is whole the file is called `<path>.part`. File systems make a file longer once the data is there, so its
+    length says which groups are written; the rest is cut off and made again.
+
+    Args:
+        path: The file.
+        groups: Type and shape of every tensor, by group; a group is what is made together.
+        load: The tensors of a group, by name.
+        report: Is told how many bytes have been written, also those that were there before.
 
     Raises:
+        ValueError: A tensor is not what was announced, or a group would leave the next one unaligned.
         OSError: The disk is full.
     """
-    # Wide types first, so that every tensor starts at a multiple of its element size.
-    names = sorted(specs, key=lambda name: -ITEM_SIZE[specs[name].dtype])
+    part = Path(f"{os.fspath(path)}.part")
+    order, head, ends = _layout(groups)
+    with open(part, "a+b") as out:
+        out.seek(0)
+        if out.read(len(head)) != head:
+            out.truncate(0)
+            out.write(head)
+        written = bisect.bisect_right(ends, out.seek(0, os.SEEK_END) - len(head))
+        end = ends[written - 1] if written else 0
+        out.truncate(len(head) + end)
+        report(end)
+        for group in order[written:]:
+            tensors = load(group)
+            for name in _widest_first(groups[group]):
+                spec = groups[group][name]
+                data = tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                if data.nbytes != spec.nbytes:
+                    raise ValueError(f"{name}: {data.nbytes} bytes where {spec} was announced")
+                out.write(data.data)
+                report(data.nbytes)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(part, path)
+
+
+def _layout(groups: Mapping[str, Mapping[str, TensorSpec]]) -> tuple[list[str], bytes, list[int]]:
+    """The groups in the order of the file, the file's head, and where the data of each group ends."""
+    # Every tensor starts at a multiple of its element size when the groups whose size is a multiple of 8 come first,
+    # then those of 4, 2 and 1, and in a group the wide types.
+    alignment = {group: math.gcd(8, sum(spec.nbytes for spec in specs.values())) for group, specs in groups.items()}
+    order = sorted(groups, key=lambda group: -alignment[group])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        start, end = end, end + specs[name].nbytes
-        header[name] = {
-            "dtype": specs[name].dtype,
-            "shape": list(specs[name].shape),
-            "data_offsets": [start, end],
-        }
+    end, ends = 0, []
+    for group in order:
+        for name in _widest_first(groups[group]):
+            spec = groups[group][name]
+            if end % ITEM_SIZE[spec.dtype]:
+                raise ValueError(f"{name}: its group's size, or that of one before, would leave it unaligned")
+            start, end = end, end + spec.nbytes
+            header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
+        ends.append(end)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            data = load(name).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            if data.nbytes != specs[name].nbytes:
-                raise ValueError(f"{name}: {data.nbytes} bytes where {specs[name]} was announced")
-            out.write(data.data)
+    return order, len(text).to_bytes(8, "little") + text, ends
+
+
+def _widest_first(specs: Mapping[str, TensorSpec]) -> list[str]:
+    return sorted(specs, key=lambda name: -ITEM_SIZE[specs[name].dtype])

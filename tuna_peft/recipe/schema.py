@@ -125,10 +125,12 @@ class EvaluationSettings(_Section):
 
 
 class MergeSettings(_Section):
-    """The merged 16-bit model."""
+    """The merged model."""
 
     enabled: bool = Field(True, description="Write a merged model at the end of the run.")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the merged weights.")
+    dtype: Literal["bfloat16", "float16", "float32", "nf4"] = Field(
+        "bfloat16", description="Dtype of the merged weights; `nf4` quantises them again."
+    )
     base: Literal["dequantised", "original"] = Field(
         "dequantised",
         description="Add the adapters to the quantised weights they were trained on, or to the original.",
@@ -139,7 +141,7 @@ class ExportSettings(_Section):
     """What a run leaves behind besides its stack of adapters."""
 
     combine: bool = Field(True, description="Write the stack as one adapter that plain PEFT loads.")
-    merge: MergeSettings = Field(default_factory=MergeSettings, description="The merged 16-bit model.")
+    merge: MergeSettings = Field(default_factory=MergeSettings, description="The merged model.")
     divergence_prompts: int = Field(
         16, ge=0, description="Prompts on which the KL divergence of each export to the live stack is measured."
     )

@@ -1,0 +1,84 @@
+"""The training prompt as a chat template, so that whatever serves the model prompts it as in training."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.templates import PromptTemplate
+
+_REFUSAL = "this model knows user and assistant messages only, as in its training prompt"
+
+
+def chat_template_of(prompt: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A Jinja template that renders one user message to the prompt of training, and further turns one after the other.
+
+    A message is an instruction. It may hold an input too, behind the text that stands between the two in the training
+    prompt, for Alpaca `\\n\\n### Input:\\n`; then the prompt for instructions with an input is used.
+
+    Args:
+        prompt: The manifest's prompt template.
+        tokenizer: The base's; BOS is written where it puts one before a text.
+
+    Returns:
+        None where the tokenizer's own chat template was used in training, or no template.
+    """
+    if not prompt or prompt["template"] in ("chat", "none"):
+        return None
+    template = PromptTemplate(PromptConfig.model_validate(prompt))
+    turn = "{{- " + _expression(template.no_input, "message['content']") + " -}}"
+    between = _between(template.with_input)
+    if between is not None:
+        with_input = _expression(template.with_input, "parts[0]", "parts[1]")
+        turn = (
+            f"{{%- set separator = {_literal(between)} -%}}\n"
+            "{%- if separator in message['content'] -%}\n"
+            "{%- set parts = message['content'].split(separator, 1) -%}\n"
+            f"{{{{- {with_input} -}}}}\n"
+            "{%- else -%}\n"
+            f"{turn}\n"
+            "{%- endif -%}"
+        )
+    return (
+        f"{_beginning(template.no_input.replace('{instruction}', 'a'), tokenizer)}{{%- for message in messages -%}}\n"
+        "{%- if message['role'] == 'user' -%}\n"
+        f"{turn}\n"
+        "{%- elif message['role'] == 'assistant' -%}\n"
+        "{{- message['content'] + eos_token -}}\n"
+        "{%- else -%}\n"
+        f"{{{{- raise_exception({_literal(_REFUSAL)}) -}}}}\n"
+        "{%- endif -%}\n"
+        "{%- endfor -%}\n"
+    )
+
+
+def _beginning(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before the first message, so that its tokens are those of `text` with BOS as in training."""
+    ids = tokenizer(text).input_ids
+    if ids[:1] != [tokenizer.bos_token_id]:
+        return ""
+    for space in ("", " "):
+        # LLaMA's SentencePiece begins a text with a space of its own, but not behind a BOS that is written out.
+        if tokenizer(f"{tokenizer.bos_token}{space}{text}", add_special_tokens=False).input_ids == ids:
+            return f"{{{{- bos_token + '{space}' -}}}}\n" if space else "{{- bos_token -}}\n"
+    return "{{- bos_token -}}\n"
+
+
+def _between(template: str) -> str | None:
+    """The text from the instruction to the input, where it can tell one from the other."""
+    parts = re.split(r"(\{instruction\}|\{input\})", template)
+    return parts[2] if parts[1::2] == ["{instruction}", "{input}"] and parts[2].strip() else None
+
+
+def _expression(template: str, instruction: str, input: str = "''") -> str:
+    """A Jinja expression for a template text with the placeholders filled by expressions."""
+    values = {"{instruction}": instruction, "{input}": input}
+    parts = re.split(r"(\{instruction\}|\{input\})", template)
+    return " + ".join(values.get(part) or _literal(part) for part in parts if part)
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
