@@ -52,6 +52,15 @@ ARMS = {
 }
 
 
+# Where segments end decides how many kernel calls there are: on meta they must keep their values.
+_SIZES = ("q_offsets", "k_offsets")
+
+
 def to_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
     """Moves the tensors of a batch."""
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.to(device)
+        if isinstance(value, torch.Tensor) and not (device == "meta" and key in _SIZES)
+        else value
+        for key, value in batch.items()
+    }

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.workloads import Group
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.models.prefix import attention_masks
+from tuna_peft.models.prefix import attention_inputs
 from tuna_peft.models.scoring import ResponseLogps, response_logps
 from tuna_peft.training.loss import tuna_loss
 
@@ -41,7 +41,7 @@ def loss_with_full_logits(model: Any, batch: dict[str, torch.Tensor], responses:
     logits = model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
-        attention_mask=attention_masks(model, batch),
+        **attention_inputs(model, batch),
         use_cache=False,
     ).logits
     logps = torch.nn.functional.log_softmax(logits.float(), dim=-1).flatten(0, 1)

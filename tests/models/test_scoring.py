@@ -7,6 +7,7 @@ from families import FAMILIES, make_model, make_rows
 from tuna_peft import UserError
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.data.micro_batches import halves
+from tuna_peft.models import prefix
 from tuna_peft.models.scoring import response_logps
 
 
@@ -28,10 +29,12 @@ def packed_rows(model, rows, **collator):
     return logps.sums_BN[batch["ranks"] >= 0], logps
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["dense mask", "segments", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_separate(family, attn_implementation):
-    model, rows = make_model(family, attn_implementation), make_rows(2) + make_rows(2, vocabulary=3, seed=1)
+def test_packed_equals_separate(family, attention, monkeypatch):
+    monkeypatch.setattr(prefix, "LONG_ROW", 1 if attention == "segments" else 512)
+    model = make_model(family, "eager" if attention == "eager" else "sdpa")
+    rows = make_rows(2) + make_rows(2, vocabulary=3, seed=1)
     weights = torch.linspace(-1, 1, sum(len(row["ranks"]) for row in rows))
     gradients, values = [], []
     for score in (separate_rows, lambda *args: packed_rows(*args)[0]):

@@ -30,6 +30,7 @@ class RankedCollator:
     - `input_ids`, `position_ids`, `segment_ids` `(B, T)`: the tree's tokens, their depth, and the unbranched run of
       tokens that each belongs to (padding is a last segment of its own);
     - `limits` `(B, S, S)`: a token of segment a sees those tokens of segment b whose position is below `limits[a, b]`;
+    - `q_offsets`, `k_offsets` int32, `keys`: the same by segment, see `segment_keys`;
     - `predictors`, `targets` `(R,)`: each token that carries loss, once, and the index into the flattened `(B * T)`
       positions of the token before it;
     - `path`, `candidates` `(P,)`: which of those R tokens make up which response, as an index into the flattened
@@ -80,11 +81,14 @@ class RankedCollator:
                         predictors.append(b * width + tree.parents[token])
                     path.append(numbers[token])
                     candidates.append(b * n + k)
+        position_ids = padded([tree.positions for tree in packed], width, 0)
+        segment_ids = padded([tree.segments for tree in packed], width, segments - 1)
         return {
             "input_ids": padded([tree.tokens for tree in packed], width, self.pad_token_id),
-            "position_ids": padded([tree.positions for tree in packed], width, 0),
-            "segment_ids": padded([tree.segments for tree in packed], width, segments - 1),
+            "position_ids": position_ids,
+            "segment_ids": segment_ids,
             "limits": limits,
+            **segment_keys(segment_ids, position_ids, limits),
             "predictors": torch.tensor(predictors),
             "targets": torch.tensor(targets),
             "path": torch.tensor(path),
@@ -105,6 +109,43 @@ class RankedCollator:
             tree.ranks.append(rank)
             tree.mle.append(int(self.mle_on == "all" or rank == (0 if self.mle_on == "best" else -1)))
         return tree
+
+
+def segment_keys(
+    segment_ids: torch.Tensor, position_ids: torch.Tensor, limits: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Which keys each segment of a batch sees, for attention that goes segment by segment.
+
+    Args:
+        segment_ids, position_ids, limits: As in a batch of `RankedCollator`.
+
+    Returns:
+        `q_offsets`, `k_offsets` `(S+1,)` int32: where each of the batch's S segments starts in the flattened
+        `(B * T)` tokens, and its keys among all K; `keys` `(K,)`: their places in the flattened tokens, in the order
+        of their positions and the segment itself last.
+    """
+    q_offsets, k_offsets = [0], [0]
+    keys: list[int] = []
+    width = segment_ids.shape[1]
+    for row, (ids, positions, seen) in enumerate(
+        zip(segment_ids.tolist(), position_ids.tolist(), limits.tolist(), strict=True)
+    ):
+        starts = [token for token in range(width) if token == 0 or ids[token] != ids[token - 1]]
+        start_of = {ids[start]: start for start in starts}
+        for start, end in zip(starts, [*starts[1:], width], strict=True):
+            own = ids[start]
+            for other, limit in enumerate(seen[own]):  # ancestors were added before their branches
+                if limit and other != own:
+                    first = start_of[other]
+                    keys += range(row * width + first, row * width + first + limit - positions[first])
+            keys += range(row * width + start, row * width + end)
+            q_offsets.append(row * width + end)
+            k_offsets.append(len(keys))
+    return {
+        "q_offsets": torch.tensor(q_offsets, dtype=torch.int32),
+        "k_offsets": torch.tensor(k_offsets, dtype=torch.int32),
+        "keys": torch.tensor(keys),
+    }
 
 
 def unique_tokens(batch: dict[str, torch.Tensor]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tuna_peft.data.collate import PackedRow, RankedCollator
+from tuna_peft.data.collate import PackedRow, RankedCollator, segment_keys
 from tuna_peft.errors import UserError
 
 
@@ -74,6 +74,8 @@ def halves(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         # Responses that share tokens share predictions too; each is kept once, in its order.
         predictions, path = batch["path"][of_part].unique(return_inverse=True)
         part = {key: batch[key][first:last] for key in _BY_ROW}
+        keys = segment_keys(part["segment_ids"], part["position_ids"], part["limits"])
+        part |= {key: value.to(predictions.device) for key, value in keys.items()}
         part["predictors"] = batch["predictors"][predictions] - first * width
         part["targets"] = batch["targets"][predictions]
         part["path"] = path

@@ -10,6 +10,11 @@ from typing import Any
 import torch
 
 from tuna_peft.errors import UserError
+from tuna_peft.models.segments import NAME as SEGMENTS
+from tuna_peft.models.segments import Segments, gpu_has_flash, layer_windows, placeholder_mask, use_segments
+
+# From this many tokens a row on, attention goes segment by segment instead of through a dense mask.
+LONG_ROW = 512
 
 
 def shared_prefix_mask(
@@ -35,31 +40,44 @@ def shared_prefix_mask(
     return mask_BTT[:, None]
 
 
-def attention_masks(model: Any, batch: dict[str, torch.Tensor]) -> Any:
-    """The mask in the form the model takes: a tensor, or one by layer type where its layers differ.
+def attention_inputs(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What tells the model's attention who sees whom: `attention_mask`, a tensor or one by layer type where layers
+    differ, and for long rows `segments`, which stands for it.
 
     Raises:
         UserError: The model has layers that take no such mask (linear attention, state space), or runs an attention
             kernel without masks (flash attention).
     """
     config = model.config.get_text_config()
+    windows = layer_windows(config)
+    use_segments(model)
     kernel = config._attn_implementation
-    if kernel not in ("sdpa", "eager"):
+    if kernel not in ("sdpa", "eager", SEGMENTS):
         raise UserError(
             f"attention {kernel!r} takes no mask of its own", fix="Load the model with attn_implementation='sdpa'."
         )
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"{config.model_type} has layers of type {', '.join(sorted(unknown))}, which cannot share a prompt's rows",
-            fix="Use a model with plain attention layers.",
-        )
     layout = batch["segment_ids"], batch["position_ids"], batch["limits"]
+    by_segment = kernel == SEGMENTS and layout[0].shape[1] >= LONG_ROW
     masks = {}
-    for kind in kinds:
-        mask = shared_prefix_mask(*layout, window if kind == "sliding_attention" else None)
+    for kind, window in windows.items():
+        if by_segment:
+            masks[kind] = placeholder_mask(layout[0].device)
+            continue
+        mask = shared_prefix_mask(*layout, window)
         if kernel == "eager":  # adds its mask to the scores
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         masks[kind] = mask
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+    inputs = {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+    return {**inputs, "segments": Segments.of(batch)} if by_segment else inputs
+
+
+def describe_attention(model: Any, device: torch.device) -> str:
+    """How this model attends to shared rows here, and why, for the log."""
+    if model.config.get_text_config()._attn_implementation != SEGMENTS:
+        return "attention: a dense mask, as the model was loaded with eager attention"
+    kernel = (
+        "FlashAttention's variable-length kernel"
+        if gpu_has_flash(device)
+        else "a kernel call for each segment (FlashAttention needs 16-bit states and a GPU from Ampere on)"
+    )
+    return f"attention: rows of {LONG_ROW} tokens and more by segment, through {kernel}; shorter ones by a dense mask"

@@ -6,12 +6,13 @@ Shape suffixes: B prompts, N responses, T tokens of a row, R predicted tokens (e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from tuna_peft.models.logps import require_plain_head, token_logps
-from tuna_peft.models.prefix import attention_masks
+from tuna_peft.models.prefix import attention_inputs
 
 
 @dataclass
@@ -42,7 +43,7 @@ def response_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Re
         model,
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
-        attention_mask=attention_masks(unwrap(model), batch),
+        **attention_inputs(unwrap(model), batch),
     )
     head = require_plain_head(unwrap(model))
     logps_R = token_logps(hidden_BTD.flatten(0, 1)[batch["predictors"]], head, batch["targets"])
@@ -57,7 +58,7 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, "module", model)
 
 
-def final_hidden_states(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+def final_hidden_states(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
     """`(B, T, hidden)` after the last norm.
 
     The whole model is called, so that what wraps it (autocast, DDP) does its work, and asked for one position of

@@ -30,7 +30,8 @@ from tuna_peft.errors import UserError
 from tuna_peft.models.base import load_base
 from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.logps import require_plain_head
-from tuna_peft.models.scoring import response_logps
+from tuna_peft.models.prefix import LONG_ROW, describe_attention
+from tuna_peft.models.scoring import response_logps, unwrap
 from tuna_peft.models.stack import push_adapter
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
 from tuna_peft.training.config import TunaConfig
@@ -228,12 +229,16 @@ class TunaTrainer(StackCheckpoints, Trainer):
         return loss
 
     def _verify(self, model) -> None:
-        """Once per run: rows that share a prompt against separate ones, on the shortest of the first rows."""
+        """Once per run: rows that share a prompt against separate ones, on the shortest of the first rows and on the
+        shortest of them that is long enough for attention by segment."""
         rows = self.train_dataset.select(range(min(32, len(self.train_dataset))))
-        row = min(rows, key=lambda row: len(row["prompt_ids"]) + sum(map(len, row["completions_ids"])))
+        lengths = [len(row["prompt_ids"]) + sum(map(len, row["completions_ids"])) for row in rows]
+        long = [length for length in lengths if length >= LONG_ROW]
+        chosen = {lengths.index(min(lengths)), *([lengths.index(min(long))] if long else [])}
         with self.compute_loss_context_manager():
-            difference = verify_shared_rows(model, row, self.args.device)
+            difference = max(verify_shared_rows(model, rows[index], self.args.device) for index in chosen)
         logger.info("shared rows agree with separate rows to %.1e nats a token", difference)
+        logger.info(describe_attention(unwrap(model), self.args.device))
         self._verified = True
 
     def _accumulate(self, model, micro_batches: list[dict[str, torch.Tensor]], counts: StepCounts) -> torch.Tensor:

@@ -1,0 +1,104 @@
+"""Attention segment by segment: what is handed to the kernels, and models that cannot take it."""
+
+import pytest
+import torch
+from families import make_model, make_rows
+from torch.nn.attention import varlen
+
+from tuna_peft import UserError
+from tuna_peft.data.collate import RankedCollator
+from tuna_peft.models import prefix, segments
+from tuna_peft.models.scoring import response_logps
+
+
+@pytest.fixture(autouse=True)
+def every_row_is_long(monkeypatch):
+    monkeypatch.setattr(prefix, "LONG_ROW", 1)
+
+
+def test_keys_of_a_row_that_branches_twice():
+    row = {
+        "prompt_ids": [5, 6],
+        "completions_ids": [[7, 8, 9], [7, 8, 4], [3]],
+        "completion_skips": [0, 0, 0],
+        "ranks": [0, 1, 2],
+    }
+    batch = RankedCollator(pad_token_id=0, pad_to_multiple_of=9)([row])
+    # tokens: 5 6 | 7 8 9 | 4 | 3 | two of padding. The prompt and what follows it first are one unbranched run.
+    assert batch["segment_ids"].tolist() == [[0, 0, 1, 1, 1, 2, 3, 4, 4]]
+    assert batch["q_offsets"].tolist() == [0, 2, 5, 6, 7, 9]
+    keys = batch["keys"].split(batch["k_offsets"].diff().tolist())
+    assert [part.tolist() for part in keys] == [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 6], [7, 8]]
+
+
+def test_keys_say_what_the_dense_mask_says():
+    batch = RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(3, vocabulary=3, seed=1))
+    layout = batch["segment_ids"], batch["position_ids"], batch["limits"]
+    width = layout[0].shape[1]
+    seen = torch.zeros(layout[0].numel(), layout[0].numel(), dtype=torch.bool)
+    starts = batch["q_offsets"].tolist()
+    parts = batch["keys"].split(batch["k_offsets"].diff().tolist())
+    for start, end, keys in zip(starts, starts[1:], parts, strict=False):
+        for back, query in enumerate(reversed(range(start, end))):
+            seen[query, keys[: len(keys) - back]] = True
+    dense = prefix.shared_prefix_mask(*layout)[:, 0]
+    padding = layout[0] == batch["limits"].shape[1] - 1  # sees itself in the one, what came before it in the other
+    for row, mask in enumerate(dense):
+        block = seen[row * width : (row + 1) * width, row * width : (row + 1) * width]
+        assert torch.equal(block[~padding[row]], mask[~padding[row]])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3"])
+def test_the_variable_length_kernel_gets_the_same_attention(family, monkeypatch):
+    """The CUDA kernel is played by its definition: causal, aligned at the end, within the window."""
+
+    def varlen_attn(q, k, v, q_offsets, k_offsets, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert q_offsets.dtype == k_offsets.dtype == torch.int32 and q_offsets[-1] == len(q)
+        assert q_offsets.diff().max() <= max_q and k_offsets.diff().max() <= max_k
+        outputs = []
+        for queries, keys, values in zip(
+            q.split(q_offsets.diff().tolist()),
+            k.split(k_offsets.diff().tolist()),
+            v.split(k_offsets.diff().tolist()),
+            strict=True,
+        ):
+            shift = len(keys) - len(queries)
+            away = torch.arange(len(queries))[:, None] + shift - torch.arange(len(keys))
+            mask = (away >= 0) & ((away <= window_size[0]) | (window_size[0] == -1))
+            states = (part.transpose(0, 1) for part in (queries, keys, values))
+            outputs.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    *states, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+                ).transpose(0, 1)
+            )
+        return torch.cat(outputs)
+
+    model, batch = make_model(family), RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(2, vocabulary=3))
+    by_calls = response_logps(model, batch).sums_BN
+    monkeypatch.setattr(segments, "_has_flash", lambda query, dropout: True)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    torch.testing.assert_close(response_logps(model, batch).sums_BN, by_calls, atol=1e-5, rtol=1e-5)
+
+
+def test_flash_is_for_16_bits_on_ampere_alone():
+    states = torch.zeros(1, 2, 4, 8)
+    assert not segments._has_flash(states, 0.0) and not segments._has_flash(states.half(), 0.0)
+
+
+def test_plain_calls_stay_plain():
+    model, ids = make_model(), torch.tensor([[1, 5, 9, 4, 7]])
+    before = model(input_ids=ids).logits
+    response_logps(model, RankedCollator(pad_token_id=0)(make_rows(1)))
+    assert model.config._attn_implementation == segments.NAME
+    assert torch.equal(model(input_ids=ids).logits, before)
+    generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(generated, make_model().generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0))
+    assert segments.NAME not in model.config.to_json_string()
+
+
+def test_a_model_that_drops_keyword_arguments_is_refused():
+    model = make_model()
+    forward = model.model.layers[0].self_attn.forward
+    model.model.layers[0].self_attn.forward = lambda *args, segments=None, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(UserError, match="llama does not hand keyword arguments"):
+        response_logps(model, RankedCollator(pad_token_id=0)(make_rows(1)))
