@@ -13,7 +13,7 @@ Grader = Callable[[dict[str, Any], str], float]
 BUILTIN = {"builtin:pico": "tuna_peft.assets.pico_world.grader:grade"}
 
 
-def load_grader(name: str, where: str = "evaluation.grader") -> Grader:
+def load_grader(name: str, where: str) -> Grader:
     """The grader called `builtin:pico` or `module:function`; it takes a prompt's record and a response.
 
     The name is looked up, never evaluated: a module that Python can import, and a function that it defines.

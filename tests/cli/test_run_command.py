@@ -16,7 +16,10 @@ REPORT = {
     "name": "x",
     "seed": 0,
     "base": {"model": "org/model"},
-    "evaluation": {"base": {"ranking_accuracy": 0.5, "seconds": 1}, "a": {"ranking_accuracy": 0.75}},
+    "evaluation": {
+        stage: {"ranking": {"main": "pair_accuracy", "metrics": {"pair_accuracy": {"value": value}}}}
+        for stage, value in (("base", 0.5), ("a", 0.75))
+    },
     "stages": {"a": {"steps": 12, "tokens": 3456, "seconds": 7.0, "peak_memory_gib": 1.25}},
 }
 

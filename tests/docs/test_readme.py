@@ -13,8 +13,8 @@ SECTION = "## Your own data and model"
 SHORT = [
     *(f"stages.{name}.train.{key}" for name in ("sft", "probabilistic", "contextual")
       for key in ("max_steps=2", "save_strategy=\"no\"")),
-    "evaluation.ranked.limit=4",
-    "evaluation.prompts.limit=4",
+    "evaluation.tasks.ranking.limit=4",
+    "evaluation.tasks.graded.limit=4",
 ]  # fmt: skip
 
 

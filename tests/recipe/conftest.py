@@ -31,7 +31,8 @@ stages:
     data: {path: ranked.jsonl, limit: 2}
     train: {learning_rate: 1e-4, margin: .2}
 evaluation:
-  ranked: {path: ranked.jsonl}
+  tasks:
+    ranking: {path: ranked.jsonl}
 """
 
 

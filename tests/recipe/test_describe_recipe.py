@@ -30,7 +30,7 @@ def test_the_resolved_recipe_and_what_each_stage_would_do(recipe_file, tmp_path)
     assert "LoRA r=16 alpha=32 (all-linear) on the frozen sft" in text
     assert "ranked.jsonl: 3 rows" in text and "ranked.jsonl: 2 rows" in text  # the second stage has a limit
     assert "about 4 update steps" in text  # 3 rows in batches of 2, twice
-    assert "ranking_accuracy of the base and after each stage" in text
+    assert "task ranking, of the base and after each stage" in text
     assert not (tmp_path / "run").exists()
 
 

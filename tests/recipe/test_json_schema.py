@@ -39,7 +39,7 @@ def test_every_reference_has_its_definition():
         ("stages.train.margin", ["of type ranking (number, default 0.1)"]),
         ("stages.train.learning_rate", ["of type sft", "of type ranking"]),
         ("stages.data.columns.scores", ["higher is better"]),
-        ("evaluation", ["Keys: ranked, prompts"]),
+        ("evaluation.tasks", ["Keys: ranking, graded"]),
     ],
 )
 def test_help_of_one_key(key, parts):

@@ -25,7 +25,7 @@ def test_kill_9_at_random_moments(files, tmp_path):  # noqa: F811
     for stage in stages:
         stage["train"] = {**TRAIN, "max_steps": 12}
     file = tmp_path / "recipe.yaml"
-    evaluation = {"ranked": {"path": str(files / "ranked.jsonl")}}
+    evaluation = {"tasks": {"ranking": {"path": str(files / "ranked.jsonl")}}}
     file.write_text(dump_recipe(recipe(files, stages=stages, evaluation=evaluation)))
 
     began = time.monotonic()

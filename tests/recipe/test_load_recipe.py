@@ -41,10 +41,10 @@ def test_local_paths_become_absolute_here_first_then_beside_the_recipe(recipe_fi
 
 
 def test_hub_ids_and_built_in_names_stay(recipe_file):
-    overrides = ["base.model=org/model", "evaluation.ranked.path=builtin:pico-llama/x.jsonl"]
+    overrides = ["base.model=org/model", "evaluation.tasks.ranking.path=builtin:pico-llama/x.jsonl"]
     recipe = load_recipe(recipe_file, overrides, check=False)
     assert recipe.base.model == "org/model"
-    assert recipe.evaluation.ranked.path == "builtin:pico-llama/x.jsonl"
+    assert recipe.evaluation.tasks.ranking.path == "builtin:pico-llama/x.jsonl"
 
 
 def test_all_mistakes_are_listed_in_the_order_of_the_file(write):
@@ -104,8 +104,8 @@ def test_a_lone_mistake_says_what_where_and_how_to_mend_it(recipe_file):
         ("stages=[]", "stages: expected at least one entry"),
         ("base.revision=12", "Put it in quotes."),
         ("base=3", "base: expected a mapping of keys, found 3"),
-        ("evaluation={prompts: {path: org/data}}", "`prompts` needs a `grader`"),
-        ("evaluation.ranked.path=rankd.jsonl", "Did you mean `ranked.jsonl`?"),
+        ("evaluation={tasks: {graded: {path: org/data}}}", "grader: this key is required"),
+        ("evaluation.tasks.ranking.path=rankd.jsonl", "Did you mean `ranked.jsonl`?"),
         ("base.model=./absent", "there is no file or folder './absent'"),
         ("stages.sft.data={path: x/y, format: ranked, columns: {prompt: a}}", "`columns` has no effect"),
         ("prompt.template=Question", "has no {instruction} in it"),

@@ -59,8 +59,9 @@ def recipe(files, **changes):
             {"name": "probabilistic", "type": "ranking", "data": ranked, "train": TRAIN},
             {"name": "contextual", "type": "ranking", "data": ranked, "lora": {"r": 2}, "train": TRAIN},
         ],
-        "evaluation": {"ranked": {**ranked, "split": "train[:8]"}, "prompts": {**ranked, "split": "train[:4]"},
-                       "grader": "test_pipeline:grade", "max_new_tokens": 4},
+        "evaluation": {"tasks": {"ranking": {**ranked, "split": "train[:8]"},
+                                 "graded": {**ranked, "split": "train[:4]", "grader": "test_pipeline:grade",
+                                            "max_new_tokens": 4}}},
         "export": {"divergence_prompts": 4},
     }  # fmt: skip
     return Recipe.model_validate({**values, **changes})
@@ -80,9 +81,10 @@ def adapter_bytes(folder):
 def test_report_has_base_and_every_stage(straight):
     folder, report = straight
     assert list(report["evaluation"]) == ["base", *STAGES]
-    for measures in report["evaluation"].values():
-        assert 0 <= measures["ranking_accuracy"] <= 1 and 0 <= measures["response_score"] <= 1
-        assert measures["ranking_pairs"] == 24
+    for tasks in report["evaluation"].values():
+        accuracy, grade = tasks["ranking"]["metrics"]["pair_accuracy"], tasks["graded"]["metrics"]["grade"]
+        assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1 and accuracy["count"] == 24
+        assert 0 <= grade["value"] <= 1 and grade["count"] == 4
     for stage in report["stages"].values():
         assert stage["steps"] == 4 and stage["tokens"] > 0 and stage["seconds"] > 0 and stage["peak_memory_gib"] > 0
     assert report["environment"]["packages"]["peft"] and report["seed"] == 0
@@ -137,9 +139,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(straight, files, tmp_path,
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(straight[0])
     resumed = [name for name, stage in report["stages"].items() if stage["resumed_from"]]
     assert resumed == [STAGES[(after - 1) // 4]]
-    assert report["evaluation"] == {
-        name: {**measures, "seconds": report["evaluation"][name]["seconds"]}
-        for name, measures in straight[1]["evaluation"].items()
+    assert without_seconds(report["evaluation"]) == without_seconds(straight[1]["evaluation"])
+
+
+def without_seconds(evaluation):
+    return {
+        stage: {task: {**result, "seconds": None} for task, result in tasks.items()}
+        for stage, tasks in evaluation.items()
     }
 
 
@@ -228,7 +234,7 @@ def test_bad_data_of_a_late_stage_stops_before_anything_trains(files, tmp_path):
 
 def test_a_grader_that_does_not_exist_stops_before_anything_is_loaded(files, tmp_path, monkeypatch):
     monkeypatch.setattr("tuna_peft.recipe.pipeline.load_base", lambda *args, **kwargs: pytest.fail("loaded"))
-    evaluation = {**recipe(files).evaluation.model_dump(), "grader": "test_pipeline:grad"}
+    evaluation = {"tasks": {"graded": {"path": str(files / "ranked.jsonl"), "grader": "test_pipeline:grad"}}}
     with pytest.raises(UserError, match="no grader 'test_pipeline:grad'"):
         run_recipe(recipe(files, evaluation=evaluation), tmp_path / "run")
 

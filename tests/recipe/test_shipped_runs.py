@@ -8,12 +8,12 @@ from tuna_peft.recipe.shipped import shipped_recipes
 
 # What each recipe needs to run without a network, beyond fewer steps.
 SWAPPED = {
-    "quickstart": ["evaluation.ranked.limit=8", "evaluation.prompts.limit=8"],
+    "quickstart": ["evaluation.tasks.ranking.limit=8", "evaluation.tasks.graded.limit=8"],
     "two-stage": [
         "base.model=builtin:pico-llama",
         "stages.probabilistic.data.path=builtin:pico-llama/teacher.json",
         "stages.contextual.data.path=builtin:pico-llama/judge.json",
-        "evaluation.ranked={path: builtin:pico-llama/teacher.json, limit: 8}",
+        "evaluation.tasks.ranking={path: builtin:pico-llama/teacher.json, limit: 8}",
         "stages.probabilistic.train.max_length=256",
         "stages.contextual.train.max_length=256",
     ],

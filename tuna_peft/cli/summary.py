@@ -11,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tuna_peft.evaluation.results import TITLES
+
 
 def run_summary(report: dict[str, Any], folder: Path) -> RenderableType:
     """The base and every stage with their held-out measures, and what a user would do next.
@@ -22,23 +24,26 @@ def run_summary(report: dict[str, Any], folder: Path) -> RenderableType:
     return Group(_table(report), Text(), *_next_commands(report, folder))
 
 
-# Heading, where the value is, and how it is written.
+# Of a stage: heading, key, and how it is written.
 _COLUMNS = (
-    ("ranking accuracy", "evaluation", "ranking_accuracy", ".3f"),
-    ("response score", "evaluation", "response_score", ".3f"),
-    ("steps", "stages", "steps", ","),
-    ("tokens", "stages", "tokens", ","),
-    ("seconds", "stages", "seconds", ".0f"),
-    ("peak GiB", "stages", "peak_memory_gib", ".2f"),
+    ("steps", "steps", ","),
+    ("tokens", "tokens", ","),
+    ("seconds", "seconds", ".0f"),
+    ("peak GiB", "peak_memory_gib", ".2f"),
 )
 
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table("after", title=f"{report['name']}: on held-out data")
     table.columns[0].no_wrap = True
-    cells = [[name] for name in report["evaluation"]]
-    for heading, part, key, form in _COLUMNS:
-        values = [(report[part].get(name) or {}).get(key) for name in report["evaluation"]]
+    evaluation = report["evaluation"]
+    columns = {}
+    for task in dict.fromkeys(task for tasks in evaluation.values() for task in tasks):
+        columns[TITLES.get(task, task)] = ".3f", [_main_value(tasks.get(task)) for tasks in evaluation.values()]
+    for heading, key, form in _COLUMNS:
+        columns[heading] = form, [(report["stages"].get(stage) or {}).get(key) for stage in evaluation]
+    cells = [[stage] for stage in evaluation]
+    for heading, (form, values) in columns.items():
         if any(value is not None for value in values):
             table.add_column(heading, justify="right")
             for row, value in zip(cells, values, strict=True):
@@ -46,6 +51,10 @@ def _table(report: dict[str, Any]) -> Table:
     for row in cells:
         table.add_row(*row)
     return table
+
+
+def _main_value(result: dict[str, Any] | None) -> float | None:
+    return None if result is None else result["metrics"][result["main"]]["value"]
 
 
 def _next_commands(report: dict[str, Any], folder: Path) -> list[Text]:

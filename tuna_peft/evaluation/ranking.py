@@ -1,48 +1,162 @@
-"""Ranking accuracy: does the model find the better of two responses more likely?"""
+"""The task `ranking`: does the model find better responses more likely?"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.collate import RankedCollator
+from tuna_peft.evaluation.bootstrap import mean_metric
+from tuna_peft.evaluation.ranking_metrics import Pair, kendall_tau_b, ndcg, pairs_of, reciprocal_rank, top1_hit
+from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
 from tuna_peft.models.scoring import response_logps
-from tuna_peft.training.metrics import pair_statistics
+
+MAIN = "pair_accuracy"
+
+# Means over pairs, by name: what they count, and of which pairs.
+_OVER_PAIRS: dict[str, tuple[Callable[[Pair], bool], Callable[[Pair], bool]]] = {
+    MAIN: (lambda pair: pair.lead > 0, lambda pair: True),
+    "pair_accuracy_better_is_longer": (lambda pair: pair.lead > 0, lambda pair: pair.length_ratio > 1),
+    "pair_accuracy_better_is_shorter": (lambda pair: pair.lead > 0, lambda pair: pair.length_ratio < 1),
+    "prefers_longer": (lambda pair: (pair.lead > 0) == (pair.length_ratio > 1), lambda pair: pair.length_ratio != 1),
+    "better_is_longer": (lambda pair: pair.length_ratio > 1, lambda pair: pair.length_ratio != 1),
+}
+
+_OVER_PROMPTS = {"kendall_tau_b": kendall_tau_b, "ndcg": ndcg, "top1_hit": top1_hit, "mrr": reciprocal_rank}
+
+# Pairs by how much longer the better response is, in tokens of it per token of the worse one.
+_LENGTH_RATIOS = (0.5, 0.8, 1.25, 2.0)
 
 
-@torch.no_grad()
-def ranking_accuracy(
+def evaluate_ranking(
     model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     *,
-    pad_token_id: int,
     batch_size: int = 16,
+    margin: float = 0.1,
     length_penalty: float = 1.0,
     description: str = "ranking",
-) -> dict[str, Any]:
-    """The share of untied pairs whose length-normalised log-probabilities are in the right order.
+) -> TaskResult:
+    """Scores every response of `rows` by its length-normalised log-probability v and compares v with the ranks.
 
     Args:
         model: Any causal LM, with or without adapters.
+        tokenizer: Its tokenizer.
         rows: Encoded ranked rows, see `tuna_peft.data.tokenize.encode_dataset`.
-        length_penalty: Scores are summed log-probabilities over length to this power.
+        batch_size: Prompts at once.
+        margin: For `margin_satisfaction`: the lead that a pair must have for each step in rank.
+        length_penalty: v is the summed log-probability over length to this power.
 
     Returns:
-        `ranking_accuracy` and the `ranking_pairs` it is counted over.
+        `pair_accuracy` over untied pairs (the main metric), also where the better response is longer and where it is
+        shorter; `margin_satisfaction`; `prefers_longer`, how often v prefers the longer of two, beside
+        `better_is_longer`, how often it is the better one; `kendall_tau_b`, `ndcg`, `top1_hit`, `mrr` as means over
+        prompts. Groups hold `pair_accuracy` by how much longer the better response is.
     """
     model.eval()
+    prompts: list[PromptResult] = []
+    pairs: list[list[Pair]] = []
+    failed: list[str] = []
+    for row, v, lengths in _scored(model, tokenizer, rows, batch_size, length_penalty, description):
+        if not all(map(math.isfinite, v)):
+            failed.append(row["id"])
+            continue
+        prompts.append(_prompt_result(row, v, lengths, tokenizer))
+        pairs.append(pairs_of(v, row["ranks"], lengths))
+    metrics = {name: _pair_metric(pairs, *conditions) for name, conditions in _OVER_PAIRS.items()}
+    metrics["margin_satisfaction"] = _pair_metric(pairs, lambda pair: pair.lead >= margin * pair.steps)
+    metrics |= {name: mean_metric([prompt.scores[name] for prompt in prompts]) for name in _OVER_PROMPTS}
+    untied = [prompt.id for prompt in prompts if prompt.scores["kendall_tau_b"] is None]
+    return TaskResult(
+        task="ranking",
+        main=MAIN,
+        metrics=metrics,
+        prompts=prompts,
+        groups=_by_length(pairs),
+        excluded=[
+            Exclusion.of(reason, names)
+            for reason, names in (
+                ("a response has no finite log-probability", failed),
+                ("kendall_tau_b only: every response has the same v", untied),
+            )
+            if names
+        ],
+    )
+
+
+@torch.no_grad()
+def _scored(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    batch_size: int,
+    length_penalty: float,
+    description: str,
+) -> list[tuple[dict[str, Any], list[float], list[int]]]:
+    """Each row with v and length of its responses, in the order of the rows."""
     device = next(model.parameters()).device
-    collate = RankedCollator(pad_token_id)
+    collate = RankedCollator(int(tokenizer.pad_token_id))
+    scored: list[Any] = [None] * len(rows)
     # Rows of like length share a batch: less padding, the same numbers.
-    order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i]["completions_ids"])))
-    right = pairs = 0
+    lengths = [sum(map(len, completions)) for completions in rows["completions_ids"]]
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     for start in tqdm(range(0, len(order), batch_size), desc=description, leave=False):
-        batch = collate([rows[i] for i in order[start : start + batch_size]])
-        batch = {key: value.to(device) for key, value in batch.items()}
-        scores_BN = response_logps(model, batch).normalised(length_penalty)
-        in_order, _, counted = pair_statistics(scores_BN, batch["ranks"], margin=0.0)
-        right, pairs = right + int(in_order), pairs + int(counted)
-    return {"ranking_accuracy": right / pairs, "ranking_pairs": pairs}
+        chosen = [rows[i] for i in order[start : start + batch_size]]
+        batch = {key: value.to(device) for key, value in collate(chosen).items()}
+        logps = response_logps(model, batch)
+        of_batch = zip(chosen, logps.normalised(length_penalty).tolist(), logps.lengths_BN.tolist(), strict=True)
+        for i, (row, v, tokens) in zip(order[start : start + batch_size], of_batch, strict=True):
+            count = len(row["ranks"])
+            scored[i] = (row, v[:count], tokens[:count])
+    return scored
+
+
+def _prompt_result(
+    row: dict[str, Any], v: list[float], lengths: list[int], tokenizer: PreTrainedTokenizerBase
+) -> PromptResult:
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    def response(k: int) -> str:
+        return text(row["completions_ids"][k][row["completion_skips"][k] :]).strip()
+
+    ranks, pairs = row["ranks"], pairs_of(v, row["ranks"], lengths)
+    scores: dict[str, float | None] = {MAIN: sum(pair.lead > 0 for pair in pairs) / len(pairs)}
+    scores |= {name: metric(v, ranks) for name, metric in _OVER_PROMPTS.items()}
+    return PromptResult(
+        id=row["id"],
+        prompt=text(row["prompt_ids"]),
+        response=response(v.index(max(v))),
+        scores=scores,
+        weight=len(pairs),
+        references=[response(0)],
+        details={"v": [round(value, 5) for value in v], "ranks": ranks, "lengths": lengths},
+    )
+
+
+def _pair_metric(
+    pairs: Sequence[Sequence[Pair]],
+    right: Callable[[Pair], bool],
+    counted: Callable[[Pair], bool] = lambda pair: True,
+) -> Metric:
+    """The share of pairs that are `right`, of those that are `counted`; the interval is over prompts."""
+    kept = [[pair for pair in of_prompt if counted(pair)] for of_prompt in pairs]
+    shares = [sum(map(right, of_prompt)) / len(of_prompt) if of_prompt else None for of_prompt in kept]
+    return mean_metric(shares, [len(of_prompt) for of_prompt in kept])
+
+
+def _by_length(pairs: Sequence[Sequence[Pair]]) -> dict[str, dict[str, Metric]]:
+    """`pair_accuracy` of pairs whose better response is much shorter, ..., much longer than the worse one."""
+    groups = {}
+    for low, high in zip((0.0, *_LENGTH_RATIOS), (*_LENGTH_RATIOS, math.inf), strict=True):
+        inside = [[pair for pair in of_prompt if low <= pair.length_ratio < high] for of_prompt in pairs]
+        accuracy = _pair_metric(inside, lambda pair: pair.lead > 0)
+        groups[f"better / worse length: {low:g} to {high:g}"] = {MAIN: accuracy}
+    return groups

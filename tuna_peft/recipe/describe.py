@@ -59,11 +59,9 @@ def _steps(recipe: Recipe, output: Path) -> Text:
             f"about {steps:,} update steps" if steps else None,
         )
         below.append(stage.name)
-    if evaluation := recipe.evaluation:
-        for name, source in (("ranking_accuracy", evaluation.ranked), ("response_score", evaluation.prompts)):
-            if source is not None:
-                data = _data(source, _rows(source, recipe, prompts=name == "response_score"))
-                step(f"{name} of the base and after each stage", data)
+    for name, task in (recipe.evaluation.tasks.given() if recipe.evaluation else {}).items():
+        data = _data(task, _rows(task, recipe, prompts=name != "ranking")) if isinstance(task, DataSource) else None
+        step(f"task {name}, of the base and after each stage", data)
     export = recipe.export
     merged = f"merged {export.merge.dtype} model on the {export.merge.base} base" if export.merge.enabled else None
     step("export", "stack of adapters", "combined adapter" if export.combine else None, merged)

@@ -9,9 +9,11 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import DataSource
-from tuna_peft.data.load import load_prompts, load_ranked, load_sft
-from tuna_peft.data.tokenize import encode_dataset, prompt_ids
+from tuna_peft.data.load import load_ranked, load_sft
+from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
+from tuna_peft.recipe.evaluate import Task, graded_task, ranking_task
+from tuna_peft.recipe.evaluation_schema import TaskSettings
 from tuna_peft.recipe.schema import Overflow, Recipe
 
 
@@ -22,13 +24,13 @@ class Inputs:
     Attributes:
         stages: Encoded training rows by stage name.
         ranked: Encoded held-out rows, or None.
-        prompts: Held-out prompts as `{"id", "prompt", "record", "ids"}`, or None.
-        counts: Reports of reading and tokenising, by stage name and under `evaluation.ranked` / `.prompts`.
+        tasks: What to evaluate.
+        counts: Reports of reading and tokenising, by stage name and under `evaluation.<task>`.
     """
 
     stages: dict[str, Dataset] = field(default_factory=dict)
     ranked: Dataset | None = None
-    prompts: list[dict[str, Any]] | None = None
+    tasks: list[Task] = field(default_factory=list)
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -62,18 +64,12 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
             stage.name, stage.data, load, stage.train.get("max_length", 1024), stage.overflow,
             needs_reference=stage.train.get("mle_on") == "reference",
         )  # fmt: skip
-    evaluation = recipe.evaluation
-    if evaluation and evaluation.ranked:
-        inputs.ranked = encode(
-            "evaluation.ranked",
-            evaluation.ranked,
-            load_ranked,
-            evaluation.max_length,
-            evaluation.overflow,
-        )
-    if evaluation and evaluation.prompts:
-        inputs.prompts, read = load_prompts(evaluation.prompts, recipe.prompt)
-        inputs.counts["evaluation.prompts"] = read.as_dict()
-        for prompt in inputs.prompts:
-            prompt["ids"] = prompt_ids(prompt["prompt"], tokenizer)
+    tasks = recipe.evaluation.tasks if recipe.evaluation else TaskSettings()
+    if tasks.ranking:
+        inputs.ranked = encode("evaluation.ranking", tasks.ranking, load_ranked, tasks.ranking.max_length,
+                               tasks.ranking.overflow)  # fmt: skip
+        inputs.tasks.append(ranking_task(tasks.ranking, inputs.ranked))
+    if tasks.graded:
+        task, inputs.counts["evaluation.graded"] = graded_task(tasks.graded, recipe.prompt)
+        inputs.tasks.append(task)
     return inputs

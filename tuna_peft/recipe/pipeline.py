@@ -11,12 +11,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from tuna_peft.evaluation.results import load_results
+from tuna_peft.evaluation.session import Session, weights_key
 from tuna_peft.graders import load_grader
-from tuna_peft.models.adapter_stack import extend_stack
+from tuna_peft.journal import Journal
+from tuna_peft.models.adapter_stack import extend_stack, quantization_of
 from tuna_peft.models.base import Base, load_base, make_quantization_config, resolve_device, resolve_dtype
 from tuna_peft.models.manifest import read_manifest
 from tuna_peft.models.stack import adapter_names, fingerprint, load_adapter
-from tuna_peft.recipe.evaluate import evaluate
+from tuna_peft.recipe.evaluate import evaluate_stage
 from tuna_peft.recipe.exports import export_stack
 from tuna_peft.recipe.inputs import Inputs, read_inputs
 from tuna_peft.recipe.measure import environment
@@ -31,8 +34,8 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
     """Runs `recipe` in the folder `output`, or what of it is not done there yet.
 
     Returns:
-        The report, as written to `output/report.json`: `evaluation.base`, `evaluation.<stage>`, `stages`, `exports`,
-        `data`, `environment`, `seed`, `base`.
+        The report, as written to `output/report.json`: `evaluation.<stage>.<task>` (the bare model is `base`),
+        `stages`, `exports`, `data`, `environment`, `seed`, `base`.
 
     Raises:
         UserError: Bad data, model or output folder; before anything is trained where it can be known.
@@ -43,15 +46,15 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         on_cpu = resolve_device(recipe.base.device).type == "cpu"
         for stage in recipe.stages:
             stage_config(recipe, stage, run.stage(stage.name), on_cpu=on_cpu)  # fields that do not go together
-        if recipe.evaluation and recipe.evaluation.grader:
-            load_grader(recipe.evaluation.grader)
+        if recipe.evaluation and recipe.evaluation.tasks.graded:
+            load_grader(recipe.evaluation.tasks.graded.grader, "evaluation.tasks.graded.grader")
         base = _load_base(recipe)
         inputs = read_inputs(recipe, base.tokenizer, base.model.config)
         model: PreTrainedModel | PeftModel = base.model
-        _evaluate_once(run, model, base, inputs, "base")
+        _evaluate(run, model, base, inputs, "base")
         for stage in recipe.stages:
             model = _finish_stage(run, model, base, inputs, stage)
-            _evaluate_once(run, model, base, inputs, stage.name)
+            _evaluate(run, model, base, inputs, stage.name)
         exports = export_stack(run, inputs)
         report = _report(run, base, inputs, exports)
         run.save("report.json", report)
@@ -107,26 +110,26 @@ def _finish_stage(
     return trained
 
 
-def _evaluate_once(
-    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, name: str
-) -> None:
-    if run.load(f"evaluation/{name}.json") is None:
-        result = evaluate(model, base.tokenizer, run.recipe, inputs, name)
-        run.save(f"evaluation/{name}.json", result)
-        logger.info("%s: %s", name, {key: value for key, value in result.items() if key != "responses"})
+def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: str) -> None:
+    settings = run.recipe.evaluation
+    if settings and inputs.tasks:
+        weights = weights_key(base.identity, quantization_of(base.model), model)
+        with Journal(run.path / "evaluation" / "journal.jsonl") as journal:
+            session = Session(model, base.tokenizer, stage, journal, weights, settings.batch_size)
+            evaluate_stage(run.path, session, inputs.tasks)
 
 
 def _report(run: RunDirectory, base: Base, inputs: Inputs, exports: dict[str, Any]) -> dict[str, Any]:
     names = ["base", *(stage.name for stage in run.recipe.stages)]
-
-    def numbers(name: str) -> dict[str, Any]:
-        return {key: value for key, value in (run.load(f"evaluation/{name}.json") or {}).items() if key != "responses"}
+    results = load_results(run.path, names)
 
     return {
         "name": run.recipe.name,
         "seed": run.recipe.seed,
         "base": {**base.identity, "quantization": run.recipe.quantization.model_dump()},
-        "evaluation": {name: numbers(name) for name in names},
+        "evaluation": {
+            name: {task: result.summary() for task, result in results.get(name, {}).items()} for name in names
+        },
         "stages": {name: run.load(f"stages/{name}/done.json") for name in names[1:]},
         "data": inputs.counts,
         "exports": exports,

@@ -26,7 +26,7 @@ class RunDirectory:
     """One run's folder, held by one process at a time; use it as a context manager.
 
     - `recipe.yaml`: the resolved recipe; `run.log`;
-    - `evaluation/<name>.json`: results of the base and after each stage;
+    - `evaluation/<stage>/<task>.json`: results of the base and after each stage; the model's answers in a journal;
     - `stages/<name>/`: checkpoints, log history, curves; `done.json` once the stage is finished;
     - `stack/`, `combined/`, `merged/`: the adapters, as one adapter, as one model; `report.json`.
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.recipe.evaluation_schema import EvaluationSettings, Overflow
 
 StageType = Literal["sft", "ranking"]
-Overflow = Literal["error", "cut", "skip"]
 
 # `base` is the key of the report for the model before any stage; PEFT gives `default` a meaning of its own.
 RESERVED_STAGE_NAMES = ("default", "base")
@@ -100,30 +100,6 @@ class Stage(_Section):
         return name
 
 
-class EvaluationSettings(_Section):
-    """What is measured before the first stage and after each."""
-
-    ranked: DataSource | None = Field(None, description="Held-out ranked data, for `ranking_accuracy`.")
-    prompts: DataSource | None = Field(None, description="Held-out prompts, for `response_score`; needs `grader`.")
-    grader: str | None = Field(
-        None,
-        pattern=r"^[\w.-]+:[\w.-]+$",
-        description="Grades a response between 0 and 1: `builtin:pico` or `module:function`.",
-    )
-    max_length: int | None = Field(
-        None, ge=2, description="Longest prompt plus one response, in tokens; null is the model's context."
-    )
-    overflow: Overflow = Field("error", description="A response beyond it: `error` stops, `cut` its end, `skip` it.")
-    max_new_tokens: int = Field(64, ge=1, description="Longest generated response, in tokens.")
-    batch_size: int = Field(32, ge=1, description="Prompts evaluated at once.")
-
-    @model_validator(mode="after")
-    def _prompts_are_graded(self) -> EvaluationSettings:
-        if self.prompts is not None and self.grader is None:
-            raise ValueError("`prompts` needs a `grader` that scores the responses, for example `builtin:pico`")
-        return self
-
-
 class MergeSettings(_Section):
     """The merged model."""
 
@@ -194,8 +170,7 @@ class Recipe(_Section):
             ("stages", index, "data"): stage.data for index, stage in enumerate(self.stages)
         }
         if self.evaluation is not None:
-            for key in ("ranked", "prompts"):
-                source = getattr(self.evaluation, key)
-                if source is not None:
-                    found["evaluation", key] = source
+            for name, task in self.evaluation.tasks.given().items():
+                if isinstance(task, DataSource):
+                    found["evaluation", "tasks", name] = task
         return found

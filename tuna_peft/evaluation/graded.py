@@ -1,0 +1,45 @@
+"""The task `graded`: the model's own answers to held-out prompts, graded by a program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tuna_peft.errors import UserError
+from tuna_peft.evaluation.bootstrap import mean_metric
+from tuna_peft.evaluation.results import PromptResult, TaskResult
+from tuna_peft.evaluation.session import Question, Session
+from tuna_peft.graders import Grader
+
+MAIN = "grade"
+
+
+def evaluate_graded(
+    session: Session, questions: Sequence[Question], grade: Grader, *, max_new_tokens: int
+) -> TaskResult:
+    """Greedy answers and their grades, between 0 and 1.
+
+    Args:
+        questions: With the raw record, which the grader is given, in `record`.
+        grade: See `tuna_peft.graders`.
+        max_new_tokens: Where an answer is cut.
+
+    Raises:
+        UserError: The grader returns something that is no number between 0 and 1.
+    """
+    answers, excluded = session.answers(questions, max_new_tokens, "graded")
+    prompts = []
+    for answer in answers:
+        question = answer.question
+        value = grade(question.record, answer.text)
+        if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
+            raise UserError(
+                f"the grader gave {value!r}, and a grade is a number between 0 and 1", where=f"prompt {question.id}"
+            )
+        prompts.append(
+            PromptResult(
+                question.id, question.text, answer.text, {MAIN: float(value)}, details={"ended": answer.ended}
+            )
+        )
+    metrics = {MAIN: mean_metric([prompt.scores[MAIN] for prompt in prompts])}
+    return TaskResult("graded", MAIN, metrics, prompts, excluded=excluded)

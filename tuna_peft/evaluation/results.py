@@ -1,0 +1,178 @@
+"""What a task measured of a stage: the one shape that reports, tables and comparisons read.
+
+A run keeps one file per stage and task, `evaluation/<stage>/<task>.json`; the bare model is the stage `base`. All
+scores are better when they are higher, unless a metric's name says what it is (a share, a correlation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuna_peft.errors import UserError
+from tuna_peft.files import write_json
+
+FOLDER = "evaluation"
+
+TITLES = {
+    "ranking": "ranking accuracy",
+    "graded": "response score",
+}
+"""What the main metric of a task is called in a table."""
+
+
+@dataclass
+class Metric:
+    """A measured value.
+
+    Attributes:
+        value: None where there was nothing to count.
+        low: Lower end of the 95 % interval (bootstrap over prompts); None where none was taken.
+        high: Its upper end.
+        count: What the value is a mean over: prompts, or pairs.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    count: int = 0
+
+
+@dataclass
+class PromptResult:
+    """One prompt: what was said, and how it scored.
+
+    Attributes:
+        id: The prompt's name, unique within the task.
+        prompt: Its text, as the benchmark has it (without the prompt template).
+        response: What the model said; for `ranking` the response that it finds most likely.
+        scores: By metric. None is a score that could not be had, which is not zero.
+        weight: What it counts in the main metric, which is the weighted mean of its prompts' scores of that name.
+        references: What the benchmark, or the ranking, calls right.
+        group: The benchmark's task that the prompt belongs to.
+        details: What only this task knows, for `ranking`: `v` (length-normalised log-probabilities), `ranks`,
+            `lengths` (tokens), each by response, best first.
+    """
+
+    id: str
+    prompt: str
+    response: str
+    scores: dict[str, float | None]
+    weight: float = 1.0
+    references: list[str] = field(default_factory=list)
+    group: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Exclusion:
+    """What was left out of all scores, and why.
+
+    Attributes:
+        reason: In words.
+        count: How many.
+        names: Which ones: files, tasks or prompts, the first `MOST_NAMES` of them.
+    """
+
+    reason: str
+    count: int
+    names: list[str]
+
+    MOST_NAMES = 20
+
+    @classmethod
+    def of(cls, reason: str, names: Iterable[str]) -> Exclusion:
+        """Counts and shortens `names`."""
+        every = list(names)
+        return cls(reason, len(every), every[: cls.MOST_NAMES])
+
+
+@dataclass
+class TaskResult:
+    """Everything that one task measured of one stage.
+
+    Attributes:
+        task: `ranking`, `graded`, `superni-0shot`, `superni-2shot`, `lmentry`, `vicuna`, `lm_eval`.
+        main: The metric that stands for the task in a table, and in which prompts are compared between runs.
+        metrics: By name.
+        prompts: Every prompt that was scored.
+        groups: Metrics of parts, by a name such as `category: Textual Entailment` or `task: bigger_number`.
+        excluded: What is not in the scores.
+        settings: What the result depends on besides the model; a result is taken up again only under equal ones.
+        seconds: Wall time.
+    """
+
+    task: str
+    main: str
+    metrics: dict[str, Metric]
+    prompts: list[PromptResult]
+    groups: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    excluded: list[Exclusion] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return dataclasses.asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON without the prompts, whose number stands in their place."""
+        return {**self.as_dict(), "prompts": len(self.prompts)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TaskResult:
+        """The inverse of `as_dict`."""
+        return cls(
+            **{
+                **values,
+                "metrics": _metrics(values["metrics"]),
+                "prompts": [PromptResult(**prompt) for prompt in values["prompts"]],
+                "groups": {name: _metrics(group) for name, group in values["groups"].items()},
+                "excluded": [Exclusion(**exclusion) for exclusion in values["excluded"]],
+            }
+        )
+
+
+def save_result(folder: Path, stage: str, result: TaskResult) -> None:
+    """Writes `folder/evaluation/<stage>/<task>.json`, all at once."""
+    write_json(folder / FOLDER / stage / f"{result.task}.json", result.as_dict())
+
+
+def load_result(folder: Path, stage: str, task: str) -> TaskResult | None:
+    """The saved result, None where there is none.
+
+    Raises:
+        UserError: The file is not a result.
+    """
+    file = folder / FOLDER / stage / f"{task}.json"
+    if not file.is_file():
+        return None
+    try:
+        return TaskResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"this is no evaluation result: {error}", where=str(file), fix="Delete it and evaluate again."
+        ) from error
+
+
+def load_results(folder: Path, stages: Iterable[str] | None = None) -> dict[str, dict[str, TaskResult]]:
+    """All results of a run: by stage (in the order of `stages`, else of names with `base` first), then by task."""
+    inside = folder / FOLDER
+    if stages is None:
+        found = (entry.name for entry in inside.iterdir() if entry.is_dir()) if inside.is_dir() else ()
+        stages = sorted(found, key=lambda name: (name != "base", name))
+    results: dict[str, dict[str, TaskResult]] = {}
+    for stage in stages:
+        for file in sorted((inside / stage).glob("*.json")):
+            result = load_result(folder, stage, file.stem)
+            if result is not None:
+                results.setdefault(stage, {})[result.task] = result
+    return results
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
+    return {name: Metric(**metric) for name, metric in values.items()}

@@ -1,0 +1,119 @@
+"""A model under evaluation, and its greedy answers, each of which is generated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from tuna_peft.data.ranked import Prompt
+from tuna_peft.data.texts import prompt_ids
+from tuna_peft.evaluation.results import Exclusion
+from tuna_peft.journal import Journal, content_key
+from tuna_peft.models.generation import stream_responses
+from tuna_peft.models.stack import adapter_names, fingerprint
+
+
+@dataclass
+class Question:
+    """A prompt of a task.
+
+    Attributes:
+        id: Its name, unique within the task.
+        text: As the benchmark has it.
+        prompt: As the model is given it: `text` in the prompt template.
+        references: What counts as right, where the benchmark says so.
+        group: The benchmark's task that it belongs to.
+        record: Whatever else the scorer needs.
+    """
+
+    id: str
+    text: str
+    prompt: Prompt
+    references: list[str] = field(default_factory=list)
+    group: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Answer:
+    """What a model said.
+
+    Attributes:
+        question: To which question.
+        text: Without the prompt and special tokens.
+        ended: Whether it ended by itself; False where it was cut.
+    """
+
+    question: Question
+    text: str
+    ended: bool
+
+
+@dataclass
+class Session:
+    """One stage of one model under evaluation.
+
+    Attributes:
+        model: With the adapters of the stage active.
+        tokenizer: Its tokenizer.
+        stage: The stage's name.
+        journal: Keeps what was generated.
+        weights: Names the weights that answer, see `weights_key`.
+        batch_size: Prompts at once.
+    """
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    stage: str
+    journal: Journal
+    weights: str
+    batch_size: int = 32
+
+    def answers(
+        self, questions: Sequence[Question], max_new_tokens: int, task: str
+    ) -> tuple[list[Answer], list[Exclusion]]:
+        """Greedy answers, in the order of the questions, and the questions that have no room for one.
+
+        Every answer goes into the journal as it ends: interrupted work asks only for what is missing.
+        """
+        prompts = [prompt_ids(question.prompt, self.tokenizer) for question in questions]
+        room = (self._context() or float("inf")) - max_new_tokens
+        fits = [index for index, ids in enumerate(prompts) if len(ids) <= room]
+        keys = {index: self._key(prompts[index], max_new_tokens) for index in fits}
+        first = {key: index for index, key in reversed(keys.items())}  # equal prompts are asked once
+        asked = sorted(first.values())
+        done = {place for place, index in enumerate(asked) if keys[index] in self.journal}
+        for generated in stream_responses(
+            self.model, self.tokenizer, [prompts[index] for index in asked], max_new_tokens=max_new_tokens,
+            batch_size=self.batch_size, done=done, description=f"{task} ({self.stage})",
+        ):  # fmt: skip
+            value = {"text": generated.texts[0], "ended": generated.ended[0]}
+            self.journal.add(keys[asked[generated.index]], value)
+        answers = [Answer(questions[index], **self.journal[keys[index]]) for index in fits]
+        without = [question.id for index, question in enumerate(questions) if index not in keys]
+        reason = f"the prompt leaves no room for {max_new_tokens} new tokens in the model's context"
+        return answers, [Exclusion.of(reason, without)] if without else []
+
+    def _context(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _key(self, ids: list[int], max_new_tokens: int) -> str:
+        return content_key(weights=self.weights, prompt=ids, max_new_tokens=max_new_tokens)
+
+
+def weights_key(identity: dict[str, Any], quantization: Any, model: torch.nn.Module) -> str:
+    """Names the weights that answer: the base, how it is stored, and the adapters that are active.
+
+    Args:
+        identity: Of the base, see `tuna_peft.models.base.base_identity`.
+        quantization: Of the base, see `tuna_peft.models.adapter_stack.quantization_of`.
+    """
+    active = model.active_adapters if isinstance(model, PeftModel) else []
+    adapters = [fingerprint(model, name) for name in adapter_names(model) if name in active]
+    dtype = str(next(model.parameters()).dtype)
+    return content_key(base=identity, quantization=quantization, adapters=adapters, dtype=dtype)
