@@ -11,7 +11,8 @@ SLOW = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "pan
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["data", "inspect", "--help"], ["recipes", "list"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["data", "inspect", "--help"], ["sample", "--help"], ["recipes", "list"]],
 )
 def test_help_and_recipes_load_no_slow_library(arguments):
     code = (

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import tuna_peft
-from tuna_peft.cli import data, doctor, generate, merge, recipes, run, schema
+from tuna_peft.cli import data, doctor, generate, merge, recipes, run, sample, schema
 from tuna_peft.cli.group import ErrorReportingGroup
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app.command("run")(run.run)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.command("schema")(schema.schema)
+app.command("sample")(sample.sample)
 app.command("merge")(merge.merge)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)

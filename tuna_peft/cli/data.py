@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuna_peft.cli.options import Column, Format, SkipBad, Split, Template, data_source
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tuna_peft.data.config import DataSource, PromptConfig
     from tuna_peft.recipe.schema import BaseSettings
 
 app = typer.Typer(help="Look at data as training would see it, and convert it.", no_args_is_help=True)
-
-_Format = Annotated[
-    str, typer.Option("--format", help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns.")
-]
-_Column = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column", help="part=path, again for each part: --column completions=responses[].text", show_default=False
-    ),
-]
-_Split = Annotated[str, typer.Option("--split", help="Split, with slices: train[:500].")]
-_Template = Annotated[
-    str, typer.Option("--template", help="alpaca, chat, none, or a text with {instruction} and {input}.")
-]
-_SkipBad = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count records that cannot be used.")]
 
 
 @app.command("inspect")
@@ -43,11 +28,11 @@ def inspect(
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Hub id or path.", show_default="of a recipe: its base's")
     ] = None,
-    format: _Format = "auto",
-    column: _Column = None,
-    split: _Split = "train",
-    template: _Template = "alpaca",
-    skip_bad_rows: _SkipBad = False,
+    format: Format = "auto",
+    column: Column = None,
+    split: Split = "train",
+    template: Template = "alpaca",
+    skip_bad_rows: SkipBad = False,
 ) -> None:
     """Show prompts with every candidate in rank order: score, length, and which tokens carry loss."""
     from rich.console import Console
@@ -58,7 +43,7 @@ def inspect(
     if not _is_recipe(target):
         if stage is not None:
             raise UserError("--stage goes with a recipe, this is data", where=target)
-        source, prompt = _source(target, format, column, split, template, skip_bad_rows)
+        source, prompt = data_source(target, format, column, split, template, skip_bad_rows)
         console.print(inspect_file(source, prompt, _load_tokenizer(tokenizer), n))
         return
 
@@ -90,16 +75,16 @@ def inspect(
 def convert_file(
     file: Annotated[str, typer.Argument(help="Data in any format that can be read.")],
     out: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file to write.")],
-    format: _Format = "auto",
-    column: _Column = None,
-    split: _Split = "train",
-    template: _Template = "alpaca",
-    skip_bad_rows: _SkipBad = False,
+    format: Format = "auto",
+    column: Column = None,
+    split: Split = "train",
+    template: Template = "alpaca",
+    skip_bad_rows: SkipBad = False,
 ) -> None:
     """Write data in the ranked format: prompt, completions, scores, ranks, reference."""
     from tuna_peft.data.convert import convert
 
-    source, prompt = _source(file, format, column, split, template, skip_bad_rows)
+    source, prompt = data_source(file, format, column, split, template, skip_bad_rows)
     report = convert(source, prompt, out)
     skipped = "".join(f", {count} skipped ({reason})" for reason, count in report.skipped.items())
     typer.echo(f"wrote {out}: {report.kept} of {report.read} records{skipped}")
@@ -109,35 +94,6 @@ def _is_recipe(target: str) -> bool:
     from tuna_peft.recipe.shipped import shipped_recipes
 
     return target.endswith((".yaml", ".yml")) or (not Path(target).exists() and target in shipped_recipes())
-
-
-def _source(
-    path: str, format: str, columns: list[str] | None, split: str, template: str, skip_bad_rows: bool
-) -> tuple[DataSource, PromptConfig]:
-    from tuna_peft.cli.options import from_options
-    from tuna_peft.data.config import DataSource, PromptConfig
-
-    source: dict[str, Any] = {
-        "path": path,
-        "format": "columns" if columns and format == "auto" else format,
-        "split": split,
-        "on_bad_row": "skip" if skip_bad_rows else "error",
-    }
-    if columns:
-        source["columns"] = _pairs(columns)
-    return from_options(DataSource, source), from_options(PromptConfig, {"template": template})
-
-
-def _pairs(columns: list[str]) -> dict[str, str]:
-    pairs = {}
-    for text in columns:
-        part, equals, path = text.partition("=")
-        if not equals:
-            raise UserError(
-                "expected part=path", where=f"--column {text}", fix="For example: completions=responses[].text"
-            )
-        pairs[part] = path
-    return pairs
 
 
 def _load_tokenizer(name: str | None, base: BaseSettings | None = None) -> PreTrainedTokenizerBase | None:

@@ -41,13 +41,13 @@ def generate(
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.data.templates import PromptTemplate
     from tuna_peft.data.texts import prompt_ids
-    from tuna_peft.models.any_model import load_any_model, prompt_of
+    from tuna_peft.models.any_model import load_any_model, usual_prompt
     from tuna_peft.models.generation import generate_responses
 
     logging.disable_progress_bar()
     wanted = None if template is None else from_options(PromptConfig, {"template": template})
     loaded = load_any_model(model, upto=upto, base_model=base_model, device=device)
-    prompts = PromptTemplate(wanted or PromptConfig.model_validate(prompt_of(loaded)))
+    prompts = PromptTemplate(wanted or PromptConfig.model_validate(loaded.prompt or usual_prompt(loaded.tokenizer)))
     for instruction in _instructions(prompt):
         ids = prompt_ids(prompts.render(instruction, input), loaded.tokenizer)
         [response] = generate_responses(loaded.model, loaded.tokenizer, [ids], max_new_tokens=max_new_tokens)

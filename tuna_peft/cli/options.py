@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import typer
 from pydantic import BaseModel, ValidationError
 
 from tuna_peft.errors import UserError
 from tuna_peft.recipe.expectations import expected
 
+if TYPE_CHECKING:
+    from tuna_peft.data.config import DataSource, PromptConfig
+
 Model = TypeVar("Model", bound=BaseModel)
+
+# Where data is and how to read it.
+Format = Annotated[
+    str, typer.Option("--format", help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns.")
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", help="part=path, again for each part: --column completions=responses[].text", show_default=False
+    ),
+]
+Split = Annotated[str, typer.Option("--split", help="Split, with slices: train[:500].")]
+Template = Annotated[
+    str, typer.Option("--template", help="alpaca, chat, none, or a text with {instruction} and {input}.")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count records that cannot be used.")]
 
 
 def from_options(model: type[Model], values: dict[str, Any]) -> Model:
@@ -24,3 +45,40 @@ def from_options(model: type[Model], values: dict[str, Any]) -> Model:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"]) or None
         raise UserError(expected([first], first["input"]), where=where) from error
+
+
+def data_source(
+    path: str, format: str, columns: list[str] | None, split: str, template: str, skip_bad_rows: bool
+) -> tuple[DataSource, PromptConfig]:
+    """The data and the prompt template that the options above describe; UserError for what does not fit."""
+    from tuna_peft.data.config import DataSource, PromptConfig
+
+    source: dict[str, Any] = {
+        "path": path,
+        "format": "columns" if columns and format == "auto" else format,
+        "split": split,
+        "on_bad_row": "skip" if skip_bad_rows else "error",
+    }
+    if columns:
+        source["columns"] = _pairs(columns)
+    return from_options(DataSource, source), from_options(PromptConfig, {"template": template})
+
+
+def _pairs(columns: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in columns:
+        part, equals, path = text.partition("=")
+        if not equals:
+            raise UserError(
+                "expected part=path", where=f"--column {text}", fix="For example: completions=responses[].text"
+            )
+        pairs[part] = path
+    return pairs
+
+
+def require_jsonl(out: Path) -> None:
+    """UserError for an output file of another kind."""
+    if out.suffix != ".jsonl":
+        raise UserError(
+            f"cannot write {out.suffix or 'a file without ending'}", where=str(out), fix="End it in .jsonl."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from pathlib import Path
 
@@ -33,8 +32,7 @@ def convert(source: DataSource, prompt: PromptConfig, out_path: str | os.PathLik
         raise UserError("this is the source itself", where=str(out), fix="Write to another file.")
     records, report = read_ranked(source, prompt)
     if out.suffix == ".jsonl":
-        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
-        files.write_text(out, "".join(f"{line}\n" for line in lines))
+        files.write_jsonl(out, records)
     else:
         import pyarrow.parquet
 

@@ -40,13 +40,10 @@ def load_any_model(
     Raises:
         UserError: It cannot be loaded, or `upto` is given for a single model.
     """
-    folder = Path(model)
-    for candidate in (folder / "stack", folder):
-        # A lone adapter goes the same way: it is refused with the reason.
-        if (candidate / "stack.json").is_file() or (candidate / "adapter_config.json").is_file():
-            return AdapterStack.from_pretrained(
-                candidate, upto=upto, base_model=base_model, device=device, trust_remote_code=trust_remote_code
-            )
+    if (stack := local_stack(model)) is not None:
+        return AdapterStack.from_pretrained(
+            stack, upto=upto, base_model=base_model, device=device, trust_remote_code=trust_remote_code
+        )
     if upto is not None:
         raise UserError("`upto` goes with a stack; this is a single model", where=model)
     compute = resolve_dtype("auto", resolve_device(device))
@@ -57,14 +54,17 @@ def load_any_model(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    record = folder / "tuna_export.json"
+    record = Path(model) / "tuna_export.json"
     prompt = json.loads(record.read_text(encoding="utf-8"))["stack"]["prompt"] if record.is_file() else {}
     return AdapterStack(base.model, base.tokenizer, prompt)
 
 
-def prompt_of(loaded: AdapterStack) -> dict[str, Any]:
-    """The prompt template that a model was trained with, or the usual one where nothing is recorded."""
-    return loaded.prompt or _usual_prompt(loaded.tokenizer)
+def local_stack(model: str) -> Path | None:
+    """The folder of a stack, of a run's stack, or of a lone adapter (which is refused later, with the reason)."""
+    for folder in (Path(model) / "stack", Path(model)):
+        if (folder / "stack.json").is_file() or (folder / "adapter_config.json").is_file():
+            return folder
+    return None
 
 
 def model_digest(model: torch.nn.Module) -> dict[str, Any]:
@@ -77,5 +77,6 @@ def model_digest(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def _usual_prompt(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def usual_prompt(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The prompt template of a model of which none is recorded."""
     return {"template": "chat" if tokenizer.chat_template else "alpaca"}

@@ -127,6 +127,12 @@ def stream_responses(
                 queue = deque(part for entry in queue for part in _parts(entry, -(-len(batch) // 2)))
 
 
+def context_of(model: torch.nn.Module) -> int | None:
+    """Most tokens of a prompt with its response; None where the model's configuration knows no limit."""
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+
+
 class _Sequence(NamedTuple):
     """One sample to generate: its prompt's index, its number among the n, and the key of its random numbers."""
 
@@ -146,7 +152,7 @@ class _Decoder:
     ):
         self.model, self.tokenizer, self.choose, self.max_new_tokens = model, tokenizer, choose, max_new_tokens
         causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.context = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        self.context = context_of(model)
         self.takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
         ends = getattr(causal_lm.generation_config, "eos_token_id", None)
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

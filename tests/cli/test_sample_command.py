@@ -1,0 +1,63 @@
+"""`tuna-peft sample` on a tiny stack."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_llama import write_base, write_stack
+from typer.testing import CliRunner
+
+from tuna_peft.cli.app import app
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_stack(folder / "stack", write_base(folder / "base"))
+    rows = [{"instruction": f"w{i} w{i + 1}", "input": "", "output": f"w{i}"} for i in range(3, 7)]
+    (folder / "prompts.json").write_text(json.dumps(rows))
+    return folder
+
+
+def sample(folder, out, *options, model="."):
+    arguments = ["sample", folder / model, folder / "prompts.json", out, "--max-new-tokens", "5", *options]
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_samples_of_a_run(folder, tmp_path):
+    out = tmp_path / "samples.jsonl"
+    result = sample(folder, out, "--n", "3", "--seed", "4")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"wrote {out}: 12 responses to 4 of 4 prompts")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["prompt"].startswith("Below is an instruction")  # the template of training
+    assert rows[0]["reference"] == "w3" and rows[0]["record"]["instruction"] == "w3 w4"
+    assert [len(row["completions"]) for row in rows] == [3] * 4
+    before = out.read_bytes()
+    assert sample(folder, out, "--n", "3", "--seed", "4", "--batch-size", "1").exit_code == 0  # all in the journal
+    assert out.read_bytes() == before
+    other = sample(folder, tmp_path / "other.jsonl", "--n", "3", "--template", "none", "--upto", "sft")
+    assert other.exit_code == 0
+    assert json.loads((tmp_path / "other.jsonl").read_text().splitlines()[0])["prompt"] == "w3 w4"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-p", "0"], "top_p: expected a number greater than 0"),
+        (["--backend", "ollama"], "backend: expected 'transformers' or 'vllm'"),
+        (["--template", "x"], "has no {instruction} in it"),
+        (["--upto", "absent"], "no adapter 'absent'"),
+        (["--format", "alpacka"], "format: expected"),
+    ],
+)
+def test_mistakes_exit_with_2(folder, tmp_path, options, message):
+    result = sample(folder, tmp_path / "out.jsonl", *options)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr
+
+
+def test_the_output_is_jsonl(folder, tmp_path):
+    result = sample(folder, tmp_path / "out.json")
+    assert result.exit_code == 2 and "End it in .jsonl" in result.stderr

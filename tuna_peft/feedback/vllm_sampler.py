@@ -1,0 +1,132 @@
+"""Samples through vLLM (extra `vllm`), which generates many sequences at once much faster than transformers does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.config import SampleSettings
+from tuna_peft.files import sha256
+from tuna_peft.models.generation import Generated
+
+# What vLLM allocates adapters for; other ranks are refused.
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_CHUNK = 256
+"""Prompts given to the engine at once: it schedules them by itself, and they are recorded when all are done."""
+
+
+class VllmSampler:
+    """Draws with a vLLM engine, see `tuna_peft.feedback.sampling.Sampler`.
+
+    A prompt's samples depend on its seed and not on what runs beside it, but for rounding; they are others than those
+    of the transformers backend.
+
+    Args:
+        base: Hub id or folder of the base model.
+        tokenizer: The base's.
+        adapter: Folder of the stack as one adapter (see `tuna_peft.export.combine`); None samples from the base.
+        revision: Branch, tag or commit of the base.
+        quantized: Quantise the base to NF4 while it is loaded, as for training.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UserError: vLLM is not installed, or the adapter's rank is beyond what it serves.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        adapter: Path | None = None,
+        revision: str | None = None,
+        quantized: bool = False,
+        trust_remote_code: bool = False,
+    ):
+        try:
+            import vllm
+        except ImportError as error:
+            raise UserError(
+                "the backend `vllm` needs the package vllm",
+                fix="Install it on a machine with a GPU: pip install 'tuna-peft[vllm]', or use `transformers`.",
+            ) from error
+        self.tokenizer, self._vllm = tokenizer, vllm
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if quantized:
+            options["quantization"] = "bitsandbytes"
+        self._adapter = None
+        if adapter is not None:
+            options |= {"enable_lora": True, "max_lora_rank": _lora_rank(adapter)}
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest("stack", 1, str(adapter))
+        self._engine = vllm.LLM(model=base, **options)
+        self.identity = {
+            "backend": "vllm",
+            "base": {"model": base, "revision": revision},
+            "quantization": "bitsandbytes" if quantized else None,
+            "adapters": None if adapter is None else sha256(adapter / "adapter_model.safetensors"),
+        }
+
+    @property
+    def context(self) -> int | None:
+        """See `Sampler`."""
+        return self._engine.llm_engine.model_config.max_model_len
+
+    def draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SampleSettings,
+        *,
+        temperature: float,
+        seed: str,
+        done: Container[int],
+    ) -> Iterator[Generated]:
+        """See `Sampler`."""
+        missing = [index for index in range(len(prompts)) if index not in done]
+        for start in range(0, len(missing), _CHUNK):
+            chunk = missing[start : start + _CHUNK]
+            outputs = self._engine.generate(
+                [{"prompt_token_ids": list(prompts[index])} for index in chunk],
+                [
+                    self._vllm.SamplingParams(
+                        n=settings.n, temperature=temperature, top_p=settings.top_p,
+                        max_tokens=settings.max_new_tokens, seed=_seed(seed, prompts[index]),
+                    )
+                    for index in chunk
+                ],
+                lora_request=self._adapter,
+            )  # fmt: skip
+            for index, output in zip(chunk, outputs, strict=True):
+                yield Generated(
+                    index,
+                    [self._text(sample) for sample in output.outputs],
+                    [len(sample.token_ids) for sample in output.outputs],
+                    [sample.finish_reason == "stop" for sample in output.outputs],
+                )
+
+    def _text(self, sample: Any) -> str:
+        # From its tokens, so that white space and special tokens are treated as by the other backend.
+        return self.tokenizer.decode(list(sample.token_ids), skip_special_tokens=True).strip()
+
+
+def _lora_rank(adapter: Path) -> int:
+    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    fitting = [allowed for allowed in _LORA_RANKS if allowed >= rank]
+    if not fitting:
+        raise UserError(
+            f"the combined adapter has rank {rank}, vLLM serves up to {_LORA_RANKS[-1]}",
+            fix="Merge the stack and sample from the merged model, or use the backend `transformers`.",
+        )
+    return fitting[0]
+
+
+def _seed(seed: str, prompt: Sequence[int]) -> int:
+    digest = hashlib.blake2b(f"{seed}\n{','.join(map(str, prompt))}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1

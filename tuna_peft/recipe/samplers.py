@@ -1,0 +1,83 @@
+"""What draws responses: a loaded model, or a vLLM engine with the stack as one adapter."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.errors import UserError
+from tuna_peft.export.combine import combine_stack
+from tuna_peft.feedback.sampling import ModelSampler, Sampler
+from tuna_peft.feedback.vllm_sampler import VllmSampler
+from tuna_peft.models.any_model import load_any_model, local_stack, usual_prompt
+from tuna_peft.models.base import resolve_model_path
+from tuna_peft.models.manifest import read_manifest
+
+
+@contextmanager
+def open_sampler(
+    model: str,
+    backend: str = "transformers",
+    *,
+    upto: str | None = None,
+    base_model: str | None = None,
+    quantization: str = "none",
+    device: str = "auto",
+) -> Iterator[tuple[Sampler, PromptConfig]]:
+    """A sampler for whatever a user calls a model, and the prompt template that it was trained with.
+
+    Args:
+        model: As in `load_any_model`, like all that follows.
+        backend: `transformers` or `vllm`.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    if backend == "vllm":
+        with vllm_sampler(model, upto, base_model, quantization) as opened:
+            yield opened
+        return
+    loaded = load_any_model(model, upto=upto, base_model=base_model, quantization=quantization, device=device)
+    prompt = loaded.prompt or usual_prompt(loaded.tokenizer)
+    yield ModelSampler(loaded.model, loaded.tokenizer), PromptConfig.model_validate(prompt)
+
+
+@contextmanager
+def vllm_sampler(
+    model: str, upto: str | None = None, base_model: str | None = None, quantization: str = "none"
+) -> Iterator[tuple[Sampler, PromptConfig]]:
+    """As `open_sampler`; the adapter is combined into a temporary folder.
+
+    Raises:
+        UserError: vLLM is not installed or cannot serve this base or adapter.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stack, adapter, prompt, revision = local_stack(model), None, None, None
+        base = base_model or model
+        if stack is not None:
+            manifest = read_manifest(stack, upto)
+            base, prompt = base_model or manifest.base["model"], manifest.prompt
+            revision = None if base_model else manifest.base["revision"]
+            quantization = _method(manifest.quantization)
+            adapter = Path(folder) / "adapter"
+            combine_stack(stack, adapter, upto=upto)
+        if quantization not in ("none", "nf4"):
+            raise UserError(
+                f"vLLM does not quantise to {quantization}", where=model, fix="Use the backend `transformers`."
+            )
+        path = resolve_model_path(base)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        sampler = VllmSampler(path, tokenizer, adapter=adapter, revision=revision, quantized=quantization == "nf4")
+        yield sampler, PromptConfig.model_validate(prompt or usual_prompt(tokenizer))
+
+
+def _method(quantization: dict[str, Any] | None) -> str:
+    if quantization is None:
+        return "none"
+    return str(quantization.get("bnb_4bit_quant_type", "int8"))
