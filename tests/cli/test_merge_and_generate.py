@@ -1,4 +1,4 @@
-"""`merge` and `generate` on a tiny stack."""
+"""`combine`, `merge` and `generate` on a tiny stack."""
 
 from __future__ import annotations
 
@@ -32,6 +32,26 @@ def test_merge_measures_its_distance_from_the_stack(run, tmp_path):
     line = result.stdout.splitlines()[1]
     mean = float(re.match(r"KL divergence from the stack: mean (\S+), largest \S+ nats; same next", line)[1])
     assert 0 <= mean < 1e-2
+
+
+def test_combine_says_what_a_smaller_rank_costs(run, tmp_path):
+    result = invoke("combine", run, tmp_path / "combined")
+    assert result.exit_code == 0, result.stderr
+    assert "sft + ranking as one adapter of rank 12 on 10 modules" in result.stdout
+    prompts = [[5, 9, 4, 7], [8, 3]]
+    (run / "divergence_prompts.json").write_text(json.dumps(prompts))
+    result = invoke("combine", run, tmp_path / "small", "--rank", 4)
+    (run / "divergence_prompts.json").unlink()
+    assert result.exit_code == 0, result.stderr
+    assert "of rank 4 on" in result.stdout
+    assert re.search(r"changed the update of a module by [\d.]+% on average, [\d.]+% at most", result.stdout)
+    assert re.search(r"KL divergence from the stack: mean \S+, .* of 6 tokens", result.stdout)
+
+
+def test_merge_to_nf4_says_what_it_costs(run, tmp_path):
+    result = invoke("merge", run, tmp_path / "merged", "--dtype", "nf4")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"quantising again changed the weights of a module by [\d.]+% on average", result.stdout)
 
 
 def test_merge_a_run_and_generate_from_stack_and_merged_model(run, tmp_path):

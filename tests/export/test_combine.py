@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -94,6 +95,39 @@ def test_the_configuration_is_short_where_it_can_be(tiny: Tiny, tmp_path: Path) 
     assert config.rank_pattern == config.alpha_pattern == {"q_proj": 8, "up_proj": 8, "o_proj": 3}
     assert config.base_model_name_or_path == tiny.base
     assert (config.r, config.lora_alpha, config.use_rslora, config.inference_mode) == (12, 12, False, True)
+
+
+def test_a_smaller_rank_is_the_best_of_its_rank(tiny: Tiny, tmp_path: Path) -> None:
+    """Against numpy's SVD of the full update."""
+    report = combine_stack(tiny.stack, tmp_path / "exact")
+    assert report.compression_error is None
+    report = combine_stack(tiny.stack, tmp_path / "small", rank=5)
+    exact, small = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("exact", "small"))
+    errors = json.loads((tmp_path / "small" / "compression_error.json").read_text())
+    assert set(errors) == {key.split(".lora_")[0].removeprefix("base_model.model.") for key in small}
+    for module, error in errors.items():
+        key = f"base_model.model.{module}.lora_"
+        update, best = (t[f"{key}B.weight"].double() @ t[f"{key}A.weight"].double() for t in (exact, small))
+        u, s, v = np.linalg.svd(update.numpy())
+        np.testing.assert_allclose(best.numpy(), (u[:, :5] * s[:5]) @ v[:5], atol=1e-6)
+        relative = ((update - best).norm() / update.norm()).item()
+        assert error == pytest.approx(relative, rel=1e-5, abs=1e-7)
+        assert small[f"{key}A.weight"].shape[0] == min(5, exact[f"{key}A.weight"].shape[0])
+    assert errors["model.layers.0.self_attn.o_proj"] == 0  # its rank is 3
+    assert report.rank == 5
+    assert report.compression_error == {"mean": sum(errors.values()) / 10, "max": max(errors.values())}
+
+
+def test_plain_peft_loads_a_smaller_rank_and_the_distance_shrinks_with_it(tiny: Tiny, tmp_path: Path) -> None:
+    ranks = (2, 6, 12)
+    for rank in ranks:
+        combine_stack(tiny.stack, tmp_path / str(rank), rank=rank)
+    found = check_exports(tiny.stack, [tmp_path / str(rank) for rank in ranks], PROMPTS, device="cpu")
+    kls = [found[str(tmp_path / str(rank))].kl_mean for rank in ranks]
+    assert kls[0] > kls[1] > 1e-6
+    assert kls[2] <= 1e-10  # the ranks add up to 12
+    with pytest.raises(UserError, match="cannot compress to rank 0"):
+        combine_stack(tiny.stack, tmp_path / "none", rank=0)
 
 
 def test_upto_combines_the_lower_part(tiny: Tiny, tmp_path: Path) -> None:

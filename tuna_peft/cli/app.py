@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 import tuna_peft
-from tuna_peft.cli import data, doctor, generate, merge, recipes, run, sample, schema
+from tuna_peft.cli import (
+    combine,
+    data,
+    doctor,
+    generate,
+    merge,
+    recipes,
+    run,
+    sample,
+    schema,
+)
 from tuna_peft.cli.group import ErrorReportingGroup
 
 app = typer.Typer(
@@ -39,6 +49,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.command("schema")(schema.schema)
 app.command("sample")(sample.sample)
+app.command("combine")(combine.combine)
 app.command("merge")(merge.merge)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)

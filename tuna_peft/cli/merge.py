@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +33,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge a stack of adapters into its base: one model, dequantised once and rounded once."""
+    from tuna_peft.cli.divergence import comparison_prompts, print_divergence
     from tuna_peft.export.merge import merge_stack
     from tuna_peft.models.find_stack import find_stack
 
@@ -48,31 +48,5 @@ def merge(
             "quantising again changed the weights of a module by {mean:.1%} on average, {max:.1%} at most "
             "(Frobenius norm)".format(**report.requantisation_error)
         )
-    ids = _prompt_ids(source, out, prompts) if prompts is not None else _prompts_of_run(source.parent)
-    if ids:
-        from tuna_peft.export.check import check_exports
-
-        measured = check_exports(source, [out], ids, upto=upto, base_model=base_model)[str(out)]
-        typer.echo(
-            f"KL divergence from the stack: mean {measured.kl_mean:.2e}, largest {measured.kl_max:.2e} nats; "
-            f"same next token in {measured.top1_agreement:.1%} of {measured.tokens:,} tokens"
-        )
-
-
-def _prompts_of_run(run: Path) -> list[list[int]]:
-    file = run / "divergence_prompts.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-
-
-def _prompt_ids(source: Path, out: Path, data: str) -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    from tuna_peft.data.config import DataSource, PromptConfig
-    from tuna_peft.data.load import load_prompts
-    from tuna_peft.data.texts import prompt_ids
-    from tuna_peft.models.manifest import read_manifest
-
-    template = PromptConfig.model_validate(read_manifest(source).prompt)
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    records, _ = load_prompts(DataSource(path=data, limit=16), template)
-    return [prompt_ids(record["prompt"], tokenizer) for record in records]
+    if ids := comparison_prompts(source, prompts, base_model):
+        print_divergence(source, out, ids, upto=upto, base_model=base_model)

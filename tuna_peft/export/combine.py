@@ -1,4 +1,4 @@
-"""A stack as one LoRA adapter, exact, from its files alone."""
+"""A stack as one LoRA adapter, exact or of a smaller rank, from its files alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import torch
 from peft import LoraConfig
 
 from tuna_peft.errors import UserError
-from tuna_peft.export.factors import PEFT_PREFIX, FactorShape, StackFactors
-from tuna_peft.export.output import require_replaceable, require_space, write_record
+from tuna_peft.export.compress import compress
+from tuna_peft.export.factors import PEFT_PREFIX, StackFactors
+from tuna_peft.export.output import mean_and_max, require_replaceable, require_space, write_record
 from tuna_peft.export.safetensors_stream import TensorSpec, write_safetensors
-from tuna_peft.files import atomic_directory
+from tuna_peft.files import atomic_directory, write_json
 from tuna_peft.models.stack import ADAPTER_WEIGHTS
+
+COMPRESSION = "compression_error.json"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class CombineReport:
         adapters: Names from the bottom of the stack to its top.
         rank: The largest rank of a module, the sum over the adapters that target it.
         modules: Number of modules with factors.
+        compression_error: Of a smaller rank: mean and largest over the modules of `|B A - B' A'| / |B A|` (Frobenius
+            norm); `compression_error.json` in the folder has that of every module.
         nbytes: Size of the weights file.
         seconds: Wall-clock time.
     """
@@ -35,12 +40,17 @@ class CombineReport:
     adapters: list[str]
     rank: int
     modules: int
+    compression_error: dict[str, float] | None
     nbytes: int
     seconds: float
 
 
 def combine_stack(
-    stack_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, upto: str | None = None
+    stack_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    upto: str | None = None,
+    rank: int | None = None,
 ) -> CombineReport:
     """Writes the stack as one adapter by rank concatenation; plain `PeftModel.from_pretrained` loads it.
 
@@ -51,6 +61,7 @@ def combine_stack(
         stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
         out_dir: Appears whole or not at all; an earlier export there is replaced.
         upto: Combine the stack up to this adapter.
+        rank: Compress to this rank, see `compress`; by default the ranks add up and the result is exact.
 
     Raises:
         UserError: A broken or empty stack, adapters that are not plain LoRA, no space, or an `out_dir` in use.
@@ -59,39 +70,47 @@ def combine_stack(
     factors = StackFactors(stack_dir, upto)
     if not factors.shapes:
         raise UserError("the stack has no adapters to combine", where=str(stack_dir))
+    if rank is not None and rank < 1:
+        raise UserError(f"cannot compress to rank {rank}", fix="Use a rank of 1 or more.")
+    ranks = {module: min(shape.rank, rank or shape.rank) for module, shape in factors.shapes.items()}
     groups = {
         module: {
-            f"{PEFT_PREFIX}{module}.lora_A.weight": TensorSpec("F32", (shape.rank, shape.inputs)),
-            f"{PEFT_PREFIX}{module}.lora_B.weight": TensorSpec("F32", (shape.outputs, shape.rank)),
+            f"{PEFT_PREFIX}{module}.lora_A.weight": TensorSpec("F32", (ranks[module], shape.inputs)),
+            f"{PEFT_PREFIX}{module}.lora_B.weight": TensorSpec("F32", (shape.outputs, ranks[module])),
         }
         for module, shape in factors.shapes.items()
     }
     require_replaceable(out_dir, [factors.folder])
     require_space(out_dir, sum(spec.nbytes for specs in groups.values() for spec in specs.values()))
 
+    errors: dict[str, float] = {}
+
     def load(module: str) -> dict[str, torch.Tensor]:
-        both = factors.of(module)
+        both, errors[module] = compress(factors.of(module), ranks[module])
         return {f"{PEFT_PREFIX}{module}.lora_A.weight": both.a, f"{PEFT_PREFIX}{module}.lora_B.weight": both.b}
 
-    config = _combined_config(factors)
+    config = _combined_config(factors, ranks)
     with atomic_directory(out_dir) as aside:
         write_safetensors(aside / ADAPTER_WEIGHTS, groups, load)
         config.save_pretrained(str(aside))
-        write_record(aside, "combined", factors.manifest)
+        if rank is not None:
+            write_json(aside / COMPRESSION, errors)
+        write_record(aside, "combined", factors.manifest, rank=rank)
     return CombineReport(
         path=Path(out_dir),
         adapters=[entry.name for entry in factors.manifest.adapters],
         rank=config.r,
         modules=len(factors.shapes),
+        compression_error=None if rank is None else mean_and_max(errors),
         nbytes=(Path(out_dir) / ADAPTER_WEIGHTS).stat().st_size,
         seconds=time.perf_counter() - start,
     )
 
 
-def _combined_config(factors: StackFactors) -> LoraConfig:
+def _combined_config(factors: StackFactors, ranks: dict[str, int]) -> LoraConfig:
     # r is the largest rank: servers such as vLLM size their buffers by it.
-    rank = max(shape.rank for shape in factors.shapes.values())
-    pattern = _rank_pattern(factors.shapes, rank)
+    rank = max(ranks.values())
+    pattern = _rank_pattern(ranks, rank)
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -106,14 +125,14 @@ def _combined_config(factors: StackFactors) -> LoraConfig:
     )
 
 
-def _rank_pattern(shapes: dict[str, FactorShape], default: int) -> dict[str, int]:
+def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
     """Ranks that differ from `default`, by the last part of the module names where all its modules agree."""
     by_leaf: dict[str, dict[str, int]] = {}
-    for module, shape in shapes.items():
-        by_leaf.setdefault(module.rpartition(".")[2], {})[module] = shape.rank
+    for module, rank in ranks.items():
+        by_leaf.setdefault(module.rpartition(".")[2], {})[module] = rank
     pattern: dict[str, int] = {}
-    for leaf, ranks in by_leaf.items():
-        agreed = {leaf: next(iter(ranks.values()))} if len(set(ranks.values())) == 1 else ranks
+    for leaf, own in by_leaf.items():
+        agreed = {leaf: next(iter(own.values()))} if len(set(own.values())) == 1 else own
         pattern.update({key: rank for key, rank in agreed.items() if rank != default})
     return pattern
 

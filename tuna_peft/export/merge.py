@@ -23,6 +23,7 @@ from tuna_peft.export.base_files import companion_files, copy_companions, locate
 from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.merged_weights import DTYPES, MergedWeights
 from tuna_peft.export.output import (
+    mean_and_max,
     peak_rss_bytes,
     require_replaceable,
     require_space,
@@ -131,7 +132,6 @@ def merge_stack(
         with tqdm(total=total, desc="merging", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
             files = _write_shards(aside, weights, max_shard_size, bar.update)
         write_record(aside, "merged", manifest, base=base, dtype=dtype)
-    errors = weights.errors.values()
     return MergeReport(
         path=Path(out_dir),
         adapters=[entry.name for entry in manifest.adapters],
@@ -139,7 +139,7 @@ def merge_stack(
         dtype=dtype,
         tensors=sum(map(len, weights.groups.values())),
         merged=len(factors.shapes),
-        requantisation_error={"mean": sum(errors) / len(errors), "max": max(errors)} if errors else None,
+        requantisation_error=mean_and_max(weights.errors),
         files=len(files),
         nbytes=total,
         seconds=time.perf_counter() - start,

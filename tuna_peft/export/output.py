@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,11 @@ def require_space(out_dir: str | os.PathLike[str], needed: int) -> None:
             where=str(existing),
             fix="Free some space or choose another output directory.",
         )
+
+
+def mean_and_max(errors: Mapping[str, float]) -> dict[str, float] | None:
+    """Of the errors of some modules; None without any."""
+    return {"mean": sum(errors.values()) / len(errors), "max": max(errors.values())} if errors else None
 
 
 def peak_rss_bytes() -> int | None:

@@ -30,7 +30,7 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     where: dict[str, Any] = {"device": base.device, "trust_remote_code": base.trust_remote_code}
     exports: dict[str, Any] = {}
     if settings.combine:
-        exports["combined"] = _as_dict(combine_stack(stack, run.path / "combined"))
+        exports["combined"] = _as_dict(combine_stack(stack, run.path / "combined", rank=settings.combine_rank))
     if settings.merge.enabled:
         merge = settings.merge
         exports["merged"] = _as_dict(

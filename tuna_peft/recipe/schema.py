@@ -117,6 +117,9 @@ class ExportSettings(_Section):
     """What a run leaves behind besides its stack of adapters."""
 
     combine: bool = Field(True, description="Write the stack as one adapter that plain PEFT loads.")
+    combine_rank: int | None = Field(
+        None, ge=1, description="Compress that adapter to this rank; null is exact: the ranks add up."
+    )
     merge: MergeSettings = Field(default_factory=MergeSettings, description="The merged model.")
     divergence_prompts: int = Field(
         16, ge=0, description="Prompts on which the KL divergence of each export to the live stack is measured."

@@ -1,0 +1,54 @@
+"""`tuna-peft combine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def combine(
+    stack: Annotated[
+        str, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, a run's folder, or a Hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Compress to this rank.", show_default="exact: the ranks add up"),
+    ] = None,
+    upto: Annotated[
+        str | None, typer.Option("--upto", help="Combine the stack up to this stage.", show_default="all")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Where the base is now.", show_default="as recorded")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            help="Data: measure on 16 of its prompts how far the adapter is from the stack.",
+            show_default="of a run: the run's own",
+        ),
+    ] = None,
+) -> None:
+    """Write a stack of adapters as one, which plain PEFT loads on the base."""
+    from tuna_peft.cli.divergence import comparison_prompts, print_divergence
+    from tuna_peft.export.combine import COMPRESSION, combine_stack
+    from tuna_peft.models.find_stack import find_stack
+
+    source = find_stack(stack)
+    report = combine_stack(source, out, upto=upto, rank=rank)
+    typer.echo(
+        f"wrote {report.path}: {' + '.join(report.adapters)} as one adapter of rank {report.rank} on "
+        f"{report.modules} modules, {report.nbytes / 2**20:,.1f} MiB, {report.seconds:.1f} s"
+    )
+    if report.compression_error:
+        typer.echo(
+            "the smaller rank changed the update of a module by {mean:.1%} on average, {max:.1%} at most".format(
+                **report.compression_error
+            )
+            + f" (Frobenius norm); each in {out / COMPRESSION}"
+        )
+    if ids := comparison_prompts(source, prompts, base_model):
+        print_divergence(source, out, ids, upto=upto, base_model=base_model)
