@@ -1,0 +1,147 @@
+"""Which words are a ranking, and which are none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tuna_peft.feedback.verdict import MAX_CHARACTERS, Unreadable, read_verdict
+
+
+def answer(rank, **fields):
+    return json.dumps({"kind": "open-ended", "own_response": "mine", "duplicates": [], "rank": rank, **fields})
+
+
+def grades(**totals):
+    return [
+        {"response": int(name[1:]), "aspects": [total // 3, total // 3, total - 2 * (total // 3)]}
+        for name, total in totals.items()
+    ]
+
+
+def test_the_object_that_was_asked_for():
+    text = answer([3, 1, 0, 2], grades=grades(r0=6, r1=9, r2=3, r3=15))
+    verdict = read_verdict(text, 3)
+    assert (verdict.ranks, verdict.own_response, verdict.own_is_best) == ([1, 0, 2], "mine", True)
+    assert verdict.kind == "open-ended"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    ["{}", "```json\n{}\n```", "Here you are:\n\n{}\n\nI hope it helps {{x}}!", "<think>rank: [0, 1]</think>{}"],
+)
+def test_whatever_stands_around_it(wrap):
+    assert read_verdict(wrap.format(answer([1, 0, 2])), 2).ranks == [1, 0]
+
+
+@pytest.mark.parametrize("rank", [["1", "0"], ["Response 1", "response 0"], [1, 0]])
+def test_numbers_as_models_write_them(rank):
+    assert read_verdict(json.dumps({"rank": rank}), 2).ranks == [1, 0]
+
+
+def test_own_response_that_is_not_the_best():
+    verdict = read_verdict(answer([1, 2, 0]), 2)
+    assert (verdict.ranks, verdict.own_is_best) == ([1, 0], False)
+    assert read_verdict(answer([1, 0]), 2).own_is_best
+    assert not read_verdict(answer([2, 1, 0], own_response=" "), 2).own_is_best
+
+
+def test_duplicates_share_a_rank():
+    assert read_verdict(answer([2, 0, 4], duplicates=[[0, 1], [3, 2]]), 4).ranks == [1, 1, 0, 0]
+    # One that says the same as the judge's own stands where that stands.
+    assert read_verdict(answer([2, 0], duplicates=[[1, 2]]), 2).ranks == [1, 0]
+    # Named as duplicates and ranked nevertheless, side by side.
+    assert read_verdict(answer([2, 0, 1], duplicates=[[0, 1]]), 3).ranks == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no ranking"),
+        ("I cannot judge this.", "no ranking"),
+        ('{"rank": [1, 0', "not whole"),
+        (answer([1, 0])[:-1], "not whole"),
+        (json.dumps({"rank": [1, 0], "own_response": "cut"}, indent=1)[:-9], "not whole"),
+        (answer([1]), "response 0 is neither"),
+        (answer([0, 1, 2, 3]), "no number from 0 to 2"),
+        (answer([0, 1, -1]), "no number"),
+        (answer([0, 1, 1]), "twice"),
+        (answer([0, 1, True]), "no number"),
+        (answer([0, 1.0]), "no number"),
+        (answer([0, None]), "no number"),
+        (answer([[0, 1]]), "no number"),
+        (answer([]), "neither"),
+        (answer("0 1"), "no list"),
+        (answer({"0": 1}), "no list"),
+        (answer(None), "no list"),
+        (answer([0], duplicates=[[1, 7]]), "no number"),
+        (answer([0, 1], duplicates="none"), "no list"),
+        (answer([0, 1], grades=grades(r0=3, r1=4)), "against the grades of 0 and 1"),
+        (answer([0, 1], grades=[{"response": 0, "aspects": [6, 0, 0]}]), "not 3 numbers from 0 to 5"),
+        (answer([0, 1], grades=[{"response": 0, "aspects": [5, 5]}]), "not 3 numbers"),
+        (answer([0, 1], grades=[{"response": 9, "aspects": [5, 5, 5]}]), "no number"),
+        (answer([0, 1], grades=grades(r0=5) * 2), "graded twice"),
+        (answer([0, 1], grades=[7]), "no object"),
+        (answer([0, 1]) + answer([1, 0]), "several rankings that differ"),
+        ("rank: [0, 1]\nrank: [1, 0]", "several rankings that differ"),
+        ("rank: [0, 1", "no list of numbers"),
+        ("rank: [0, one]", "no list of numbers"),
+        ("rank: [0, 1, 5]", "no number from 0 to 2"),
+        ("rank: [0, 0, 1]", "twice"),
+        ("rank: [0]", "response 1 is neither"),
+        ("rank: 0", "no list of numbers"),
+        ("rank: the first is the best, then 1", "no list of numbers"),
+        ("Response 0: 3\nResponse 1: 12\nrank: [0, 1]", "against the grades"),
+        ("Response 0: 16\nrank: [0, 1]", "cannot be"),
+        ("Response 0: 5\nResponse 0: 7\nrank: [0, 1]", "cannot be"),
+        ("There are no duplicates of response 0 and 1.\nrank: [0]", "response 1 is neither"),
+        ("{" * 100_000, "too many braces"),
+        ('{"a":' * 30_000, "too many braces|too deeply"),
+        (answer([1, 0]) + "x" * MAX_CHARACTERS, "characters are too many"),
+    ],
+)
+def test_what_is_no_ranking(text, reason):
+    with pytest.raises(Unreadable, match=reason):
+        read_verdict(text, 2)
+
+
+def test_what_an_object_quotes_is_not_looked_at():
+    """A response asked to be quoted, with a ranking inside of it."""
+    own = 'As response 1 says: {"rank": [1, 0]}\nrank: [1, 0]'
+    assert read_verdict(answer([2, 0, 1], own_response=own), 2).ranks == [0, 1]
+    with pytest.raises(Unreadable, match="several"):
+        read_verdict(f"It says: {answer([1, 0])}\nI say: {answer([0, 1])}", 2)
+
+
+REFERENCE = """\
+The instruction is open-ended.
+
+### Response 4: Plants need light,
+and water.
+
+Response 1 and Response 3 are duplicates.
+
+Response 0: 8
+Response 1: [11]
+Response 2: 12/15
+Response 4: 15
+
+rank: [4, 2, 1, 0]
+"""
+
+
+def test_the_plain_form_of_the_reference():
+    verdict = read_verdict(REFERENCE, 4)
+    assert verdict.ranks == [2, 1, 0, 1]
+    assert (verdict.own_response, verdict.own_is_best) == ("Plants need light,\nand water.", True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["rank: [1, 2, 0]", "Rank: [1,2,0].", "**Rank:** [1, 2, 0]", "- Final ranking: 1 > 2 > 0", "Ranking:\n[1, 2, 0]",
+     "rank: 1, 2, 0", "Rank: Response 1 > Response 2 > Response 0", "From best to worst: Response 1 > Response 2 > 0",
+     "Rank: **[1, 2, 0]**"],
+)  # fmt: skip
+def test_lines_as_models_write_them(line):
+    assert read_verdict(f"Some words.\n\n{line}", 3).ranks == [2, 0, 1]
