@@ -1,0 +1,349 @@
+"""Contextual ranking: a judge reads a prompt with all of its responses and puts them in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tuna_peft.data.ranked import BadRow, Prompt, Record, dense_ranks, normalise
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.judges import Question, failed, make_judge
+from tuna_peft.feedback.protocol import MAX_RESPONSES
+from tuna_peft.feedback.spending import Prices, Spending, Usage, estimate_tokens
+from tuna_peft.feedback.verdict import read_verdict
+from tuna_peft.journal import Journal, content_key
+
+
+@dataclasses.dataclass
+class JudgeReport:
+    """What became of the rows.
+
+    Args:
+        rows: Rows given.
+        ranked: Rows with a ranking that has a pair.
+        left_out: Number of the others, by reason.
+        found: Answers that the journal had.
+        asked: Answers that were asked for.
+        own_best, own_not_best: Rows in which the judge ranks its own response first, and in which it does not (it
+            does not join the others then); counted where it is wanted.
+        pairs, pairs_reversed: With both orders: pairs of responses, and those whose better one depends on the order.
+        tokens_in, tokens_out, cost: Of all answers, those found included; 0 where nothing is counted.
+    """
+
+    rows: int = 0
+    ranked: int = 0
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    found: int = 0
+    asked: int = 0
+    own_best: int = 0
+    own_not_best: int = 0
+    pairs: int = 0
+    pairs_reversed: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """How a row's responses were ranked.
+
+    Args:
+        ranks: Of the row's completions, dense from 0, equal where tied; None where there is no ranking.
+        each: The ranks by each order in which they were shown.
+        shown: At which place each completion stood in the first of these orders.
+        scores: Of a program; None for other judges.
+        own_response: The judge's own, if it is best by its own ranks; else None.
+        reason: Why there is no ranking.
+    """
+
+    ranks: list[int] | None = None
+    each: tuple[list[int], ...] = ()
+    shown: tuple[int, ...] = ()
+    scores: list[float] | None = None
+    own_response: str | None = None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What is still to be asked, before it is asked.
+
+    Args:
+        found: Answers that the journal has.
+        requests: Answers to ask for.
+        tokens_in: About the tokens of their prompts.
+        tokens_out: The most tokens that they can have; most judges use a fraction.
+        cost: At most, if each is readable at the first attempt; None where no prices are known.
+    """
+
+    found: int
+    requests: int
+    tokens_in: int
+    tokens_out: int
+    cost: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is asked about a row: its completions without repetitions, and by key the order in which they are shown."""
+
+    distinct: list[str]
+    orders: dict[str, tuple[int, ...]]
+
+
+def judge_rows(
+    rows: Sequence[Record],
+    settings: JudgeSettings,
+    journal_path: str | os.PathLike[str],
+    *,
+    description: str = "judging",
+) -> tuple[list[Record], JudgeReport]:
+    """Ranks the completions of each row; run again after an interruption it asks only for what is missing.
+
+    Args:
+        rows: `{"id", "prompt", "completions"}`, optional `reference` and `record` (for programs), as `load_candidates`
+            gives them.
+        settings: Who judges, and how.
+        journal_path: Where answers are kept, see `Journal`.
+
+    Returns:
+        Records of the ranked type, in the order of `rows`, and the counts.
+
+    Raises:
+        UserError: No row could be ranked, the server gave some no answer (unless `on_no_answer` is `skip`), or a limit
+            was reached. All answers so far are in the journal.
+    """
+    with Journal(journal_path) as journal:
+        return Judging(rows, settings, journal).records(description)
+
+
+def judge_pairs(
+    rows: Sequence[Record],
+    settings: JudgeSettings,
+    journal_path: str | os.PathLike[str],
+    *,
+    description: str = "judging pairs",
+) -> tuple[list[int | None], JudgeReport]:
+    """Compares two responses to each prompt, see `judge_rows`.
+
+    Args:
+        rows: `{"id", "prompt", "completions"}` with two completions each.
+
+    Returns:
+        For each row 1 if the first is better, -1 if the second is, 0 for a tie (with `both_orders` also where the
+        orders disagree), None where the judge could not be read; and the counts.
+
+    Raises:
+        UserError: As `judge_rows`, though none need be ranked.
+    """
+    with Journal(journal_path) as journal:
+        rankings, report = Judging(rows, settings, journal).rankings(description)
+    return [None if ranking.ranks is None else pair_signs(ranking.ranks)[0] for ranking in rankings], report
+
+
+class Judging:
+    """The questions of some rows to one judge.
+
+    Args:
+        rows: As in `judge_rows`.
+        settings: Who judges, and how.
+        journal: Open for as long as this is used.
+        again: Ask once more where the journal says that an answer could not be read.
+    """
+
+    def __init__(self, rows: Sequence[Record], settings: JudgeSettings, journal: Journal, *, again: bool = False):
+        self.rows, self.settings, self.journal, self.again = rows, settings, journal, again
+        server = settings.server
+        self.spending = server.spending() if server else Spending(Prices())
+        self.judge = make_judge(settings, self.spending)
+        self.questions: dict[str, Question] = {}
+        self._asked = [self._ask_about(row) for row in rows]
+
+    def estimate(self) -> Estimate:
+        """What `rankings` would ask for."""
+        missing = [question for key, question in self.questions.items() if key not in self.journal]
+        found, server = len(self.questions) - len(missing), self.settings.server
+        if self.settings.function is not None:
+            return Estimate(found, len(missing), 0, 0, 0.0)
+        tokens_in = sum(
+            estimate_tokens(message["content"]) + 4 for question in missing for message in question.messages
+        )
+        tokens_out = self.settings.max_tokens * len(missing)
+        priced = server is not None and server.price_in is not None
+        cost = self.spending.prices.cost(Usage(len(missing), tokens_in, tokens_out)) if priced else None
+        return Estimate(found, len(missing), tokens_in, tokens_out, cost)
+
+    def rankings(self, description: str = "judging") -> tuple[list[Ranking], JudgeReport]:
+        """Asks what is missing and reads all answers.
+
+        Returns:
+            One `Ranking` for each row, and the counts (`ranked` counts those with ranks here).
+        """
+        report = JudgeReport(rows=len(self.rows))
+        for key in self.questions:
+            if key in self.journal:
+                self.spending.count(_usage_of(self.journal[key]))
+        answering = self.judge.answer(self.journal, self.questions, description)
+        report.found, report.asked = answering.found, answering.asked
+        if answering.unanswered and self.settings.on_no_answer == "error":
+            key, reason = next(iter(answering.unanswered.items()))
+            raise UserError(
+                f"{len(answering.unanswered)} of {len(self.questions)} questions have no answer; the first: {reason}",
+                where=self.questions[key].where,
+                fix="All other answers are kept: run the same again to ask for these, or say `on_no_answer: skip` "
+                "(--skip-unanswered) to leave their prompts out.",
+            )
+        rankings = [self._ranking(row, asked) for row, asked in zip(self.rows, self._asked, strict=True)]
+        for ranking in rankings:
+            if ranking.reason is not None:
+                report.left_out[ranking.reason] = report.left_out.get(ranking.reason, 0) + 1
+                continue
+            report.ranked += 1
+            if len(ranking.each) == 2:
+                one_way, other_way = map(pair_signs, ranking.each)
+                report.pairs += len(one_way)
+                report.pairs_reversed += sum(a * b < 0 for a, b in zip(one_way, other_way, strict=True))
+            if self.settings.include_judge_answer:
+                report.own_best += ranking.own_response is not None
+                report.own_not_best += ranking.own_response is None
+        usage = self.spending.usage
+        report.tokens_in, report.tokens_out, report.cost = usage.tokens_in, usage.tokens_out, self.spending.cost
+        return rankings, report
+
+    def records(self, description: str = "judging") -> tuple[list[Record], JudgeReport]:
+        """See `judge_rows`."""
+        rankings, report = self.rankings(description)
+        records, report.ranked = [], 0
+        for row, ranking in zip(self.rows, rankings, strict=True):
+            if ranking.ranks is None:
+                continue
+            try:
+                records.append(normalise(self._record(row, ranking), str(row.get("id"))).record)
+            except BadRow as error:
+                report.left_out[error.reason] = report.left_out.get(error.reason, 0) + 1
+        report.ranked = len(records)
+        if not records:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in report.left_out.items())
+            raise UserError(
+                f"the judge ranked none of {len(self.rows)} prompts ({reasons})",
+                fix="Its answers are in the journal: is it a model that can follow the protocol?",
+            )
+        return records, report
+
+    def _ask_about(self, row: Record) -> _Asked:
+        distinct = list(dict.fromkeys(row["completions"]))
+        asked = _Asked(distinct, {})
+        for order in self._orders(row["prompt"], distinct):
+            question = Question(
+                prompt=row["prompt"],
+                responses=tuple(distinct[i] for i in order),
+                record=row.get("record") or row,
+                guidance=self.settings.instructions,
+                where=f"prompt {row.get('id')}",
+            )
+            key = self._current(content_key(kind="judge", **self.judge.key_parts(question)))
+            asked.orders[key] = order
+            self.questions[key] = question
+        return asked
+
+    def _orders(self, prompt: Prompt, responses: list[str]) -> Iterator[tuple[int, ...]]:
+        """The orders in which responses are shown; none where there is nothing to compare, or too much."""
+        count = len(responses)
+        if not 2 <= count <= MAX_RESPONSES:
+            return
+        if self.settings.function is not None:
+            yield tuple(range(count))
+            return
+        # By content: the order does not depend on where in the file a row stands.
+        order = list(range(count))
+        content = content_key(prompt=prompt, responses=responses)
+        random.Random(f"{self.settings.seed} {content}").shuffle(order)
+        yield tuple(order)
+        if self.settings.both_orders:
+            yield tuple(reversed(order))
+
+    def _current(self, key: str) -> str:
+        """The key of the last attempt at a question: `again` makes a new one behind each that failed."""
+        while key in self.journal and failed(self.journal[key]):
+            following = content_key(again=key)
+            if following not in self.journal and not self.again:
+                break
+            key = following
+        return key
+
+    def _ranking(self, row: Record, asked: _Asked) -> Ranking:
+        count = len(asked.distinct)
+        if count > MAX_RESPONSES:
+            return Ranking(reason=f"more than {MAX_RESPONSES} responses")
+        if count < 2:
+            tied = [0] * len(row["completions"])
+            return Ranking(tied, (tied,)) if len(tied) > 1 else Ranking(reason="one response")
+        if any(key not in self.journal for key in asked.orders):
+            return Ranking(reason="no answer")
+        answers = [self.journal[key] for key in asked.orders]
+        if any(failed(answer) for answer in answers):
+            return Ranking(reason="unreadable")
+        place = {text: i for i, text in enumerate(asked.distinct)}
+        places = [place[text] for text in row["completions"]]
+        if self.settings.function is not None:
+            scores = [answers[0]["scores"][i] for i in places]
+            ranks = dense_ranks([-score for score in scores])
+            return Ranking(ranks, (ranks,), scores=scores)
+        verdicts = [read_verdict(answer["text"], count) for answer in answers]
+        each = []
+        for verdict, order in zip(verdicts, asked.orders.values(), strict=True):
+            rank_of = dict(zip(order, verdict.ranks, strict=True))
+            each.append([rank_of[i] for i in places])
+        first = next(iter(asked.orders.values()))
+        shown = tuple(first.index(i) for i in places)
+        own = verdicts[0].own_response if all(verdict.own_is_best for verdict in verdicts) else None
+        return Ranking(agreed_ranks(each), tuple(each), shown, own_response=own)
+
+    def _record(self, row: Record, ranking: Ranking) -> Record:
+        assert ranking.ranks is not None
+        record: Record = {key: row.get(key) for key in ("id", "prompt", "completions", "reference")}
+        record |= {"scores": ranking.scores, "ranks": ranking.ranks}
+        own, wanted = ranking.own_response, self.settings.include_judge_answer
+        if own is not None and wanted == "reference":
+            record["reference"] = own
+        elif own is not None and wanted:
+            record["completions"] = [*row["completions"], own]
+            record["ranks"] = [*ranking.ranks, -1]
+        return record
+
+
+def agreed_ranks(each: Sequence[Sequence[int]]) -> list[int]:
+    """The ranks on which several rankings of the same responses agree; where they differ there is a tie.
+
+    Two responses of which one ranking says the opposite of another are tied, and so is what stands between them:
+    ranks cannot say "a over c" when b is tied with both. This is the finest ranking without a contradicted pair.
+
+    Args:
+        each: Dense ranks of the responses, by each ranking.
+    """
+    count = len(each[0])
+    # A cut after the k best is safe where all rankings have the same k best.
+    cuts = [
+        {frozenset(i for i in range(count) if ranks[i] <= level) for level in range(max(ranks) + 1)} for ranks in each
+    ]
+    common = set.intersection(*cuts)
+    return dense_ranks([-sum(i in best for best in common) for i in range(count)])
+
+
+def pair_signs(ranks: Sequence[int]) -> list[int]:
+    """For each pair i < j: 1 if i is better, -1 if j is, 0 for a tie."""
+    return [(b > a) - (b < a) for a, b in itertools.combinations(ranks, 2)]
+
+
+def _usage_of(answer: dict[str, Any]) -> Usage:
+    return Usage(1, *answer.get("usage", (0, 0)))

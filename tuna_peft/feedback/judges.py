@@ -1,0 +1,309 @@
+"""Three kinds of judges: a server, a model that runs here, a program. Each brings its answers into a journal."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import math
+import numbers
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tuna_peft.data.ranked import Prompt
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.answering import Answering, answer_all
+from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.protocol import answer_schema, judge_messages
+from tuna_peft.feedback.server import BadAnswer, Refused, Reply, Server, message_text
+from tuna_peft.feedback.spending import Spending, Usage
+from tuna_peft.feedback.verdict import Unreadable, read_verdict
+from tuna_peft.graders import BUILTIN, load_grader
+from tuna_peft.journal import Journal
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One prompt with its responses in the order in which they are shown.
+
+    Args:
+        prompt: Text or messages.
+        responses: In the shown order.
+        record: What the prompt came from, for programs.
+        guidance: The user's own words to the judge.
+        where: The prompt's id, for errors.
+    """
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    record: dict[str, Any]
+    guidance: str | None
+    where: str
+
+    @functools.cached_property
+    def messages(self) -> list[dict[str, str]]:
+        """What a model is told."""
+        return judge_messages(self.prompt, self.responses, self.guidance)
+
+
+class Judge(Protocol):
+    """Answers questions into a journal.
+
+    An answer is `{"text"}` with a readable verdict, `{"scores"}` of a program, or `{"failed": reason, "text"}` of a
+    judge that was asked as often as allowed; `usage` beside it where tokens are counted.
+    """
+
+    def key_parts(self, question: Question) -> dict[str, Any]:
+        """All that the answer to `question` depends on."""
+
+    def answer(self, journal: Journal, questions: Mapping[str, Question], description: str) -> Answering:
+        """Brings the answers that are missing into the journal, see `answer_all`."""
+
+
+def make_judge(settings: JudgeSettings, spending: Spending | None = None) -> Judge:
+    """The judge that the settings name; models are loaded when the first question comes.
+
+    Raises:
+        UserError: There is no such function, or no `openai` package.
+    """
+    if settings.server is not None:
+        return ServerJudge(settings, Server(settings.server, spending))
+    if settings.model is not None:
+        return LocalJudge(settings, settings.model)
+    assert settings.function is not None
+    return FunctionJudge(settings.function)
+
+
+def failed(answer: Mapping[str, Any]) -> bool:
+    """Whether a journal's answer is the record of a failure."""
+    return "failed" in answer
+
+
+def why_unreadable(text: str, cut: bool, responses: int) -> str | None:
+    """Why an answer is no verdict; None if it is one."""
+    if cut:
+        return "the answer is cut at `max_tokens`"
+    try:
+        read_verdict(text, responses)
+    except Unreadable as error:
+        return str(error)
+    return None
+
+
+def _failure(reason: str, text: str) -> dict[str, Any]:
+    return {"failed": reason, "text": text[:2000]}
+
+
+def _attempt_temperature(settings: JudgeSettings, attempt: int) -> float:
+    # The same question at temperature 0 has the same answer.
+    return min(settings.temperature + 0.3 * attempt, max(settings.temperature, 1.0))
+
+
+def _merged(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One user message, for models without system messages."""
+    return [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
+
+
+# A server
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dialect:
+    """What the server understands; it begins with everything and loses what is refused."""
+
+    structured: bool
+    system: bool = True
+    temperature: bool = True
+    limit: str = "max_tokens"
+
+    def without(self, complaint: str) -> _Dialect | None:
+        """The next simpler one, None if there is nothing left to drop."""
+        if self.limit == "max_tokens" and "max_completion_tokens" in complaint:
+            return dataclasses.replace(self, limit="max_completion_tokens")
+        if self.temperature and "temperature" in complaint:
+            return dataclasses.replace(self, temperature=False)
+        if self.structured:
+            return dataclasses.replace(self, structured=False)
+        if self.system and ("system" in complaint.lower() or "role" in complaint.lower()):
+            return dataclasses.replace(self, system=False)
+        return None
+
+
+class ServerJudge:
+    """A chat model behind a server."""
+
+    def __init__(self, settings: JudgeSettings, server: Server):
+        self.settings, self.server = settings, server
+        self._dialect = _Dialect(settings.structured)
+
+    def key_parts(self, question: Question) -> dict[str, Any]:
+        """The model's name, not its address: a server may move, and a model behind another name is another one."""
+        judge = {"server_model": self.server.settings.model, "temperature": self.settings.temperature}
+        return {"judge": judge, "messages": question.messages}
+
+    def answer(self, journal: Journal, questions: Mapping[str, Question], description: str) -> Answering:
+        """As many questions at once as `in_flight` allows."""
+        in_flight = self.server.settings.in_flight
+        return answer_all(journal, questions, self._ask, in_flight=in_flight, description=description)
+
+    def _ask(self, question: Question) -> dict[str, Any]:
+        usage, reason, text = Usage(), "", ""
+        for attempt in range(self.settings.attempts):
+            try:
+                reply = self._request(question, attempt)
+                usage += reply.usage
+                text, cut = message_text(reply)
+            except BadAnswer as error:
+                reason, text = error.what, ""
+                continue
+            found = why_unreadable(text, cut, len(question.responses))
+            if found is None:
+                return {"text": text, "usage": [usage.tokens_in, usage.tokens_out]}
+            reason = found
+        return {**_failure(reason, text), "usage": [usage.tokens_in, usage.tokens_out]}
+
+    def _request(self, question: Question, attempt: int) -> Reply:
+        dialect = self._dialect
+        while True:
+            try:
+                reply = self._send(question, attempt, dialect)
+            except Refused as refusal:
+                simpler = dialect.without(refusal.what)
+                if simpler is None:
+                    raise
+                dialect = simpler
+            else:
+                # Only now: it was the dialect, and not this question, that was refused.
+                self._dialect = dialect
+                return reply
+
+    def _send(self, question: Question, attempt: int, dialect: _Dialect) -> Reply:
+        options: dict[str, Any] = {dialect.limit: self.settings.max_tokens}
+        if dialect.temperature:
+            options["temperature"] = _attempt_temperature(self.settings, attempt)
+        if dialect.structured:
+            schema = {"name": "ranking", "strict": True, "schema": answer_schema(len(question.responses))}
+            options["response_format"] = {"type": "json_schema", "json_schema": schema}
+        messages = question.messages if dialect.system else _merged(question.messages)
+        return self.server.chat(messages, **options)
+
+
+# A model that runs here
+
+
+class LocalJudge:
+    """A causal LM on this machine; its answers come in batches."""
+
+    def __init__(self, settings: JudgeSettings, model: str):
+        self.settings, self.model = settings, model
+
+    def key_parts(self, question: Question) -> dict[str, Any]:
+        """The model by name and, where it is a folder, by what is in it."""
+        judge = {"local_model": self.model, "files": self._files, "temperature": self.settings.temperature}
+        return {"judge": judge, "messages": question.messages}
+
+    @functools.cached_property
+    def _files(self) -> list[list[Any]]:
+        """Name, size and time of every file of a local model: a model that was trained again judges anew."""
+        folder = Path(self.model)
+        found = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in found]
+
+    def answer(self, journal: Journal, questions: Mapping[str, Question], description: str) -> Answering:
+        """All in batches; those whose answer cannot be read again, as often as `attempts` allows."""
+        from tuna_peft.models.any_model import load_any_model
+        from tuna_peft.models.generation import stream_responses
+
+        missing = [key for key in questions if key not in journal]
+        outcome = Answering(found=len(questions) - len(missing))
+        if not missing:
+            return outcome
+        loaded = load_any_model(self.model)
+        prompts = {key: self._prompt(questions[key], loaded.tokenizer) for key in missing}
+        context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        for key in [key for key in missing if len(prompts[key]) + 1 >= context]:
+            outcome.unanswered[key] = (
+                f"{len(prompts.pop(key))} tokens do not fit into the judge's context of {context}"
+            )
+        left = list(prompts)
+        for attempt in range(self.settings.attempts):
+            last, again = attempt + 1 == self.settings.attempts, []
+            for generated in stream_responses(
+                loaded.model,
+                loaded.tokenizer,
+                [prompts[key] for key in left],
+                temperature=_attempt_temperature(self.settings, attempt),
+                max_new_tokens=self.settings.max_tokens,
+                seed=f"{self.settings.seed}-{attempt}",
+                batch_size=self.settings.batch_size,
+                description=f"{description}, attempt {attempt + 1}" if attempt else description,
+            ):
+                key, [text], [ended] = left[generated.index], generated.texts, generated.ended
+                reason = why_unreadable(text, not ended, len(questions[key].responses))
+                if reason is not None and not last:
+                    again.append(key)
+                    continue
+                journal.add(key, {"text": text} if reason is None else _failure(reason, text))
+                outcome.asked += 1
+            left = again
+            if not left:
+                break
+        return outcome
+
+    def _prompt(self, question: Question, tokenizer: Any) -> list[int]:
+        from tuna_peft.data.texts import prompt_ids
+
+        if not tokenizer.chat_template:
+            return prompt_ids(_merged(question.messages)[0]["content"] + "\n\n", tokenizer)
+        try:
+            return prompt_ids(question.messages, tokenizer)
+        except UserError:  # its template knows no system messages
+            return prompt_ids(_merged(question.messages), tokenizer)
+
+
+# A program
+
+
+class FunctionJudge:
+    """A grader: `function(record, response)` gives a number."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._grade = load_grader(name, "judge.function")
+
+    def key_parts(self, question: Question) -> dict[str, Any]:
+        """The function by name and by the source of its module."""
+        return {
+            "judge": {"function": self.name, "source": self._source},
+            "record": hashlib.sha256(repr(question.record).encode("utf-8", "backslashreplace")).hexdigest(),
+            "prompt": question.prompt,
+            "responses": list(question.responses),
+        }
+
+    @functools.cached_property
+    def _source(self) -> str | None:
+        module = sys.modules[BUILTIN.get(self.name, self.name).partition(":")[0]]
+        try:
+            return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+        except (OSError, TypeError):  # compiled
+            return None
+
+    def answer(self, journal: Journal, questions: Mapping[str, Question], description: str) -> Answering:
+        """One after the other."""
+        return answer_all(journal, questions, self._ask, description=description)
+
+    def _ask(self, question: Question) -> dict[str, Any]:
+        return {"scores": [self._score(question, response) for response in question.responses]}
+
+    def _score(self, question: Question, response: str) -> float:
+        try:
+            score = self._grade(question.record, response)
+        except Exception as error:
+            what = f"the judge {self.name} failed with {type(error).__name__}: {error}"
+            raise UserError(what, where=question.where) from error
+        if not isinstance(score, numbers.Real) or not math.isfinite(score):
+            raise UserError(f"the judge {self.name} returned {score!r:.60}, not a finite number", where=question.where)
+        return float(score)
