@@ -33,11 +33,11 @@ from tuna_peft.models.logps import require_plain_head
 from tuna_peft.models.prefix import LONG_ROW, describe_attention
 from tuna_peft.models.scoring import response_logps, unwrap
 from tuna_peft.models.stack import push_adapter
+from tuna_peft.models.verify import verify_shared_rows
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
 from tuna_peft.training.config import TunaConfig
 from tuna_peft.training.loss import PairCounts, hinge_by_distance, pair_weights
 from tuna_peft.training.metrics import RunningMeans, pair_statistics
-from tuna_peft.training.verify import verify_shared_rows
 
 logger = logging.getLogger("tuna_peft")
 

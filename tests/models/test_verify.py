@@ -5,7 +5,7 @@ import torch
 from families import make_model, make_rows
 
 from tuna_peft import UserError
-from tuna_peft.training.verify import verify_shared_rows
+from tuna_peft.models.verify import verify_shared_rows
 
 CPU = torch.device("cpu")
 
