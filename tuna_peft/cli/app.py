@@ -11,6 +11,7 @@ from tuna_peft.cli import (
     combine,
     data,
     doctor,
+    export,
     generate,
     merge,
     recipes,
@@ -51,5 +52,6 @@ app.command("schema")(schema.schema)
 app.command("sample")(sample.sample)
 app.command("combine")(combine.combine)
 app.command("merge")(merge.merge)
+app.add_typer(export.app, name="export")
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)

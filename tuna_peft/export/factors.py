@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.find_stack import find_stack
-from tuna_peft.models.manifest import Manifest, read_manifest
+from tuna_peft.models.manifest import AdapterEntry, Manifest, read_manifest
 from tuna_peft.models.stack import ADAPTER_WEIGHTS, require_stackable
 
 PEFT_PREFIX = "base_model.model."
@@ -81,12 +81,24 @@ class StackFactors:
     shapes: dict[str, FactorShape]
 
     def __init__(self, stack_dir: str | os.PathLike[str], upto: str | None = None):
-        self.folder = find_stack(stack_dir)
-        self.manifest = read_manifest(self.folder, upto)
+        folder = find_stack(stack_dir)
+        self._open(folder, read_manifest(folder, upto))
+
+    @classmethod
+    def of_adapter(cls, folder: str | os.PathLike[str]) -> StackFactors:
+        """A folder with one plain PEFT adapter (a combined one, for example), read as a stack of one."""
+        config = LoraConfig.from_pretrained(str(folder))
+        base = {"model": config.base_model_name_or_path, "revision": config.revision, "fingerprint": None}
+        factors = cls.__new__(cls)
+        factors._open(Path(folder), Manifest(base, None, [AdapterEntry.of(Path(folder), ".")]))
+        return factors
+
+    def _open(self, root: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = root, manifest
         self.shapes = {}
         self._adapters: list[_Adapter] = []
-        for entry in self.manifest.adapters:
-            folder = self.folder / entry.path
+        for entry in manifest.adapters:
+            folder = root / entry.path
             config = LoraConfig.from_pretrained(str(folder))
             require_stackable(config, entry.name)
             self._adapters.append(_Adapter(folder / ADAPTER_WEIGHTS, config, self._add_shapes(folder, entry.name)))

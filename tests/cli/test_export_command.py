@@ -1,0 +1,60 @@
+"""`tuna-peft export gguf` on a run's folder, a model and a stack."""
+
+from __future__ import annotations
+
+import pytest
+from llama_family import write_model
+from tiny_llama import SFT, write_stack
+from typer.testing import CliRunner
+
+from tuna_peft.cli.app import app
+from tuna_peft.export.merge import merge_stack
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder that looks like a run's: `stack/` and `merged/` inside."""
+    folder = tmp_path_factory.mktemp("run")
+    write_stack(folder / "stack", str(write_model(folder / "base", "llama")), "none", sft=SFT)
+    merge_stack(folder / "stack", folder / "merged")
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["export", "gguf", *map(str, arguments)])
+
+
+def test_a_run_gives_its_merged_model_or_its_adapters(run, tmp_path):
+    result = invoke(run, tmp_path / "out", "-t", "Q4_0", "-t", "f16", "--name", "mine")
+    assert result.exit_code == 0, result.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"mine-Q4_0.gguf", "mine-F16.gguf", "Modelfile"}
+    modelfile = (tmp_path / "out" / "Modelfile").read_text()
+    assert modelfile.startswith("FROM ./mine-Q4_0.gguf\n")
+    assert "### Instruction:\n{{ .Prompt }}\n\n### Response:" in modelfile
+    result = invoke(run, tmp_path / "adapter", "--adapter", "--name", "mine")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "adapter" / "mine-LORA-F32.gguf").is_file()
+    assert invoke(run / "base", tmp_path / "base").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}/base", "{run}/out", "--upto", "sft"], "--upto goes with a stack"),
+        (["{run}", "{run}/out", "-t", "q3_k"], "'q3_k' cannot be written here"),
+        (["{run}/stack", "{run}/out", "-t", "f16", "-t", "f32"], "an adapter is written in one type"),
+        (["{run}/absent", "{run}/out"], "no model here"),
+        (["{run}/stack/sft", "{run}/out"], "one adapter of a stack"),
+    ],
+)
+def test_mistakes_exit_with_2(run, arguments, message):
+    result = invoke(*[argument.replace("{run}", str(run)) for argument in arguments])
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr
+
+
+def test_without_the_package_it_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = invoke(run, tmp_path / "out")
+    assert result.exit_code == 2
+    assert 'pip install "tuna-peft[gguf]"' in result.stderr

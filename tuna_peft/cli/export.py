@@ -1,0 +1,80 @@
+"""`tuna-peft export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Write a model for other programs.", no_args_is_help=True)
+
+
+@app.callback()
+def export() -> None:
+    """Write a model for other programs."""
+
+
+@app.command("gguf")
+def gguf(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL|STACK|ADAPTER",
+            help="A merged model or a base; or a stack or adapter, for a GGUF adapter.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    types: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type", "-t", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; may be repeated.", show_default="q8_0"
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the file.", show_default="that of the source")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a run: its stack as a GGUF adapter, not its merged model.")
+    ] = False,
+    upto: Annotated[
+        str | None, typer.Option("--upto", help="Of a stack: with the stages up to this one.", show_default="all")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", help="Of an adapter: where its base is now.", show_default="as recorded"),
+    ] = None,
+) -> None:
+    """Write GGUF files for llama.cpp, Ollama and LM Studio, with a Modelfile that has the prompt of training."""
+    from tuna_peft.errors import UserError
+    from tuna_peft.export.gguf import require_gguf
+    from tuna_peft.models.manifest import MANIFEST
+
+    require_gguf()
+    from tuna_peft.export.gguf.adapter import export_gguf_adapter
+    from tuna_peft.export.gguf.model import export_gguf
+
+    folder = Path(source)
+    is_run = (folder / "stack" / MANIFEST).is_file()
+    if is_run:
+        name = name or folder.resolve().name
+        folder = folder / ("stack" if adapter else "merged")
+        if not folder.is_dir():
+            raise UserError(
+                "this run has no merged model", where=source, fix=f"Make one: tuna-peft merge {source} MODEL"
+            )
+    if (folder / MANIFEST).is_file() or (folder / "adapter_config.json").is_file():
+        if types is not None and len(types) > 1:
+            raise UserError("an adapter is written in one type", where="--type", fix="Use f32 or f16.")
+        [wanted] = types or ["f32"]
+        report = export_gguf_adapter(
+            folder, out, type=wanted, name=name or folder.resolve().name, upto=upto, base_model=base_model
+        )
+    else:
+        for option, value in (("--upto", upto), ("--base-model", base_model), ("--adapter", adapter or None)):
+            if value is not None:
+                raise UserError(f"{option} goes with a stack; this is a single model", where=source)
+        report = export_gguf(source if not is_run else folder, out, types=types or ("q8_0",), name=name)
+    for file, size in report.files.items():
+        typer.echo(f"wrote {report.path / file}: {size / 2**20:,.1f} MiB")
+        if kept := report.kept_in_f16[file]:
+            typer.echo(f"  {len(kept)} tensors in f16, their rows are no multiple of 32: {kept[0]} ...")
+    typer.echo(f"{report.seconds:.1f} s; with Ollama: ollama create NAME -f {report.path / 'Modelfile'}")

@@ -1,0 +1,174 @@
+"""A merged model as one or more GGUF files, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer
+
+from tuna_peft.errors import UserError
+from tuna_peft.export.base_weight import skeleton
+from tuna_peft.export.gguf.architecture import Architecture
+from tuna_peft.export.gguf.modelfile import MODELFILE, write_modelfile
+from tuna_peft.export.gguf.tensors import TYPES, GGUFTensor, plan_tensors, unaligned
+from tuna_peft.export.gguf.tokenizer import write_tokenizer
+from tuna_peft.export.output import RECORD, require_replaceable, require_space
+from tuna_peft.export.safetensors_stream import SafetensorsReader
+from tuna_peft.files import atomic_directory, write_json
+from tuna_peft.models.base import resolve_model_path, safetensors_files
+
+_METADATA = 64 << 20  # allowed for tokenizer and headers when space is checked
+
+
+@dataclass(frozen=True)
+class GGUFReport:
+    """What an export wrote.
+
+    Attributes:
+        path: The folder.
+        files: Sizes in bytes by file name.
+        kept_in_f16: By file, the tensors whose rows are no whole number of blocks of the file's type.
+        seconds: Wall-clock time.
+    """
+
+    path: Path
+    files: dict[str, int]
+    kept_in_f16: dict[str, list[str]]
+    seconds: float
+
+
+def export_gguf(
+    model: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    types: Sequence[str] = ("q8_0",),
+    name: str | None = None,
+) -> GGUFReport:
+    """Writes a model as `NAME-TYPE.gguf`, one file per type, with an Ollama `Modelfile` for the first.
+
+    Tensors go one at a time from safetensors to the file; no model is built.
+
+    Args:
+        model: A merged model's folder, or that of any LLaMA, Mistral, Qwen 2 or Qwen 3 in safetensors; `builtin:`.
+        out_dir: Appears whole or not at all; an earlier export there is replaced.
+        types: Number formats, see `TYPES`.
+        name: Of the model; by default that of its folder.
+
+    Raises:
+        UserError: An unknown type, a model or tokenizer that llama.cpp cannot run, a checkpoint that does not fit its
+            configuration, no space, or an `out_dir` in use.
+    """
+    start = time.perf_counter()
+    types = check_types(types)
+    folder = Path(resolve_model_path(os.fspath(model)))
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            "no model here (no config.json)",
+            where=str(folder),
+            fix="Give a merged model's folder, or a run that has `merged/`.",
+        )
+    source = SafetensorsReader(safetensors_files(str(folder)))
+    if not source.specs:
+        raise UserError("the model has no safetensors weights", where=str(folder), fix="Save it in safetensors.")
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        raise UserError("the weights are quantised already", where=str(folder), fix="Export a 16-bit merged model.")
+    architecture = Architecture.of(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = {key: tuple(value.shape) for key, value in skeleton(folder, None).state_dict().items()}
+    stored = {key: spec.shape for key, spec in source.specs.items()}
+    plans = {type: plan_tensors(architecture, expected, stored, type) for type in types}
+    name = name or folder.resolve().name
+    files = {type: f"{name}-{type.upper()}.gguf" for type in types}
+
+    require_replaceable(out_dir, [folder])
+    require_space(out_dir, sum(tensor.nbytes for plan in plans.values() for tensor in plan) + _METADATA * len(plans))
+    record = read_record(folder)
+    with atomic_directory(out_dir) as aside:
+        for type, plan in plans.items():
+            with open_writer(aside / files[type], architecture, name, type) as writer:
+                architecture.write(writer)
+                write_tokenizer(writer, tokenizer, config.vocab_size)
+                _write_tensors(writer, plan, source, architecture, files[type])
+        write_modelfile(aside / MODELFILE, files[types[0]], tokenizer, record.get("stack", {}).get("prompt", {}))
+        for licence in [*folder.glob("LICENSE*"), *folder.glob("NOTICE*")]:
+            shutil.copyfile(licence, aside / licence.name)
+        write_json(aside / RECORD, {**record, "kind": "gguf", "types": types, "files": list(files.values())})
+    return GGUFReport(
+        path=Path(out_dir),
+        files={file: (Path(out_dir) / file).stat().st_size for file in files.values()},
+        kept_in_f16={files[type]: [tensor.name for tensor in unaligned(plan, type)] for type, plan in plans.items()},
+        seconds=time.perf_counter() - start,
+    )
+
+
+def check_types(types: Sequence[str]) -> list[str]:
+    """The types in lower case, each once.
+
+    Raises:
+        UserError: None, or one that Python cannot write.
+    """
+    wanted = list(dict.fromkeys(type.lower() for type in types))
+    for type in wanted:
+        if type not in TYPES:
+            raise UserError(
+                f"GGUF type {type!r} cannot be written here",
+                fix=f"Use one of {', '.join(TYPES)}. For K-quants run llama.cpp's llama-quantize on a bf16 file.",
+            )
+    if not wanted:
+        raise UserError("no GGUF type to write", fix=f"Give some of {', '.join(TYPES)}.")
+    return wanted
+
+
+@contextlib.contextmanager
+def open_writer(path: Path, architecture: Architecture, name: str, type: str) -> Iterator[gguf.GGUFWriter]:
+    """A writer with the entries that every file has; closed however the block ends."""
+    writer = gguf.GGUFWriter(path, architecture.name)
+    with contextlib.closing(writer):
+        writer.add_name(name)
+        writer.add_file_type(TYPES[type][1])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        yield writer
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter,
+    plan: Sequence[GGUFTensor],
+    source: SafetensorsReader,
+    architecture: Architecture,
+    description: str,
+) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    for tensor in plan:
+        tensor.announce(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    cpu = torch.device("cpu")
+    with tqdm(total=sum(tensor.nbytes for tensor in plan), desc=description, unit="B", unit_scale=True) as bar:
+        for tensor in plan:
+            if tensor.source is None:
+                factors = architecture.rope_factors()
+                assert factors is not None  # else it would not be in the plan
+                writer.write_tensor_data(factors)
+            else:
+                weight = source.read(tensor.source, cpu)
+                writer.write_tensor_data(tensor.convert(weight, architecture.rotated_heads(tensor.source)))
+            bar.update(tensor.nbytes)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an export says of the stack in it; empty for anything else."""
+    file = folder / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

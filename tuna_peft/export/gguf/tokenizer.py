@@ -1,0 +1,171 @@
+"""A Hugging Face fast tokenizer as llama.cpp reads it.
+
+Two kinds exist in the LLaMA family: SentencePiece BPE (LLaMA 1 and 2, Mistral) and byte-level BPE (LLaMA 3, Qwen,
+Mistral Nemo). The fast tokenizer that the model was trained with is the only source: a `tokenizer.model` beside it can
+lack the tokens that were added later.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import gguf
+from gguf import TokenType
+from transformers import PreTrainedTokenizerBase
+
+from tuna_peft.errors import UserError
+
+# How byte-level tokenizers cut text into words before merging; llama.cpp knows each cut by a name. With it, llama.cpp
+# assumes whether whole words that are in the vocabulary skip the merges.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE_TOKENIZERS = {_WORDS % "{1,3}": ("llama-bpe", True), _WORDS % "": ("qwen2", False), _TEKKEN: ("tekken", True)}
+
+
+def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Writes vocabulary, merges, special tokens and chat template as the file's metadata.
+
+    Args:
+        writer: Of the file to be.
+        tokenizer: A fast tokenizer.
+        vocab_size: Rows of the model's embedding; those beyond the vocabulary become unused tokens.
+
+    Raises:
+        UserError: No fast tokenizer, another kind of tokenizer, or more tokens than rows.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError("the tokenizer has no fast form (tokenizer.json)", fix="Save it with a fast tokenizer class.")
+    if len(tokenizer) > vocab_size or max(tokenizer.get_vocab().values()) >= vocab_size:
+        raise UserError(
+            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}",
+            fix="Use the tokenizer of the base, without the tokens that were added to it.",
+        )
+    parts = json.loads(backend.to_str())
+    if parts["model"]["type"] != "BPE":
+        raise UserError(
+            f"llama.cpp cannot repeat this tokenizer: its model is {parts['model']['type']}",
+            fix="BPE tokenizers can be exported: SentencePiece's as in LLaMA 2, byte-level ones as in LLaMA 3.",
+        )
+    if parts["model"].get("byte_fallback"):
+        _write_sentencepiece(writer, parts)
+    else:
+        _write_byte_level(writer, parts)
+    texts, types = _tokens(parts, vocab_size)
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    if parts["model"].get("byte_fallback"):
+        writer.add_token_scores(_scores(parts, texts))
+    _write_special_tokens(writer, tokenizer)
+
+
+def _write_sentencepiece(writer: gguf.GGUFWriter, parts: dict[str, Any]) -> None:
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_add_space_prefix(_adds_space_prefix(parts))
+
+
+def _adds_space_prefix(parts: dict[str, Any]) -> bool:
+    """Whether a text is encoded as if a space stood before it; two ways to say so are in use."""
+    normalizers = _steps(parts["normalizer"], "normalizers")
+    pre_tokenizers = _steps(parts["pre_tokenizer"], "pretokenizers")
+    known = all(step["type"] in ("Prepend", "Replace") for step in normalizers)
+    known &= all(step["type"] == "Metaspace" for step in pre_tokenizers)
+    if not known:
+        raise _cannot_repeat(normalizers + pre_tokenizers)
+    prepended = any(step["type"] == "Prepend" for step in normalizers)
+    return prepended or any(step["prepend_scheme"] != "never" for step in pre_tokenizers)
+
+
+def _scores(parts: dict[str, Any], texts: list[str]) -> list[float]:
+    """SentencePiece merges the pair that gives the token of the best score: that of the earliest merge."""
+    rank: dict[str, int] = {}
+    for merge in parts["model"]["merges"]:
+        left, right = merge if isinstance(merge, list) else merge.split(" ")
+        rank.setdefault(left + right, len(rank))
+    return [-float(rank.get(text, len(rank))) for text in texts]
+
+
+def _write_byte_level(writer: gguf.GGUFWriter, parts: dict[str, Any]) -> None:
+    name, ignores_merges = _pre_tokenizer(parts)
+    model = parts["model"]
+    if bool(model.get("ignore_merges")) != ignores_merges:
+        raise UserError(
+            f"llama.cpp cannot repeat this tokenizer: with the word boundaries of {name!r} it takes "
+            f"ignore_merges={ignores_merges}",
+            fix="Use the tokenizer as its model's authors published it.",
+        )
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+
+
+def _pre_tokenizer(parts: dict[str, Any]) -> tuple[str, bool]:
+    """llama.cpp's name for the word boundaries, and whether it then lets whole words skip the merges."""
+    # Qwen normalises to NFC, which llama.cpp leaves out: the same for text that is NFC, as nearly all text is.
+    normalizers = [step for step in _steps(parts["normalizer"], "normalizers") if step["type"] != "NFC"]
+    steps = _steps(parts["pre_tokenizer"], "pretokenizers")
+    if normalizers or not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        raise _cannot_repeat(normalizers + steps)
+    *before, byte_level = steps
+    if byte_level["use_regex"]:
+        if not before:
+            return "gpt-2", False
+        if [step["type"] for step in before] == ["Digits"] and before[0]["individual_digits"]:
+            return "smollm", False
+    elif [step["type"] for step in before] == ["Split"] and before[0]["behavior"] == "Isolated":
+        found = _PRE_TOKENIZERS.get(before[0]["pattern"].get("Regex"))
+        if found:
+            return found
+    raise _cannot_repeat(steps)
+
+
+def _cannot_repeat(steps: list[dict[str, Any]]) -> UserError:
+    shown = "; ".join(f"{step['type']} {step.get('pattern', '')}".strip() for step in steps) or "none"
+    return UserError(
+        f"llama.cpp cannot repeat how this tokenizer cuts text: {shown}",
+        fix="Those of LLaMA 1 to 3, Mistral, Qwen 2 and 3, SmolLM and GPT-2 can be exported.",
+    )
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    return part[key] if part["type"] == "Sequence" else [part]
+
+
+def _tokens(parts: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
+    """Texts and kinds of all tokens, by id."""
+    texts = [f"[PAD{index}]" for index in range(vocab_size)]
+    types = [TokenType.UNUSED] * vocab_size
+    sentencepiece = parts["model"].get("byte_fallback")
+    for text, index in parts["model"]["vocab"].items():
+        is_byte = sentencepiece and re.fullmatch(r"<0x[0-9A-F]{2}>", text)
+        texts[index], types[index] = text, TokenType.BYTE if is_byte else TokenType.NORMAL
+    for added in parts["added_tokens"]:
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        if sentencepiece and added["content"] == parts["model"].get("unk_token"):
+            kind = TokenType.UNKNOWN
+        texts[added["id"]], types[added["id"]] = added["content"], kind
+    return texts, types
+
+
+def _write_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+    for kind in ("bos", "eos", "unk", "pad"):
+        index = getattr(tokenizer, f"{kind}_token_id")
+        if index is not None:
+            getattr(writer, f"add_{kind}_token_id")(index)
+    # Asked of the tokenizer itself: settings and post-processors that add these tokens come in many forms.
+    encoded = tokenizer("a").input_ids
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and encoded[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == tokenizer.eos_token_id)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
