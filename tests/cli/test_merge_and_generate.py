@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
 
+DTYPES = ("bfloat16", "float16", "float32", "nf4")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -54,6 +56,29 @@ def test_merge_to_nf4_says_what_it_costs(run, tmp_path):
     assert re.search(r"quantising again changed the weights of a module by [\d.]+% on average", result.stdout)
 
 
+def test_compare_measures_every_route_and_keeps_the_one_asked_for(run, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1} w{i + 2}"}) + "\n" for i in range(3, 9)))
+    result = invoke("merge", run, tmp_path / "merged", "--compare", "--prompts", data)
+    assert result.exit_code == 0, result.stderr
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in result.stdout.splitlines() if "│" in line
+    ]
+    assert [row[0] for row in rows] == [
+        "base without the stack",
+        "adapter, rank 12",
+        "adapter, rank 6",
+        *(f"{base}, {dtype}" for base in ("dequantised", "original") for dtype in DTYPES),
+    ]
+    mean = {row[0]: float(row[2]) for row in rows}
+    assert mean["adapter, rank 12"] <= 1e-10
+    assert mean["dequantised, float32"] <= 1e-10
+    assert mean["dequantised, float32"] < mean["dequantised, float16"] < mean["dequantised, bfloat16"]
+    assert mean["dequantised, bfloat16"] < mean["original, float32"]
+    assert mean["adapter, rank 6"] < mean["base without the stack"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "prompts.jsonl"]
+
+
 def test_merge_a_run_and_generate_from_stack_and_merged_model(run, tmp_path):
     merged = tmp_path / "merged"
     result = invoke("merge", run, merged, "--dtype", "float32")
@@ -87,6 +112,9 @@ def test_prompts_come_from_standard_input_one_a_line(run):
         (["generate", "{run}", "x", "--template", "nothing"], "has no {instruction} in it"),
         (["merge", "{run}", "{run}/merged", "--dtype", "int4"], "int4"),
         (["merge", "{run}/base", "{run}/merged"], "stack.json"),
+        (["merge", "{run}", "{run}/merged", "--compare"], "--compare needs prompts"),
+        (["combine", "{run}/base", "{run}/combined"], "stack.json"),
+        (["combine", "{run}", "{run}/combined", "--prompts", "absent.jsonl"], "absent.jsonl"),
     ],
 )
 def test_mistakes_exit_with_2(run, arguments, message):

@@ -38,6 +38,7 @@ def combine(
     from tuna_peft.models.find_stack import find_stack
 
     source = find_stack(stack)
+    ids = comparison_prompts(source, prompts, base_model)
     report = combine_stack(source, out, upto=upto, rank=rank)
     typer.echo(
         f"wrote {report.path}: {' + '.join(report.adapters)} as one adapter of rank {report.rank} on "
@@ -50,5 +51,5 @@ def combine(
             )
             + f" (Frobenius norm); each in {out / COMPRESSION}"
         )
-    if ids := comparison_prompts(source, prompts, base_model):
+    if ids:
         print_divergence(source, out, ids, upto=upto, base_model=base_model)

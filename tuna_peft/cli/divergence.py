@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from tuna_peft.export.compare import Route
 
 PROMPTS = 16
 
@@ -38,10 +43,37 @@ def print_divergence(
     stack: Path, export: Path, prompts: list[list[int]], *, upto: str | None, base_model: str | None
 ) -> None:
     """Loads stack and export, one after the other, and prints how far they are from each other."""
+    from transformers.utils import logging
+
     from tuna_peft.export.check import check_exports
 
+    logging.disable_progress_bar()
     measured = check_exports(stack, [export], prompts, upto=upto, base_model=base_model)[str(export)]
     typer.echo(
         f"KL divergence from the stack: mean {measured.kl_mean:.2e}, largest {measured.kl_max:.2e} nats; "
         f"same next token in {measured.top1_agreement:.1%} of {measured.tokens:,} tokens"
     )
+
+
+def print_routes(routes: Iterable[Route]) -> None:
+    """Prints a table of all routes, once the last one is measured."""
+    from rich.console import Console
+    from rich.table import Table
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    table = Table("route", title="Distance from the live stack")
+    for heading in ("MB", "KL, mean", "KL, largest", "same next token"):
+        table.add_column(heading, justify="right")
+    tokens = 0
+    for route in routes:
+        typer.echo(f"measured {route.name}", err=True)
+        size = "-" if route.nbytes is None else f"{route.nbytes / 1e6:,.1f}"
+        if (measured := route.divergence) is None:
+            table.add_row(route.name, size, f"closed: {route.reason}")
+            continue
+        tokens = measured.tokens
+        agreement = f"{measured.top1_agreement:.2%}"
+        table.add_row(route.name, size, f"{measured.kl_mean:.1e}", f"{measured.kl_max:.1e}", agreement)
+    table.caption = f"KL divergence in nats, after each of {tokens:,} tokens"
+    Console().print(table)

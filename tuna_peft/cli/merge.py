@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.errors import UserError
+
 
 def merge(
     stack: Annotated[
@@ -31,13 +33,20 @@ def merge(
             show_default="of a run: the run's own",
         ),
     ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also write and measure every other route, keep none, print a table.")
+    ] = False,
 ) -> None:
     """Merge a stack of adapters into its base: one model, dequantised once and rounded once."""
-    from tuna_peft.cli.divergence import comparison_prompts, print_divergence
+    from tuna_peft.cli.divergence import comparison_prompts, print_divergence, print_routes
+    from tuna_peft.export.compare import compare_routes
     from tuna_peft.export.merge import merge_stack
     from tuna_peft.models.find_stack import find_stack
 
     source = find_stack(stack)
+    ids = comparison_prompts(source, prompts, base_model)
+    if compare and not ids:
+        raise UserError("--compare needs prompts", fix="Give data with --prompts, or the folder of a run.")
     report = merge_stack(source, out, dtype=dtype, base=base, upto=upto, base_model=base_model)  # type: ignore[arg-type]
     typer.echo(
         f"wrote {report.path}: {' + '.join(report.adapters)} merged into the {report.base} base, {report.dtype}, "
@@ -48,5 +57,7 @@ def merge(
             "quantising again changed the weights of a module by {mean:.1%} on average, {max:.1%} at most "
             "(Frobenius norm)".format(**report.requantisation_error)
         )
-    if ids := comparison_prompts(source, prompts, base_model):
+    if compare:
+        print_routes(compare_routes(source, ids, out.absolute().parent, upto=upto, base_model=base_model))
+    elif ids:
         print_divergence(source, out, ids, upto=upto, base_model=base_model)

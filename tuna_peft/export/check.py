@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,7 +16,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.divergence import Divergence, divergence_from, iter_logits
 from tuna_peft.models.adapter_stack import AdapterStack
 from tuna_peft.models.base import resolve_device, resolve_dtype
-from tuna_peft.models.dequantise import keep_quantised_layout
+from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.find_stack import find_stack
 from tuna_peft.models.manifest import read_manifest
 
@@ -47,39 +48,79 @@ def check_exports(
     Raises:
         UserError: A broken stack, or no prompts.
     """
-    batches = [torch.tensor([list(prompt)]) for prompt in prompts if len(prompt)]
-    if not batches:
-        raise UserError("no prompts to compare on", fix="Give some held-out prompts.")
-    if dtype == "auto":
-        dtype = read_manifest(find_stack(stack_dir)).load_dtype or "auto"
-    stack = AdapterStack.from_pretrained(
+    folders = [Path(export) for export in exports]
+    adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
+    comparison = Comparison(
         stack_dir,
+        prompts,
         upto=upto,
         base_model=base_model,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    reference = list(iter_logits(stack.model, batches))
-    base = stack.model.unload() if isinstance(stack.model, PeftModel) else stack.model
-    del stack
-
-    folders = [Path(export) for export in exports]
-    adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
-    results = {}
-    for folder in adapters:
-        combined = PeftModel.from_pretrained(base, str(folder)).eval()
-        results[str(folder)] = divergence_from(reference, combined, batches)
-        base = combined.unload()
-        del combined
-    del base
-    gc.collect()  # a PEFT model is full of cycles; the quantised base should go before the next model comes
-    target = resolve_device(device)
-    for folder in folders:
-        if folder not in adapters:
-            merged: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=resolve_dtype(dtype, target), trust_remote_code=trust_remote_code
-            )
-            keep_quantised_layout(merged)
-            results[str(folder)] = divergence_from(reference, merged.to(target).eval(), batches)
+    results = {str(folder): comparison.adapter(folder) for folder in adapters}
+    results |= {str(folder): comparison.model(folder) for folder in folders if folder not in adapters}
     return results
+
+
+class Comparison:
+    """A live stack's logits on some prompts, and exports to compare with them: adapters first, then models.
+
+    Args:
+        stack_dir, prompts, upto, base_model, device, dtype, trust_remote_code: As in `check_exports`.
+
+    Raises:
+        UserError: A broken stack, or no prompts.
+    """
+
+    def __init__(
+        self,
+        stack_dir: str | os.PathLike[str],
+        prompts: Sequence[Sequence[int]],
+        *,
+        upto: str | None = None,
+        base_model: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+    ):
+        self._batches = [torch.tensor([list(prompt)]) for prompt in prompts if len(prompt)]
+        if not self._batches:
+            raise UserError("no prompts to compare on", fix="Give some held-out prompts.")
+        if dtype == "auto":
+            dtype = read_manifest(find_stack(stack_dir)).load_dtype or "auto"
+        self._device, self._trust_remote_code = resolve_device(device), trust_remote_code
+        self._dtype = resolve_dtype(dtype, self._device)
+        stack = AdapterStack.from_pretrained(
+            stack_dir,
+            upto=upto,
+            base_model=base_model,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        self._logits = list(iter_logits(stack.model, self._batches))
+        self._base: Any = stack.model.unload() if isinstance(stack.model, PeftModel) else stack.model
+
+    def base(self) -> Divergence:
+        """Of the base without the stack, for scale."""
+        return divergence_from(self._logits, self._base, self._batches)
+
+    def adapter(self, folder: Path) -> Divergence:
+        """Of a combined adapter on the stack's base, loaded by plain PEFT; not after `model`."""
+        combined = PeftModel.from_pretrained(self._base, str(folder)).eval()
+        result = divergence_from(self._logits, combined, self._batches)
+        self._base = combined.unload()
+        return result
+
+    def model(self, folder: Path) -> Divergence:
+        """Of a merged model, loaded by plain transformers; lets go of the stack's base."""
+        self._base = None
+        gc.collect()  # a PEFT model is full of cycles; the quantised base should go before the next model comes
+        merged: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self._dtype, trust_remote_code=self._trust_remote_code
+        )
+        keep_quantised_layout(merged)
+        require_exact_dequantisation(merged)
+        return divergence_from(self._logits, merged.to(self._device).eval(), self._batches)
