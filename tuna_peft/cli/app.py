@@ -13,6 +13,7 @@ from tuna_peft.cli import (
     doctor,
     export,
     generate,
+    judge,
     merge,
     recipes,
     run,
@@ -50,6 +51,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.command("schema")(schema.schema)
 app.command("sample")(sample.sample)
+app.command("judge")(judge.judge)
 app.command("combine")(combine.combine)
 app.command("merge")(merge.merge)
 app.add_typer(export.app, name="export")

@@ -41,7 +41,11 @@ class ErrorReportingGroup(TyperGroup):
         except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
             raise
         except KeyboardInterrupt as interrupt:
-            again = " Run the same command again to go on." if ctx.invoked_subcommand in ("run", "merge") else ""
+            again = (
+                " Run the same command again to go on."
+                if ctx.invoked_subcommand in ("run", "merge", "sample", "judge")
+                else ""
+            )
             typer.echo(f"\nInterrupted.{again}", err=True)
             raise typer.Exit(130) from interrupt
         except Exception as error:

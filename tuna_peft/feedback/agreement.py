@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import JudgeReport, Judging, pair_signs
 from tuna_peft.feedback.judge_settings import JudgeSettings
-from tuna_peft.journal import Journal
+from tuna_peft.journal import Journal, content_key
 
 _PANDALM = {"instruction", "response1", "response2"}
 _PANDALM_SIGNS = {1: 1, 2: -1, 0: 0}
@@ -59,63 +59,86 @@ class Agreement:
         """Plain JSON values."""
         return dataclasses.asdict(self)
 
+    def lines(self) -> list[str]:
+        """For people."""
+        left_out = f"{self.without_majority:,} without a majority, {self.unjudged:,} that the judge left open"
+        found = [
+            f"agreement with people on {self.pairs:,} pairs ({left_out})",
+            f"  accuracy          {self.accuracy:.3f}   (always the most frequent label: {self.majority:.3f})",
+            f"  Cohen's kappa     {self.kappa:.3f}",
+        ]
+        if self.decided_accuracy is not None:
+            found.append(
+                f"  without ties      {self.decided_accuracy:.3f}   (ties by the judge: {self.judge_ties:.3f})"
+            )
+        if self.position_bias is not None:
+            toward = (
+                "" if self.first_shown is None else f"   (the one shown first wins {self.first_shown:.0%} of these)"
+            )
+            found.append(f"  position bias     {self.position_bias:.3f}{toward}")
+        if self.annotators_accuracy is not None:
+            kappa = f"   (two annotators; kappa {self.annotators_kappa:.3f})"
+            found.append(f"  people themselves {self.annotators_accuracy:.3f}{kappa}")
+        return found
 
-def validate_judge(
-    source: DataSource,
-    prompt: PromptConfig,
-    settings: JudgeSettings,
-    journal_path: str | os.PathLike[str],
-) -> tuple[Agreement, JudgeReport]:
-    """Lets a judge rank what people have ranked; models are asked in both orders.
+
+class Validation:
+    """A judge on responses that people have compared; models are asked in both orders.
 
     Args:
-        source: PandaLM's test set (`response1`, `response2`, `annotator1` ...), or ranked data in any format.
-        prompt: How instructions become prompts.
+        people: See `read_people`.
         settings: The judge.
-        journal_path: Where its answers are kept.
-
-    Raises:
-        UserError: As `judge_rows`; or nothing can be compared.
+        journal: Where its answers are kept.
+        again: As in `Judging`.
     """
-    people = read_people(source, prompt)
-    settings = settings.model_copy(update={"both_orders": settings.function is None})
-    with Journal(journal_path) as journal:
-        judging = Judging([person.row for person in people], settings, journal)
-        rankings, report = judging.rankings("validating")
-    said: list[tuple[int, int]] = []
-    compared, dependent, first_wins = 0, 0, 0
-    for person, ranking in zip(people, rankings, strict=True):
-        if ranking.ranks is None:
-            continue
-        if person.signs is not None:
-            said += zip(person.signs, pair_signs(ranking.ranks), strict=True)
-        if len(ranking.each) == 2:
-            one_way, other_way = map(pair_signs, ranking.each)
-            compared += len(one_way)
-            for one, other, earlier in zip(one_way, other_way, pair_signs(ranking.shown), strict=True):
-                dependent += one * other < 0
-                first_wins += one * other < 0 and one == earlier
-    if not said:
-        raise UserError(
-            f"none of {len(people)} records can be compared: {report.left_out or 'no majority among annotators'}",
-            where=source.path,
-        )
-    decided = [(a, b) for a, b in said if a and b]
-    couples = [couple for person in people for couple in person.couples]
-    return Agreement(
-        pairs=len(said),
-        accuracy=_accuracy(said),
-        kappa=cohens_kappa(said),
-        decided_accuracy=_accuracy(decided) if decided else None,
-        majority=max(Counter(human for human, _ in said).values()) / len(said),
-        judge_ties=sum(judge == 0 for _, judge in said) / len(said),
-        position_bias=dependent / compared if compared else None,
-        first_shown=first_wins / dependent if dependent else None,
-        annotators_accuracy=_accuracy(couples) if couples else None,
-        annotators_kappa=cohens_kappa(couples) if couples else None,
-        without_majority=sum(person.signs is None for person in people),
-        unjudged=sum(ranking.ranks is None for ranking in rankings),
-    ), report
+
+    def __init__(self, people: Sequence[People], settings: JudgeSettings, journal: Journal, *, again: bool = False):
+        self.people = people
+        settings = settings.model_copy(update={"both_orders": settings.function is None})
+        self.judging = Judging([person.row for person in people], settings, journal, again=again)
+
+    def measure(self, where: str) -> tuple[Agreement, JudgeReport]:
+        """Asks what is missing and compares.
+
+        Args:
+            where: The data's name, for the error.
+
+        Raises:
+            UserError: As `judge_rows`; or nothing can be compared.
+        """
+        rankings, report = self.judging.rankings("validating")
+        said: list[tuple[int, int]] = []
+        compared = dependent = first_wins = 0
+        for person, ranking in zip(self.people, rankings, strict=True):
+            if ranking.ranks is None:
+                continue
+            if person.signs is not None:
+                said += zip(person.signs, pair_signs(ranking.ranks), strict=True)
+            if len(ranking.each) == 2:
+                one_way, other_way = map(pair_signs, ranking.each)
+                compared += len(one_way)
+                for one, other, earlier in zip(one_way, other_way, pair_signs(ranking.shown), strict=True):
+                    dependent += one * other < 0
+                    first_wins += one * other < 0 and one == earlier
+        if not said:
+            reasons = report.left_out or "no majority among annotators"
+            raise UserError(f"none of {len(self.people)} records can be compared: {reasons}", where=where)
+        decided = [(a, b) for a, b in said if a and b]
+        couples = [couple for person in self.people for couple in person.couples]
+        return Agreement(
+            pairs=len(said),
+            accuracy=_accuracy(said),
+            kappa=cohens_kappa(said),
+            decided_accuracy=_accuracy(decided) if decided else None,
+            majority=max(Counter(human for human, _ in said).values()) / len(said),
+            judge_ties=sum(judge == 0 for _, judge in said) / len(said),
+            position_bias=dependent / compared if compared else None,
+            first_shown=first_wins / dependent if dependent else None,
+            annotators_accuracy=_accuracy(couples) if couples else None,
+            annotators_kappa=cohens_kappa(couples) if couples else None,
+            without_majority=sum(person.signs is None for person in self.people),
+            unjudged=sum(ranking.ranks is None for ranking in rankings),
+        ), report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +166,17 @@ def read_people(source: DataSource, prompt: PromptConfig) -> list[People]:
     _, first = raw_records[0]
     if not first.keys() >= _PANDALM:
         ranked, _ = read_ranked(source, prompt, pairs=False)
-        return [People({**record, "record": record}, pair_signs(record["ranks"]), []) for record in ranked]
+        return [_shuffled(record) for record in ranked]
     template = PromptTemplate(prompt)
     return [_pandalm(raw, where, template) for where, raw in raw_records]
+
+
+def _shuffled(record: Record) -> People:
+    """Not best first: else "the first is better" would always be right, and kappa would have nothing to correct."""
+    order = list(range(len(record["ranks"])))
+    random.Random(content_key(record=record)).shuffle(order)
+    row = {**record, "completions": [record["completions"][i] for i in order], "record": record}
+    return People(row, pair_signs([record["ranks"][i] for i in order]), [])
 
 
 def _pandalm(raw: Record, where: str, template: PromptTemplate) -> People:
@@ -157,7 +188,8 @@ def _pandalm(raw: Record, where: str, template: PromptTemplate) -> People:
     row = {
         "id": str(raw.get("idx", where)),
         "prompt": template.render(raw["instruction"], raw.get("input"), where),
-        "completions": [raw["response1"], raw["response2"]],
+        # The file holds the response "True" as a truth value. Empty responses were judged by people, too: both stay.
+        "completions": [str(raw["response1"]), str(raw["response2"])],
         "record": raw,
     }
     majority = [most] if 2 * votes > len(signs) else None

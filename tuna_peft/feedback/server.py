@@ -48,7 +48,7 @@ class ServerSettings(BaseModel):
     def _plain_address(cls, value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("expected an address like https://host/v1")
+            raise ValueError("this is no address like https://host/v1")
         if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
             raise ValueError("the address holds more than host and path; a key belongs into the environment")
         return value
@@ -57,7 +57,7 @@ class ServerSettings(BaseModel):
     @classmethod
     def _name_of_a_variable(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            raise ValueError("expected the name of an environment variable, not the key itself")
+            raise ValueError("this is no name of an environment variable; the key itself stays in the environment")
         return value
 
     @model_validator(mode="after")
@@ -67,6 +67,11 @@ class ServerSettings(BaseModel):
         if self.max_cost is not None and self.price_in is None:
             raise ValueError("`max_cost` needs `price_in` and `price_out` (per million tokens)")
         return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it runs on this machine."""
+        return urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
 
     def spending(self) -> Spending:
         """A counter with these prices and this limit."""

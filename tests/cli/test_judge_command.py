@@ -1,0 +1,107 @@
+"""`tuna-peft judge`, with servers on loopback and programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from scripted_server import chat, scripted_server
+from typer.testing import CliRunner
+
+from tuna_peft.cli.app import app
+
+KEY = "sk-secret-0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": i, "prompt": f"Prompt {i}?", "completions": ["short", "quite a bit longer"]} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({**row, "ranks": [0, 1]}) + "\n" for row in rows))
+
+
+def judge(*options, input=None):
+    return CliRunner().invoke(app, ["judge", "data.jsonl", *map(str, options)], input=input)
+
+
+def first_wins(asked):
+    return chat('{"rank": [0, 1]}')
+
+
+def test_a_server_ranks(tmp_path):
+    with scripted_server(first_wins) as http:
+        result = judge("out.jsonl", "--server", http.url, "--model", "m")
+        assert result.exit_code == 0, result.stderr
+        assert "4 questions to ask (0 are answered already); about" in result.stderr
+        assert result.stdout.splitlines() == [
+            "wrote out.jsonl: 4 of 4 prompts ranked",
+            "  answers: 4 asked for, 0 known before; in all 400 tokens in, 80 out",
+        ]
+        before = (tmp_path / "out.jsonl").read_bytes()
+        result = judge("out.jsonl", "--server", http.url, "--model", "m")
+        assert "0 asked for, 4 known before" in result.stdout
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert len(http.asked) == 4
+    written = [json.loads(line) for line in before.splitlines()]
+    assert [row["id"] for row in written] == ["0", "1", "2", "3"] and written[0]["ranks"] == [0, 1]
+
+
+def test_money_is_spent_only_with_a_yes(tmp_path):
+    prices = ["--price-in", "1", "--price-out", "2"]
+    with scripted_server(first_wins) as http:
+        server = ["--server", http.url, "--model", "m"]
+        result = judge("out.jsonl", *server, *prices)
+        assert result.exit_code == 2 and "may cost money" in result.stderr and not http.asked
+        assert "at most 0.02 in the prices' currency" in result.stderr
+        assert judge("out.jsonl", *server, *prices, "--max-cost", "0.001", "--yes").exit_code == 2
+        assert not http.asked
+        result = judge("out.jsonl", *server, *prices, "--yes")
+        assert result.exit_code == 0 and "cost 0.0006" in result.stdout
+    result = judge("out.jsonl", "--server", "https://judge.invalid/v1", "--model", "other")
+    assert result.exit_code == 2 and "(--price-in and --price-out)" in result.stderr
+
+
+def test_a_program_ranks(tmp_path, monkeypatch):
+    (tmp_path / "my_judge.py").write_text("def longer(record, response):\n    return len(response)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = judge("out.jsonl", "--function", "my_judge:longer")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["completions"][0] == "quite a bit longer"
+    del sys.modules["my_judge"]
+
+
+def test_validation(tmp_path):
+    with scripted_server(first_wins) as http:
+        result = judge("report.json", "--server", http.url, "--model", "m", "--validate")
+    assert result.exit_code == 0, result.stderr
+    assert "position bias     1.000   (the one shown first wins 100% of these)" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["agreement"]["pairs"] == 4 and report["judge"]["asked"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["out.jsonl"], "give one of `server`, `model` and `function`"),
+        (["out.jsonl", "--server", "http://localhost/v1"], "needs the name of its model"),
+        (["out.json", "--function", "builtin:pico"], "End it in .jsonl"),
+        (["--function", "builtin:pico"], "where should the ranked responses go"),
+        (["out.jsonl", "--function", "os:sepp"], "no grader 'os:sepp'"),
+        (["out.jsonl", "--function", "os:sep"], "sep is no function"),
+        (["out.jsonl", "--function", "__import__('os').system('touch pwned')"], "no grader"),
+        (["out.jsonl", "--function", "my_judge;x:f"], "no grader"),
+        (["out.jsonl", "--model", "m", "--include-judge-answer", "worst"], "include_judge_answer"),
+        (["out.jsonl", "--server", "http://h/v1", "--model", "m", "--max-cost", "1"], "`max_cost` needs"),
+        (["out.jsonl", "--server", f"http://{KEY}@h/v1", "--model", "m"], "a key belongs into the environment"),
+        (["out.jsonl", "--server", KEY, "--model", "m"], "no address like"),
+        (["out.jsonl", "--server", "http://h/v1", "--model", "m", "--api-key-env", KEY], "no name of an environment"),
+    ],
+)
+def test_mistakes_exit_with_2(tmp_path, options, message):
+    result = judge(*options)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert KEY not in result.output
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "out.jsonl").exists()
