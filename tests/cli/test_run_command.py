@@ -17,9 +17,15 @@ REPORT = {
     "seed": 0,
     "base": {"model": "org/model"},
     "evaluation": {
-        stage: {"ranking": {"main": "pair_accuracy", "metrics": {"pair_accuracy": {"value": value}}}}
+        stage: {
+            "ranking": {
+                "main": "pair_accuracy",
+                "metrics": {"pair_accuracy": {"value": value, "low": None, "high": None}},
+            }
+        }
         for stage, value in (("base", 0.5), ("a", 0.75))
     },
+    "changes": {},
     "stages": {"a": {"steps": 12, "tokens": 3456, "seconds": 7.0, "peak_memory_gib": 1.25}},
 }
 
@@ -62,7 +68,7 @@ def test_the_table_and_the_next_commands_come_last(calls):
     assert "tuna-peft generate runs/x 'Your instruction'" in text
     assert 'AutoModelForCausalLM.from_pretrained("runs/x/merged")' in text
     assert "PeftModel" not in text  # nothing was combined
-    assert lines[-1].strip() == "runs/x/report.json"
+    assert lines[-1].strip() == "runs/x/report.html"
 
 
 def test_a_dry_run_runs_nothing(calls):

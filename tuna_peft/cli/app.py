@@ -16,6 +16,7 @@ from tuna_peft.cli import (
     judge,
     merge,
     recipes,
+    report,
     run,
     sample,
     schema,
@@ -53,6 +54,7 @@ app.command("schema")(schema.schema)
 app.command("sample")(sample.sample)
 app.command("judge")(judge.judge)
 app.command("combine")(combine.combine)
+app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.add_typer(export.app, name="export")
 app.command("generate")(generate.generate)

@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tuna_peft.evaluation.results import load_results
+from tuna_peft.evaluation.report.build import FACTS
+from tuna_peft.evaluation.report.write import write_report
 from tuna_peft.evaluation.session import Session, weights_key
 from tuna_peft.graders import load_grader
 from tuna_peft.journal import Journal
@@ -34,8 +35,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
     """Runs `recipe` in the folder `output`, or what of it is not done there yet.
 
     Returns:
-        The report, as written to `output/report.json`: `evaluation.<stage>.<task>` (the bare model is `base`),
-        `stages`, `exports`, `data`, `environment`, `seed`, `base`.
+        The report, as written to `output/report.json`, see `tuna_peft.evaluation.report.build`.
 
     Raises:
         UserError: Bad data, model or output folder; before anything is trained where it can be known.
@@ -50,15 +50,14 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
             load_grader(recipe.evaluation.tasks.graded.grader, "evaluation.tasks.graded.grader")
         base = _load_base(recipe)
         inputs = read_inputs(recipe, base.tokenizer, base.model.config)
+        run.save(FACTS, _facts(recipe, base, inputs))
         model: PreTrainedModel | PeftModel = base.model
         _evaluate(run, model, base, inputs, "base")
         for stage in recipe.stages:
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate(run, model, base, inputs, stage.name)
-        exports = export_stack(run, inputs)
-        report = _report(run, base, inputs, exports)
-        run.save("report.json", report)
-    return report
+        export_stack(run, inputs)
+        return write_report(run.path)
 
 
 def _quieten_libraries() -> None:
@@ -119,19 +118,13 @@ def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base,
             evaluate_stage(run.path, session, inputs.tasks)
 
 
-def _report(run: RunDirectory, base: Base, inputs: Inputs, exports: dict[str, Any]) -> dict[str, Any]:
-    names = ["base", *(stage.name for stage in run.recipe.stages)]
-    results = load_results(run.path, names)
-
+def _facts(recipe: Recipe, base: Base, inputs: Inputs) -> dict[str, Any]:
+    """What the report says of a run beside what its stages leave behind."""
     return {
-        "name": run.recipe.name,
-        "seed": run.recipe.seed,
-        "base": {**base.identity, "quantization": run.recipe.quantization.model_dump()},
-        "evaluation": {
-            name: {task: result.summary() for task, result in results.get(name, {}).items()} for name in names
-        },
-        "stages": {name: run.load(f"stages/{name}/done.json") for name in names[1:]},
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "base": {**base.identity, "quantization": recipe.quantization.model_dump()},
+        "stages": [stage.name for stage in recipe.stages],
         "data": inputs.counts,
-        "exports": exports,
         "environment": environment(),
     }

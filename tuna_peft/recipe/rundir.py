@@ -12,6 +12,7 @@ from typing import IO, Any
 import yaml
 
 from tuna_peft.errors import UserError
+from tuna_peft.evaluation.report.build import FACTS
 from tuna_peft.files import write_json, write_text
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
@@ -28,7 +29,8 @@ class RunDirectory:
     - `recipe.yaml`: the resolved recipe; `run.log`;
     - `evaluation/<stage>/<task>.json`: results of the base and after each stage; the model's answers in a journal;
     - `stages/<name>/`: checkpoints, log history, curves; `done.json` once the stage is finished;
-    - `stack/`, `combined/`, `merged/`: the adapters, as one adapter, as one model; `report.json`.
+    - `stack/`, `combined/`, `merged/`: the adapters, as one adapter, as one model;
+    - `run.json`: what the run is, for its report; `report.html`, `report.json`, `report.md`.
 
     Raises:
         UserError: The folder belongs to another recipe, is in use by another process, or is no run's folder.
@@ -98,7 +100,8 @@ class RunDirectory:
         file = self.path / "recipe.yaml"
         if file.exists() and not self._begun():
             file.unlink()  # the recipe of a run that stopped at its inputs may be corrected
-            (self.path / "run.log").unlink(missing_ok=True)
+            for name in ("run.log", FACTS):
+                (self.path / name).unlink(missing_ok=True)
         if not file.exists():
             if foreign := [entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "stages")]:
                 raise UserError(

@@ -1,0 +1,78 @@
+"""The report in a real browser, at the width of a phone and of a desk."""
+
+import json
+import shutil
+import subprocess
+from html import escape
+
+import pytest
+
+from tuna_peft.evaluation.report.write import write_report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
+    "--window-size=1400,900",
+]  # fmt: skip
+WIDTHS = (320, 390, 800, 1280)
+
+# Frames of each width hold the report; what is measured inside goes into the title, which --dump-dom prints.
+PROBE = """
+<script>
+onload = () => {
+  const found = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, width = frame.clientWidth;
+    page.querySelectorAll("details").forEach(details => details.open = true);
+    const inside = [...page.querySelectorAll("main *")];
+    const box = element => element.getBoundingClientRect();
+    return {
+      width,
+      scroll: page.documentElement.scrollWidth,
+      outside: inside.filter(e => box(e).width && !e.closest("thead"))
+        .filter(e => box(e).right > width + 1 || box(e).left < -1).map(e => e.tagName + "." + e.className).slice(0, 5),
+      clipped: inside.filter(e => !e.closest("svg, thead") && e.scrollWidth > e.clientWidth + 1 && e.clientWidth
+        && getComputedStyle(e).display != "inline").map(e => e.tagName + "." + e.className).slice(0, 5),
+      labels: [...page.querySelectorAll("svg text")].filter(e => {
+        const outer = box(e.closest("svg")), inner = box(e);
+        return inner.right > outer.right + 1 || inner.left < outer.left - 1 || inner.bottom > outer.bottom + 1;
+      }).map(e => e.textContent).slice(0, 5),
+      figures: [...page.querySelectorAll("figure")].map(e => {
+        const drawn = [...e.querySelectorAll("path, circle, rect")].filter(e => box(e).width || box(e).height);
+        return [Number(e.dataset.points), drawn.length, Math.round(box(e.querySelector("svg")).height)];
+      }),
+      hidden: [...page.querySelectorAll("table.stages tbody td")].filter(e => e.textContent && !box(e).height).length,
+    };
+  });
+  document.title = JSON.stringify(found);
+};
+</script>
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
+def test_the_report_in_a_browser(run_folder, tmp_path):
+    write_report(run_folder)
+    page = (run_folder / "report.html").read_text()
+    frames = "".join(
+        f'<iframe width="{width}" height="800" style="border:0" srcdoc="{escape(page, quote=True)}"></iframe>'
+        for width in WIDTHS
+    )
+    (tmp_path / "probe.html").write_text(f"<!doctype html><title></title>{frames}{PROBE}")
+    command = [
+        BROWSER,
+        *FLAGS,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        f"file://{tmp_path}/probe.html",
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    title = ran.stdout.partition("<title>")[2].partition("</title>")[0]
+    found = json.loads(title.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    assert [entry["width"] for entry in found] == list(WIDTHS)
+    assert "CONSOLE" not in ran.stderr  # nothing ran, nothing failed, nothing was refused
+    for entry in found:
+        assert entry["scroll"] <= entry["width"] and not entry["outside"] and not entry["clipped"], entry
+        assert not entry["labels"], entry
+        assert len(entry["figures"]) == 18 and not entry["hidden"]
+        assert all(points > 0 and drawn > 0 and height > 20 for points, drawn, height in entry["figures"])

@@ -1,0 +1,22 @@
+"""`tuna-peft report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, finished or not.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="Id of a prompt to show with every stage's response. May be repeated."),
+    ] = None,
+) -> None:
+    """Write report.html, report.json and report.md of a run again, from what it has measured so far."""
+    from tuna_peft.evaluation.report.write import write_report
+
+    write_report(run, prompt or [])
+    typer.echo(f"wrote {run / 'report.html'}, with report.json and report.md beside it")

@@ -1,0 +1,125 @@
+"""Everything that a run has measured, as one dict of plain JSON, read from the run's folder alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tuna_peft.errors import UserError
+from tuna_peft.evaluation.bootstrap import paired_difference
+from tuna_peft.evaluation.report.distributions import by_rank
+from tuna_peft.evaluation.report.samples import choose_samples
+from tuna_peft.evaluation.results import Metric, TaskResult, load_results
+
+Report = dict[str, Any]
+Results = dict[str, dict[str, TaskResult]]
+
+FACTS = "run.json"
+"""Name, seed, base, data and environment of a run, in its folder."""
+
+# What is drawn of a stage's log, by panel.
+CURVES = {
+    "loss": ["loss", "rank_loss", "mle_loss", "eval_loss"],
+    "pairs in order": ["ranking_accuracy", "margin_satisfaction", "eval_ranking_accuracy"],
+    "token accuracy": ["mean_token_accuracy", "eval_mean_token_accuracy"],
+    "v by rank": [f"scores/rank_{rank}" for rank in range(8)],
+}
+
+
+def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
+    """The report of the run in `folder`, finished or not.
+
+    Args:
+        folder: See `tuna_peft.recipe.rundir`.
+        prompts: Ids of the prompts to show with every stage's response; by default a choice is made.
+
+    Returns:
+        `name`, `seed`, `base`, `environment`, `data`, `exports`, `recipe`; `stages`: what each cost; `evaluation`: the
+        results by stage and task; `changes`: the main metrics against the stage before, paired by prompt; `curves`,
+        `v_by_rank`, `by_length`, `samples`: what the figures show.
+
+    Raises:
+        UserError: This is no run's folder, or a prompt is not in its evaluation.
+    """
+    facts = _json(folder / FACTS)
+    if facts is None:
+        raise UserError(
+            "this is no run's folder", where=str(folder), fix=f"Name a folder with {FACTS}, as `run` makes it."
+        )
+    names = facts.pop("stages")
+    stages = {name: _json(folder / f"stages/{name}/done.json") for name in names}
+    results = load_results(folder, ["base", *names])
+    recipe = folder / "recipe.yaml"
+    return {
+        **facts,
+        "stages": stages,
+        "evaluation": {
+            stage: {task: result.summary() for task, result in results.get(stage, {}).items()}
+            for stage in ["base", *(name for name in names if name in results or stages[name])]
+        },
+        "changes": _changes(results),
+        "exports": _json(folder / "exports.json") or {},
+        "curves": {name: _curves(_json(folder / f"stages/{name}/log_history.json") or []) for name in names},
+        "v_by_rank": by_rank({stage: tasks["ranking"] for stage, tasks in results.items() if "ranking" in tasks}),
+        "by_length": _by_length(results),
+        "samples": choose_samples(results, prompts),
+        "recipe": recipe.read_text(encoding="utf-8") if recipe.exists() else "",
+    }
+
+
+def _changes(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
+    """Each stage's main metrics minus those of the stage before, over the prompts that both have scored."""
+    changes: dict[str, dict[str, dict[str, Any]]] = {}
+    order = list(results)
+    for before, after in zip(order, order[1:], strict=False):
+        for task, result in results[after].items():
+            if task in results[before] and (change := _change(results[before][task], result)):
+                changes.setdefault(after, {})[task] = {
+                    "against": before, "value": change.value, "low": change.low, "high": change.high,
+                    "count": change.count,
+                }  # fmt: skip
+    return changes
+
+
+def _change(before: TaskResult, after: TaskResult) -> Metric | None:
+    scored = {prompt.id: prompt.scores.get(before.main) for prompt in before.prompts}
+    pairs = [
+        (first, second, prompt.weight)
+        for prompt in after.prompts
+        if (first := scored.get(prompt.id)) is not None
+        and (second := prompt.scores.get(after.main)) is not None
+        and prompt.weight
+    ]
+    return paired_difference(*map(list, zip(*pairs, strict=True))) if pairs else None
+
+
+def _curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
+    """By panel and series: pairs of step and value."""
+    panels: dict[str, dict[str, list[list[float]]]] = {}
+    for panel, names in CURVES.items():
+        for name in names:
+            points = [[entry["step"], entry[name]] for entry in history if name in entry]
+            if len(points) > 1:
+                panels.setdefault(panel, {})[name] = points
+    return panels
+
+
+def _by_length(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """By stage: pair accuracy by how much longer the better of two responses is."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for stage, tasks in results.items():
+        if (ranking := tasks.get("ranking")) is not None:
+            for name, metrics in ranking.groups.items():
+                metric = metrics[ranking.main]
+                if metric.value is not None:
+                    entry = {"group": name.removeprefix("better / worse length: "), "value": metric.value}
+                    found.setdefault(stage, []).append(
+                        {**entry, "low": metric.low, "high": metric.high, "count": metric.count}
+                    )
+    return found
+
+
+def _json(file: Path) -> Any | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None

@@ -1,0 +1,47 @@
+"""`report.md`: the table of stages, what changed, and some responses, for a model card."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from typing import Any
+
+from tuna_peft.evaluation.report.table import stage_table
+
+SHOWN = 3
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """The report in brief; headings start at level 2."""
+    headings, rows = stage_table(report)
+    lines = ["## Evaluation", "", _row(["after", *headings]), _row(["---", *["---:"] * len(headings)])]
+    for stage, cells in rows:
+        texts = [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in cells]
+        lines.append(_row([stage, *texts]))
+    lines += ["", "In brackets: 95 % intervals, bootstrap over prompts."]
+    if report["samples"]:
+        lines += ["", "## The same prompts after each stage"]
+    for sample in report["samples"][:SHOWN]:
+        lines += ["", _quote(sample["prompt"]), ""]
+        lines += [f"- {stage}: {_inline(said['text'])}" for stage, said in sample["responses"].items()]
+    packages = ", ".join(f"{name} {version}" for name, version in report["environment"]["packages"].items())
+    lines += ["", "## Environment", "", f"{packages}; seed {report['seed']}."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {_escaped(line)}".rstrip() for line in text.strip().splitlines())
+
+
+def _inline(text: str) -> str:
+    """In one line, marked as the model's own words."""
+    return f"*{_escaped(' '.join(text.split()))}*" if text.strip() else "(nothing)"
+
+
+def _escaped(text: str) -> str:
+    """Neither Markdown nor HTML: a response must not make headings, links or tags in a card."""
+    return re.sub(r"([\\`*_{}\[\]#|!~])", r"\\\1", escape(text, quote=False))

@@ -1,0 +1,81 @@
+"""Prompts to show with the response of every stage: those that changed most, for better and for worse, and others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tuna_peft.errors import UserError
+from tuna_peft.evaluation.results import PromptResult, TaskResult
+
+Results = dict[str, dict[str, TaskResult]]
+
+BEST, WORST, OTHERS = 3, 2, 3
+
+
+def choose_samples(results: Results, wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The chosen prompts of the first task that has the model answer them.
+
+    Args:
+        results: By stage and task.
+        wanted: Ids; by default the prompts whose score rose most from the first stage to the last (`why` is `gained`),
+            fell most (`lost`), and some in between at even distances (`typical`).
+
+    Returns:
+        `id`, `task`, `prompt`, `references`, `why`, and by stage in `responses` the `text` and the `score`.
+
+    Raises:
+        UserError: A wanted prompt was not evaluated.
+    """
+    task = _answered_task(results)
+    if task is None:
+        if wanted:
+            raise UserError("no task of this run has the model answer prompts", fix="Leave out the ids of prompts.")
+        return []
+    stages = {stage: {prompt.id: prompt for prompt in tasks[task].prompts} for stage, tasks in results.items()
+              if task in tasks}  # fmt: skip
+    last = stages[list(stages)[-1]]
+    if missing := [name for name in wanted if name not in last]:
+        raise UserError(
+            f"no prompt {missing[0]!r} among those that the task {task} scored",
+            fix=f"Ids look like {', '.join(list(last)[:3])}.",
+        )
+    main = results[list(stages)[-1]][task].main
+    chosen = [(name, "chosen") for name in wanted] or _chosen(stages, main)
+    return [
+        {
+            "id": name,
+            "task": task,
+            "prompt": last[name].prompt,
+            "references": last[name].references[:3],
+            "why": why,
+            "responses": {
+                stage: {"text": prompts[name].response, "score": prompts[name].scores.get(main)}
+                for stage, prompts in stages.items()
+                if name in prompts
+            },
+        }
+        for name, why in chosen
+    ]
+
+
+def _answered_task(results: Results) -> str | None:
+    last = results[list(results)[-1]] if results else {}
+    return next((task for task in last if task not in ("ranking", "lm_eval") and last[task].prompts), None)
+
+
+def _chosen(stages: dict[str, dict[str, PromptResult]], main: str) -> list[tuple[str, str]]:
+    names = list(stages)
+    first, last = stages[names[0]], stages[names[-1]]
+    gains = {}
+    for name in last:
+        before, after = first[name].scores.get(main) if name in first else None, last[name].scores.get(main)
+        if before is not None and after is not None:
+            gains[name] = after - before
+    order = sorted(gains, key=lambda name: -gains[name])  # stable: equal gains in the order of the data
+    gained = [name for name in order[:BEST] if gains[name] > 0]
+    lost = [name for name in order[::-1][:WORST] if gains[name] < 0]
+    between = [name for name in last if name in gains and name not in {*gained, *lost}]
+    step = max(1, len(between) // OTHERS)
+    typical = between[step // 2 :: step][:OTHERS]
+    return [*((n, "gained") for n in gained), *((n, "lost") for n in lost), *((n, "typical") for n in typical)]

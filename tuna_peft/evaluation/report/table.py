@@ -1,0 +1,94 @@
+"""The table of stages: what was measured after each, whether it helped, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tuna_peft.evaluation.results import TITLES
+
+# Heading, key of a stage's summary, and how it is written.
+_COSTS = (
+    ("steps", "steps", ",.0f"),
+    ("tokens", "tokens", ",.0f"),
+    ("seconds", "seconds", ",.0f"),
+    ("peak GiB", "peak_memory_gib", ".2f"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value as text.
+
+    Attributes:
+        text: The value.
+        interval: Its 95 % interval, or empty.
+        change: Against the stage before, with a sign, or empty.
+        verdict: `better`, `worse` or `unclear` (the change's interval holds 0); empty without a change.
+    """
+
+    text: str = ""
+    interval: str = ""
+    change: str = ""
+    verdict: str = ""
+
+
+def stage_table(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
+    """Headings, and for the base and each stage its name and cells."""
+    evaluation = report["evaluation"]
+    tasks = tasks_of(report)
+    costs = [
+        cost for cost in _COSTS if any((stage or {}).get(cost[1]) is not None for stage in report["stages"].values())
+    ]
+    headings = [heading_of(report, task) for task in tasks] + [heading for heading, _, _ in costs]
+    rows = []
+    for stage in evaluation:
+        cells = [_metric_cell(report, stage, task) for task in tasks]
+        summary = report["stages"].get(stage) or {}
+        cells += [
+            Cell(format(summary[key], form)) if summary.get(key) is not None else Cell() for _, key, form in costs
+        ]
+        rows.append((stage, cells))
+    return headings, rows
+
+
+def tasks_of(report: dict[str, Any]) -> list[str]:
+    """The tasks that any stage was measured by: the usual ones in their order, then the others."""
+    found = dict.fromkeys(task for results in report["evaluation"].values() for task in results)
+    return [*(task for task in TITLES if task in found), *(task for task in found if task not in TITLES)]
+
+
+def heading_of(report: dict[str, Any], task: str) -> str:
+    """What the main metric of `task` is called."""
+    main = next(results[task]["main"] for results in report["evaluation"].values() if task in results)
+    return TITLES.get(task, f"{task} {main}".replace("_", " "))
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """A metric: three decimals for shares, one for what is counted in percent."""
+    if value is None:
+        return "–"
+    return format(value, f"{sign}.3f" if abs(value) <= 1 else f"{sign}.1f")
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """`0.61 to 0.65`, empty where there is none."""
+    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
+
+
+def verdict(change: dict[str, Any]) -> str:
+    """What the interval of a change says."""
+    if change["low"] > 0:
+        return "better"
+    return "worse" if change["high"] < 0 else "unclear"
+
+
+def _metric_cell(report: dict[str, Any], stage: str, task: str) -> Cell:
+    result = report["evaluation"][stage].get(task)
+    if result is None:
+        return Cell()
+    metric = result["metrics"][result["main"]]
+    cell = {"text": number(metric["value"]), "interval": interval(metric["low"], metric["high"])}
+    if change := report["changes"].get(stage, {}).get(task):
+        cell |= {"change": number(change["value"], "+"), "verdict": verdict(change)}
+    return Cell(**cell)
