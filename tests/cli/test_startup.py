@@ -12,7 +12,14 @@ SLOW = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "pan
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["data", "inspect", "--help"], ["sample", "--help"], ["recipes", "list"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["data", "inspect", "--help"],
+        ["sample", "--help"],
+        ["score", "--help"],
+        ["recipes", "list"],
+    ],
 )
 def test_help_and_recipes_load_no_slow_library(arguments):
     code = (

@@ -20,6 +20,7 @@ from tuna_peft.cli import (
     run,
     sample,
     schema,
+    score,
 )
 from tuna_peft.cli.group import ErrorReportingGroup
 
@@ -52,6 +53,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.command("schema")(schema.schema)
 app.command("sample")(sample.sample)
+app.command("score")(score.score)
 app.command("judge")(judge.judge)
 app.command("combine")(combine.combine)
 app.command("report")(report.report)

@@ -44,7 +44,7 @@ def inspect(
         if stage is not None:
             raise UserError("--stage goes with a recipe, this is data", where=target)
         source, prompt = data_source(target, format, column, split, template, skip_bad_rows)
-        console.print(inspect_file(source, prompt, _load_tokenizer(tokenizer), n))
+        console.print(inspect_file(source, prompt, load_tokenizer(tokenizer), n))
         return
 
     from tuna_peft.recipe.load import load_recipe
@@ -53,7 +53,7 @@ def inspect(
     names = [entry.name for entry in recipe.stages]
     if stage is not None and stage not in names:
         raise UserError(f"the recipe has no stage `{stage}`", where=target, fix=f"It has: {', '.join(names)}.")
-    loaded = _load_tokenizer(tokenizer or recipe.base.model, None if tokenizer else recipe.base)
+    loaded = load_tokenizer(tokenizer or recipe.base.model, None if tokenizer else recipe.base)
     for entry in recipe.stages:
         if stage in (None, entry.name):
             console.rule(f"stage {entry.name} ({entry.type})")
@@ -96,7 +96,8 @@ def _is_recipe(target: str) -> bool:
     return target.endswith((".yaml", ".yml")) or (not Path(target).exists() and target in shipped_recipes())
 
 
-def _load_tokenizer(name: str | None, base: BaseSettings | None = None) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(name: str | None, base: BaseSettings | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of that name, None for none; UserError if it cannot be loaded."""
     if name is None:
         return None
     from transformers import AutoTokenizer

@@ -1,0 +1,148 @@
+"""Probabilistic ranking with a teacher that runs here: its log-probabilities of given responses."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tuna_peft.data.collate import RankedCollator
+from tuna_peft.data.ranked import BadRow, Record
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.config import ScoreSettings
+from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, scored_records
+from tuna_peft.journal import Journal, content_key
+from tuna_peft.models.any_model import load_any_model, model_digest
+from tuna_peft.models.generation import context_of
+from tuna_peft.models.scoring import response_logps
+from tuna_peft.models.verify import verify_shared_rows
+
+
+def score_with_model(
+    rows: Sequence[Record], settings: ScoreSettings, journal: Journal, *, device: str = "auto"
+) -> tuple[list[Record], ScoreReport]:
+    """As `score_rows`, with the teacher that the settings name.
+
+    Raises:
+        UserError: It cannot be loaded, or as `score_rows`.
+    """
+    assert settings.model is not None
+    loaded = load_any_model(
+        settings.model, revision=settings.revision, quantization=settings.quantization, device=device,
+        trust_remote_code=settings.trust_remote_code,
+    )  # fmt: skip
+    return score_rows(loaded.model, loaded.tokenizer, rows, settings, journal)
+
+
+def score_rows(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Record],
+    settings: ScoreSettings,
+    journal: Journal,
+) -> tuple[list[Record], ScoreReport]:
+    """Ranks the completions of each row by their length-normalised log-probabilities under `model`.
+
+    A prompt and its responses are one row that computes the prompt once, as in training. EOS is part of a response.
+
+    Args:
+        model: Any causal LM, with or without adapters.
+        tokenizer: Its tokenizer; prompts that are messages go through its chat template.
+        rows: `{"id", "prompt", "completions"}`, optional `reference`, see `tuna_peft.data.load.load_candidates`.
+        settings: The length penalty and the size of a batch.
+        journal: Gets the sums and lengths of every row; what it has is not computed again.
+
+    Raises:
+        UserError: No row is left, or one row does not fit into memory.
+    """
+    model.eval()
+    digest, report = model_digest(model), ScoreReport()
+    keys = [
+        content_key(what="score", model=digest, prompt=row["prompt"], completions=row["completions"]) for row in rows
+    ]
+    encoded = {}
+    unusable: dict[str, str] = {}
+    for key, row in zip(keys, rows, strict=True):
+        if key in journal:
+            report.found += 1
+        elif key not in encoded and key not in unusable:
+            try:
+                encoded[key] = encode_in_order(row, tokenizer, context_of(model))
+            except BadRow as error:
+                unusable[key] = error.reason
+    report.asked = len(encoded)
+    _score(model, tokenizer, encoded, settings.max_tokens_per_batch, journal)
+    answers: list[Scored | None] = []
+    for key, row in zip(keys, rows, strict=True):
+        if key in journal:
+            answers.append(Scored(row["completions"], **journal[key]))
+        else:
+            report.leave_out(unusable[key])
+            answers.append(None)
+    return scored_records(rows, answers, settings.length_penalty, _name(digest), report), report
+
+
+@torch.no_grad()
+def _score(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: dict[str, dict[str, Any]],
+    max_tokens: int,
+    journal: Journal,
+) -> None:
+    """Brings sums and lengths of every row into the journal, like lengths together, the longest first."""
+    device = next(model.parameters()).device
+    collate = RankedCollator(tokenizer.pad_token_id or 0)
+    if encoded:
+        shortest = min(encoded.values(), key=_tokens)
+        verify_shared_rows(model, shortest, device)
+    queue = deque(_batches(encoded, max_tokens))
+    with tqdm(total=len(encoded), desc="scoring", unit=" prompts", leave=False) as bar:
+        while queue:
+            batch = queue.popleft()
+            try:
+                tensors = {key: value.to(device) for key, value in collate([encoded[key] for key in batch]).items()}
+                found = response_logps(model, tensors)
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise UserError(
+                        f"a prompt with its responses ({_tokens(encoded[batch[0]])} tokens) does not fit into memory",
+                        fix="Quantise the teacher, or leave such prompts out.",
+                    ) from error
+                half = len(batch) // 2
+                queue.extendleft([batch[half:], batch[:half]])
+                continue
+            for key, sums, lengths in zip(batch, found.sums_BN.tolist(), found.lengths_BN.tolist(), strict=True):
+                n = len(encoded[key]["completions_ids"])
+                journal.add(key, {"logprobs": sums[:n], "lengths": lengths[:n]})
+            bar.update(len(batch))
+
+
+def _batches(encoded: dict[str, dict[str, Any]], max_tokens: int) -> list[list[str]]:
+    batches: list[list[str]] = []
+    width = 0
+    for key in sorted(encoded, key=lambda key: -_tokens(encoded[key])):
+        if not batches or (len(batches[-1]) + 1) * width > max_tokens:
+            batches.append([])
+            width = _tokens(encoded[key])
+        batches[-1].append(key)
+    return batches
+
+
+def _tokens(row: dict[str, Any]) -> int:
+    """Of a prompt with all of its responses, before what they share is shared."""
+    return len(row["prompt_ids"]) + sum(map(len, row["completions_ids"]))
+
+
+def _name(digest: dict[str, Any]) -> dict[str, Any]:
+    base = digest["base"]
+    return {
+        "model": base["model"],
+        "revision": base["revision"],
+        "quantization": digest["quantization"],
+        "adapters": list(digest["adapters"]),
+    }

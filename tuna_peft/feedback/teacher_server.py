@@ -1,0 +1,274 @@
+"""Probabilistic ranking with a teacher behind a completions server."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tuna_peft.data.ranked import Prompt, Record
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.answering import answer_all
+from tuna_peft.feedback.config import ScoreSettings
+from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, is_logprob, scored_records
+from tuna_peft.feedback.server import BadAnswer, Reply, Server, choices, sound_text
+from tuna_peft.feedback.spending import Usage
+from tuna_peft.journal import Journal, content_key
+
+Question = tuple[str, Callable[[], Any]]
+
+
+def score_with_server(
+    rows: Sequence[Record], settings: ScoreSettings, journal: Journal
+) -> tuple[list[Record], ScoreReport]:
+    """Ranks by the log-probabilities that a server gives: of the rows' completions, or of responses of its own.
+
+    Args:
+        rows: `{"id", "prompt"}`, with `completions` unless the server generates; optional `reference`.
+        settings: Has `server`.
+        journal: Gets every answer as it arrives; what it has is not asked again.
+
+    Raises:
+        UserError: The server gives no answer to some (unless `on_no_answer` is `skip`), or no row is left.
+    """
+    assert settings.server is not None
+    server = Server(settings.server)
+    teacher = _Generating(server, settings) if settings.generate else _Scoring(server, settings)
+    asked = [teacher.questions(row) for row in rows]
+    questions = {key: ask for of_row in asked for key, ask in of_row}
+    for key in questions:
+        if key in journal:
+            server.spending.count(Usage(1, *journal[key]["usage"]))
+    outcome = answer_all(
+        journal, questions, lambda ask: ask(), in_flight=settings.server.in_flight, description="scoring"
+    )
+    report = ScoreReport(found=outcome.found, asked=outcome.asked)
+    if outcome.unanswered and settings.on_no_answer == "error":
+        reason = next(iter(outcome.unanswered.values()))
+        raise UserError(
+            f"{len(outcome.unanswered)} of {len(questions)} requests have no answer; the first: {reason}",
+            where=settings.server.base_url,
+            fix="All other answers are kept: run the same again to ask for these, or say `on_no_answer: skip`.",
+        )
+    answers = []
+    for row, of_row in zip(rows, asked, strict=True):
+        if all(key in journal for key, _ in of_row):
+            answers.append(teacher.scored(row, [journal[key] for key, _ in of_row], report))
+        else:
+            report.leave_out("no answer")
+            answers.append(None)
+    name = {"model": settings.server.model, "revision": None, "server": settings.server.base_url}
+    report.cost = server.spending.cost
+    return scored_records(rows, answers, settings.length_penalty, name, report), report
+
+
+class _Scoring:
+    """Asks for the log-probabilities of a prompt with a response behind it."""
+
+    def __init__(self, server: Server, settings: ScoreSettings):
+        self.server = server
+        self.tokenizer = None if settings.tokenizer is None else _tokenizer(settings.tokenizer)
+
+    def questions(self, row: Record) -> list[Question]:
+        """One for each completion."""
+        if self.tokenizer is not None:
+            encoded = encode_in_order(row, self.tokenizer, None)
+            ids = encoded["prompt_ids"]
+            sent = [
+                (ids + response, len(ids) + skip)
+                for response, skip in zip(encoded["completions_ids"], encoded["completion_skips"], strict=True)
+            ]
+            return [
+                (self._key(tokens, first), functools.partial(self._ask_ids, tokens, first)) for tokens, first in sent
+            ]
+        prompt = _text(row["prompt"], row)
+        return [
+            (self._key(prompt + response, len(prompt)), functools.partial(self._ask_text, prompt, response))
+            for response in row["completions"]
+        ]
+
+    def scored(self, row: Record, answers: list[dict[str, Any]], report: ScoreReport) -> Scored | None:
+        """The sums of a row."""
+        return Scored(
+            row["completions"], [answer["logprob"] for answer in answers], [answer["length"] for answer in answers]
+        )
+
+    def _key(self, sent: str | list[int], first: int) -> str:
+        return content_key(what="score", server_model=self.server.settings.model, prompt=sent, first=first)
+
+    def _ask_text(self, prompt: str, response: str) -> dict[str, Any]:
+        # One token is generated and not looked at: some servers take 0 for no limit.
+        reply = self.server.complete(prompt + response, echo=True, logprobs=1, max_tokens=1, temperature=0)
+        return _answer(echoed_logprobs(reply, prompt, response), reply)
+
+    def _ask_ids(self, tokens: list[int], first: int) -> dict[str, Any]:
+        reply = self.server.complete(tokens, prompt_logprobs=0, max_tokens=1, temperature=0)
+        return _answer(prompt_logprobs(reply, tokens)[first:], reply)
+
+
+class _Generating:
+    """Asks for responses and their log-probabilities at once."""
+
+    def __init__(self, server: Server, settings: ScoreSettings):
+        assert settings.generate is not None
+        self.server, self.settings = server, settings.generate
+
+    def questions(self, row: Record) -> list[Question]:
+        """One for each prompt."""
+        options = self.settings.model_dump()
+        key = content_key(
+            what="generate", server_model=self.server.settings.model, prompt=row["prompt"], options=options
+        )
+        return [(key, functools.partial(self._ask, row["prompt"]))]
+
+    def scored(self, row: Record, answers: list[dict[str, Any]], report: ScoreReport) -> Scored | None:
+        """The responses that are not empty, with their sums."""
+        found = [sample for sample in answers[0]["samples"] if sample["text"]]
+        if not found:
+            report.leave_out("all responses are empty")
+            return None
+        report.cut += sum(sample["cut"] for sample in found)
+        return Scored(
+            [sample["text"] for sample in found],
+            [sample["logprob"] for sample in found],
+            [sample["length"] for sample in found],
+        )
+
+    def _ask(self, prompt: Prompt) -> dict[str, Any]:
+        options = self.settings.model_dump()
+        if isinstance(prompt, str):
+            reply = self.server.complete(prompt, logprobs=1, **options)
+        else:
+            reply = self.server.chat(prompt, logprobs=True, **options)
+        samples = [generated_sample(choice) for choice in choices(reply, self.settings.n)]
+        return {"samples": samples, "usage": [reply.usage.tokens_in, reply.usage.tokens_out]}
+
+
+def echoed_logprobs(reply: Reply, prompt: str, response: str) -> list[float]:
+    """The log-probabilities of a response's tokens, from a reply that repeats prompt and response.
+
+    A token that begins in the prompt and ends in the response counts to the response, as in training.
+
+    Raises:
+        BadAnswer: The reply has none, or not for this text.
+    """
+    [choice] = choices(reply)
+    given = choice.get("logprobs")
+    found = given if isinstance(given, dict) else {}
+    tokens, values = found.get("tokens"), found.get("token_logprobs")
+    if not isinstance(tokens, list) or not isinstance(values, list) or len(tokens) != len(values):
+        raise BadAnswer("the answer has no log-probabilities of the prompt: does the server know `echo`?")
+    if not all(isinstance(token, str) for token in tokens):
+        raise BadAnswer("the answer's tokens are no texts")
+    starts = _starts(tokens, found.get("text_offset"), prompt + response)
+    ends = [*starts[1:], starts[-1] + len(tokens[-1])] if starts else []
+    chosen = [
+        value
+        for value, start, end in zip(values, starts, ends, strict=True)
+        if end > len(prompt) and start < len(prompt) + len(response)
+    ]
+    return _checked(chosen)
+
+
+def prompt_logprobs(reply: Reply, tokens: Sequence[int]) -> list[float | None]:
+    """vLLM's log-probability of each of the prompt's tokens (None for the first).
+
+    Raises:
+        BadAnswer: The reply has none, or not for these tokens.
+    """
+    [choice] = choices(reply)
+    found = choice.get("prompt_logprobs")
+    if not isinstance(found, list) or len(found) != len(tokens):
+        raise BadAnswer("the answer has no `prompt_logprobs` for the tokens sent: leave `tokenizer` out to use `echo`")
+    values: list[float | None] = []
+    for place, (entry, token) in enumerate(zip(found, tokens, strict=True)):
+        mine = entry.get(str(token)) if isinstance(entry, dict) else None
+        value = mine.get("logprob") if isinstance(mine, dict) else None
+        if place and not is_logprob(value):
+            raise BadAnswer(f"`prompt_logprobs` has no log-probability of token {place}")
+        values.append(None if value is None else float(value))
+    return values
+
+
+def generated_sample(choice: dict[str, Any]) -> dict[str, Any]:
+    """Text, summed log-probability and length of one generated response, from either kind of reply.
+
+    Raises:
+        BadAnswer: It has no text, or no log-probability for each token.
+    """
+    found = choice.get("logprobs")
+    if "message" in choice:
+        message = choice["message"]
+        text = message.get("content") if isinstance(message, dict) else None
+        content = found.get("content") if isinstance(found, dict) else None
+        values = [entry.get("logprob") if isinstance(entry, dict) else None for entry in content or []]
+    else:
+        text = choice.get("text")
+        given = found.get("token_logprobs") if isinstance(found, dict) else None
+        values = given if isinstance(given, list) else []
+    if not isinstance(text, str):
+        raise BadAnswer("the answer has no text")
+    if text and not values:
+        raise BadAnswer("the answer has no log-probabilities: does the server know `logprobs`?")
+    total = sum(_checked(values)) if values else 0.0
+    cut = choice.get("finish_reason") == "length"
+    return {"text": sound_text(text).strip(), "logprob": total, "length": len(values), "cut": cut}
+
+
+def _starts(tokens: list[str], offsets: Any, text: str) -> list[int]:
+    """Where each token begins in `text`."""
+    joined, places = "", []
+    for token in tokens:
+        places.append(len(joined))
+        joined += token
+    before = joined.find(text)  # BOS may stand before it
+    if before >= 0:
+        return [place - before for place in places]
+    # Pieces of characters do not join to the text; the server's own count goes by characters, or so it should.
+    sound = (
+        isinstance(offsets, list)
+        and len(offsets) == len(tokens)
+        and all(isinstance(place, int) and not isinstance(place, bool) for place in offsets)
+        and offsets == sorted(offsets)
+    )
+    if not sound:
+        raise BadAnswer("the answer's tokens are not those of the text that was sent")
+    return offsets
+
+
+def _checked(values: Sequence[Any]) -> list[float]:
+    if not values:
+        raise BadAnswer("the answer has no token of the response")
+    for value in values:
+        if not is_logprob(value):
+            raise BadAnswer(f"{value!r:.40} is no log-probability")
+    return [float(value) for value in values]
+
+
+def _answer(values: Sequence[float | None], reply: Reply) -> dict[str, Any]:
+    found = _checked(values)
+    return {
+        "logprob": sum(found),
+        "length": len(found),
+        "usage": [reply.usage.tokens_in, reply.usage.tokens_out],
+    }
+
+
+def _text(prompt: Prompt, row: Record) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    raise UserError(
+        "the prompt is a list of messages, and a completions server takes text",
+        where=f"prompt {row.get('id')}",
+        fix="Give `tokenizer`, whose chat template makes tokens of it, or use another prompt template.",
+    )
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load the tokenizer {name!r}: {reason}", fix="Check the path or Hub id.") from error
