@@ -9,6 +9,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tuna_peft.models import fused_lora
 from tuna_peft.models.dequantise import keep_quantised_layout
 
 LORA_RANK = 16
@@ -83,6 +84,7 @@ def build(shape: str, device: str, *, quantise: bool = True, dtype: torch.dtype 
     model.requires_grad_(False)
     keep_quantised_layout(model)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+    fused_lora.register(lora)
     peft_model = get_peft_model(model, lora, autocast_adapter_dtype=device != "meta")
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name and not parameter.is_meta:  # zeros would hide the gradient of lora_A

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tuna_peft.errors import UserError
+from tuna_peft.models import fused_lora
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -61,6 +62,7 @@ def push_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConf
     """
     require_stackable(config, name)
     _require_usable_name(model, name)
+    fused_lora.register(config)
     try:
         if isinstance(model, PeftModel):
             stacked = model
