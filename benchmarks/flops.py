@@ -34,8 +34,13 @@ def _quantised_linear(x, weight, shape, *args, **kwargs) -> int:
     return 2 * math.prod(x) * shape[0]
 
 
-# What torch does not count: attention on CPUs, and products with a 4-bit weight `(out, in)`.
+def _product_added_in_place(total, a, b, *args, **kwargs) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+# What torch does not count: attention on CPUs, products with a 4-bit weight `(out, in)`, and those added in place.
 _MORE_OPERATORS = {
+    _aten.addmm_: _product_added_in_place,
     torch.ops.bitsandbytes.gemm_4bit: _quantised_linear,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

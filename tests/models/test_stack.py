@@ -64,7 +64,8 @@ def test_a_new_top_does_not_change_the_outputs_at_first(base_path: str) -> None:
     model = stack_on(load_tiny(base_path), sft=SFT)
     before = logits(model)
     model = push_adapter(model, "ranking", LoraConfig(**RANKING))
-    assert torch.equal(logits(model.eval()), before)
+    # Its zeros may change the order of a sum, no more.
+    torch.testing.assert_close(logits(model.eval()), before, atol=1e-5, rtol=1e-5)
 
 
 def test_active_adapters_selects_and_restores(base_path: str, stack: PeftModel) -> None:
