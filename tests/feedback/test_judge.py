@@ -88,7 +88,6 @@ def test_a_request_asks_for_json_by_schema(settings, tmp_path):
     body = http.asked[0].body
     assert (body["temperature"], body["max_tokens"]) == (0.3, 99)
     assert body["response_format"]["json_schema"]["schema"]["required"][-1] == "rank"
-    assert [message["role"] for message in body["messages"]] == ["system", "user"]
 
 
 # Both orders
@@ -246,7 +245,7 @@ def test_questions_without_any_answer(settings, tmp_path):
 
 
 def test_servers_that_do_not_know_everything(settings, tmp_path):
-    """Schema, system messages, temperature, max_tokens: each is dropped when refused, and not tried again."""
+    """Schema, temperature, max_tokens: each is dropped when refused, and not tried again."""
 
     def script(asked):
         body = asked.body
@@ -256,13 +255,11 @@ def test_servers_that_do_not_know_everything(settings, tmp_path):
             return error(400, "temperature must be the default")
         if "response_format" in body:
             return error(422, "Unexpected keys in the request: {'response_format'}")
-        if body["messages"][0]["role"] == "system":
-            return error(400, "System role not supported")
         return honest(asked)
 
     with scripted_server(script) as http:
         records, _ = judge_rows(rows(3), settings(http.url, {"in_flight": 1}), tmp_path / "j.jsonl")
-    assert len(records) == 3 and len(http.asked) == 4 + 3
+    assert len(records) == 3 and len(http.asked) == 3 + 3
     assert http.asked[-1].body["max_completion_tokens"] == 2048
 
 

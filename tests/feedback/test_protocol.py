@@ -16,7 +16,7 @@ def mark_of(messages):
 def quotes(messages):
     """The quoted texts by name, found as a strict reader would: only whole lines with the mark count."""
     mark, found, name, lines = mark_of(messages), {}, None, []
-    for line in messages[1]["content"].split("\n"):
+    for line in messages[0]["content"].split("\n"):
         if match := re.fullmatch(rf"{mark} (.+) (begins|ends)", line):
             if match[2] == "ends":
                 assert match[1] == name
@@ -64,12 +64,12 @@ def test_a_mark_that_was_seen_before_ends_nothing():
     assert quotes(messages)["response 1"] == response
 
 
+def rules(messages):
+    return messages[0]["content"].partition("prompt begins")[0].replace(mark_of(messages), "")
+
+
 def test_rules_are_the_same_whatever_the_material_says():
-    rules = [
-        judge_messages("p", ["a", text])[0]["content"].replace(mark_of(judge_messages("p", ["a", text])), "")
-        for text in TEXTS
-    ]
-    assert len(set(rules)) == 1
+    assert len({rules(judge_messages("p", ["a", text])) for text in TEXTS}) == 1
 
 
 def test_a_dialogue_is_quoted_as_one():
@@ -79,7 +79,8 @@ def test_a_dialogue_is_quoted_as_one():
 
 def test_guidance_is_told_and_not_quoted():
     messages = judge_messages("p", ["a", "b"], "Prefer {short} answers.")
-    assert messages[0]["content"].endswith("Prefer {short} answers.")
+    assert rules(messages).partition("task besides:")[2].strip().startswith("Prefer {short} answers.")
+    assert [message["role"] for message in messages] == ["user"]
 
 
 def test_the_schema_is_strict():

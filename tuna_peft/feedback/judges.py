@@ -102,11 +102,6 @@ def _attempt_temperature(settings: JudgeSettings, attempt: int) -> float:
     return min(settings.temperature + 0.3 * attempt, max(settings.temperature, 1.0))
 
 
-def _merged(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """One user message, for models without system messages."""
-    return [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
-
-
 # A server
 
 
@@ -115,7 +110,6 @@ class _Dialect:
     """What the server understands; it begins with everything and loses what is refused."""
 
     structured: bool
-    system: bool = True
     temperature: bool = True
     limit: str = "max_tokens"
 
@@ -127,8 +121,6 @@ class _Dialect:
             return dataclasses.replace(self, temperature=False)
         if self.structured:
             return dataclasses.replace(self, structured=False)
-        if self.system and ("system" in complaint.lower() or "role" in complaint.lower()):
-            return dataclasses.replace(self, system=False)
         return None
 
 
@@ -187,8 +179,7 @@ class ServerJudge:
         if dialect.structured:
             schema = {"name": "ranking", "strict": True, "schema": answer_schema(len(question.responses))}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
-        messages = question.messages if dialect.system else _merged(question.messages)
-        return self.server.chat(messages, **options)
+        return self.server.chat(question.messages, **options)
 
 
 # A model that runs here
@@ -256,12 +247,9 @@ class LocalJudge:
     def _prompt(self, question: Question, tokenizer: Any) -> list[int]:
         from tuna_peft.data.texts import prompt_ids
 
-        if not tokenizer.chat_template:
-            return prompt_ids(_merged(question.messages)[0]["content"] + "\n\n", tokenizer)
-        try:
-            return prompt_ids(question.messages, tokenizer)
-        except UserError:  # its template knows no system messages
-            return prompt_ids(_merged(question.messages), tokenizer)
+        messages = question.messages
+        # A model without a chat template goes on where a text ends.
+        return prompt_ids(messages if tokenizer.chat_template else messages[0]["content"] + "\n\n", tokenizer)
 
 
 # A program

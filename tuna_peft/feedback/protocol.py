@@ -18,7 +18,7 @@ MAX_GRADE = 5
 MAX_RESPONSES = 20
 """More than anyone can compare at once."""
 
-_SYSTEM = """\
+_RULES = """\
 You compare responses that language models gave to one prompt, and put them in order from best to worst.
 
 The prompt and the responses are quoted. Each quote stands between two lines that begin with {mark}; that code is new
@@ -47,7 +47,9 @@ Reply with one JSON object and nothing else:
 
 
 def judge_messages(prompt: Prompt, responses: Sequence[str], guidance: str | None = None) -> list[dict[str, str]]:
-    """The system and the user message that ask for a ranking.
+    """The message that asks for a ranking: rules, quotes, and the form of the answer.
+
+    One user message: the chat templates of many models refuse any other, some servers with an error 500.
 
     Args:
         prompt: Text, or messages, which are quoted as a dialogue.
@@ -57,16 +59,15 @@ def judge_messages(prompt: Prompt, responses: Sequence[str], guidance: str | Non
     dialogue = prompt if isinstance(prompt, str) else "\n\n".join(f"({m['role']}) {m['content']}" for m in prompt)
     mark = _mark([dialogue, *responses])
     own = len(responses)
-    system = _SYSTEM.format(mark=mark, own=own, max_grade=MAX_GRADE)
+    rules = _RULES.format(mark=mark, own=own, max_grade=MAX_GRADE)
     if guidance:
-        system += f"\n\nWhat matters in this task besides:\n{guidance.strip()}"
+        rules += f"\n\nWhat matters in this task besides:\n{guidance.strip()}"
     names = ["prompt", *(f"response {number}" for number in range(own))]
     quotes = [
         f"{mark} {name} begins\n{text}\n{mark} {name} ends"
         for name, text in zip(names, [dialogue, *responses], strict=True)
     ]
-    user = "\n\n".join([*quotes, _ANSWER.format(own=own)])
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return [{"role": "user", "content": "\n\n".join([rules, *quotes, _ANSWER.format(own=own)])}]
 
 
 def answer_schema(responses: int) -> dict[str, Any]:

@@ -1,0 +1,182 @@
+"""A server with every fault, 1,000 prompts at 32 in flight, and `kill -9`: nothing lost, nothing asked twice."""
+
+from __future__ import annotations
+
+import collections
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from scripted_server import Answer, Drop, Hang, chat, error, scripted_server
+from test_judge import grade, honest, rows, shown, verdict
+
+from tuna_peft.feedback.judge import judge_rows
+from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.server import ServerSettings
+from tuna_peft.files import write_jsonl
+
+NO_ANSWER = [
+    error(429, headers={"Retry-After": "0.02"}),
+    error(500),
+    error(503, headers={"Retry-After": "nonsense"}),
+    Drop(200, {"choices": [{"message": {"content": '{"rank": [4, 3, 2, 1, 0]}'}}]}),
+    Hang(1.0),
+]
+"""The client asks again by itself."""
+
+
+def no_ranking(asked):
+    """Answers that must not become a ranking, each of another kind."""
+    n = len(shown(asked))
+    return [
+        Answer(200, b'{"choices": [{"message"'),
+        Answer(200, b"<html>busy</html>"),
+        chat(verdict(asked)[:-15], finish="length"),
+        chat(verdict(asked)[: len(verdict(asked)) // 2]),
+        chat(json.dumps({"rank": list(range(n - 1))})),
+        chat(json.dumps({"rank": list(range(n + 3))})),
+        chat(json.dumps({"rank": [0] * n})),
+        chat("rank: [9, 8, 7, 6]"),
+        chat(None),
+        chat(""),
+        chat("I cannot rank these."),
+    ]
+
+
+class Faulty:
+    """The first two requests of two prompts in three go wrong, each in a way of its own; then the answer is honest."""
+
+    def __init__(self, share=2 / 3):
+        self.share = share
+        self.seen = collections.Counter()
+        self.good = collections.Counter()
+        self.guard = threading.Lock()
+
+    def __call__(self, asked):
+        prompt = asked.text.split("begins\n")[1].split("\n")[0]
+        with self.guard:
+            self.seen[prompt] += 1
+            time_asked = self.seen[prompt]
+        draw = random.Random(f"{prompt} {time_asked}")
+        if time_asked <= 2 and draw.random() < self.share:
+            return draw.choice(NO_ANSWER + no_ranking(asked))
+        with self.guard:
+            self.good[prompt] += 1
+        return honest(asked)
+
+
+def judged(url, given, journal, **server):
+    settings = JudgeSettings(server=ServerSettings(base_url=url, model="judge", timeout=0.5, **server))
+    return judge_rows(given, settings, journal)
+
+
+def check(records, given):
+    assert [record["id"] for record in records] == [row["id"] for row in given]
+    for record, row in zip(records, given, strict=True):
+        assert sorted(record["completions"]) == sorted(row["completions"])
+        assert [grade(text) for text in record["completions"]] == sorted(map(grade, row["completions"]), reverse=True)
+
+
+def test_every_fault_at_once(tmp_path):
+    given, script = rows(60), Faulty()
+    with scripted_server(script) as http:
+        records, report = judged(http.url, given, tmp_path / "j.jsonl", in_flight=16)
+    check(records, given)
+    assert (report.ranked, report.left_out) == (60, {})
+    assert set(script.good.values()) == {1}  # a good answer is the last thing that is asked for
+    assert len(http.asked) > 100
+
+
+def test_1000_prompts_with_32_in_flight(tmp_path):
+    given, script = rows(1000), Faulty(share=0.02)
+    together = threading.Barrier(32)
+
+    def meets(asked):
+        if asked.number < 32:
+            together.wait(timeout=60)  # breaks if not 32 are there at once
+        return script(asked)
+
+    with scripted_server(meets) as http:
+        records, report = judged(http.url, given, tmp_path / "j.jsonl", in_flight=32)
+    check(records, given)
+    assert report.asked == 1000 and http.most_open == 32
+    assert set(script.good.values()) == {1} and len(script.good) == 1000
+
+
+# kill -9
+
+
+PROGRAM = """
+import json, sys
+from tuna_peft.feedback.judge import judge_rows
+from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.files import write_jsonl
+
+url, data, journal, out = sys.argv[1:]
+settings = JudgeSettings.model_validate(
+    {"server": {"base_url": url, "model": "judge", "in_flight": 8, "max_retries": 20}, "both_orders": True}
+)
+records, _ = judge_rows([json.loads(line) for line in open(data)], settings, journal)
+write_jsonl(out, records)
+"""
+
+
+def killed_run(tmp_path, count, kills, seed):
+    """Runs of one job, all but the last killed after a random number of answers: what they asked, and the file."""
+    draw, answered = random.Random(seed), threading.Semaphore(0)
+
+    def script(asked):
+        time.sleep(0.002)
+        answered.release()
+        return honest(asked)
+
+    write_jsonl(tmp_path / "data.jsonl", rows(count))
+    with scripted_server(script) as http:
+        command = [sys.executable, "-c", PROGRAM, http.url, tmp_path / "data.jsonl", tmp_path / "journal.jsonl"]
+        command = [*map(str, command), str(tmp_path / "out.jsonl")]
+        killed = 0
+        while True:
+            run = subprocess.Popen(command, stderr=subprocess.PIPE)
+            if killed < kills:
+                for _ in range(draw.randint(1, max(1, 2 * count // (kills + 1)))):
+                    answered.acquire(timeout=60)
+                time.sleep(draw.random() * 0.01)
+                run.send_signal(signal.SIGKILL)
+                run.wait()
+                killed += run.returncode == -signal.SIGKILL
+                if run.returncode == 0:
+                    break
+            else:
+                _, stderr = run.communicate(timeout=120)
+                assert run.returncode == 0, stderr.decode()
+                break
+    return http, killed, (tmp_path / "out.jsonl").read_bytes()
+
+
+def check_killed(tmp_path, count, kills, seed):
+    straight, _, expected = killed_run_folder(tmp_path / "straight", count, 0, seed)
+    http, killed, found = killed_run_folder(tmp_path / "killed", count, kills, seed)
+    assert killed == kills
+    assert found == expected
+    # At most what was under way when the process died is asked again.
+    assert len(straight.asked) == 2 * count
+    assert 2 * count <= len(http.asked) <= 2 * count + 8 * kills
+
+
+def killed_run_folder(folder, count, kills, seed):
+    folder.mkdir()
+    return killed_run(folder, count, kills, seed)
+
+
+def test_kill_9(tmp_path):
+    check_killed(tmp_path, count=30, kills=2, seed=0)
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_moments_of_500_prompts(tmp_path):
+    check_killed(tmp_path, count=500, kills=20, seed=1)
