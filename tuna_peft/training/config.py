@@ -39,6 +39,10 @@ class TunaConfig(TrainingArguments):
         max_tokens_per_batch (`int`, *optional*):
             Most tokens of one forward pass, padding included; the prompts of a batch are split to fit, like lengths
             together. The loss does not change: it is averaged over all prompts of the step.
+        activation_memory (`str` or `float`, *optional*, defaults to `"auto"`):
+            Which layers keep their activations instead of recomputing them in the backward pass: as many as fit into
+            so many GiB, into what the device has left (`"auto"`), all (`"full"`, which `gradient_checkpointing=False`
+            also means) or none (`"none"`). Memory and time change, results do not.
 
         > Parameters that control the loss
 
@@ -75,6 +79,13 @@ class TunaConfig(TrainingArguments):
         default=None,
         metadata={"help": "Most tokens of one forward pass; the prompts of a batch are split to fit. None: no limit."},
     )
+    activation_memory: str | float = field(
+        default="auto",
+        metadata={
+            "help": "Layers keep their activations as far as they fit into so many GiB, or into what the device has "
+            "left ('auto'); 'full' keeps all, 'none' recomputes every layer."
+        },
+    )
     margin: float = field(default=0.1, metadata={"help": "Margin per step in rank (m in the paper)."})
     reduction: Literal["gap_mean", "pair_sum"] = field(
         default="gap_mean", metadata={"help": "'gap_mean' (released code) or 'pair_sum' (the paper's formula)."}
@@ -97,7 +108,8 @@ class TunaConfig(TrainingArguments):
         default=10, metadata={"help": "Log every X update steps; below 1, a share of all steps."}
     )
     gradient_checkpointing: bool | None = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass: less memory, a third more time."}
+        default=True,
+        metadata={"help": "Recompute activations where `activation_memory` does not hold them; False keeps all."},
     )
     bf16: bool | None = field(
         default=None,
@@ -118,8 +130,26 @@ class TunaConfig(TrainingArguments):
             choices = get_args(get_type_hints(type(self))[name])
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(choices)}")
+        self.activation_memory = self._checked_activation_memory()
         if self.n_gpu > 1 and not self.use_cpu:
             self._n_gpu = 1  # nn.DataParallel cannot split packed rows; several GPUs run under `accelerate launch`
+
+    def _checked_activation_memory(self) -> str | float:
+        value: Any = self.activation_memory
+        if isinstance(value, str) and value not in ("auto", "full", "none"):
+            try:
+                value = float(value)
+            except ValueError:
+                value = -1.0
+        if not isinstance(value, str) and not value >= 0:
+            raise ValueError(f"activation_memory={self.activation_memory!r}: use GiB, or one of auto, full, none")
+        if not self.gradient_checkpointing:
+            if value not in ("auto", "full"):
+                raise ValueError(
+                    f"activation_memory={self.activation_memory!r} needs gradient_checkpointing, which is off"
+                )
+            return "full"
+        return value
 
 
 def mixed_precision(use_cpu: bool = False) -> tuple[bool, bool]:

@@ -34,6 +34,7 @@ from tuna_peft.models.prefix import LONG_ROW, describe_attention
 from tuna_peft.models.scoring import response_logps, unwrap
 from tuna_peft.models.stack import push_adapter
 from tuna_peft.models.verify import verify_shared_rows
+from tuna_peft.training.activation_memory import ActivationMemory
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
 from tuna_peft.training.config import TunaConfig
 from tuna_peft.training.loss import PairCounts, hinge_by_distance, pair_weights
@@ -151,6 +152,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
         if train_dataset is not None:
             collator.require_fitting(train_dataset)
         self._verified = False
+        self._activations = ActivationMemory(args.activation_memory, args.world_size)
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         super().__init__(
             model=model,
@@ -159,7 +161,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self._activations],
             optimizers=optimizers,
         )
         # `compute_loss` divides by the counts of the whole optimiser step, so Trainer must not divide again.
@@ -214,14 +216,18 @@ class TunaTrainer(StackCheckpoints, Trainer):
                 loss = self._accumulate(model, micro_batches, num_items_in_batch)
                 break
             except torch.OutOfMemoryError:
-                if all(len(batch["ranks"]) == 1 for batch in micro_batches):
+                spared = self._activations.give_back()
+                if not spared and all(len(batch["ranks"]) == 1 for batch in micro_batches):
                     raise
-            micro_batches = [part for batch in micro_batches for part in halves(batch)]
             self._means["train"] = metrics.copy()
-            logger.warning(
-                "out of memory: this step goes on in %d forward passes; lower max_tokens_per_batch to save time",
-                len(micro_batches),
-            )
+            if spared:
+                logger.warning("out of memory: every layer recomputes from here on; lower activation_memory")
+            else:
+                micro_batches = [part for batch in micro_batches for part in halves(batch)]
+                logger.warning(
+                    "out of memory: this step goes on in %d forward passes; lower max_tokens_per_batch to save time",
+                    len(micro_batches),
+                )
             torch.cuda.empty_cache()
         for parameter, gradient in zip(parameters, earlier, strict=True):
             if gradient is not None:

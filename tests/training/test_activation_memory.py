@@ -1,0 +1,145 @@
+"""Layers keep their activations as far as a budget goes, and nothing else changes."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import make_model, make_rows
+from peft import LoraConfig
+
+from tuna_peft.data.collate import RankedCollator
+from tuna_peft.models.scoring import response_logps
+from tuna_peft.models.stack import push_adapter
+from tuna_peft.training import activation_memory
+from tuna_peft.training.activation_memory import GIB, ActivationMemory, saved_bytes
+from tuna_peft.training.config import TunaConfig
+
+LAYERS = 4
+
+
+@pytest.fixture
+def model():
+    base = make_model(num_hidden_layers=LAYERS)
+    model = push_adapter(base, "top", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.enable_input_require_grads()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+@pytest.fixture
+def batch():
+    return RankedCollator(pad_token_id=0)(make_rows(3))
+
+
+def kept(model):
+    return [not layer.gradient_checkpointing for layer in model.get_base_model().model.layers]
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    response_logps(model, batch).sums_BN.sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def layer_gib(model, batch):
+    """What a layer needs for this batch, measured by a policy that may keep everything."""
+    policy = ActivationMemory(1e6)
+    policy.attach(model)
+    gradients(model, batch)
+    policy.detach()
+    return policy._bytes_per_token * batch["input_ids"].numel() / GIB
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3, LAYERS, 10])
+def test_as_many_layers_as_fit_and_the_last_ones(model, batch, layers):
+    size = layer_gib(model, batch)
+    policy = ActivationMemory((layers + 0.5) * size)
+    policy.attach(model)
+    gradients(model, batch)
+    expected = min(layers, LAYERS)
+    assert kept(model) == [False] * (LAYERS - expected) + [True] * expected
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("full", True), ("none", False), ("auto", True), (0, False)])
+def test_settings(model, batch, setting, expected):
+    policy = ActivationMemory(setting)
+    policy.attach(model)
+    gradients(model, batch)
+    assert kept(model) == [expected] * LAYERS
+
+
+def test_results_do_not_depend_on_it(model, batch):
+    size, found = layer_gib(model, batch), []
+    for setting in ("none", 1.5 * size, 3.5 * size, "full"):
+        policy = ActivationMemory(setting)
+        policy.attach(model)
+        found.append(gradients(model, batch))
+        policy.detach()
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_saved_bytes_are_those_that_a_backward_pass_holds(model):
+    """Against the definition: what autograd packs during a whole forward pass, weights and shared inputs aside."""
+    layer = model.get_base_model().model.layers[0]
+    hidden = torch.randn(2, 24, 64, requires_grad=True)
+    tables = model.get_base_model().model.rotary_emb(hidden, torch.arange(24)[None])
+    inputs = (hidden,), {"position_embeddings": tables, "attention_mask": None}
+    once = saved_bytes(layer, *inputs)
+    doubled = (torch.cat([hidden.detach(), hidden.detach()]).requires_grad_(),), inputs[1]
+    assert 48 * 64 * 4 * 6 < once < 48 * 64 * 4 * 60
+    assert saved_bytes(layer, *doubled) == pytest.approx(2 * once, rel=0.15)  # the adapters' factors do not grow
+
+
+def test_measuring_draws_no_random_numbers(model, batch):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    layer_gib(model, batch)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_gpu_is_filled_after_a_first_step_that_recomputes_everything(model, batch, monkeypatch, caplog):
+    """The GPU is played: 10 units in use, 4 more at the peak of the first step, and so much free afterwards."""
+    size = layer_gib(model, batch) * GIB
+    monkeypatch.setattr(activation_memory, "_start_watching", lambda device: 10 * size)
+    monkeypatch.setattr(activation_memory, "_peak", lambda device: 14 * size)
+    monkeypatch.setattr(activation_memory, "_free", lambda device: 6.5 / activation_memory._USABLE * size)
+    policy = ActivationMemory("auto")
+    policy.attach(model)
+    budget, gpu = policy._budget, torch.device("cuda")
+    monkeypatch.setattr(policy, "_budget", lambda device, tokens: budget(gpu, tokens))
+    gradients(model, batch)
+    assert kept(model) == [False] * LAYERS
+    with caplog.at_level(logging.INFO, logger="tuna_peft"):
+        policy.on_step_end(SimpleNamespace(device=gpu), None, None)
+        gradients(model, batch)
+    assert kept(model) == [False, False, True, True]  # 6.5 are free, the pass itself takes 4
+    assert "2 of 4 layers keep their activations" in caplog.text
+
+
+def test_out_of_memory_gives_everything_back_once(model, batch):
+    policy = ActivationMemory(1e6)
+    policy.attach(model)
+    gradients(model, batch)
+    assert policy.give_back() and not policy.give_back()
+    gradients(model, batch)
+    assert kept(model) == [False] * LAYERS
+
+
+def test_several_processes_do_not_choose(model):
+    assert ActivationMemory("auto", processes=2).setting == "none"
+
+
+@pytest.mark.parametrize("value", ["lots", -1, "nan"])
+def test_a_wrong_setting_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match="use GiB, or one of auto, full, none"):
+        TunaConfig(str(tmp_path), activation_memory=value, use_cpu=True)
+
+
+def test_checkpointing_off_keeps_all(tmp_path):
+    assert TunaConfig(str(tmp_path), gradient_checkpointing=False, use_cpu=True).activation_memory == "full"
+    assert TunaConfig(str(tmp_path), activation_memory="2.5", use_cpu=True).activation_memory == 2.5
+    with pytest.raises(ValueError, match="needs gradient_checkpointing"):
+        TunaConfig(str(tmp_path), gradient_checkpointing=False, activation_memory=2, use_cpu=True)

@@ -1,0 +1,163 @@
+"""Activation checkpointing by a memory budget: as many layers as fit keep their activations, the others recompute.
+
+A layer that keeps what its backward pass needs saves a third of the layer's work. How much that is, is measured on the
+model at hand (a layer runs once with its saved tensors counted), so that it is right for any architecture, attention
+kernel and adapter stack. The choice is made anew for each forward pass, by its tokens; it changes memory and time, and
+no number.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import psutil
+import torch
+from torch.utils._pytree import tree_iter
+from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tuna_peft.models.scoring import unwrap
+
+GIB = 2**30
+# Of what a GPU has left over: the allocator's blocks never fit perfectly.
+_USABLE = 0.92
+# Of a computer's free memory, which other programs want too.
+_USABLE_RAM = 0.5
+
+logger = logging.getLogger("tuna_peft")
+
+
+class ActivationMemory(TrainerCallback):
+    """Decides, before each training pass, which layers keep their activations.
+
+    Args:
+        setting: GiB for kept activations; `"full"` keeps all, `"none"` recomputes every layer, `"auto"` takes what the
+            device has left: on a GPU what the first step, recomputing everything, leaves free, on a CPU half of the
+            free memory.
+        processes: With several, `"auto"` is `"none"`: they would choose differently.
+    """
+
+    def __init__(self, setting: str | float, processes: int = 1) -> None:
+        self.setting = "none" if setting == "auto" and processes > 1 else setting
+        self._layers: list[GradientCheckpointingLayer] = []
+        self._hook: Any = None
+        self._bytes_per_token, self._widest, self._logged = 0.0, 0, 0
+        self._pass_bytes_per_token: float | None = None  # of a GPU, recomputing everything
+        self._spared_tokens = 0
+        self._left = 0.0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Watches the first layer of the model."""
+        self.attach(model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the first step it is known what a GPU has left."""
+        if self.setting == "auto" and self._pass_bytes_per_token is None and self._spared_tokens:
+            device = args.device
+            self._pass_bytes_per_token = (_peak(device) - self._left) / self._spared_tokens
+            self._left = _USABLE * _free(device)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Leaves the model as it was."""
+        self.detach()
+
+    def attach(self, model: Any) -> None:
+        """Takes over the checkpointing flags of the model's layers."""
+        self.detach()
+        self._layers = [module for module in unwrap(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+        if self._layers and self.setting not in ("none", "full"):
+            self._hook = self._layers[0].register_forward_pre_hook(self._choose, with_kwargs=True)
+        for layer in self._layers:
+            layer.gradient_checkpointing = self.setting != "full"
+
+    def detach(self) -> None:
+        """Stops choosing; the flags stay as they are."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def give_back(self) -> bool:
+        """After running out of memory: every layer recomputes from now on. False when they all did, or cannot."""
+        able = [layer for layer in self._layers if hasattr(layer, "_gradient_checkpointing_func")]
+        kept = any(not layer.gradient_checkpointing for layer in able)
+        if kept:
+            self.detach()
+            for layer in self._layers:
+                layer.gradient_checkpointing = True
+        return kept
+
+    def _choose(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not (layer.training and torch.is_grad_enabled()):
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[1]
+        if width > self._widest:  # per token, longer rows never take less
+            self._widest = width
+            self._bytes_per_token = max(self._bytes_per_token, saved_bytes(layer, args, kwargs) / tokens)
+        budget = self._budget(hidden.device, tokens)
+        kept = min(int(budget / (self._bytes_per_token * tokens)), len(self._layers))
+        # The last layers: their activations are free again before the first layer recomputes.
+        for index, each in enumerate(self._layers):
+            each.gradient_checkpointing = index < len(self._layers) - kept
+        if tokens > self._logged and (self._pass_bytes_per_token is not None or budget):
+            self._logged = tokens
+            logger.info(
+                "activation memory: %d of %d layers keep their activations at %d tokens a forward pass, "
+                "%.2f GiB of %.2f GiB",
+                kept, len(self._layers), tokens, kept * self._bytes_per_token * tokens / GIB, budget / GIB,
+            )  # fmt: skip
+
+    def _budget(self, device: torch.device, tokens: int) -> float:
+        """Bytes for kept activations in a pass over so many tokens."""
+        if not isinstance(self.setting, str):
+            return self.setting * GIB
+        if device.type == "cpu":
+            return _USABLE_RAM * psutil.virtual_memory().available
+        if self._pass_bytes_per_token is None:  # the first step shows what recomputing everything takes
+            if not self._spared_tokens:
+                self._left = _start_watching(device)
+            self._spared_tokens = max(self._spared_tokens, tokens)
+            return 0.0
+        return max(self._left - self._pass_bytes_per_token * tokens, 0.0)
+
+
+def saved_bytes(layer: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+    """Bytes that a layer's backward pass needs beyond its inputs and weights, by running it once."""
+    before = {_storage(tensor) for tensor in [*layer.parameters(), *layer.buffers()]}
+    before |= {_storage(tensor) for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+    saved: dict[int, torch.Tensor] = {}  # with the tensors, so that no storage is freed and its address used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if _storage(tensor) not in before:
+            saved[_storage(tensor)] = tensor
+        return tensor
+
+    flag, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+    try:
+        devices = [args[0].device] if args and args[0].is_cuda else []
+        with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer.forward(*args, **kwargs)
+    finally:
+        layer.gradient_checkpointing = flag
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _start_watching(device: torch.device) -> float:
+    """Bytes in use on a GPU now; its peak is counted from here on."""
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that tensors may still take: what the GPU has free and what the allocator holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
