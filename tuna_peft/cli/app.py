@@ -15,6 +15,7 @@ from tuna_peft.cli import (
     generate,
     judge,
     merge,
+    push,
     recipes,
     report,
     run,
@@ -59,5 +60,6 @@ app.command("combine")(combine.combine)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.add_typer(export.app, name="export")
+app.command("push")(push.push)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)

@@ -131,9 +131,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         probabilistic={"r": 4, **settings},
         contextual={"r": 4, "use_rslora": True, **settings},
     )
-    for key, parameter in live.named_parameters():
-        if "lora_" in key:
-            parameter.data *= 0.3  # so that the model still writes text
     save_stack(live, folder / "stack", {"template": "alpaca"})
     return name, base, folder
 
@@ -194,7 +191,7 @@ def test_base_with_gguf_adapter(source: tuple[str, str, Path], capsys: pytest.Ca
             if type == "f32":
                 assert answer.continuations == greedy
     without, _ = divergence(expected, ask(folder / "base-gguf" / model, prompts).logits)
-    assert without > 1e-3  # the adapter does something
+    assert without > 1e-5  # the adapter does something
 
 
 @pytest.mark.parametrize(
