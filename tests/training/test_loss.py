@@ -1,12 +1,13 @@
 """The ranking loss against hand-worked numbers, a slow independent rendering, and its invariants."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from tuna_peft import tuna_loss
-from tuna_peft.training.loss import PairCounts, dense_ranks, hinge_by_distance, pair_weights
+from tuna_peft.training.loss import PairCounts, RankingLoss, dense_ranks
 
 
 def slow_loss(lists, margin, reduction):
@@ -92,15 +93,85 @@ def test_no_pair_is_zero_with_a_gradient():
         assert loss.item() == 0.0 and scores.grad is not None
 
 
+def plackett_luce(responses, beta):
+    """-log of the probability of the order, drawn one by one without replacement; ties wait for nobody."""
+    total = 0.0
+    for v, rank in responses:
+        left = [other for other, below in responses if below > rank]
+        total -= math.log(math.exp(beta * v) / sum(math.exp(beta * other) for other in [v, *left]))
+    return total
+
+
 @pytest.mark.parametrize("reduction", ["gap_mean", "pair_sum"])
-def test_micro_batches_with_the_counts_of_all_add_up(reduction):
+def test_logistic_is_simpo_on_a_pair_and_its_sum_over_a_list(reduction):
+    v, beta, gamma = torch.tensor([[-1.0, -0.7]]), 2.5, 0.5
+    simpo = -torch.nn.functional.logsigmoid(beta * v[:, 0] - beta * v[:, 1] - gamma).mean()
+    ours = tuna_loss(v, loss_type="logistic", beta=beta, margin=gamma / beta, reduction=reduction)
+    torch.testing.assert_close(ours, simpo)
+    scores = torch.randn(3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ranks, mask = torch.tensor([[0, 1, 1, 2], [0, 1, 2, 3], [1, 0, 5, 5]]), torch.ones(3, 4, dtype=torch.bool)
+    mask[1, 2] = False
+    by_gap, total = {}, 0.0
+    for b in range(3):
+        there = [(scores[b, i].item(), ranks[b, i].item()) for i in range(4) if mask[b, i]]
+        order = sorted({rank for _, rank in there})
+        for (v_i, r_i), (v_j, r_j) in itertools.permutations(there, 2):
+            gap = order.index(r_j) - order.index(r_i)
+            if gap > 0:
+                by_gap.setdefault(gap, []).append(math.log1p(math.exp(1.5 * (v_j - v_i + 0.2 * gap))))
+                total += by_gap[gap][-1]
+    expected = total / 3 if reduction == "pair_sum" else sum(sum(gap) / len(gap) for gap in by_gap.values())
+    ours = tuna_loss(scores, ranks=ranks, mask=mask, margin=0.2, reduction=reduction, loss_type="logistic", beta=1.5)
+    assert ours.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_list_mle_is_the_likelihood_of_the_order():
+    scores = torch.randn(3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ranks, mask = torch.tensor([[0, 1, 2, 3], [0, 1, 1, 2], [3, 1, 0, 0]]), torch.ones(3, 4, dtype=torch.bool)
+    mask[0, 1] = False
+    lists = [[(scores[b, i].item(), ranks[b, i].item()) for i in range(4) if mask[b, i]] for b in range(3)]
+    expected = sum(plackett_luce(responses, 1.7) for responses in lists) / 3
+    ours = tuna_loss(scores, ranks=ranks, mask=mask, loss_type="list_mle", beta=1.7)
+    assert ours.item() == pytest.approx(expected, rel=1e-12)
+    # Over all orders of three responses the probabilities add up to one.
+    v = torch.tensor([[-0.3, -1.0, 0.4]], dtype=torch.float64)
+    orders = [torch.tensor([order]) for order in itertools.permutations(range(3))]
+    losses = [tuna_loss(v, ranks=order, loss_type="list_mle", beta=1.0) for order in orders]
+    assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1.0)
+
+
+ALL_LOSSES = [
+    RankingLoss("hinge", reduction="gap_mean"), RankingLoss("hinge", reduction="pair_sum"),
+    RankingLoss("logistic", reduction="gap_mean"), RankingLoss("logistic", reduction="pair_sum"),
+    RankingLoss("list_mle"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: f"{loss.loss_type}-{loss.reduction}")
+def test_micro_batches_with_the_counts_of_all_add_up(loss):
     scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(6, 4, dtype=torch.bool)
     mask[0, 3] = mask[4, 2] = False
     ranks = dense_ranks(mask.long().cumsum(-1), mask)
-    weights = pair_weights(PairCounts.of(ranks), reduction).to(scores)
-    parts = sum(hinge_by_distance(scores[i : i + 2], ranks[i : i + 2], 0.1) @ weights for i in (0, 2, 4))
-    torch.testing.assert_close(parts, tuna_loss(scores, mask=mask, reduction=reduction))
+    counts = PairCounts.of(ranks)
+    # One prompt of three responses with another's: micro-batches may be narrower than the step.
+    shares = [loss(scores[:1, :3], ranks[:1, :3], counts), loss(scores[1:2], ranks[1:2], counts)]
+    shares += [loss(scores[i : i + 2], ranks[i : i + 2], counts) for i in (2, 4)]
+    torch.testing.assert_close(sum(shares), loss(scores, ranks, counts))
+
+
+@pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: f"{loss.loss_type}-{loss.reduction}")
+def test_what_is_missing_or_tied_has_no_part_in_any_loss(loss):
+    options = {"loss_type": loss.loss_type, "reduction": loss.reduction}
+    wide = torch.tensor([[-1.0, float("nan"), -0.5, -3.0]], requires_grad=True)
+    value = tuna_loss(wide, mask=torch.tensor([[True, False, True, True]]), **options)
+    value.backward()
+    torch.testing.assert_close(value.detach(), tuna_loss(torch.tensor([[-1.0, -0.5, -3.0]]), **options))
+    assert wide.grad[0, 1] == 0 and torch.isfinite(wide.grad).all()
+    tied = torch.randn(2, 3, requires_grad=True)
+    value = tuna_loss(tied, ranks=torch.zeros(2, 3, dtype=torch.long), **options)
+    value.backward()
+    assert value.item() == 0 and not tied.grad.any()
 
 
 def test_wrong_input():
@@ -108,3 +179,5 @@ def test_wrong_input():
         tuna_loss(torch.zeros(2, 3), ranks=torch.zeros(2, 4))
     with pytest.raises(ValueError, match="unknown reduction 'mean'"):
         tuna_loss(torch.zeros(2, 3), reduction="mean")
+    with pytest.raises(ValueError, match="unknown loss_type 'dpo'.*'list_mle'"):
+        tuna_loss(torch.zeros(2, 3), loss_type="dpo")

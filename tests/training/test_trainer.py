@@ -118,14 +118,21 @@ def test_learns_to_rank_in_four_bits_and_logs_it(base_folder, tmp_path):
     assert entry["loss"] == pytest.approx(entry["rank_loss"] + entry["mle_loss"], abs=1e-3)
 
 
-@pytest.mark.parametrize("reduction", ["gap_mean", "pair_sum"])
-@pytest.mark.parametrize("mle_on", ["all", "best", "reference"])
-def test_accumulation_does_not_change_the_loss(base_folder, tmp_path, reduction, mle_on):
+LOSSES = [
+    {"reduction": reduction, "mle_on": mle_on}
+    for reduction in ("gap_mean", "pair_sum")
+    for mle_on in ("all", "best", "reference")
+]
+LOSSES += [{"loss_type": loss_type, "mle_on": "best"} for loss_type in ("logistic", "list_mle")]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: "-".join(loss.values()))
+def test_accumulation_does_not_change_the_loss(base_folder, tmp_path, loss):
     rows = make_rows(16)  # ragged: 2 to 4 responses, ties
     results = []
     for size, steps in ((8, 1), (1, 8)):
         run = trainer(stacked(base_folder), tmp_path, rows, max_steps=3, per_device_train_batch_size=size,
-                      gradient_accumulation_steps=steps, reduction=reduction, mle_on=mle_on)  # fmt: skip
+                      gradient_accumulation_steps=steps, **loss)  # fmt: skip
         run.train()
         weights = torch.cat([p.detach().flatten() for p in run.model.parameters() if p.requires_grad])
         results.append((torch.tensor(losses(run)), weights))

@@ -46,6 +46,12 @@ class TunaConfig(TrainingArguments):
 
         > Parameters that control the loss
 
+        loss_type (`str`, *optional*, defaults to `"hinge"`):
+            `"hinge"` is Tuna's loss; `"logistic"` puts SimPO's loss (https://huggingface.co/papers/2405.14734) over
+            all pairs of a list; `"list_mle"` is the Plackett-Luce likelihood of the order (ListMLE, Xia et al. 2008).
+            See [`tuna_peft.training.loss.RankingLoss`].
+        beta (`float`, *optional*, defaults to `2.0`):
+            Inverse temperature of `"logistic"` and `"list_mle"`.
         margin (`float`, *optional*, defaults to `0.1`):
             Margin per step in rank, m in the paper.
         reduction (`str`, *optional*, defaults to `"gap_mean"`):
@@ -86,6 +92,11 @@ class TunaConfig(TrainingArguments):
             "left ('auto'); 'full' keeps all, 'none' recomputes every layer."
         },
     )
+    loss_type: Literal["hinge", "logistic", "list_mle"] = field(
+        default="hinge",
+        metadata={"help": "'hinge' (Tuna), 'logistic' (SimPO over all pairs of a list), 'list_mle' (Plackett-Luce)."},
+    )
+    beta: float = field(default=2.0, metadata={"help": "Inverse temperature of 'logistic' and 'list_mle'."})
     margin: float = field(default=0.1, metadata={"help": "Margin per step in rank (m in the paper)."})
     reduction: Literal["gap_mean", "pair_sum"] = field(
         default="gap_mean", metadata={"help": "'gap_mean' (released code) or 'pair_sum' (the paper's formula)."}
@@ -126,7 +137,7 @@ class TunaConfig(TrainingArguments):
             self.fp16: bool = self.fp16 or fp16
             self.bf16 = bf16 and not self.fp16
         super().__post_init__()
-        for name in ("overflow", "reduction", "mle_on"):
+        for name in ("overflow", "loss_type", "reduction", "mle_on"):
             choices = get_args(get_type_hints(type(self))[name])
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(choices)}")

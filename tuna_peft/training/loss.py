@@ -1,4 +1,5 @@
-"""The Tuna ranking loss (Li et al. 2023, https://arxiv.org/abs/2310.13385, section 3).
+"""The Tuna ranking loss (Li et al. 2023, https://arxiv.org/abs/2310.13385, section 3), and two others on the same
+lists.
 
 Shape suffixes: B prompts, N responses of a prompt, G = N - 1 rank distances.
 """
@@ -6,11 +7,77 @@ Shape suffixes: B prompts, N responses of a prompt, G = N - 1 rank distances.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+from torch.nn.functional import softplus
 
 Reduction = Literal["gap_mean", "pair_sum"]
+LossType = Literal["hinge", "logistic", "list_mle"]
+
+
+@dataclass(frozen=True)
+class RankingLoss:
+    r"""A loss over a prompt's ranked responses, with length-normalised log-probabilities \(v\) and ranks \(r\).
+
+    - `hinge`, Tuna's: \(\max(0,\; v_j - v_i + m\,(r_j - r_i))\) for every response \(i\) better than \(j\).
+    - `logistic`: \(\log(1 + \exp(\beta\,(v_j - v_i + m\,(r_j - r_i))))\), SimPO's loss
+      (https://arxiv.org/abs/2405.14734, with \(\gamma = \beta m\) per step) over all pairs of a list.
+    - `list_mle`: \(\sum_i \log(1 + \sum_{j:\,r_j > r_i} \exp(\beta\,(v_j - v_i)))\), minus the log-likelihood of the
+      order under Plackett and Luce's model (ListMLE, Xia et al. 2008), averaged over prompts. Without pairs, `margin`
+      and `reduction` have no part in it. Of tied responses none stands in the other's sum.
+
+    Attributes:
+        loss_type: Which of them.
+        margin: \(m\) per step in rank.
+        reduction: `gap_mean`, as in the released code: the mean over all pairs of a batch that are g steps apart,
+            summed over g. `pair_sum`, the paper's formula: the sum over a prompt's pairs, averaged over prompts.
+        beta: Inverse temperature of `logistic` and `list_mle`.
+    """
+
+    loss_type: LossType = "hinge"
+    margin: float = 0.1
+    reduction: Reduction = "gap_mean"
+    beta: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("loss_type", LossType), ("reduction", Reduction)):
+            if getattr(self, name) not in get_args(choices):
+                known = " or ".join(repr(choice) for choice in get_args(choices))
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: use {known}")
+
+    def __call__(self, scores_BN: torch.Tensor, ranks_BN: torch.Tensor, counts: PairCounts) -> torch.Tensor:
+        """This batch's share of the loss that is averaged over `counts`: its own, or those of a whole optimiser step.
+
+        Args:
+            scores_BN: `(batch, n)` length-normalised log-probabilities.
+            ranks_BN: `(batch, n)` dense ranks, see `dense_ranks`; -1 where a response is missing.
+            counts: With pairs of at least as many distances as the batch has.
+
+        Returns:
+            A scalar; the shares of all micro-batches add up to the loss of all of them in one.
+        """
+        # Missing responses may hold any value, even NaN: they must not reach the sum or the gradient.
+        scores_BN = scores_BN.masked_fill(ranks_BN < 0, 0.0)
+        steps_BNN = distances(ranks_BN)
+        ahead_BNN = scores_BN[:, None, :] - scores_BN[:, :, None]  # of j, the worse, before i
+        if self.loss_type == "list_mle":
+            above_BNN = (self.beta * ahead_BNN).masked_fill(steps_BNN == 0, -torch.inf)
+            nobody_BN1 = torch.zeros_like(scores_BN)[..., None]  # log(1 + sum exp(x)) = logsumexp(0, x)
+            return torch.cat([nobody_BN1, above_BNN], dim=-1).logsumexp(-1).sum() / counts.prompts
+        lacking_BNN = ahead_BNN + self.margin * steps_BNN.to(scores_BN)
+        losses_BNN = lacking_BNN.clamp_min(0) if self.loss_type == "hinge" else softplus(self.beta * lacking_BNN)
+        gaps = range(1, scores_BN.shape[1])
+        if not gaps:
+            return scores_BN.sum() * 0
+        losses_G = torch.stack([losses_BNN.masked_fill(steps_BNN != gap, 0.0).sum() for gap in gaps])
+        return losses_G @ self._weights(counts)[: len(losses_G)].to(losses_G)
+
+    def _weights(self, counts: PairCounts) -> torch.Tensor:
+        """`(G,)`: what the summed losses of the pairs of each distance are multiplied with."""
+        if self.reduction == "gap_mean":
+            return counts.pairs_G.clamp_min(1).double().reciprocal()
+        return counts.prompts.double().reciprocal().expand(len(counts.pairs_G))
 
 
 def tuna_loss(
@@ -20,28 +87,25 @@ def tuna_loss(
     mask: torch.Tensor | None = None,
     margin: float = 0.1,
     reduction: Reduction = "gap_mean",
+    loss_type: LossType = "hinge",
+    beta: float = 2.0,
 ) -> torch.Tensor:
-    r"""The hinge over all pairs of a ranked list, with a margin that grows with their distance in rank.
-
-    For responses \(i\) better than \(j\), with length-normalised log-probabilities \(v\) and ranks \(r\):
-
-    .. math:: \ell_{ij} = \max(0,\; v_j - v_i + m\,(r_j - r_i))
+    """The ranking loss of one batch, see `RankingLoss` for the formulas.
 
     Args:
         scores: `(batch, n)` length-normalised log-probabilities, best response first.
         ranks: `(batch, n)` integers, lower is better, equal where tied; only their order counts. Tied responses form
             no pair and count as one step in rank. By default the position among the responses that are there.
         mask: `(batch, n)` booleans, False where a response is missing (prompts may have fewer than n).
-        margin: \(m\) per step in rank.
-        reduction: `gap_mean`, as in the released code: the mean over all pairs of a batch that are g steps apart,
-            summed over g. `pair_sum`, the paper's formula: the sum over a prompt's pairs, averaged over prompts.
+        margin, reduction, loss_type, beta: See `RankingLoss`.
 
     Returns:
         A scalar; 0 where no pair exists.
 
     Raises:
-        ValueError: Shapes differ, or the reduction is unknown.
+        ValueError: Shapes differ, or the reduction or the type is unknown.
     """
+    loss = RankingLoss(loss_type, margin, reduction, beta)
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.bool()
     if ranks is None:
         ranks = mask.long().cumsum(-1)
@@ -51,7 +115,7 @@ def tuna_loss(
             f"{tuple(ranks.shape)}, {tuple(mask.shape)}"
         )
     ranks = dense_ranks(ranks, mask)
-    return hinge_by_distance(scores, ranks, margin) @ pair_weights(PairCounts.of(ranks), reduction).to(scores)
+    return loss(scores, ranks, PairCounts.of(ranks))
 
 
 def dense_ranks(ranks_BN: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
@@ -68,18 +132,6 @@ def distances(ranks_BN: torch.Tensor) -> torch.Tensor:
     """`(B, N, N)`: how many steps j is below i, 0 where they form no pair (tied, j better, or one is missing)."""
     there_BNN = (ranks_BN[:, :, None] >= 0) & (ranks_BN[:, None, :] >= 0)
     return (ranks_BN[:, None, :] - ranks_BN[:, :, None]).clamp_min(0).masked_fill(~there_BNN, 0)
-
-
-def hinge_by_distance(scores_BN: torch.Tensor, ranks_BN: torch.Tensor, margin: float) -> torch.Tensor:
-    """`(G,)`: the hinge summed over all pairs of the batch that are 1, 2, ... N-1 steps apart."""
-    distance_BNN = distances(ranks_BN)
-    # Missing responses may hold any value, even NaN: they must not reach the sum or the gradient.
-    scores_BN = scores_BN.masked_fill(ranks_BN < 0, 0.0)
-    hinge_BNN = (scores_BN[:, None, :] - scores_BN[:, :, None] + margin * distance_BNN.to(scores_BN)).clamp_min(0)
-    steps = range(1, scores_BN.shape[1])
-    if not steps:
-        return scores_BN.sum(dim=(0, 1))[None] * 0
-    return torch.stack([hinge_BNN.masked_fill(distance_BNN != g, 0.0).sum() for g in steps])
 
 
 @dataclass
@@ -100,12 +152,3 @@ class PairCounts:
         steps = max(ranks_BN.shape[1] - 1, 1)
         pairs = torch.bincount(distances(ranks_BN).flatten(), minlength=steps + 1)[1 : steps + 1]
         return cls(pairs, torch.tensor(len(ranks_BN), device=ranks_BN.device))
-
-
-def pair_weights(counts: PairCounts, reduction: Reduction) -> torch.Tensor:
-    """`(G,)`: what each summed hinge is multiplied with, see `tuna_loss`."""
-    if reduction == "gap_mean":
-        return counts.pairs_G.clamp_min(1).double().reciprocal()
-    if reduction == "pair_sum":
-        return counts.prompts.double().reciprocal().expand(len(counts.pairs_G))
-    raise ValueError(f"unknown reduction {reduction!r}: use 'gap_mean' or 'pair_sum'")

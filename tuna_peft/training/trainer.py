@@ -37,7 +37,7 @@ from tuna_peft.models.verify import verify_shared_rows
 from tuna_peft.training.activation_memory import ActivationMemory
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
 from tuna_peft.training.config import TunaConfig
-from tuna_peft.training.loss import PairCounts, hinge_by_distance, pair_weights
+from tuna_peft.training.loss import PairCounts, RankingLoss
 from tuna_peft.training.metrics import RunningMeans, pair_statistics
 
 logger = logging.getLogger("tuna_peft")
@@ -273,12 +273,10 @@ class TunaTrainer(StackCheckpoints, Trainer):
         logps = response_logps(model, inputs)
         scores_BN = logps.normalised(args.length_penalty)
 
-        hinges_G = hinge_by_distance(scores_BN, ranks_BN, args.margin)
         step = PairCounts(
-            torch.tensor(counts.pairs[: len(hinges_G)], device=hinges_G.device),
-            torch.tensor(counts.prompts, device=hinges_G.device),
+            torch.tensor(counts.pairs, device=scores_BN.device), torch.tensor(counts.prompts, device=scores_BN.device)
         )
-        rank_loss = hinges_G @ pair_weights(step, args.reduction).to(hinges_G)
+        rank_loss = RankingLoss(args.loss_type, args.margin, args.reduction, args.beta)(scores_BN, ranks_BN, step)
         mle_loss = -logps.sums_BN[inputs["mle"]].sum() / max(counts.mle_tokens, 1)
         loss = rank_loss + args.mle_weight * mle_loss
 
