@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from tuna_peft.models import fused_lora
 from tuna_peft.models.dequantise import keep_quantised_layout
@@ -67,17 +67,19 @@ class _Dequantising(torch.autograd.Function):
         return grads[0] @ weight.clone(), None
 
 
-def build(shape: str, device: str, *, quantise: bool = True, dtype: torch.dtype | None = None) -> PeftModel:
+def build(
+    shape: str | PretrainedConfig, device: str, *, quantise: bool = True, dtype: torch.dtype | None = None
+) -> PeftModel:
     """A frozen base in the given shape with LoRA r=16 on all linear layers of the body, in training mode.
 
     On meta, base and adapters are bf16: autocast does not exist there, and this keeps casts out that a GPU would not
     make either. On CUDA the base computes in bf16; on CPU everything is fp32.
     """
-    config = config_of(shape)
+    config = config_of(shape) if isinstance(shape, str) else shape
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     torch.manual_seed(0)
     with torch.device("meta" if device == "meta" else "cpu"):
-        model: Any = LlamaForCausalLM(config).to(dtype)
+        model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
     if quantise:
         _quantise(model, device)
     if device == "cuda":

@@ -47,7 +47,7 @@ def test_identity_names_the_weights_not_the_quantisation(base_path: str, tmp_pat
 
 
 def test_a_missing_base_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot load the base model"):
+    with pytest.raises(UserError, match="neither a folder here nor a Hub id"):
         load_base(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="no built-in model"):
         resolve_model_path("builtin:unknown")

@@ -15,7 +15,7 @@ from tuna_peft.cli import (
     generate,
     judge,
     merge,
-    push,
+    plan,
     recipes,
     report,
     run,
@@ -50,6 +50,7 @@ def options(
 
 
 app.command("run")(run.run)
+app.command("plan")(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.command("schema")(schema.schema)
@@ -60,6 +61,5 @@ app.command("combine")(combine.combine)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.add_typer(export.app, name="export")
-app.command("push")(push.push)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)

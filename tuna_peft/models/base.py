@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,6 +24,7 @@ from transformers.utils import cached_file
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_dequantisation
+from tuna_peft.models.hub_files import CACHE, hub_file
 
 BUILTIN = {"builtin:pico-llama": "pico_llama"}
 QUANTIZATION_METHODS = ("nf4", "fp4", "int8", "none")
@@ -116,37 +118,24 @@ def load_base(
     Raises:
         UserError: The model does not exist, cannot be read, or is no decoder-only causal LM.
     """
-    path = resolve_model_path(model)
     target = resolve_device(device)
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(path, **hub)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot load the base model {model!r}: {str(error).splitlines()[0]}",
-            fix="Check the path or Hub id; for a gated or private model run `hf auth login` first.",
-        ) from error
-    _require_causal_lm(config, model)
+    config, tokenizer = load_config_and_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            resolve_model_path(model),
             config=config,
             dtype=resolve_dtype(dtype, target),
             quantization_config=quantization_config,
             device_map={"": target} if quantization_config is not None else None,
             use_safetensors=True,  # pickles run code
             attn_implementation=attn_implementation,
-            **hub,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error
     if quantization_config is None:
         loaded.to(target)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {model!r} has no EOS token", fix="Set `eos_token` in its tokenizer config.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     loaded.config.pad_token_id = tokenizer.pad_token_id
     loaded.config.use_cache = False
     keep_quantised_layout(loaded)
@@ -154,6 +143,42 @@ def load_base(
     loaded.requires_grad_(False)
     loaded.eval()
     return Base(loaded, tokenizer, base_identity(loaded))
+
+
+def load_config_and_tokenizer(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """What can be known of a base without its weights.
+
+    Args:
+        model: As in `load_base`, like the others.
+
+    Returns:
+        The configuration, and the tokenizer with a `pad_token` (EOS where it has none).
+
+    Raises:
+        UserError: It does not exist, is gated, cannot be reached or read, or is no decoder-only causal LM.
+    """
+    path = resolve_model_path(model)
+    on_hub = path == model and not Path(path).exists()
+    # Says what is wrong better than what follows, and spares it the wait for a network that is not there.
+    offline = on_hub and hub_file(model, "config.json", revision)[1] == CACHE
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": offline}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        _require_causal_lm(config, model)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the base model {model!r}: {str(error).splitlines()[0]}", fix="Check the path or Hub id."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model!r} has no EOS token", fix="Set `eos_token` in its tokenizer config.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return config, tokenizer
 
 
 def _require_causal_lm(config: Any, model: str) -> None:

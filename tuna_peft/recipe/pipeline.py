@@ -17,13 +17,21 @@ from tuna_peft.evaluation.session import Session, weights_key
 from tuna_peft.graders import load_grader
 from tuna_peft.journal import Journal
 from tuna_peft.models.adapter_stack import extend_stack, quantization_of
-from tuna_peft.models.base import Base, load_base, make_quantization_config, resolve_device, resolve_dtype
+from tuna_peft.models.base import (
+    Base,
+    load_base,
+    load_config_and_tokenizer,
+    make_quantization_config,
+    resolve_device,
+    resolve_dtype,
+)
 from tuna_peft.models.manifest import read_manifest
 from tuna_peft.models.stack import adapter_names, fingerprint, load_adapter
 from tuna_peft.recipe.evaluate import evaluate_stage
 from tuna_peft.recipe.exports import export_stack
 from tuna_peft.recipe.inputs import Inputs, read_inputs
 from tuna_peft.recipe.measure import environment
+from tuna_peft.recipe.preflight import preflight
 from tuna_peft.recipe.rundir import RunDirectory
 from tuna_peft.recipe.schema import Recipe, Stage
 from tuna_peft.recipe.train_stage import stage_config, train_stage
@@ -48,8 +56,12 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
             stage_config(recipe, stage, run.stage(stage.name), on_cpu=on_cpu)  # fields that do not go together
         if recipe.evaluation and recipe.evaluation.tasks.graded:
             load_grader(recipe.evaluation.tasks.graded.grader, "evaluation.tasks.graded.grader")
+        config, tokenizer = load_config_and_tokenizer(
+            recipe.base.model, revision=recipe.base.revision, trust_remote_code=recipe.base.trust_remote_code
+        )
+        inputs = read_inputs(recipe, tokenizer, config)
+        preflight(recipe, inputs, config)
         base = _load_base(recipe)
-        inputs = read_inputs(recipe, base.tokenizer, base.model.config)
         run.save(FACTS, _facts(recipe, base, inputs))
         model: PreTrainedModel | PeftModel = base.model
         _evaluate(run, model, base, inputs, "base")

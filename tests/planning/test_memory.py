@@ -1,0 +1,77 @@
+"""The arithmetic of memory against hand counts, real modules and measured peaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is in the repository, not in the package
+
+from benchmarks import planner  # noqa: E402
+from benchmarks.shapes import LORA_RANK, TARGETS, build  # noqa: E402
+from tuna_peft.data.collate import RankedCollator  # noqa: E402
+from tuna_peft.models.logps import CHUNK_ROWS  # noqa: E402
+from tuna_peft.models.prefix import LONG_ROW  # noqa: E402
+from tuna_peft.planning import memory, workload  # noqa: E402
+from tuna_peft.planning.memory import Precision, weight_parts  # noqa: E402
+from tuna_peft.planning.shapes import KNOWN, ModelShape  # noqa: E402
+
+SMALL = ModelShape(hidden=512, intermediate=1408, layers=2, heads=8, kv_heads=4, head_dim=64, vocab=1000)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_bytes_of_a_4_bit_weight_are_those_of_bitsandbytes(double_quant):
+    weight = torch.randn(512, 1408)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
+    scales = state.absmax.nbytes + (state.state2.absmax.nbytes if double_quant else 0)
+    expected = (packed.nbytes + scales) / weight.numel()
+    assert Precision("nf4", double_quant, 2).body == pytest.approx(expected, rel=1e-3)
+    assert round(Precision("nf4", True, 2).body, 3) == 0.516
+
+
+def test_parameters_are_those_of_the_model():
+    for shape in (SMALL, dataclasses.replace(SMALL, tied=True), dataclasses.replace(SMALL, qk_norm=True)):
+        model = build(planner.config_of(shape), "meta")
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        every = sum(parameter.numel() for parameter in model.parameters())
+        assert shape.adapter(LORA_RANK, TARGETS) == trained
+        norms = 2 * shape.head_dim * shape.layers if shape.qk_norm else 0
+        assert shape.body + shape.unquantised == every - trained - norms
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("llama-2-7b", 6.738), ("llama-3.1-8b", 8.030), ("llama-3.1-70b", 70.554), ("qwen2.5-7b", 7.616)],
+)
+def test_known_shapes_have_the_published_sizes(model, billions):
+    shape = KNOWN[model]
+    assert (shape.body + shape.unquantised) / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+def test_constants_are_those_of_training():
+    assert memory.CHUNK_ROWS == CHUNK_ROWS
+    assert workload.LONG_ROW == LONG_ROW
+    assert RankedCollator(0).pad_to_multiple_of == workload.PAD_TO
+
+
+def test_whole_runs_of_the_published_estimate():
+    parts = weight_parts(KNOWN["llama-7b"], Precision("nf4", True, 2))
+    assert sum(parts.values()) / 1e9 == pytest.approx(3.34 + 0.52, abs=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-7b", "qwen3-8b"])
+def test_peak_and_flops_are_those_measured_on_meta(model, checkpointing):
+    """Cut to four layers: the whole shapes are for the slow test."""
+    shape = dataclasses.replace(KNOWN[model], layers=4)
+    assert planner.compare(shape, planner.GROUPS["short"], checkpointing=checkpointing, name=model).holds
+
+
+@pytest.mark.slow
+def test_peak_and_flops_of_whole_shapes_under_every_policy():
+    assert planner.main([]) == 0

@@ -1,0 +1,144 @@
+"""A plan's phases, the changes that it proposes, and cards by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tuna_peft.errors import UserError
+from tuna_peft.planning import plan as plan_module
+from tuna_peft.planning.advice import advise, smallest_gpu
+from tuna_peft.planning.gpus import GIB, GPUS, find_gpu
+from tuna_peft.planning.memory import Adapter, Precision
+from tuna_peft.planning.plan import Device, EvaluationSpec, MergeSpec, RunSpec, StageSpec, TaskSpec, make_plan
+from tuna_peft.planning.shapes import KNOWN, ModelShape
+from tuna_peft.planning.workload import Row, Workload, packed_pass, padded_pass
+from tuna_peft.training import activation_memory
+
+ROWS = Workload((Row(100, (200, 50)), Row(40, (10, 20, 30))), 1000, "by hand")
+
+
+def run_of(model="llama-2-7b", **changes):
+    shape = KNOWN[model]
+    adapter = Adapter(16, shape.adapter(16, "all-linear"), 7)
+    values = {
+        "workload": ROWS, "adapter": adapter, "batch_size": 8, "accumulation": 2, "max_tokens": None,
+        "activation_memory": "full", "optimizer": "adamw_torch", "epochs": 2, "max_steps": -1, **changes,
+    }  # fmt: skip
+    stages = tuple(StageSpec(name, kind, **values) for name, kind in (("sft", "sft"), ("rank", "ranking")))
+    evaluation = EvaluationSpec(16, {"ranking": TaskSpec(ROWS), "graded": TaskSpec(ROWS, 64)})
+    return RunSpec(model, shape, Precision("nf4", True, 2), stages, evaluation, MergeSpec())
+
+
+def test_the_largest_pass_holds_the_longest_rows_within_the_budget():
+    rows = ROWS.rows
+    assert packed_pass(rows, 8, None).positions == 8 * 352  # 350, padded to a multiple of 8
+    assert packed_pass(rows, 8, 1000).positions == 1000  # shorter rows fill the budget
+    assert packed_pass(rows, 8, 360).positions == 360
+    assert packed_pass(rows, 1, 10_000).positions == 352
+    assert padded_pass(rows, 4).positions == 4 * 304
+    batch = packed_pass(rows, 2, None)
+    assert batch.targets == 2 * 250
+    assert batch.keys == 2 * (100 + 300 + 150)
+
+
+def test_pairs_that_attend_are_counted_by_hand():
+    one = Workload((Row(3, (2, 1)),), 1, "")
+    assert one.attended == 6**2  # a dense mask
+    long = Workload((Row(300, (200, 100)),), 1, "")
+    assert long.attended == 300**2 + 200 * 500 + 100 * 400
+
+
+def test_steps_follow_from_rows_epochs_and_processes():
+    stage = run_of().stages[0]
+    assert stage.steps == 125
+    assert dataclasses.replace(stage, processes=4).steps == 32
+    assert dataclasses.replace(stage, max_steps=7).steps == 7
+
+
+def test_phases_add_up_and_grow_with_what_they_hold():
+    plan = make_plan(run_of(), Device.of(find_gpu("A100 80GB")))
+    assert [phase.name for phase in plan.phases] == [
+        "train sft",
+        "train rank",
+        "evaluate: ranking",
+        "evaluate: graded",
+    ]
+    for phase in plan.phases:
+        assert phase.smallest <= phase.allocated < phase.peak
+    first, second = plan.phases[:2]
+    assert second.parts["frozen adapters, 32-bit and joined"] == 6 * plan.run.stages[0].adapter.parameters
+    assert "frozen adapters, 32-bit and joined" not in first.parts
+    assert plan.hours == pytest.approx(sum(phase.hours for phase in plan.phases))
+    assert plan.fits and advise(plan) == []
+
+
+def test_a_cpu_has_no_hours_and_an_optimiser_of_8_bits_is_smaller():
+    on_cpu = make_plan(run_of(), Device("CPU", 500 * GIB, cuda=False))
+    assert on_cpu.hours is None and on_cpu.ram == {}
+    small = make_plan(run_of(optimizer="paged_adamw_8bit"), Device("CPU", 500 * GIB, cuda=False))
+    saved = on_cpu.phases[0].allocated - small.phases[0].allocated
+    assert saved == 6 * on_cpu.run.stages[0].adapter.parameters
+
+
+def test_activations_are_kept_in_as_many_layers_as_fit():
+    card = Device.of(find_gpu("RTX 4080"))
+    none, auto, some, full = (
+        make_plan(run_of(activation_memory=setting), card).phases[1] for setting in ("none", "auto", 2, "full")
+    )
+    assert none.peak < some.peak < auto.peak <= card.memory < full.peak
+    assert none.flops > some.flops > auto.flops > full.flops
+    assert auto.needed == none.needed == none.peak  # what is kept because there is room is not needed
+    assert "0 of 32" in none.note and "32 of 32" in full.note
+
+
+def test_shares_of_memory_are_those_of_training():
+    assert plan_module.USABLE == activation_memory._USABLE
+    assert plan_module.USABLE_RAM == activation_memory._USABLE_RAM
+
+
+def test_changes_come_cheapest_first_and_only_those_that_help():
+    plan = make_plan(run_of(), Device.of(find_gpu("RTX 3060 12GB")))
+    changes = advise(plan)
+    assert not plan.fits and changes[-1].fits and not any(change.fits for change in changes[:-1])
+    peaks = [plan.needed, *(change.peak for change in changes)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert "max_tokens_per_batch" in changes[0].overrides[0]
+    assert changes[-1].peak <= plan.device.memory
+
+
+def test_what_cannot_fit_says_on_which_card_it_would():
+    plan = make_plan(run_of("llama-3.1-70b", activation_memory="none", batch_size=1), Device.of(find_gpu("T4")))
+    changes = advise(plan)
+    assert changes and not changes[-1].fits
+    assert smallest_gpu(plan.run) in {gpu.name for gpu in GPUS if gpu.memory_gib > 40}
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("NVIDIA GeForce RTX 4090", "RTX 4090"), ("rtx3060", "RTX 3060 12GB"), ("Tesla T4", "T4"), ("t4", "T4"),
+     ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("NVIDIA H100 80GB HBM3", "H100 80GB"), ("a100", "A100 80GB")],
+)  # fmt: skip
+def test_cards_go_by_the_names_that_people_and_drivers_use(text, name):
+    assert find_gpu(text).name == name
+
+
+def test_an_unknown_card_gets_the_nearest_and_the_list():
+    with pytest.raises(UserError) as error:
+        find_gpu("RTX 4095")
+    assert "unknown GPU 'RTX 4095'" in str(error.value) and "Did you mean 'RTX 4090'?" in str(error.value)
+    assert "A100 40GB" in str(error.value)
+
+
+def test_names_of_cards_are_unique():
+    names = [name.lower().replace(" ", "") for gpu in GPUS for name in (gpu.name, *gpu.aliases)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "gpt2"}, {"model_type": "llama"}, {"model_type": "qwen3", "num_experts": 64}]
+)
+def test_layouts_that_the_arithmetic_does_not_cover_are_refused(config):
+    with pytest.raises(UserError, match="the planner does not know|has no 'hidden_size'"):
+        ModelShape.from_config(config, "model")

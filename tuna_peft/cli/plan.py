@@ -1,0 +1,49 @@
+"""`tuna-peft plan`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value, for example base.model=Qwen/Qwen3-8B.", show_default=False),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu", help='For example "RTX 3060 12GB"; `all` for every known card.', show_default="this machine's"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a run would take, without its weights: memory by part and phase, tokens, hours, disk.
+
+    Exit code 1 when it does not fit; then it says what to change, the cheapest change first.
+    """
+    from rich.console import Console
+
+    from tuna_peft.cli import plan_output
+    from tuna_peft.planning.gpus import GPUS, find_gpu
+    from tuna_peft.planning.plan import Device
+    from tuna_peft.recipe.load import load_recipe
+    from tuna_peft.recipe.plan import plan_recipe, this_device
+
+    cards = GPUS if gpu == "all" else [find_gpu(gpu)] if gpu else []
+    loaded = load_recipe(recipe, overrides or [], check=False)
+    devices = [Device.of(card) for card in cards] or [this_device(loaded.base.device)]
+    plans, source = plan_recipe(loaded, devices)
+    if as_json:
+        import json
+
+        dicts = [plan_output.as_dict(made, source) for made in plans]
+        typer.echo(json.dumps(dicts[0] if len(dicts) == 1 else dicts, indent=2))
+    else:
+        shown = plan_output.describe(plans[0], source) if len(plans) == 1 else plan_output.over_cards(plans)
+        Console(soft_wrap=True).print(shown)
+    if not any(made.fits for made in plans):
+        raise typer.Exit(1)

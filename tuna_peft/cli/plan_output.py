@@ -1,0 +1,146 @@
+"""A plan in words, as a table over cards, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tuna_peft.planning.advice import advise, smallest_gpu
+from tuna_peft.planning.flops import TRAINING
+from tuna_peft.planning.gpus import GIB
+from tuna_peft.planning.plan import Phase, Plan
+
+
+def describe(plan: Plan, source: str) -> RenderableType:
+    """Phases with peak and time, what the largest is made of, main memory and disk, and what to change."""
+    run, device = plan.run, plan.device
+    lines: list[RenderableType] = [
+        Text(f"{run.model} on {device.name} ({gib(device.memory)}); sizes from {source}", style="bold"),
+        *(Text(f"  {stage.name}: {stage.workload.source}") for stage in run.stages),
+        _phases(plan),
+        _parts(plan.largest, device.cuda),
+    ]
+    for title, parts in (("main memory", plan.ram), ("disk", plan.disk)):
+        if parts:
+            whole = max(parts.values()) if title == "main memory" else sum(parts.values())
+            lines.append(Text(f"{title}: {gib(whole)}", style="bold"))
+            lines += [Text(f"  {gib(size):>11}  {name}") for name, size in parts.items()]
+    if plan.hours is not None:
+        lines.append(Text(f"hours: {TRAINING.source}", style="dim"))
+    return Group(*lines, *_verdict(plan))
+
+
+def over_cards(plans: Sequence[Plan]) -> RenderableType:
+    """One line for each card."""
+    table = Table("GPU", title=f"{plans[0].run.model}")
+    for heading in ("memory GiB", "needed GiB", "peak GiB", "fits", "hours"):
+        table.add_column(heading, justify="right")
+    for plan in plans:
+        fits = plan.fits
+        table.add_row(
+            plan.device.name, f"{plan.device.memory / GIB:.1f}", f"{plan.needed / GIB:.2f}",
+            f"{plan.peak / GIB:.2f}" if fits else "-", "yes" if fits else "no",
+            hours_text(plan.hours) if fits else "-",
+        )  # fmt: skip
+    return table
+
+
+def as_dict(plan: Plan, source: str) -> dict[str, Any]:
+    """The plan as plain JSON values; bytes are bytes."""
+    return {
+        "model": plan.run.model,
+        "sizes_from": source,
+        "device": plan.device.name,
+        "memory_bytes": round(plan.device.memory),
+        "fits": plan.fits,
+        "needed_bytes": round(plan.needed),
+        "peak_bytes": round(plan.peak),
+        "hours": plan.hours,
+        "utilisation": {"share": TRAINING.share, "source": TRAINING.source},
+        "data": {stage.name: stage.workload.source for stage in plan.run.stages},
+        "phases": [
+            {
+                "name": phase.name,
+                "needed_bytes": round(phase.needed),
+                "peak_bytes": round(phase.peak),
+                "allocated_bytes": round(phase.allocated),
+                "parts": {name: round(size) for name, size in phase.parts.items()},
+                "margin_bytes": round(phase.margin),
+                "steps": phase.steps,
+                "tokens": round(phase.tokens),
+                "flops": phase.flops,
+                "hours": phase.hours,
+                "note": phase.note,
+            }
+            for phase in plan.phases
+        ],
+        "ram_bytes": {name: round(size) for name, size in plan.ram.items()},
+        "disk_bytes": {name: round(size) for name, size in plan.disk.items()},
+        "changes": [
+            {"overrides": list(change.overrides), "cost": change.cost, "peak_bytes": round(change.peak),
+             "fits": change.fits}
+            for change in advise(plan)
+        ],
+    }  # fmt: skip
+
+
+def gib(size: float) -> str:
+    """`5.25 GiB`, `12 MiB`."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.0f} MiB"
+
+
+def hours_text(hours: float | None) -> str:
+    """`3.2`, or `< 0.1`."""
+    if hours is None:
+        return "-"
+    return "< 0.1" if hours < 0.1 else f"{hours:,.1f}"
+
+
+def _phases(plan: Plan) -> Table:
+    table = Table("phase", title="peak and time")
+    for heading in ("needed GiB", "peak GiB", "steps", "tokens", "PFLOP", "hours"):
+        table.add_column(heading, justify="right")
+    table.columns[0].no_wrap = True
+    table.add_column("")
+    for phase in plan.phases:
+        table.add_row(
+            phase.name, f"{phase.needed / GIB:.2f}", f"{phase.peak / GIB:.2f}",
+            "" if phase.steps is None else f"{phase.steps:,}", f"{phase.tokens:,.0f}",
+            f"{phase.flops / 1e15:,.1f}", hours_text(phase.hours), phase.note,
+        )  # fmt: skip
+    return table
+
+
+def _parts(phase: Phase, cuda: bool) -> RenderableType:
+    text = Text(f"the largest, {phase.name}: {gib(phase.peak)}\n", style="bold")
+    rest = "CUDA context, workspaces, fragmentation" if cuda else "Python and its libraries, fragmentation"
+    rows = {**phase.parts, rest: phase.margin}
+    for name, size in rows.items():
+        text.append(f"  {gib(size):>11}  {name}\n", style="not bold")
+    text.rstrip()
+    return text
+
+
+def _verdict(plan: Plan) -> list[RenderableType]:
+    device = plan.device
+    if plan.fits:
+        room = device.memory - plan.needed
+        return [Text(f"It fits: {gib(plan.needed)} are needed, {gib(room)} are to spare.", style="bold green")]
+    lines: list[RenderableType] = [
+        Text(f"It does not fit: {gib(plan.needed)} needed of {gib(device.memory)}.", style="bold red")
+    ]
+    changes = advise(plan)
+    if changes:
+        lines.append(Text("What to change, the cheapest first; each with those before it:"))
+    for change in changes:
+        lines.append(Text(f"  {gib(change.peak)}  {change.cost}", style="green" if change.fits else ""))
+        lines += [Text(f"               {override}", no_wrap=True) for override in change.overrides]
+    if not (changes and changes[-1].fits):
+        card = smallest_gpu(plan.run)
+        larger = f"Unchanged it fits on: {card}." if card else "No single card of the table holds it."
+        lines.append(Text(f"That is not enough on this device: take a smaller model. {larger}"))
+    return lines

@@ -1,0 +1,83 @@
+"""Files of models on the Hub, with errors that say what to do: gated, missing, no network. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from huggingface_hub import (
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from tuna_peft.errors import UserError
+
+logger = logging.getLogger("tuna_peft")
+
+CACHE = "the Hub's cache (no network)"
+
+
+def hub_file(model: str, name: str, revision: str | None = None, *, endpoint: str | None = None) -> tuple[Path, str]:
+    """One small file of a model repository, from the Hub or, without a network, from the cache.
+
+    Returns:
+        Where it is now, and in words where it came from: `CACHE` when there is no network.
+
+    Raises:
+        UserError: No such model or revision, a gated or private one, or no network and nothing in the cache.
+    """
+    try:
+        # Asked by itself first: the download falls back to the cache without a word, and after many retries.
+        get_hf_file_metadata(hf_hub_url(model, name, revision=revision, endpoint=endpoint), token=get_token())
+        return Path(hf_hub_download(model, name, revision=revision, endpoint=endpoint)), "the Hub"
+    except GatedRepoError as error:
+        raise UserError(
+            "the model is gated",
+            where=model,
+            fix=f"Accept its terms at https://huggingface.co/{model}, then run `hf auth login` here.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"the model has no revision {revision!r}", where=model, fix="Check `base.revision`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            "there is no such model on the Hub, or it is private",
+            where=model,
+            fix="Check `base.model`; for a private model run `hf auth login` first. A local path starts with ./ or /.",
+        ) from error
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(
+                f"the model has no {name}", where=model, fix="Use a model in transformers' format."
+            ) from error
+        return _cached(model, name, revision, error)
+    except HFValidationError as error:
+        raise UserError(
+            "neither a folder here nor a Hub id (`owner/name`)", where=model, fix="Check `base.model`."
+        ) from error
+    except Exception as error:  # of the HTTP library below, which is another one in each version of huggingface_hub
+        return _cached(model, name, revision, error)
+
+
+def _cached(model: str, name: str, revision: str | None, error: Exception) -> tuple[Path, str]:
+    cached = try_to_load_from_cache(model, name, revision=revision)
+    if not isinstance(cached, str):
+        raise UserError(
+            "the Hub cannot be reached, and the model is not in the cache",
+            where=model,
+            fix="Check the network (HF_HUB_OFFLINE, HTTPS_PROXY), or give a folder as `base.model`.",
+        ) from error
+    logger.warning("%s: the Hub cannot be reached; using the copy in the cache", model)
+    return Path(cached), CACHE

@@ -1,0 +1,47 @@
+"""A model's `config.json`: from a folder, the Hub, the Hub's cache, or, offline, from the sizes in `shapes.KNOWN`."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+from tuna_peft.errors import UserError
+from tuna_peft.models.hub_files import hub_file
+from tuna_peft.planning.shapes import ModelShape, known_shape
+
+
+def read_shape(model: str, revision: str | None = None) -> tuple[ModelShape, str]:
+    """The shape of a model, and where it was read.
+
+    Args:
+        model: Hub id, local path, or `builtin:` name.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: There is no such model, it is gated, it cannot be reached, or its layout is unknown.
+    """
+    if model.startswith("builtin:"):
+        folder = Path(str(resources.files("tuna_peft.assets"))) / model.removeprefix("builtin:").replace("-", "_")
+        return _read(folder / "config.json", model), "its config.json"
+    if Path(model).is_dir():
+        return _read(Path(model) / "config.json", model), "its config.json"
+    try:
+        file, source = hub_file(model, "config.json", revision)
+    except UserError:
+        if (shape := known_shape(model)) is None:
+            raise
+        return shape, "the sizes known to this package (its config.json could not be read)"
+    return _read(file, model), source
+
+
+def _read(file: Path, model: str) -> ModelShape:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read config.json: {error.strerror}", where=model, fix="Check `base.model`."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"its config.json is no JSON: {error}", where=model, fix="Get the model again.") from error
+    return ModelShape.from_config(config, model)

@@ -1,0 +1,168 @@
+"""What a plan needs to know of a model: read off its configuration, without weights and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tuna_peft.errors import UserError
+
+# Decoders of this layout: attention with q, k, v and o, a gated MLP, RMS norms before both.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a LLaMA-like decoder.
+
+    Attributes:
+        hidden, intermediate, layers, heads, kv_heads, head_dim, vocab: As in its configuration.
+        tied: Head and embedding are one matrix.
+        qk_norm: Queries and keys are normalised by head (Qwen3).
+        context: Longest sequence, None when the configuration names none.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+    qk_norm: bool = False
+    context: int | None = None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], where: str) -> ModelShape:
+        """The shape in a `config.json`.
+
+        Raises:
+            UserError: A layout that the arithmetic does not cover.
+        """
+        config = config.get("text_config") or config
+        family = config.get("model_type")
+        if family not in FAMILIES or any(config.get(key) for key in _MOE_KEYS):
+            raise UserError(
+                f"the planner does not know models of type {family!r}",
+                where=where,
+                fix=f"It knows {', '.join(FAMILIES)}. `run` trains others too; watch the first steps' memory.",
+            )
+        try:
+            hidden, heads = config["hidden_size"], config["num_attention_heads"]
+            return cls(
+                hidden=hidden,
+                intermediate=config["intermediate_size"],
+                layers=config["num_hidden_layers"],
+                heads=heads,
+                kv_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or hidden // heads,
+                vocab=config["vocab_size"],
+                tied=bool(config.get("tie_word_embeddings", False)),
+                qk_norm=family == "qwen3",
+                context=config.get("max_position_embeddings"),
+            )
+        except KeyError as error:
+            raise UserError(f"the model's configuration has no {error}", where=where) from error
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """`(in, out)` of the linear layers of one decoder layer, by the names that LoRA's `target_modules` uses."""
+        hidden, inner = self.hidden, self.intermediate
+        return {
+            "q_proj": (hidden, self.query_size),
+            "k_proj": (hidden, self.kv_size),
+            "v_proj": (hidden, self.kv_size),
+            "o_proj": (self.query_size, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+    @property
+    def query_size(self) -> int:
+        """Width of all queries of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all keys, or values, of a token."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def body(self) -> int:
+        """Parameters of the decoder's linear layers: what is quantised."""
+        return self.layers * sum(a * b for a, b in self.linears.values())
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output layer."""
+        return self.vocab * self.hidden
+
+    @property
+    def unquantised(self) -> int:
+        """Parameters outside the body: embedding, head (once when tied), norms."""
+        return self.head * (1 if self.tied else 2) + self.hidden * (2 * self.layers + 1)
+
+    @property
+    def largest_linear(self) -> int:
+        """Parameters of the body's largest matrix."""
+        return max(a * b for a, b in self.linears.values())
+
+    def adapter(self, rank: int, targets: str | Sequence[str]) -> int:
+        """Parameters of a LoRA adapter.
+
+        Args:
+            rank: Its r.
+            targets: `all-linear`, or names of linear layers.
+        """
+        chosen = self.linears if targets == "all-linear" else {name.rpartition(".")[2] for name in targets}
+        return self.layers * sum(rank * (a + b) for name, (a, b) in self.linears.items() if name in chosen)
+
+
+def _shape(*sizes: int, **options: Any) -> ModelShape:
+    """hidden, intermediate, layers, heads, key-value heads, vocabulary."""
+    hidden, intermediate, layers, heads, kv_heads, vocab = sizes
+    return ModelShape(
+        hidden, intermediate, layers, heads, kv_heads, options.pop("head_dim", hidden // heads), vocab, **options
+    )
+
+
+# Sizes as published in each model's config.json, for planning without a network. Keys are lower-case Hub names without
+# owner; a name that begins with a key is that shape (`Llama-3.1-8B-Instruct`).
+KNOWN: dict[str, ModelShape] = {
+    "llama-7b": _shape(4096, 11008, 32, 32, 32, 32000, context=2048),
+    "llama-13b": _shape(5120, 13824, 40, 40, 40, 32000, context=2048),
+    "llama-2-7b": _shape(4096, 11008, 32, 32, 32, 32000, context=4096),
+    "llama-2-13b": _shape(5120, 13824, 40, 40, 40, 32000, context=4096),
+    "llama-2-70b": _shape(8192, 28672, 80, 64, 8, 32000, context=4096),
+    "llama-3.2-1b": _shape(2048, 8192, 16, 32, 8, 128256, tied=True, context=131072),
+    "llama-3.2-3b": _shape(3072, 8192, 28, 24, 8, 128256, tied=True, context=131072),
+    "llama-3.1-8b": _shape(4096, 14336, 32, 32, 8, 128256, context=131072),
+    "llama-3.1-70b": _shape(8192, 28672, 80, 64, 8, 128256, context=131072),
+    "llama-3.3-70b": _shape(8192, 28672, 80, 64, 8, 128256, context=131072),
+    "mistral-7b": _shape(4096, 14336, 32, 32, 8, 32768, context=32768),
+    "qwen2.5-0.5b": _shape(896, 4864, 24, 14, 2, 151936, tied=True, context=32768),
+    "qwen2.5-1.5b": _shape(1536, 8960, 28, 12, 2, 151936, tied=True, context=32768),
+    "qwen2.5-3b": _shape(2048, 11008, 36, 16, 2, 151936, tied=True, context=32768),
+    "qwen2.5-7b": _shape(3584, 18944, 28, 28, 4, 152064, context=32768),
+    "qwen2.5-14b": _shape(5120, 13824, 48, 40, 8, 152064, context=32768),
+    "qwen2.5-32b": _shape(5120, 27648, 64, 40, 8, 152064, context=32768),
+    "qwen3-0.6b": _shape(1024, 3072, 28, 16, 8, 151936, head_dim=128, tied=True, qk_norm=True, context=40960),
+    "qwen3-1.7b": _shape(2048, 6144, 28, 16, 8, 151936, head_dim=128, tied=True, qk_norm=True, context=40960),
+    "qwen3-4b": _shape(2560, 9728, 36, 32, 8, 151936, head_dim=128, tied=True, qk_norm=True, context=40960),
+    "qwen3-8b": _shape(4096, 12288, 36, 32, 8, 151936, head_dim=128, qk_norm=True, context=40960),
+    "qwen3-14b": _shape(5120, 17408, 40, 40, 8, 151936, head_dim=128, qk_norm=True, context=40960),
+    "qwen3-32b": _shape(5120, 25600, 64, 64, 8, 151936, head_dim=128, qk_norm=True, context=40960),
+}
+
+
+def known_shape(model: str) -> ModelShape | None:
+    """The shape of a well-known model by its Hub id; None for any other."""
+    name = model.rpartition("/")[2].lower().removeprefix("meta-")
+    for key in sorted(KNOWN, key=len, reverse=True):
+        if name == key or name.startswith((key + "-", key + "_")):
+            return KNOWN[key]
+    return None
