@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.arms import ARMS
-from benchmarks.shapes import build, config_of
+from benchmarks.shapes import build, config_of, set_fused
 from benchmarks.workloads import Group, Workload
 
 TOLERANCE = 1e-5
@@ -29,6 +29,7 @@ def require_agreement(names: list[str], *, device: str = "cpu", tolerance: float
 
     def compute(name: str, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
         arm = ARMS[name]
+        set_fused(model, arm.fused)
         batch = {key: value.to(device) for key, value in arm.batch(groups).items()}
         loss = arm.loss(model, device)(batch)
         gradients = torch.autograd.grad(loss, parameters)

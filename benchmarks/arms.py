@@ -24,12 +24,16 @@ class Arm:
         loss: `(model, device)` to a function from the micro-batch to the loss.
         agrees: Whether it computes the Tuna loss, so that it can be compared with the reference.
         checkpointing: Whether it may recompute activations where the run asks for it.
+        card: Bytes of a card whose memory it fills with activations, and recomputes the rest.
+        fused: Whether LoRA layers add all adapters at once, or as PEFT does.
     """
 
     batch: Callable[[list[Group]], dict[str, Any]]
     loss: Callable[[Any, str], Loss]
     agrees: bool = True
     checkpointing: bool = True
+    card: float | None = None
+    fused: bool = True
 
 
 def _plain(loss: Callable[..., torch.Tensor]) -> Callable[[Any, str], Loss]:
@@ -41,11 +45,14 @@ def _of_trainer(make: Callable[[Any, str], Any]) -> Callable[[Any, str], Loss]:
 
 
 ARMS = {
-    "reference": Arm(reference.batch_of, _plain(reference.loss_of)),
-    "trl-cpo": Arm(trl_pairs.cpo_batch, _of_trainer(trl_pairs.cpo_trainer), agrees=False),
-    "trl-dpo": Arm(trl_pairs.dpo_batch, _of_trainer(trl_pairs.dpo_trainer), agrees=False),
+    "reference": Arm(reference.batch_of, _plain(reference.loss_of), fused=False),
+    "trl-cpo": Arm(trl_pairs.cpo_batch, _of_trainer(trl_pairs.cpo_trainer), agrees=False, fused=False),
+    "trl-dpo": Arm(trl_pairs.dpo_batch, _of_trainer(trl_pairs.dpo_trainer), agrees=False, fused=False),
     "ours": Arm(ours.batch_of, _plain(ours.loss_of)),
     "ours-no-checkpointing": Arm(ours.batch_of, _plain(ours.loss_of), checkpointing=False),
+    "ours-24gb": Arm(ours.batch_of, _plain(ours.loss_of), card=24 * 2**30),
+    "ours-dense-mask": Arm(ours.batch_of, _plain(ours.loss_with_dense_mask)),
+    "ours-peft-lora": Arm(ours.batch_of, _plain(ours.loss_of), fused=False),
     "ours-share-prompt-only": Arm(partial(ours.batch_of, share_responses=False), _plain(ours.loss_of)),
     "ours-separate-rows": Arm(ours.separate_rows, _plain(ours.loss_of)),
     "ours-full-logits": Arm(ours.batch_of, _plain(ours.loss_with_full_logits)),

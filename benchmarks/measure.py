@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from benchmarks.arms import ARMS, Loss, to_device
-from benchmarks.flops import counted
+from benchmarks.flops import counted, training_state_bytes, weight_bytes
 from benchmarks.memory import LiveBytes
 from benchmarks.meta import meta_step
-from benchmarks.shapes import set_checkpointing
+from benchmarks.shapes import set_checkpointing, set_fused
 from benchmarks.workloads import Group
+from tuna_peft.training.activation_memory import GIB, ActivationMemory
+
+SPARE = 2 * GIB  # context, workspaces and fragmentation, left free on a card
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Runner:
         self.model, self.device, self.micro_batches = model, device, micro_batches
         self.checkpointing, self.equal_lengths = checkpointing, equal_lengths
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._activations: ActivationMemory | None = None
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         for parameter in self.parameters:  # so that no first step has to allocate them
             parameter.grad = torch.zeros_like(parameter)
@@ -92,9 +96,18 @@ class Runner:
     def _prepare(self, name: str) -> tuple[Loss, list[dict[str, Any]], bool]:
         arm = ARMS[name]
         checkpointing = self.checkpointing and arm.checkpointing
+        if self._activations is not None:
+            self._activations.detach()
         set_checkpointing(self.model, checkpointing)
+        set_fused(self.model, arm.fused)
         batches = [to_device(arm.batch(groups), self.device) for groups in self.micro_batches]
-        return arm.loss(self.model, self.device), batches, checkpointing
+        loss = arm.loss(self.model, self.device)
+        if arm.card is not None and checkpointing:
+            config = self.model.get_base_model().config
+            taken = weight_bytes(config) + training_state_bytes(config) + self._peak(loss, batches) + SPARE
+            self._activations = ActivationMemory(max(arm.card - taken, 0.0) / GIB)
+            self._activations.attach(self.model)
+        return loss, batches, checkpointing
 
     def _step(self, loss: Loss, batches: list[dict[str, Any]]) -> None:
         autocast = torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()

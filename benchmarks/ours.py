@@ -5,12 +5,15 @@ Shape suffixes: B prompts, N responses, T tokens of a row, R predicted tokens (e
 
 from __future__ import annotations
 
+import math
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.workloads import Group
 from tuna_peft.data.collate import RankedCollator
+from tuna_peft.models import prefix
 from tuna_peft.models.prefix import attention_inputs
 from tuna_peft.models.scoring import ResponseLogps, response_logps
 from tuna_peft.training.loss import tuna_loss
@@ -34,6 +37,12 @@ def separate_rows(groups: list[Group]) -> dict[str, torch.Tensor]:
 def loss_of(model: Any, batch: dict[str, torch.Tensor], responses: int) -> torch.Tensor:
     """Rank loss plus likelihood loss."""
     return _loss(response_logps(model, batch), responses)
+
+
+def loss_with_dense_mask(model: Any, batch: dict[str, torch.Tensor], responses: int) -> torch.Tensor:
+    """Attention of all pairs of a row, most of them masked."""
+    with mock.patch.object(prefix, "LONG_ROW", math.inf):
+        return loss_of(model, batch, responses)
 
 
 def loss_with_full_logits(model: Any, batch: dict[str, torch.Tensor], responses: int) -> torch.Tensor:

@@ -11,8 +11,6 @@ from typing import Any
 
 Run = dict[str, Any]
 TRL = ("trl-cpo", "trl-dpo")
-CARD = 24 * 2**30
-SPARE = 2 * 2**30  # context, workspaces and fragmentation, left free on a card
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,6 @@ def whole_run_bytes(run: Run, arm: str) -> float:
     return run["weight_bytes"] + run["training_state_bytes"] + run["arms"][arm]["peak_bytes"]
 
 
-def on_a_card(run: Run) -> str:
-    """Which way of ours a 24 GB card takes: without checkpointing if that fits."""
-    fits = whole_run_bytes(run, "ours-no-checkpointing") <= CARD - SPARE
-    return "ours-no-checkpointing" if fits else "ours"
-
-
 def _cheapest(run: Run, arm: str, figure: Callable[[Any], float]) -> float:
     names = [name for name in TRL if name in run["arms"]] if arm == "trl" else [arm]
     if not names:
@@ -73,7 +65,7 @@ def _to_limit(run: Run) -> float:
 
 
 def _on_card(run: Run) -> float:
-    return flops(run, "reference") / flops(run, on_a_card(run))
+    return flops(run, "reference") / flops(run, "ours-24gb")
 
 
 def _memory_ratio(run: Run) -> float:

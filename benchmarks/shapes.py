@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -68,12 +68,18 @@ class _Dequantising(torch.autograd.Function):
 
 
 def build(
-    shape: str | PretrainedConfig, device: str, *, quantise: bool = True, dtype: torch.dtype | None = None
+    shape: str | PretrainedConfig,
+    device: str,
+    *,
+    quantise: bool = True,
+    dtype: torch.dtype | None = None,
+    frozen_adapters: int = 0,
 ) -> PeftModel:
     """A frozen base in the given shape with LoRA r=16 on all linear layers of the body, in training mode.
 
     On meta, base and adapters are bf16: autocast does not exist there, and this keeps casts out that a GPU would not
-    make either. On CUDA the base computes in bf16; on CPU everything is fp32.
+    make either. On CUDA the base computes in bf16; on CPU everything is fp32. Below the adapter that trains there may
+    be frozen ones.
     """
     config = config_of(shape) if isinstance(shape, str) else shape
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
@@ -88,7 +94,13 @@ def build(
     keep_quantised_layout(model)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
     fused_lora.register(lora)
-    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=device != "meta")
+    peft_model = get_peft_model(model, lora, "adapter0", autocast_adapter_dtype=device != "meta")
+    names = [f"adapter{index}" for index in range(1 + frozen_adapters)]
+    for name in names[1:]:
+        peft_model.add_adapter(name, lora, autocast_adapter_dtype=device != "meta")
+    cast(Any, peft_model.base_model).set_adapter(names)
+    for name in names[:-1]:
+        peft_model.set_requires_grad(name, False)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name and not parameter.is_meta:  # zeros would hide the gradient of lora_A
             torch.nn.init.normal_(parameter, std=0.02)
@@ -103,6 +115,13 @@ def set_checkpointing(model: PeftModel, on: bool) -> None:
         base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     else:
         base.gradient_checkpointing_disable()
+
+
+def set_fused(model: PeftModel, on: bool) -> None:
+    """Lets LoRA layers add all adapters at once, or leaves them to PEFT."""
+    for module in model.modules():
+        if isinstance(module, fused_lora.StackedLinear | fused_lora.StackedLinear4bit):
+            module.fused = on
 
 
 def _quantise(model: Any, device: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is in the repository, not in the package
 
-from benchmarks import ours, ranking_step, report  # noqa: E402
+from benchmarks import adapter_stack, ours, ranking_step, report  # noqa: E402
 from benchmarks.agreement import Disagreement, require_agreement  # noqa: E402
 from benchmarks.arms import ARMS  # noqa: E402
 from benchmarks.flops import counted, limit, parameters_of  # noqa: E402
@@ -118,3 +118,10 @@ def test_goals_are_judged(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert any("reference / ours, long" in line and line.endswith("MISSED") for line in printed)
     assert any("whole run, LLaMA-7B" in line and line.endswith("met") for line in printed)
+
+
+def test_adapter_stack_prints_every_size(tmp_path, capsys):
+    arguments = ["--shape", "tiny", "--adapters", "1", "3", "--repetitions", "1", "--json", str(tmp_path / "x.json")]
+    assert adapter_stack.main(arguments) == 0
+    assert set(json.loads((tmp_path / "x.json").read_text())["median_seconds"]["fused"]) == {"1", "3"}
+    assert "adapters" in capsys.readouterr().out
