@@ -22,6 +22,7 @@ class Tokens:
     """What the trainer needs of a tokenizer when rows are encoded already."""
 
     pad_token_id, eos_token_id = 0, 2
+    model_input_names = ["input_ids"]
 
     def save_pretrained(self, folder):
         """A checkpoint holds the tokenizer too; there is none here."""
@@ -214,9 +215,11 @@ class StopAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_resume_is_bitwise_the_straight_run_and_keeps_lower_adapters(base_folder, tmp_path):
+@pytest.mark.parametrize("sampling", ["random", "group_by_length"])
+def test_resume_is_bitwise_the_straight_run_and_keeps_lower_adapters(base_folder, tmp_path, sampling):
     rows, names = make_rows(16), ("one", "two")
-    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5}  # 8 steps an epoch: resumes inside one
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5,  # 8 steps an epoch: resumes inside one
+                "train_sampling_strategy": sampling}  # fmt: skip
     straight = trainer(stacked(base_folder, names), tmp_path / "straight", rows, **settings)
     below = fingerprint(straight.model, "one")
     straight.train()
@@ -233,6 +236,21 @@ def test_resume_is_bitwise_the_straight_run_and_keeps_lower_adapters(base_folder
     assert fingerprint(resumed.model, "two") == fingerprint(straight.model, "two")
     assert fingerprint(resumed.model, "one") == below
     assert losses(resumed)[-4:] == losses(straight)[-4:]
+
+
+def test_prompts_of_like_length_share_steps_when_asked_to(base_folder, tmp_path):
+    """Padding falls, and the seed decides on the order."""
+
+    def drawn(seed, sampling):
+        run = trainer(stacked(base_folder), tmp_path, make_rows(128, n=(2, 9)), train_sampling_strategy=sampling,
+                      per_device_train_batch_size=4, seed=seed)  # fmt: skip
+        batches = [micro for batch in run.get_train_dataloader() for micro in batch["micro_batches"]]
+        padding = sum(int((batch["segment_ids"] == batch["limits"].shape[1] - 1).sum()) for batch in batches)
+        return padding, [batch["input_ids"].flatten().tolist() for batch in batches]
+
+    padding, order = drawn(0, "group_by_length")
+    assert padding < 0.7 * drawn(0, "random")[0]
+    assert drawn(0, "group_by_length")[1] == order != drawn(1, "group_by_length")[1]
 
 
 def test_a_checkpoint_is_a_whole_stack(base_folder, tmp_path):

@@ -151,6 +151,9 @@ class TunaTrainer(StackCheckpoints, Trainer):
         )
         if train_dataset is not None:
             collator.require_fitting(train_dataset)
+            if args.train_sampling_strategy == "group_by_length":  # Trainer would look for `input_ids`
+                lengths = [len(row["prompt_ids"]) + sum(map(len, row["completions_ids"])) for row in train_dataset]
+                train_dataset = train_dataset.add_column(args.length_column_name, lengths)
         self._verified = False
         self._activations = ActivationMemory(args.activation_memory, args.world_size)
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
@@ -187,6 +190,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
         if self._signature_columns is None:
             self._signature_columns: list[str] | None = [
                 "prompt_ids", "completions_ids", "completion_skips", "ranks", "reference_ids", "reference_skip",
+                self.args.length_column_name,
             ]  # fmt: skip
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
