@@ -397,6 +397,7 @@ def test_the_key_is_in_no_file(settings, tmp_path, key):
         ({"model": "m", "function": "m:f"}, "not model and function"),
         ({"function": "m:f", "both_orders": True}, "`both_orders` has no effect"),
         ({"function": "m:f", "instructions": "x"}, "`instructions` has no effect"),
+        ({"function": "m:f", "revision": "main"}, "`revision` has no effect"),
         ({"model": "m", "colour": 1}, "colour"),
         ({"model": "m", "include_judge_answer": "worst"}, "include_judge_answer"),
         ({"model": "m", "attempts": 0}, "attempts"),

@@ -42,6 +42,36 @@ def test_its_position_bias_makes_ties(judge_model, tmp_path):
         judge_rows(rows(3), settings, tmp_path / "j.jsonl")
 
 
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_an_interrupted_model_forms_the_same_batches(judge_model, tmp_path, monkeypatch, attempts):
+    """Half of the questions are known already, and attempts fail at first: what is generated stands where it stood."""
+    from tuna_peft.feedback import judges
+    from tuna_peft.models import generation
+
+    batches: list[list[list[int]]] = []
+    real = generation.stream_responses
+
+    def watched(model, tokenizer, prompts, *, done, **options):
+        batches.append([list(prompt) for prompt in prompts])
+        return real(model, tokenizer, prompts, done=done, **options)
+
+    monkeypatch.setattr(generation, "stream_responses", watched)
+    picky = judges.why_unreadable
+    if attempts == 2:  # no first answer will do
+        monkeypatch.setattr(judges, "why_unreadable", lambda *a: "no" if len(batches) % 2 else picky(*a))
+    settings = JudgeSettings(model=judge_model, attempts=attempts, max_tokens=9, batch_size=2)
+    with Journal(tmp_path / "a.jsonl") as journal:
+        judge_rows(rows(6), settings, tmp_path / "b.jsonl")
+        straight = [*batches]
+        batches.clear()
+        with Journal(tmp_path / "b.jsonl") as whole:
+            for key in list(whole)[::2]:
+                journal.add(key, whole[key])
+    records, report = judge_rows(rows(6), settings, tmp_path / "a.jsonl")
+    assert (report.found, report.asked, len(records)) == (3, 3, 6)
+    assert batches == straight and len(batches) == attempts
+
+
 def test_a_model_that_is_trained_again_is_asked_again(judge_model, tmp_path):
     judge_rows(rows(1), JudgeSettings(model=judge_model), tmp_path / "j.jsonl")
     os.utime(f"{judge_model}/model.safetensors", ns=(1, 1))

@@ -32,6 +32,9 @@ def judge(
     function: Annotated[
         str | None, typer.Option("--function", help="A program as judge: module:function or builtin:pico.")
     ] = None,
+    quantization: Annotated[
+        str, typer.Option("--quantization", help="Of a model here: nf4, fp4, int8 or none; a stack keeps its own.")
+    ] = "none",
     instructions: Annotated[
         str | None, typer.Option("--instructions", help="What else should count, in words for the judge.")
     ] = None,
@@ -92,10 +95,10 @@ def judge(
                 "max_retries": retries, "in_flight": in_flight, "price_in": price_in, "price_out": price_out,
                 "max_cost": max_cost,
             },
-            "model": None if server else model, "function": function, "instructions": instructions,
-            "both_orders": both_orders, "include_judge_answer": own, "temperature": temperature,
-            "max_tokens": max_tokens, "attempts": attempts, "seed": seed, "batch_size": batch_size,
-            "on_no_answer": "skip" if skip_unanswered else "error",
+            "model": None if server else model, "quantization": quantization, "function": function,
+            "instructions": instructions, "both_orders": both_orders, "include_judge_answer": own,
+            "temperature": temperature, "max_tokens": max_tokens, "attempts": attempts, "seed": seed,
+            "batch_size": batch_size, "on_no_answer": "skip" if skip_unanswered else "error",
         },
     )  # fmt: skip
     source, prompt = data_source(data, format, column, split, template, skip_bad_rows)

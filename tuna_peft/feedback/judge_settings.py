@@ -18,6 +18,11 @@ class JudgeSettings(BaseModel):
     model: str | None = Field(
         None, description="A judge that runs here: Hub id, path, `builtin:pico-llama`, a stack, or a run's folder."
     )
+    revision: str | None = Field(None, description="With `model`: branch, tag or commit on the Hub.")
+    quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
+        "none", description="With `model`: how a single model is stored; a stack keeps its own."
+    )
+    trust_remote_code: bool = Field(False, description="With `model`: run code that comes with it.")
     function: str | None = Field(
         None,
         description="A program as judge, for tasks whose answers can be checked: `module:function` or `builtin:pico`. "
@@ -49,6 +54,9 @@ class JudgeSettings(BaseModel):
         given = [name for name in ("server", "model", "function") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of `server`, `model` and `function`, not {' and '.join(given) or 'none'}")
+        for name in ("revision", "trust_remote_code"):
+            if self.model is None and getattr(self, name):
+                raise ValueError(f"`{name}` has no effect without `model`")
         if self.function is not None:
             for name in ("instructions", "both_orders", "include_judge_answer"):
                 if getattr(self, name):

@@ -193,7 +193,13 @@ class LocalJudge:
 
     def key_parts(self, question: Question) -> dict[str, Any]:
         """The model by name and, where it is a folder, by what is in it."""
-        judge = {"local_model": self.model, "files": self._files, "temperature": self.settings.temperature}
+        judge = {
+            "local_model": self.model,
+            "revision": self.settings.revision,
+            "quantization": self.settings.quantization,
+            "files": self._files,
+            "temperature": self.settings.temperature,
+        }
         return {"judge": judge, "messages": question.messages}
 
     @functools.cached_property
@@ -204,44 +210,49 @@ class LocalJudge:
         return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in found]
 
     def answer(self, journal: Journal, questions: Mapping[str, Question], description: str) -> Answering:
-        """All in batches; those whose answer cannot be read again, as often as `attempts` allows."""
-        from tuna_peft.models.any_model import load_any_model
-        from tuna_peft.models.generation import stream_responses
+        """All in batches; those whose answer cannot be read again, as often as `attempts` allows.
 
-        missing = [key for key in questions if key not in journal]
-        outcome = Answering(found=len(questions) - len(missing))
-        if not missing:
+        After an interruption the batches are the same again, and with them every rounding: what the journal has takes
+        its place in them and is passed over.
+        """
+        from tuna_peft.models.any_model import load_any_model
+        from tuna_peft.models.generation import context_of, stream_responses
+
+        outcome = Answering(found=sum(key in journal for key in questions))
+        if outcome.found == len(questions):
             return outcome
-        loaded = load_any_model(self.model)
-        prompts = {key: self._prompt(questions[key], loaded.tokenizer) for key in missing}
-        context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        for key in [key for key in missing if len(prompts[key]) + 1 >= context]:
-            outcome.unanswered[key] = (
-                f"{len(prompts.pop(key))} tokens do not fit into the judge's context of {context}"
-            )
+        settings = self.settings
+        loaded = load_any_model(
+            self.model,
+            revision=settings.revision,
+            quantization=settings.quantization,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        prompts = {key: self._prompt(question, loaded.tokenizer) for key, question in questions.items()}
+        context = context_of(loaded.model) or sys.maxsize
+        for key in [key for key, ids in prompts.items() if len(ids) >= context]:
+            ids = prompts.pop(key)
+            outcome.unanswered[key] = f"{len(ids)} tokens do not fit into the judge's context of {context}"
         left = list(prompts)
-        for attempt in range(self.settings.attempts):
-            last, again = attempt + 1 == self.settings.attempts, []
+        for attempt in range(settings.attempts):
             for generated in stream_responses(
                 loaded.model,
                 loaded.tokenizer,
                 [prompts[key] for key in left],
-                temperature=_attempt_temperature(self.settings, attempt),
-                max_new_tokens=self.settings.max_tokens,
-                seed=f"{self.settings.seed}-{attempt}",
-                batch_size=self.settings.batch_size,
+                temperature=_attempt_temperature(settings, attempt),
+                max_new_tokens=settings.max_tokens,
+                seed=f"{settings.seed}-{attempt}",
+                batch_size=settings.batch_size,
+                done={i for i, key in enumerate(left) if key in journal},
                 description=f"{description}, attempt {attempt + 1}" if attempt else description,
             ):
                 key, [text], [ended] = left[generated.index], generated.texts, generated.ended
                 reason = why_unreadable(text, not ended, len(questions[key].responses))
-                if reason is not None and not last:
-                    again.append(key)
-                    continue
-                journal.add(key, {"text": text} if reason is None else _failure(reason, text))
-                outcome.asked += 1
-            left = again
-            if not left:
-                break
+                if reason is None or attempt + 1 == settings.attempts:
+                    answer = {"text": text} if reason is None else _failure(reason, text)
+                    journal.add(key, {**answer, "attempt": attempt})
+                    outcome.asked += 1
+            left = [key for key in left if key not in journal or journal[key]["attempt"] > attempt]
         return outcome
 
     def _prompt(self, question: Question, tokenizer: Any) -> list[int]:
