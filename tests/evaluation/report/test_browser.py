@@ -21,6 +21,7 @@ WIDTHS = (320, 390, 800, 1280)
 PROBE = """
 <script>
 onload = () => {
+  const names = elements => elements.map(e => e.tagName + "." + e.className).slice(0, 5);
   const found = [...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument, width = frame.clientWidth;
     page.querySelectorAll("details").forEach(details => details.open = true);
@@ -29,10 +30,10 @@ onload = () => {
     return {
       width,
       scroll: page.documentElement.scrollWidth,
-      outside: inside.filter(e => box(e).width && !e.closest("thead"))
-        .filter(e => box(e).right > width + 1 || box(e).left < -1).map(e => e.tagName + "." + e.className).slice(0, 5),
-      clipped: inside.filter(e => !e.closest("svg, thead") && e.scrollWidth > e.clientWidth + 1 && e.clientWidth
-        && getComputedStyle(e).display != "inline").map(e => e.tagName + "." + e.className).slice(0, 5),
+      outside: names(inside.filter(e => box(e).width && !e.closest("thead, .scroll *"))
+        .filter(e => box(e).right > width + 1 || box(e).left < -1)),
+      clipped: names(inside.filter(e => !e.closest("svg, thead, .scroll") && getComputedStyle(e).display != "inline")
+        .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1)),
       labels: [...page.querySelectorAll("svg text")].filter(e => {
         const outer = box(e.closest("svg")), inner = box(e);
         return inner.right > outer.right + 1 || inner.left < outer.left - 1 || inner.bottom > outer.bottom + 1;

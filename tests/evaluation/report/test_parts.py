@@ -4,7 +4,7 @@ from run_folder import ranking
 
 from tuna_peft.evaluation.report.distributions import by_rank
 from tuna_peft.evaluation.report.svg import Chart, padded, short, ticks
-from tuna_peft.evaluation.report.table import number, stage_table, verdict
+from tuna_peft.evaluation.report.table import metric_cell, number, stage_table, verdict
 
 
 def test_distributions_of_v_by_rank():
@@ -67,3 +67,5 @@ def test_the_table_says_what_helped():
         ("sft", ["", "1,200"]),
     ]
     assert rows[0][1][0].interval == "40.0 to 42.5" and number(None) == "–"
+    metric["value"], metric["low"] = 0.9, 0.05
+    assert metric_cell(metric).text == "0.9" and metric_cell(metric).interval == "0.1 to 42.5"  # one precision

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuna_peft.evaluation.report.svg import Chart, Point, padded, ticks
-from tuna_peft.evaluation.report.table import heading_of, interval, number, tasks_of
+from tuna_peft.evaluation.report.table import heading_of, metric_cell, number, tasks_of
 
 Report = dict[str, Any]
 
@@ -56,9 +56,10 @@ def progress(report: Report) -> list[Panel]:
         at = [(x(stages.index(stage)), y(metric["value"])) for stage, metric in measured]
         chart.path(at, "trend")
         for (stage, metric), point in zip(measured, at, strict=True):
-            said = f"{stage}: {number(metric['value'])} ({interval(metric['low'], metric['high'])})"
+            cell = metric_cell(metric)
+            said = f"{stage}: {cell.text} ({cell.interval})" if cell.interval else f"{stage}: {cell.text}"
             _measured(chart, point, y, metric, stage_colour(report, stage), said)
-            chart.text((point[0] + 9, point[1] - 7), number(metric["value"]), kind="value")
+            chart.text((point[0] + 9, point[1] - 7), cell.text, kind="value")
         for place, stage in enumerate(stages):
             chart.text((x(place), chart.height - 8), _clip(stage, 52 // len(stages)), "middle", "axis")
         panels.append(Panel(chart, heading_of(report, task)))

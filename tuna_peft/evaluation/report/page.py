@@ -9,7 +9,7 @@ from typing import Any
 
 from tuna_peft.evaluation.report import figures
 from tuna_peft.evaluation.report.figures import Panel
-from tuna_peft.evaluation.report.table import Cell, heading_of, interval, number, stage_table, tasks_of
+from tuna_peft.evaluation.report.table import Cell, heading_of, metric_cell, number, stage_table, tasks_of
 
 Report = dict[str, Any]
 
@@ -74,12 +74,13 @@ def _cards(report: Report) -> str:
             continue
         (first, before), (last, after) = measured[0], measured[-1]
         more = f"after {last}"
-        if said := interval(after["low"], after["high"]):
-            more += f"; 95 % interval {said}"
-        start = f"<small>{number(before['value'])} → </small>" if first != last else ""
+        cell = metric_cell(after)
+        if cell.interval:
+            more += f"; 95 % interval {cell.interval}"
+        start = f"<small>{number(before['value'], among=(after['high'],))} → </small>" if first != last else ""
         cards.append(
             f'<div class="card"><div class="name">{escape(heading_of(report, task))}</div>'
-            f'<div class="big">{start}{number(after["value"])}</div><div class="more">{escape(more)}</div></div>'
+            f'<div class="big">{start}{cell.text}</div><div class="more">{escape(more)}</div></div>'
         )
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
@@ -96,13 +97,18 @@ def _stages(report: Report) -> str:
         + "</tr>"
         for stage, cells in rows
     )
-    table = f'<table class="stages"><thead><tr><th>after</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    table = _table("after", head, body)
     note = (
         "Below each value its 95 % interval (bootstrap over prompts) and the change against the stage before on the "
         "same prompts: green or red where the interval of that change does not hold zero."
     )
     panels = figures.progress(report)
-    return f'{table}<p class="note">{note}</p>{_figures(panels)}' if panels else table
+    return f'{table}<p class="note">{note}</p>{_figures(panels, "fixed" * (len(panels) > 2))}' if panels else table
+
+
+def _table(first: str, head: str, body: str) -> str:
+    rows = f"<thead><tr><th>{first}</th>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="stages">{rows}</table></div>'
 
 
 def _cell(cell: Cell) -> str:
@@ -172,8 +178,8 @@ def _metrics_of(report: Report, task: str) -> str:
         for name in metrics:
             cells = []
             for result in results:
-                metric = ({"": result["metrics"], **result["groups"]}.get(group) or {}).get(name) or {}
-                cells.append(Cell(number(metric.get("value")), interval(metric.get("low"), metric.get("high"))))
+                metric = ({"": result["metrics"], **result["groups"]}.get(group) or {}).get(name)
+                cells.append(metric_cell(metric) if metric else Cell("–"))
             label = f"{group}: {name}" if group else name
             rows.append((label.replace("_", " "), cells))
     head = "".join(f"<th>{escape(stage)}</th>" for stage in stages)
@@ -193,9 +199,8 @@ def _metrics_of(report: Report, task: str) -> str:
     )
     left_out = f'<p class="note">Left out of the scores:</p><ul class="note">{excluded}</ul>' if excluded else ""
     count = _count(results[-1]["prompts"], "prompt")
-    table = f'<table class="stages"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
-    opened = " open" if task == "ranking" else ""
-    return f"<details{opened}><summary>{escape(task)}, {count}</summary>{table}{left_out}</details>"
+    table = _table("", head, body)
+    return f"<details><summary>{escape(task)}, {count}</summary>{table}{left_out}</details>"
 
 
 def _run(report: Report) -> str:

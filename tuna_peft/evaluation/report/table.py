@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuna_peft.evaluation.results import TITLES
@@ -43,7 +44,7 @@ def stage_table(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, list
     headings = [heading_of(report, task) for task in tasks] + [heading for heading, _, _ in costs]
     rows = []
     for stage in evaluation:
-        cells = [_metric_cell(report, stage, task) for task in tasks]
+        cells = [_measured(report, stage, task) for task in tasks]
         summary = report["stages"].get(stage) or {}
         cells += [
             Cell(format(summary[key], form)) if summary.get(key) is not None else Cell() for _, key, form in costs
@@ -64,16 +65,21 @@ def heading_of(report: dict[str, Any], task: str) -> str:
     return TITLES.get(task, f"{task} {main}".replace("_", " "))
 
 
-def number(value: float | None, sign: str = "") -> str:
-    """A metric: three decimals for shares, one for what is counted in percent."""
+def number(value: float | None, *, among: Iterable[float | None] = (), sign: str = "") -> str:
+    """A metric: three decimals for shares, one where it or one of its companions is above 1, as percentages are."""
     if value is None:
         return "–"
-    return format(value, f"{sign}.3f" if abs(value) <= 1 else f"{sign}.1f")
+    largest = max(abs(other) for other in (value, *among) if other is not None)
+    return format(value, f"{sign}.3f" if largest <= 1 else f"{sign}.1f")
 
 
-def interval(low: float | None, high: float | None) -> str:
-    """`0.61 to 0.65`, empty where there is none."""
-    return "" if low is None or high is None else f"{number(low)} to {number(high)}"
+def metric_cell(metric: dict[str, Any]) -> Cell:
+    """The value of a metric and its interval, in one precision."""
+    low, high = metric["low"], metric["high"]
+    text = number(metric["value"], among=(low, high))
+    if low is None or high is None:
+        return Cell(text)
+    return Cell(text, f"{number(low, among=(high,))} to {number(high, among=(low,))}")
 
 
 def verdict(change: dict[str, Any]) -> str:
@@ -83,12 +89,13 @@ def verdict(change: dict[str, Any]) -> str:
     return "worse" if change["high"] < 0 else "unclear"
 
 
-def _metric_cell(report: dict[str, Any], stage: str, task: str) -> Cell:
+def _measured(report: dict[str, Any], stage: str, task: str) -> Cell:
     result = report["evaluation"][stage].get(task)
     if result is None:
         return Cell()
     metric = result["metrics"][result["main"]]
-    cell = {"text": number(metric["value"]), "interval": interval(metric["low"], metric["high"])}
-    if change := report["changes"].get(stage, {}).get(task):
-        cell |= {"change": number(change["value"], "+"), "verdict": verdict(change)}
-    return Cell(**cell)
+    cell = metric_cell(metric)
+    change = report["changes"].get(stage, {}).get(task)
+    if change is None:
+        return cell
+    return replace(cell, change=number(change["value"], among=(metric["high"],), sign="+"), verdict=verdict(change))
