@@ -8,16 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
-from bitsandbytes.functional import get_4bit_type
 from safetensors.torch import load_file, save_file
 from tiny_llama import PROMPTS, RANKING, SFT, Tiny, load_tiny, stack_on, write_base, write_stack
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tuna_peft.errors import UserError
 from tuna_peft.export import base_weight
-from tuna_peft.export.base_weight import dequantised, quantised_modules, require_linear, skeleton
+from tuna_peft.export.base_weight import dequantised, quantise_4bit, quantised_modules, require_linear, skeleton
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.divergence import divergence
 from tuna_peft.export.merge import merge_stack
@@ -188,13 +188,31 @@ def test_dequantised_is_bitwise_the_live_weight(
             assert torch.equal(found, dequantised_weight(layer)), name
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_codes_and_scales_are_bitsandbytes_own(quant_type: str, dtype: torch.dtype, double_quant: bool) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(96, 171) * torch.logspace(-6, 2, 96)[:, None]).to(dtype)
+    levels = bnb.get_4bit_type(quant_type, device="cpu").sort().values
+    weight[0, :31] = torch.cat([levels, (levels[1:] + levels[:-1]) / 2]).to(dtype)  # on the levels and between
+    weight[1:3] = 0
+    codes, state = quantise_4bit(weight, quant_type, double_quant=double_quant, dtype=dtype)
+    expected, theirs = bnb.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double_quant)
+    assert torch.equal(codes[: expected.numel()], expected.view(-1))
+    ours, theirs = state.as_dict(packed=True), theirs.as_dict(packed=True)
+    assert set(ours) == set(theirs)
+    for key in ours:
+        assert torch.equal(ours[key], theirs[key]), key
+
+
 @pytest.mark.parametrize("shape", [(64, 128), (64, 96), (172, 64), (10, 30)])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_dequantised_is_nf4_for_every_shape(shape: tuple[int, int], double_quant: bool) -> None:
     """Also for rows that bitsandbytes' CPU kernel miscounts: nearest NF4 level times the block's scale, worked out."""
     torch.manual_seed(0)
     weight = torch.randn(shape)
-    levels = get_4bit_type("nf4", device="cpu")
+    levels = bnb.get_4bit_type("nf4", device="cpu")
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant}
     found = dequantised(weight, settings, torch.float32)
     expected = torch.cat(

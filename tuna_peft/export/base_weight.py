@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
@@ -80,7 +81,7 @@ def dequantised(weight: torch.Tensor, quantization: dict[str, Any], load_dtype: 
 def quantise_4bit(
     weight: torch.Tensor, quant_type: str, *, double_quant: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, bnb.QuantState]:
-    """Codes and scales of a weight as `bnb.quantize_4bit` makes them, within a tenth of its memory.
+    """Codes and scales of a weight, bit by bit those of `bnb.quantize_4bit`, within a tenth of its memory.
 
     Args:
         weight: `(out, in)`; codes are made from it in `dtype`.
@@ -96,9 +97,10 @@ def quantise_4bit(
     flat, missing = weight.reshape(-1), -weight.numel() % BLOCK
     blocks = (nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
     # In parts, because bitsandbytes needs five times the memory of an fp32 weight to quantise it.
-    parts = [bnb.quantize_4bit(part.to(dtype), blocksize=BLOCK, quant_type=quant_type) for part in blocks.split(_PART)]
-    codes = torch.cat([part.view(-1) for part, _ in parts])
-    scales = torch.cat([state.absmax for _, state in parts])
+    quantise = _quantise_on_cpu if weight.device.type == "cpu" else _quantise
+    parts = [quantise(part.to(dtype), quant_type) for part in blocks.split(_PART)]
+    codes = torch.cat([codes for codes, _ in parts])
+    scales = torch.cat([scales for _, scales in parts])
     state = bnb.QuantState(
         absmax=scales,
         shape=weight.shape,
@@ -111,6 +113,31 @@ def quantise_4bit(
         state.nested, state.offset = True, scales.mean()
         state.absmax, state.state2 = bnb.quantize_blockwise(scales - state.offset, blocksize=256)
     return codes, state
+
+
+def _quantise(blocks: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, state = bnb.quantize_4bit(blocks, blocksize=BLOCK, quant_type=quant_type)
+    return codes.view(-1), state.absmax
+
+
+def _quantise_on_cpu(blocks: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same codes, many times as fast.
+
+    bitsandbytes looks every value up among the midpoints of the levels by binary search, one after the other; counting
+    the midpoints below it takes more operations, but numpy does 16 and more of them at once (torch does not).
+    """
+    levels, order = bnb.get_4bit_type(quant_type, device="cpu").sort()
+    values = blocks.float()
+    scales = values.abs().amax(dim=-1)
+    scaled = (values * (1.0 / scales.clamp(min=1e-38)).view(-1, 1)).view(-1).numpy()
+    codes = np.zeros(scaled.shape, dtype=np.uint8)
+    above = np.empty(scaled.shape, dtype=np.bool_)
+    for midpoint in ((levels[:-1] + levels[1:]) / 2).numpy():
+        np.greater(scaled, midpoint, out=above)
+        np.add(codes, above.view(np.uint8), out=codes)
+    if quant_type != "nf4":  # whose levels are in order
+        codes = order.numpy().astype(np.uint8)[codes]
+    return torch.from_numpy(codes[::2] << 4 | codes[1::2]), scales
 
 
 def dequantise_4bit(codes: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
