@@ -51,8 +51,20 @@ class MetaNF4Linear(torch.nn.Linear):
     is computed (`flops.weight_bytes`) and never read off this layer.
     """
 
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta", dtype=dtype)
+        self.register_parameter("packed", self._parameters.pop("weight"))
+
+    def reset_parameters(self) -> None:
+        """There is nothing to draw."""
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The copy that a pass makes."""
+        return self.packed.clone()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Dequantising.apply(x, self.weight)
+        return _Dequantising.apply(x, self.packed)
 
 
 class _Dequantising(torch.autograd.Function):
@@ -84,12 +96,10 @@ def build(
     config = config_of(shape) if isinstance(shape, str) else shape
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     torch.manual_seed(0)
-    with torch.device("meta" if device == "meta" else "cpu"):
-        model: Any = AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if quantise:
         _quantise(model, device)
-    if device == "cuda":
-        model.to(device)
     model.requires_grad_(False)
     keep_quantised_layout(model)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -130,9 +140,7 @@ def _quantise(model: Any, device: str) -> None:
             continue
         new: torch.nn.Module
         if device == "meta":
-            new = MetaNF4Linear(
-                module.in_features, module.out_features, bias=False, device="meta", dtype=module.weight.dtype
-            )
+            new = MetaNF4Linear(module.in_features, module.out_features, module.weight.dtype)
         else:
             new = Linear4bit(
                 module.in_features,
