@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: quickstart test test-slow bench lint format clean
+.PHONY: quickstart test test-slow verify-gguf bench lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/tuna-peft run recipes/quickstart.yaml --output runs/quickstart
@@ -16,6 +16,11 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# llama.cpp itself on GGUF files, beside transformers and PEFT; needs Node.js 20. Prints the table of docs/gguf.md.
+verify-gguf: .venv/installed-dev
+	npm install --silent --no-save --ignore-scripts --prefix build/llama-cpp node-llama-cpp@3.22.1
+	$(BIN)/python -m pytest -q -m slow tests/export/gguf/test_llama_cpp.py
 
 # Minutes on meta tensors, about ten on the CPU; nothing else should run meanwhile.
 BENCH := $(BIN)/python -m benchmarks.ranking_step --json benchmarks/results/local.json

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from scripted_server import Answer, Drop, Hang, chat, error, scripted_server
@@ -19,6 +21,9 @@ from tuna_peft.feedback.judge import judge_rows
 from tuna_peft.feedback.judge_settings import JudgeSettings
 from tuna_peft.feedback.server import ServerSettings
 from tuna_peft.files import write_jsonl
+from tuna_peft.journal import Journal
+
+ROOT = Path(__file__).parents[2]
 
 NO_ANSWER = [
     error(429, headers={"Retry-After": "0.02"}),
@@ -168,3 +173,32 @@ def test_kill_9(tmp_path):
 @pytest.mark.slow
 def test_kill_9_at_twenty_random_moments_of_500_prompts(tmp_path):
     check_killed(tmp_path, count=500, kills=20, seed=1)
+
+
+def test_ctrl_c_keeps_what_is_under_way(tmp_path):
+    asked_for, going = threading.Event(), threading.Event()
+
+    def script(asked):
+        if asked.number == 20:
+            asked_for.set()
+        if asked.number >= 20:
+            going.wait(timeout=60)
+        return honest(asked)
+
+    write_jsonl(tmp_path / "data.jsonl", rows(200))
+    with scripted_server(script) as http:
+        command = [sys.executable, "-m", "tuna_peft", "judge", "data.jsonl", "out.jsonl", "--model", "judge"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        run = subprocess.Popen(
+            [*command, "--server", http.url], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        assert asked_for.wait(timeout=60)
+        run.send_signal(signal.SIGINT)
+        while not (line := run.stderr.readline()).startswith("waiting"):
+            assert line, "it ended without waiting"
+        going.set()
+        _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Run the same command again to go on." in stderr
+    with Journal(tmp_path / "out.journal.jsonl") as journal:
+        assert len(journal) == len(http.asked) < 200  # every answer that the server gave
+    assert not (tmp_path / "out.jsonl").exists()

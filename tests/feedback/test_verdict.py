@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 
 import pytest
 
+from tuna_peft.data.ranked import dense_ranks
 from tuna_peft.feedback.verdict import MAX_CHARACTERS, Unreadable, read_verdict
 
 
@@ -145,3 +147,20 @@ def test_the_plain_form_of_the_reference():
 )  # fmt: skip
 def test_lines_as_models_write_them(line):
     assert read_verdict(f"Some words.\n\n{line}", 3).ranks == [2, 0, 1]
+
+
+def test_the_text_of_judge_data_gives_its_ranks():
+    """pico-LLaMA's judge data, of the reference's raw shape: each text is read as its record says, or refused."""
+    file = resources.files("tuna_peft.assets") / "pico_llama/data/judge.json"
+    refused = 0
+    for record in json.loads(file.read_text(encoding="utf-8")):
+        place = {number: rank for rank, number in enumerate(record["rank"])}
+        try:
+            verdict = read_verdict(record["gpt_eval"], 4)
+        except Unreadable as error:  # it leaves out what repeats word for word, and does not say so
+            assert "neither in the ranking" in str(error)
+            assert not {0, 1, 2, 3} <= place.keys()
+            refused += 1
+        else:
+            assert verdict.ranks == dense_ranks([place[number] for number in range(4)])
+    assert refused < 100

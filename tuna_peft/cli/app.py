@@ -16,6 +16,7 @@ from tuna_peft.cli import (
     judge,
     merge,
     plan,
+    push,
     recipes,
     report,
     run,
@@ -61,5 +62,6 @@ app.command("combine")(combine.combine)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.add_typer(export.app, name="export")
+app.command("push")(push.push)
 app.command("generate")(generate.generate)
 app.command("doctor")(doctor.doctor)

@@ -1,9 +1,9 @@
 // What llama.cpp makes of a GGUF file: reads a request as JSON on standard input, writes the answer as JSON.
 //
-//   request: {model, lora, texts, prompts, newTokens}    prompts: token ids of each
-//   answer:  {tokens, logits, continuations}             logits: of every position of every prompt, by token id
+//   request: {model, lora, texts, prompts, newTokens, contextSize}    prompts: token ids of each
+//   answer:  {tokens, addsBos, logits, continuations}    logits: of every position of every prompt, by token id
 //
-// Run by `python -m benchmarks.verify_gguf`; argument: the folder that holds node_modules.
+// Argument: the folder that holds node_modules. Called by test_llama_cpp.py.
 
 import {createRequire} from "node:module";
 import {pathToFileURL} from "node:url";
@@ -54,4 +54,4 @@ for (const prompt of request.prompts) {
     continuations.push(continuation);
 }
 const tokens = request.texts.map((part) => model.tokenize(part, true));
-process.stdout.write(JSON.stringify({tokens, logits, continuations}) + "\n", () => process.exit(0));
+process.stdout.write(JSON.stringify({tokens, addsBos: model.tokens.shouldPrependBosToken, logits, continuations}) + "\n", () => process.exit(0));

@@ -1,0 +1,192 @@
+"""Publishing on the Hugging Face Hub: one commit that holds everything or nothing.
+
+What an interrupted upload has transferred is not sent again: files and chunks are stored by their content, and the
+same call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from tuna_peft.errors import UserError
+from tuna_peft.export.card import model_card
+from tuna_peft.export.release import Kind, Release, collect_release
+from tuna_peft.models.base import resolve_model_path
+
+logger = logging.getLogger("tuna_peft")
+_LICENCE_OF_BUILTIN = "apache-2.0"
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push did, or would do.
+
+    Attributes:
+        repo_id: The repository.
+        files: Sizes in bytes by path in the repository.
+        url: Of the commit, or of the pull request; None after a dry run.
+        commit: Its hash; None after a dry run.
+    """
+
+    repo_id: str
+    files: dict[str, int]
+    url: str | None = None
+    commit: str | None = None
+
+
+def push(
+    source: str | Path,
+    repo_id: str,
+    *,
+    kind: Kind | None = None,
+    private: bool = True,
+    revision: str | None = None,
+    create_pr: bool = False,
+    base_id: str | None = None,
+    license: str | None = None,
+    data_license: str | None = None,
+    message: str | None = None,
+    dry_run: bool = False,
+) -> PushReport:
+    """Uploads a run's adapters, merged model or GGUF files, with a model card, as one commit.
+
+    The token is `HF_TOKEN` or the one of `hf auth login`; nothing else is looked at, and it is never printed.
+
+    Args:
+        source: See `collect_release`.
+        repo_id: `NAME` or `ORGANISATION/NAME`; created if it does not exist.
+        kind: Of a run: `adapters` (default), `merged` or `gguf`.
+        private: Of a repository that is created. An existing public one is refused unless this is False.
+        revision: A branch, created if it does not exist; None is the main one.
+        create_pr: Open a pull request instead of committing.
+        base_id: What the base is called on the Hub, where the stack was trained on a local copy.
+        license, data_license: For the card; by default the base's, and none.
+        message: Of the commit.
+        dry_run: Send nothing; no token is needed.
+
+    Raises:
+        UserError: Nothing to publish, no token, no permission, or a broken connection.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} cannot name a repository", fix=str(error).splitlines()[0]) from error
+    if create_pr and revision not in (None, "main"):
+        raise UserError("a pull request goes to the main branch", fix="Leave out the revision, or the pull request.")
+    with tempfile.TemporaryDirectory(prefix="tuna-push-") as workdir:
+        release = collect_release(source, Path(workdir), kind=kind, base_id=base_id)
+        card = model_card(release, repo_id, license=license or _licence_of(release), data_license=data_license)
+        ModelCard(card)  # parses the metadata: a mistake in it shows here, not after the upload
+        release.files["README.md"] = card.encode()
+        files = {path: release.size(path) for path in sorted(release.files)}
+        if dry_run:
+            return PushReport(repo_id, files)
+        if get_token() is None:
+            raise UserError("no token for the Hub", fix="Run `hf auth login`, or set HF_TOKEN.")
+        with _hub_errors(repo_id):
+            api = HfApi()
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if private and not api.repo_info(repo_id).private:
+                raise UserError(
+                    "the repository exists and is public",
+                    where=repo_id,
+                    fix="Push it there with --public, or make the repository private first.",
+                )
+            if revision not in (None, "main"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            operations = [
+                CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+                for path, content in sorted(release.files.items())
+            ]
+            logger.info("uploading %d files, %.1f MB, to %s", len(files), sum(files.values()) / 1e6, repo_id)
+            info: Any = api.create_commit(
+                repo_id,
+                operations,
+                commit_message=message or f"{release.kind} by tuna_peft",
+                revision=revision,
+                create_pr=create_pr,
+            )
+    return PushReport(repo_id, files, info.pr_url or info.commit_url, info.oid)
+
+
+def _licence_of(release: Release) -> str | None:
+    """The base's licence, by its model card where that is at hand; asking the Hub would need a network."""
+    if release.base is None:
+        return None
+    if release.base.startswith("builtin:"):
+        return _LICENCE_OF_BUILTIN
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(release.base, "README.md", revision=release.revision)
+    folder = Path(resolve_model_path(release.base))
+    for file in (Path(cached) if isinstance(cached, str) else None, folder / "README.md"):
+        if file is not None and file.is_file():
+            found = ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
+            return found if isinstance(found, str) else None
+    return None
+
+
+@contextlib.contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Says what the Hub's refusals mean, and what to do."""
+    again = "Run the same command again: what was uploaded is not sent again."
+    try:
+        yield
+    except UserError:
+        raise
+    except OfflineModeIsEnabled as error:
+        raise UserError("the Hub is switched off (HF_HUB_OFFLINE)", where=repo_id, fix="Unset it to push.") from error
+    except Exception as error:
+        status = _status_of(error)
+        if status in (401, 403):
+            what = "the Hub does not accept the token" if status == 401 else "the token may not write there"
+            fix = "Make one with write permission at https://huggingface.co/settings/tokens and run `hf auth login`."
+        elif status == 404:
+            what, fix = (
+                "no such repository, or the token may not see it",
+                "Check its name and the token's permissions.",
+            )
+        elif status in (409, 412):
+            what, fix = "the repository was changed by somebody else meanwhile", again
+        elif status is not None and status >= 500:
+            what, fix = f"the Hub has a problem of its own (HTTP {status})", again
+        elif status is not None:
+            what, fix = f"the Hub refuses it: {_first_line(error)}", "Mend what it says and run the command again."
+        elif _is_connection(error):
+            what, fix = f"the connection to the Hub broke: {_first_line(error)}", again
+        else:
+            raise
+        raise UserError(what, where=repo_id, fix=fix) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status_of(error: Exception) -> int | None:
+    return next((part.response.status_code for part in _chain(error) if isinstance(part, HfHubHTTPError)), None)
+
+
+def _is_connection(error: Exception) -> bool:
+    # The transport's errors are those of httpx, whatever the hub's version calls that package.
+    return any(
+        isinstance(part, OSError) or type(part).__module__.partition(".")[0].startswith(("httpx", "httpcore"))
+        for part in _chain(error)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
