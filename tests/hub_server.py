@@ -15,10 +15,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
+import huggingface_hub
+import pytest
 import yaml
+from huggingface_hub import constants
 
 WRITE_TOKEN, READ_TOKEN = "hf_write_secret", "hf_read_secret"
 LARGE = (".safetensors", ".gguf", ".png")
@@ -94,6 +98,22 @@ def serve() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def client_of_its_own(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
+    """A Hub, and a client that knows no other; with a token that may write."""
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its retries
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
 
 
 class _Handler(BaseHTTPRequestHandler):

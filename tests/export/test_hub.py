@@ -10,11 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from hub_server import READ_TOKEN, WRITE_TOKEN, Hub, serve
-from huggingface_hub import ModelCard, constants
+from hub_server import READ_TOKEN, WRITE_TOKEN, Hub, client_of_its_own
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from tiny_llama import PROMPTS, RANKING, SFT, Tiny, load_tiny, stack_on
 from transformers import AutoModelForCausalLM
@@ -34,18 +33,8 @@ BASE_ID = "someone/tiny-llama"
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A Hub, and a client that knows no other; with a token that may write."""
-    with serve() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its retries
-        huggingface_hub.close_session()
+    with client_of_its_own(monkeypatch, tmp_path) as server:
         yield server
-        huggingface_hub.close_session()
 
 
 def test_a_stack_is_published_private_in_one_commit(tiny: Tiny, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +211,7 @@ def test_a_dry_run_needs_neither_network_nor_token(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_module, "HfApi", None)
-    monkeypatch.setattr(hub_module, "get_token", None)
+    monkeypatch.setattr(hub_module, "require_token", None)
     result = CliRunner().invoke(app, ["push", str(tiny.stack), "me/x", "--base-id", BASE_ID, "--dry-run"])
     assert result.exit_code == 0, result.stderr
     assert re.search(r"^ +[\d,]+  stack/ranking/adapter_model.safetensors$", result.stdout, re.MULTILINE)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from tuna_peft.errors import UserError
@@ -91,8 +91,7 @@ def push(
         files = {path: release.size(path) for path in sorted(release.files)}
         if dry_run:
             return PushReport(repo_id, files)
-        if get_token() is None:
-            raise UserError("no token for the Hub", fix="Run `hf auth login`, or set HF_TOKEN.")
+        require_token()
         with _hub_errors(repo_id):
             api = HfApi()
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -119,14 +118,24 @@ def push(
     return PushReport(repo_id, files, info.pr_url or info.commit_url, info.oid)
 
 
+def require_token() -> None:
+    """Checks that the Hub may be used: for a run, before it trains.
+
+    Raises:
+        UserError: There is no token, or the Hub is switched off.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("the Hub is switched off (HF_HUB_OFFLINE)", fix="Unset it to push.")
+    if get_token() is None:
+        raise UserError("no token for the Hub", fix="Run `hf auth login`, or set HF_TOKEN.")
+
+
 def _licence_of(release: Release) -> str | None:
     """The base's licence, by its model card where that is at hand; asking the Hub would need a network."""
     if release.base is None:
         return None
     if release.base.startswith("builtin:"):
         return _LICENCE_OF_BUILTIN
-    from huggingface_hub import try_to_load_from_cache
-
     cached = try_to_load_from_cache(release.base, "README.md", revision=release.revision)
     folder = Path(resolve_model_path(release.base))
     for file in (Path(cached) if isinstance(cached, str) else None, folder / "README.md"):
@@ -144,8 +153,6 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except OfflineModeIsEnabled as error:
-        raise UserError("the Hub is switched off (HF_HUB_OFFLINE)", where=repo_id, fix="Unset it to push.") from error
     except Exception as error:
         status = _status_of(error)
         if status in (401, 403):

@@ -99,15 +99,7 @@ def collect_release(
         raise UserError(
             "nothing says which base and stages this model is of", where=str(folder), fix="Export it again."
         )
-    base = base_id or stack["base"]["model"]
-    if is_local(base):
-        if found == "adapters":
-            raise UserError(
-                f"the adapters' base is a folder of this machine, {base}: nobody else could load them",
-                where=str(folder),
-                fix="Say what that model is called on the Hub (--base-id ORGANISATION/NAME).",
-            )
-        base = None
+    base = public_base(found, stack["base"]["model"], base_id)
     release = Release(found, {}, _renamed(stack, base), base)
     if found == "adapters":
         _add_adapters(release, folder, run, workdir)
@@ -119,6 +111,22 @@ def collect_release(
     if run is not None:
         _add_run(release, run)
     return release
+
+
+def public_base(kind: Kind, model: str, base_id: str | None) -> str | None:
+    """What the base is called where others can find it; None for a merged model of a local base.
+
+    Raises:
+        UserError: Adapters on a local base without such a name.
+    """
+    if not is_local(base_id or model):
+        return base_id or model
+    if kind != "adapters":
+        return None
+    raise UserError(
+        f"the adapters' base is a folder of this machine, {model}: nobody else could load them",
+        fix="Say what that model is called on the Hub: --base-id ORGANISATION/NAME, in a recipe export.push.base_id.",
+    )
 
 
 def is_local(model: str) -> bool:

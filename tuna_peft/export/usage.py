@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import PurePosixPath
 
 from tuna_peft.export.release import Release
@@ -18,7 +19,7 @@ def usage(release: Release, repo_id: str) -> str:
 def _adapters(release: Release, repo_id: str) -> str:
     built_in = release.base is not None and release.base.startswith("builtin:")
     parts = [
-        "With PEFT. The adapter at the root is the whole stack, added up exactly"
+        f"With PEFT. The adapter at the root is the whole stack, {_added_up(release)}"
         + (" (PEFT knows no built-in models, so the base is in `base/`):" if built_in else ":"),
         _block(_peft(release, repo_id)),
         "With tuna_peft, every stage with its checks, or the stack up to one of them:",
@@ -53,6 +54,11 @@ def _adapters(release: Release, repo_id: str) -> str:
     return "\n\n".join(parts)
 
 
+def _added_up(release: Release) -> str:
+    rank = ((release.recipe or {}).get("export") or {}).get("combine_rank")
+    return f"compressed to rank {rank} (its distance is below)" if rank else "added up exactly"
+
+
 def _peft(release: Release, repo_id: str) -> str:
     """Loads base and combined adapter as the stack was trained: on the quantised base."""
     built_in = release.base is not None and release.base.startswith("builtin:")
@@ -80,9 +86,10 @@ def _peft(release: Release, repo_id: str) -> str:
 
 
 def _rank(release: Release) -> int:
-    stages = {stage["name"]: stage for stage in (release.recipe or {}).get("stages", [])}
-    common = (release.recipe or {}).get("lora", {}).get("r", 16)
-    total = sum(stages.get(name, {}).get("lora", {}).get("r") or common for name in release.stages)
+    """The combined adapter's rank as vLLM wants it."""
+    config = release.files["adapter_config.json"]
+    content = config if isinstance(config, bytes) else config.read_bytes()
+    total = json.loads(content)["r"]
     return next((rank for rank in _VLLM_RANKS if rank >= total), total)
 
 

@@ -64,7 +64,11 @@ def _steps(recipe: Recipe, output: Path) -> Text:
         step(f"task {name}, of the base and after each stage", data)
     export = recipe.export
     merged = f"merged {export.merge.dtype} model on the {export.merge.base} base" if export.merge.enabled else None
-    step("export", "stack of adapters", "combined adapter" if export.combine else None, merged)
+    gguf = f"GGUF: {', '.join(export.gguf)}" if export.gguf else None
+    push = export.push
+    visible = "private" if push and push.private else "public"
+    pushed = f"{push.what} to the {visible} {push.repo} on the Hub" if push else None
+    step("export", "stack of adapters", "combined adapter" if export.combine else None, merged, gguf, pushed)
     return text
 
 

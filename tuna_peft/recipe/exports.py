@@ -36,13 +36,20 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
         exports["merged"] = _as_dict(
             merge_stack(stack, run.path / "merged", dtype=merge.dtype, base=merge.base, load_dtype=base.dtype, **where)
         )
+    if settings.gguf:
+        from tuna_peft.export.gguf.model import export_gguf  # needs an optional package
+
+        exports["gguf"] = _as_dict(
+            export_gguf(run.path / "merged", run.path / "gguf", types=settings.gguf, name=run.recipe.name)
+        )
     prompts = divergence_prompts(inputs, settings.divergence_prompts)
     run.save(DIVERGENCE_PROMPTS, prompts)  # a later `tuna-peft merge` measures on the same
     if exports and prompts:
-        measured = check_exports(stack, [run.path / name for name in exports], prompts, dtype=base.dtype, **where)
-        for name, export in exports.items():
-            export["divergence"] = dataclasses.asdict(measured[str(run.path / name)])
-            logger.info("%s: %s", name, export["divergence"])
+        folders = {name: run.path / name for name in exports if name != "gguf"}  # llama.cpp measures those
+        measured = check_exports(stack, folders.values(), prompts, dtype=base.dtype, **where)
+        for name, folder in folders.items():
+            exports[name]["divergence"] = dataclasses.asdict(measured[str(folder)])
+            logger.info("%s: %s", name, exports[name]["divergence"])
     run.save("exports.json", exports)
     return exports
 

@@ -32,6 +32,7 @@ from tuna_peft.recipe.exports import export_stack
 from tuna_peft.recipe.inputs import Inputs, read_inputs
 from tuna_peft.recipe.measure import environment
 from tuna_peft.recipe.preflight import preflight
+from tuna_peft.recipe.publish import publish, require_exports
 from tuna_peft.recipe.rundir import RunDirectory
 from tuna_peft.recipe.schema import Recipe, Stage
 from tuna_peft.recipe.train_stage import stage_config, train_stage
@@ -59,6 +60,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         config, tokenizer = load_config_and_tokenizer(
             recipe.base.model, revision=recipe.base.revision, trust_remote_code=recipe.base.trust_remote_code
         )
+        require_exports(recipe, config, tokenizer)
         inputs = read_inputs(recipe, tokenizer, config)
         preflight(recipe, inputs, config)
         base = _load_base(recipe)
@@ -69,7 +71,9 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate(run, model, base, inputs, stage.name)
         export_stack(run, inputs)
-        return write_report(run.path)
+        report = write_report(run.path)
+        publish(run)
+        return report
 
 
 def _quieten_libraries() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings, Overflow
 
 StageType = Literal["sft", "ranking"]
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
 # `base` is the key of the report for the model before any stage; PEFT gives `default` a meaning of its own.
 RESERVED_STAGE_NAMES = ("default", "base")
@@ -113,6 +114,22 @@ class MergeSettings(_Section):
     )
 
 
+class PushSettings(_Section):
+    """What is published on the Hugging Face Hub at the end of the run, as by `tuna-peft push`."""
+
+    repo: str = Field(
+        pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$",
+        description="NAME or ORGANISATION/NAME; created if it does not exist.",
+    )
+    what: Literal["adapters", "merged", "gguf"] = Field("adapters", description="The stack, or one of the exports.")
+    private: bool = Field(True, description="Of a repository that is created; false publishes for everybody.")
+    revision: str | None = Field(None, description="A branch, created if it does not exist; null is the main one.")
+    pull_request: bool = Field(False, description="Open a pull request instead of committing.")
+    base_id: str | None = Field(None, description="What the base is called on the Hub, where `base.model` is a path.")
+    license: str | None = Field(None, description="Identifier for the model card; null takes the base's, if known.")
+    data_license: str | None = Field(None, description="Of the training data, for the model card.")
+
+
 class ExportSettings(_Section):
     """What a run leaves behind besides its stack of adapters."""
 
@@ -124,6 +141,20 @@ class ExportSettings(_Section):
     divergence_prompts: int = Field(
         16, ge=0, description="Prompts on which the KL divergence of each export to the live stack is measured."
     )
+    gguf: list[GGUFType] = Field(
+        default_factory=list, description="GGUF files of the merged model to write, for example [q8_0, q4_0]."
+    )
+    push: PushSettings | None = Field(None, description="What to publish on the Hub; null publishes nothing.")
+
+    @model_validator(mode="after")
+    def _sources_are_written(self) -> ExportSettings:
+        if self.gguf and not (self.merge.enabled and self.merge.dtype != "nf4"):
+            raise ValueError("`gguf` is made of the merged model: it needs `merge` enabled, in 16 or 32 bits")
+        if self.push and self.push.what == "merged" and not self.merge.enabled:
+            raise ValueError("`push` of the merged model needs `merge` enabled")
+        if self.push and self.push.what == "gguf" and not self.gguf:
+            raise ValueError("`push` of GGUF files needs types in `gguf`")
+        return self
 
 
 class Recipe(_Section):

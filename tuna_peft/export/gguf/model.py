@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.base_weight import skeleton
@@ -111,6 +111,16 @@ def export_gguf(
         kept_in_f16={files[type]: [tensor.name for tensor in unaligned(plan, type)] for type, plan in plans.items()},
         seconds=time.perf_counter() - start,
     )
+
+
+def require_exportable(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks what can be known of a model before its weights are: for a run, before it trains.
+
+    Raises:
+        UserError: llama.cpp cannot run this model or its tokenizer.
+    """
+    architecture = Architecture.of(config)
+    write_tokenizer(gguf.GGUFWriter(None, architecture.name), tokenizer, config.vocab_size)
 
 
 def check_types(types: Sequence[str]) -> list[str]:

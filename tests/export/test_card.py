@@ -1,0 +1,138 @@
+"""The model card of a run's folder: complete, valid, and without this machine in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from tiny_llama import Tiny
+
+from tuna_peft.export.card import model_card
+from tuna_peft.export.markdown import fenced, table
+from tuna_peft.export.merge import merge_stack
+from tuna_peft.export.release import Release, collect_release, is_local, without_paths
+
+METRIC = {"value": 0.625, "low": 0.6, "high": 0.65, "count": 40}
+REPORT: dict[str, Any] = {
+    "evaluation": {
+        "base": {"ranking": {"main": "pair_accuracy", "metrics": {"pair_accuracy": {"value": 0.5}}}},
+        "ranking": {"ranking": {"main": "pair_accuracy", "metrics": {"pair_accuracy": METRIC, "mrr": METRIC}}},
+    },
+    "stages": {"ranking": {"steps": 120, "seconds": 36.2, "peak_memory_gib": 0.9}},
+    "environment": {"gpu": "NVIDIA T4", "python": "3.11", "packages": {"torch": "2.13"}},
+    "exports": {"combined": {"divergence": {"kl_mean": 1e-13, "kl_max": 1e-12, "top1_agreement": 1.0, "tokens": 9}}},
+}
+RECIPE = {
+    "name": "mine",
+    "base": {"model": "/home/me/models/tiny"},
+    "lora": {"r": 4, "alpha": 8},
+    "stages": [
+        {"name": "sft", "type": "sft", "data": {"path": "tatsu-lab/alpaca"}},
+        {"name": "ranking", "type": "ranking", "data": {"path": "/home/me/judged.jsonl"}, "lora": {"r": 2}},
+    ],
+    "evaluation": {"tasks": {"ranking": {"path": "someone/held-out"}}},
+}
+
+
+def write_run(folder: Path, tiny: Tiny, report: dict[str, Any] | None) -> Path:
+    import shutil
+
+    folder.mkdir()
+    shutil.copytree(tiny.stack, folder / "stack")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    for stage in ("sft", "ranking"):
+        (folder / "stages" / stage).mkdir(parents=True)
+        (folder / "stages" / stage / "curves.png").write_bytes(b"png")
+    if report is not None:
+        (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def release_of(tiny: Tiny, tmp_path: Path, report: dict[str, Any] | None = REPORT) -> Release:
+    (tmp_path / "work").mkdir()
+    return collect_release(write_run(tmp_path / "run", tiny, report), tmp_path / "work", base_id="someone/tiny")
+
+
+def test_metadata_is_valid_and_complete(tiny: Tiny, tmp_path: Path) -> None:
+    card = ModelCard(model_card(release_of(tiny, tmp_path), "me/mine", license="mit"))
+    data = card.data.to_dict()
+    assert data["base_model"] == "someone/tiny"
+    assert data["base_model_relation"] == "adapter"
+    assert (data["library_name"], data["license"], data["pipeline_tag"]) == ("peft", "mit", "text-generation")
+    assert data["datasets"] == ["tatsu-lab/alpaca"]
+    [index] = data["model-index"]
+    [result] = index["results"]
+    assert result["dataset"] == {"name": "someone/held-out", "type": "someone/held-out"}
+    assert [metric["value"] for metric in result["metrics"]] == [0.625, 0.625]
+
+
+def test_the_text_has_what_a_stranger_needs(tiny: Tiny, tmp_path: Path) -> None:
+    text = model_card(release_of(tiny, tmp_path), "me/mine", data_license="CC BY 4.0")
+    for part in (
+        "| `ranking` | 0.625 [0.600, 0.650] |",
+        "| `base` | 0.500 |",
+        "NVIDIA T4",
+        "| `ranking` | 120 | 36.2 | 0.9 |",
+        "![sft](training/sft.png)",
+        "vllm serve someone/tiny --enable-lora --max-lora-rank 16 --lora-modules tuna=me/mine",
+        "### Instruction:\n{instruction}\n\n### Response:",
+        "CC BY 4.0",
+        "li2023tuna",
+        "| combined | 1.00e-13 |",
+        "path: judged.jsonl",
+    ):
+        assert part in text, part
+    for secret in ("/home/me", tiny.base, str(tmp_path)):
+        assert secret not in text
+
+
+@pytest.mark.parametrize("report", [None, {}, {"evaluation": {"base": {}}}, {"evaluation": {"ranking": {"x": 3}}}])
+def test_a_run_without_results_has_a_card_too(tiny: Tiny, tmp_path: Path, report: dict[str, Any] | None) -> None:
+    card = ModelCard(model_card(release_of(tiny, tmp_path, report), "me/mine"))
+    assert "## Evaluation" not in card.content
+    assert "model-index" not in card.data.to_dict()
+
+
+def test_a_merged_model_of_a_local_base_names_no_base(tiny: Tiny, tmp_path: Path) -> None:
+    merge_stack(tiny.stack, tmp_path / "merged")
+    release = collect_release(tmp_path / "merged", tmp_path)
+    text = model_card(release, "me/merged")
+    assert "base_model" not in ModelCard(text).data.to_dict()
+    assert tiny.base not in text
+    record = release.files["tuna_export.json"]
+    assert isinstance(record, bytes)
+    assert tiny.base not in record.decode()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/me/data.json", "data.json"),
+        ("~/models/tiny/", "tiny"),
+        ("./data.json", "data.json"),
+        ("C:\\data\\x.json", "x.json"),
+        ("org/name", "org/name"),
+        ("builtin:pico-llama", "builtin:pico-llama"),
+        ("/ is a slash", "/ is a slash"),
+        ("a\n/home/me", "a\n/home/me"),
+        ({"a": ["/x/y", 1]}, {"a": ["y", 1]}),
+    ],
+)
+def test_paths_are_cut(value: Any, expected: Any) -> None:
+    assert without_paths(value) == expected
+
+
+def test_what_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    assert all(map(is_local, ["/x/y", "./x", "~/x", "a/b/c", "org/here"]))
+    assert not any(map(is_local, ["org/name", "gpt2", "builtin:pico-llama"]))
+
+
+def test_markdown() -> None:
+    assert table([{"a": "1"}, {"b": "x|y"}]) == "| a | b |\n| --- | --- |\n| 1 |  |\n|  | x\\|y |"
+    assert fenced("```\nx", "sh") == "````sh\n```\nx\n````"
