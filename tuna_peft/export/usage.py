@@ -24,7 +24,7 @@ def _adapters(release: Release, repo_id: str) -> str:
         _block(_peft(release, repo_id)),
         "With tuna_peft, every stage with its checks, or the stack up to one of them:",
         _block(
-            "from tuna_peft.models.adapter_stack import AdapterStack\n\n"
+            "from tuna_peft import AdapterStack\n\n"
             f'stack = AdapterStack.from_pretrained("{repo_id}")  # upto="{release.stages[0]}": the lower part\n'
             "model, tokenizer = stack.model, stack.tokenizer"
         ),
