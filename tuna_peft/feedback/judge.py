@@ -15,7 +15,7 @@ from tuna_peft.feedback.judge_settings import JudgeSettings
 from tuna_peft.feedback.judges import Question, failed, make_judge
 from tuna_peft.feedback.protocol import MAX_RESPONSES
 from tuna_peft.feedback.spending import Prices, Spending, Usage, estimate_tokens
-from tuna_peft.feedback.verdict import read_verdict
+from tuna_peft.feedback.verdict import Unreadable, read_verdict
 from tuna_peft.journal import Journal, content_key
 
 
@@ -299,7 +299,10 @@ class Judging:
             scores = [answers[0]["scores"][i] for i in places]
             ranks = dense_ranks([-score for score in scores])
             return Ranking(ranks, (ranks,), scores=scores)
-        verdicts = [read_verdict(answer["text"], count) for answer in answers]
+        try:
+            verdicts = [read_verdict(answer["text"], count) for answer in answers]
+        except Unreadable:  # another version of this package was less strict when it asked
+            return Ranking(reason="unreadable")
         each = []
         for verdict, order in zip(verdicts, asked.orders.values(), strict=True):
             rank_of = dict(zip(order, verdict.ranks, strict=True))

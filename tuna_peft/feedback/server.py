@@ -176,7 +176,7 @@ class Server:
         except self._openai.APIStatusError as error:
             raise self._fault_of_status(error.status_code, self._message(error)) from None
         except self._openai.APITimeoutError:
-            what = f"no answer within {self.settings.timeout:g} s, asked {self.settings.max_retries + 1} times"
+            what = f"no answer within {self.settings.timeout:g} s, asked up to {self.settings.max_retries + 1} times"
             raise NoAnswer(what, where=self._where, fix="Allow a longer time-out, or fewer in flight.") from None
         except self._openai.APIConnectionError as error:
             reason = self.scrub(str(error.__cause__ or error))
@@ -206,7 +206,7 @@ class Server:
             fix = f"Check the base URL and the model's name, {self.settings.model!r}."
             return UserError(f"no such path or model ({status}: {message})", where=self._where, fix=fix)
         if status in (408, 409, 429) or status >= 500:
-            what = f"{status} however often asked ({self.settings.max_retries + 1} times): {message}"
+            what = f"{status}, asked up to {self.settings.max_retries + 1} times: {message}"
             return NoAnswer(what, where=self._where)
         return Refused(f"the server refuses the request ({status}: {message})", where=self._where)
 
