@@ -9,8 +9,10 @@ import typer
 import tuna_peft
 from tuna_peft.cli import (
     combine,
+    compare,
     data,
     doctor,
+    evaluate,
     export,
     generate,
     judge,
@@ -59,6 +61,8 @@ app.command("sample")(sample.sample)
 app.command("score")(score.score)
 app.command("judge")(judge.judge)
 app.command("combine")(combine.combine)
+app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
 app.add_typer(export.app, name="export")

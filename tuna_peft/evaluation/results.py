@@ -21,6 +21,10 @@ FOLDER = "evaluation"
 TITLES = {
     "ranking": "ranking accuracy",
     "graded": "response score",
+    "superni-0shot": "Super-NI 0-shot ROUGE-L",
+    "superni-2shot": "Super-NI 2-shot ROUGE-L",
+    "lmentry": "LMentry accuracy",
+    "vicuna": "Vicuna win rate",
 }
 """What the main metric of a task is called in a table."""
 
@@ -96,7 +100,7 @@ class TaskResult:
     """Everything that one task measured of one stage.
 
     Attributes:
-        task: `ranking`, `graded`, `superni-0shot`, `superni-2shot`, `lmentry`, `vicuna`, `lm_eval`.
+        task: `ranking`, `graded`, `superni-0shot` (of any number of shots), `lmentry`, `vicuna`, `lm_eval`.
         main: The metric that stands for the task in a table, and in which prompts are compared between runs.
         metrics: By name.
         prompts: Every prompt that was scored.

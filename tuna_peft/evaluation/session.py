@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,11 @@ from tuna_peft.data.ranked import Prompt
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.evaluation.results import Exclusion
 from tuna_peft.journal import Journal, content_key
+from tuna_peft.models.any_model import model_digest
 from tuna_peft.models.generation import stream_responses
-from tuna_peft.models.stack import adapter_names, fingerprint
+
+JOURNAL = "evaluation/journal.jsonl"
+"""Where a run keeps what its stages answered."""
 
 
 @dataclass
@@ -59,19 +64,19 @@ class Session:
     """One stage of one model under evaluation.
 
     Attributes:
+        folder: Where results are.
+        stage: The stage's name.
         model: With the adapters of the stage active.
         tokenizer: Its tokenizer.
-        stage: The stage's name.
         journal: Keeps what was generated.
-        weights: Names the weights that answer, see `weights_key`.
         batch_size: Prompts at once.
     """
 
+    folder: Path
+    stage: str
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
-    stage: str
     journal: Journal
-    weights: str
     batch_size: int = 32
 
     def answers(
@@ -99,21 +104,20 @@ class Session:
         reason = f"the prompt leaves no room for {max_new_tokens} new tokens in the model's context"
         return answers, [Exclusion.of(reason, without)] if without else []
 
+    @cached_property
+    def _weights(self) -> str:
+        return _weights_key(self.model)
+
     def _context(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def _key(self, ids: list[int], max_new_tokens: int) -> str:
-        return content_key(weights=self.weights, prompt=ids, max_new_tokens=max_new_tokens)
+        return content_key(weights=self._weights, prompt=ids, max_new_tokens=max_new_tokens)
 
 
-def weights_key(identity: dict[str, Any], quantization: Any, model: torch.nn.Module) -> str:
-    """Names the weights that answer: the base, how it is stored, and the adapters that are active.
-
-    Args:
-        identity: Of the base, see `tuna_peft.models.base.base_identity`.
-        quantization: Of the base, see `tuna_peft.models.adapter_stack.quantization_of`.
-    """
+def _weights_key(model: torch.nn.Module) -> str:
+    """Names the weights that answer: the base, how it is stored, the adapters that are active, the dtype."""
+    digest = model_digest(model)
     active = model.active_adapters if isinstance(model, PeftModel) else []
-    adapters = [fingerprint(model, name) for name in adapter_names(model) if name in active]
-    dtype = str(next(model.parameters()).dtype)
-    return content_key(base=identity, quantization=quantization, adapters=adapters, dtype=dtype)
+    digest["adapters"] = [prints for name, prints in digest["adapters"].items() if name in active]
+    return content_key(**digest, dtype=str(next(model.parameters()).dtype))

@@ -60,7 +60,9 @@ def _steps(recipe: Recipe, output: Path) -> Text:
         )
         below.append(stage.name)
     for name, task in (recipe.evaluation.tasks.given() if recipe.evaluation else {}).items():
-        data = _data(task, _rows(task, recipe, prompts=name != "ranking")) if isinstance(task, DataSource) else None
+        data = getattr(task, "path", None)
+        if isinstance(task, DataSource):
+            data = _data(task, _rows(task, recipe, prompts=name != "ranking"))
         step(f"task {name}, of the base and after each stage", data)
     export = recipe.export
     merged = f"merged {export.merge.dtype} model on the {export.merge.base} base" if export.merge.enabled else None

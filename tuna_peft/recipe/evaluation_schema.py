@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tuna_peft.data.config import DataSource
+from tuna_peft.feedback.judge_settings import JudgeSettings
 
 Overflow = Literal["error", "cut", "skip"]
 
@@ -31,6 +32,65 @@ class GradedTask(DataSource):
     max_new_tokens: int = Field(64, ge=1, description="Longest generated response, in tokens.")
 
 
+class _Benchmark(BaseModel):
+    """What the published benchmarks share."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    wrap: bool = Field(
+        True, description="Put each text of the benchmark into the recipe's prompt template as an instruction; false "
+        "gives it to the model as it is."
+    )  # fmt: skip
+
+
+class SuperNITask(_Benchmark):
+    """Super-NaturalInstructions, prompted and scored as by Tk-Instruct."""
+
+    path: str = Field(description="A checkout of allenai/natural-instructions, or a .jsonl file of instances.")
+    tasks: list[str] | None = Field(None, description="Names of tasks; null takes the benchmark's test tasks.")
+    per_task: int | None = Field(100, ge=1, description="The first so many instances of each task; null takes all.")
+    shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        default_factory=lambda: [0, 2], description="Positive examples in the prompt; one result for each number."
+    )
+    max_new_tokens: int = Field(128, ge=1, description="Longest generated response, in tokens.")
+
+
+class LMentryTask(_Benchmark):
+    """LMentry: 25 elementary tasks and the variants for robustness, scored by its rules."""
+
+    path: str = Field(description="The benchmark's `data` folder, or a checkout of aviaefrat/lmentry.")
+    tasks: list[str] | None = Field(None, description="Names of tasks or variants; null takes all 41.")
+    per_template: int | None = Field(
+        None, ge=1, description="The first so many examples of each of a task's three templates; null takes all."
+    )
+    first_sentence: bool = Field(
+        False, description="Score the first line up to its first full stop, for models that do not stop by themselves."
+    )
+    max_new_tokens: int = Field(50, ge=1, description="Longest generated response, in tokens.")
+
+
+class VicunaTask(_Benchmark):
+    """Vicuna QA: open questions, whose answers a judge compares with another model's, in both orders."""
+
+    path: str = Field(description="FastChat's question.jsonl: `question_id`, `text`, `category` a line.")
+    against: str = Field(
+        "base", description="The other side: a stage of the same model (`base`, for example), or a file of answers."
+    )
+    judge: JudgeSettings = Field(description="Who compares, see `tuna-peft judge`; it is asked in both orders.")
+    max_new_tokens: int = Field(1024, ge=1, description="Longest generated response, in tokens.")
+
+
+class LMEvalTask(BaseModel):
+    """Tasks of EleutherAI's lm-evaluation-harness; needs the extra `lm-eval`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tasks: list[str] = Field(min_length=1, description="Names of the harness's tasks or groups.")
+    include_path: str | None = Field(None, description="A folder with task files of your own.")
+    num_fewshot: int | None = Field(None, ge=0, description="Examples in the prompt; null is each task's own number.")
+    limit: int | None = Field(None, ge=1, description="The first so many documents of each task; null takes all.")
+
+
 class TaskSettings(BaseModel):
     """The tasks of an evaluation, by name."""
 
@@ -38,6 +98,10 @@ class TaskSettings(BaseModel):
 
     ranking: RankingTask | None = Field(None, description="Held-out ranked data: pair accuracy and its relatives.")
     graded: GradedTask | None = Field(None, description="Held-out prompts and a program that grades responses.")
+    superni: SuperNITask | None = Field(None, description="Super-NaturalInstructions: ROUGE-L and exact match.")
+    lmentry: LMentryTask | None = Field(None, description="LMentry: accuracy and robustness on elementary tasks.")
+    vicuna: VicunaTask | None = Field(None, description="Vicuna QA: wins and losses by a judge.")
+    lm_eval: LMEvalTask | None = Field(None, description="Any tasks of EleutherAI's harness.")
 
     def given(self) -> dict[str, BaseModel]:
         """The tasks that are to be run, by name."""

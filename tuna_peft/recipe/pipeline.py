@@ -13,10 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from tuna_peft.evaluation.report.build import FACTS
 from tuna_peft.evaluation.report.write import write_report
-from tuna_peft.evaluation.session import Session, weights_key
+from tuna_peft.evaluation.session import JOURNAL, Session
 from tuna_peft.graders import load_grader
 from tuna_peft.journal import Journal
-from tuna_peft.models.adapter_stack import extend_stack, quantization_of
+from tuna_peft.models.adapter_stack import extend_stack
 from tuna_peft.models.base import (
     Base,
     load_base,
@@ -128,10 +128,9 @@ def _finish_stage(
 def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: str) -> None:
     settings = run.recipe.evaluation
     if settings and inputs.tasks:
-        weights = weights_key(base.identity, quantization_of(base.model), model)
-        with Journal(run.path / "evaluation" / "journal.jsonl") as journal:
-            session = Session(model, base.tokenizer, stage, journal, weights, settings.batch_size)
-            evaluate_stage(run.path, session, inputs.tasks)
+        with Journal(run.path / JOURNAL) as journal:
+            session = Session(run.path, stage, model, base.tokenizer, journal, settings.batch_size)
+            evaluate_stage(session, inputs.tasks)
 
 
 def _facts(recipe: Recipe, base: Base, inputs: Inputs) -> dict[str, Any]:

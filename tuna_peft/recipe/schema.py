@@ -198,13 +198,13 @@ class Recipe(_Section):
         """The adapter settings of `stage`: the recipe's `lora`, with what the stage says laid over it."""
         return self.lora.model_copy(update=stage.lora.model_dump(exclude_none=True))
 
-    def sources(self) -> dict[tuple[str | int, ...], DataSource]:
-        """Every data set that the recipe names, by its path of keys."""
-        found: dict[tuple[str | int, ...], DataSource] = {
+    def sources(self) -> dict[tuple[str | int, ...], Any]:
+        """Everything in the recipe that has a `path`, data sets and benchmarks, by its path of keys."""
+        found: dict[tuple[str | int, ...], Any] = {
             ("stages", index, "data"): stage.data for index, stage in enumerate(self.stages)
         }
         if self.evaluation is not None:
             for name, task in self.evaluation.tasks.given().items():
-                if isinstance(task, DataSource):
+                if hasattr(task, "path"):
                     found["evaluation", "tasks", name] = task
         return found

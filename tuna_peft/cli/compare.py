@@ -1,0 +1,106 @@
+"""`tuna-peft compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tuna_peft.evaluation.compare import Comparison, Pairing
+
+
+def compare(
+    first: Annotated[
+        str, typer.Argument(metavar="RUN[@STAGE]", help="A folder with results; of the last stage, or STAGE.")
+    ],
+    second: Annotated[str, typer.Argument(metavar="RUN[@STAGE]", help="What is compared with it.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", "-t", help="Only this task. Repeatable.", show_default="all"),
+    ] = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="How many wins and losses to print.")] = 3,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write everything, all wins and losses included.", show_default=False)
+    ] = None,
+) -> None:
+    """Compare two evaluations prompt by prompt: paired difference, wins and losses with both texts."""  # fmt: skip
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from tuna_peft.cli.results import shown
+    from tuna_peft.errors import UserError
+    from tuna_peft.evaluation.compare import compare_results
+    from tuna_peft.files import write_json
+
+    left, right = _results(first), _results(second)
+    common = [name for name in left if name in right and (not task or name in task or name.partition("-")[0] in task)]
+    if not common:
+        raise UserError(
+            f"no task in common: {first} has {', '.join(left) or 'none'}, {second} has {', '.join(right) or 'none'}",
+            fix="Run `tuna-peft evaluate` on both with the same --task.",
+        )
+    comparisons = [compare_results(left[name], right[name]) for name in common]
+    table = Table("task", "metric", first, second, "difference", "wins", "losses", "ties", title="paired by prompt")
+    for one in comparisons:
+        values = ["-", "-"] if one.values is None else [f"{value:.3f}" for value in one.values]
+        difference = "-" if one.difference is None else shown(one.difference)
+        table.add_row(one.task, one.metric, *values, difference, *map(str, (len(one.wins), len(one.losses), one.ties)))
+    console = Console()
+    console.print(table, crop=False)
+    for one in comparisons:
+        _print_unpaired(one, first, second)
+        for title, pairings in (("win", one.wins), ("loss", one.losses)):
+            for pairing in pairings[:show]:
+                _print_pairing(one.task, title, pairing)
+    if json is not None:
+        write_json(json, {"first": first, "second": second, "tasks": [dataclasses.asdict(one) for one in comparisons]})
+
+
+def _results(target: str) -> dict[str, Any]:
+    """The results of one stage, by task."""
+    from tuna_peft.errors import UserError
+    from tuna_peft.evaluation.results import load_results
+    from tuna_peft.recipe.evaluate_target import recipe_of_run
+    from tuna_peft.recipe.problems import did_you_mean
+
+    path, at, stage = target, "", ""
+    if not Path(target).is_dir():
+        path, at, stage = target.rpartition("@")
+        if not at:
+            path = target
+    recipe = recipe_of_run(path)
+    order = None if recipe is None else ["base", *(one.name for one in recipe.stages)]
+    results = load_results(Path(path), order)
+    if not results:
+        raise UserError("there are no results", where=path, fix="Run `tuna-peft evaluate` on it first.")
+    if stage and stage not in results:
+        raise UserError(f"there are no results of a stage {stage!r}", where=path, fix=did_you_mean(stage, results))
+    return results[stage or list(results)[-1]]
+
+
+def _print_unpaired(one: Comparison, first: str, second: str) -> None:
+    for count, what in (
+        (one.only_first, f"only in {first}"),
+        (one.only_second, f"only in {second}"),
+        (one.unscored, "without a score in one of them"),
+    ):
+        if count:
+            typer.secho(f"{one.task}: {count} prompts {what}, not compared", fg="yellow")
+
+
+def _print_pairing(task: str, title: str, pairing: Pairing) -> None:
+    def cut(text: str) -> str:
+        line = " ".join(text.split())
+        return line if len(line) <= 300 else line[:297] + "..."
+
+    scores = f"{pairing.scores[0]:.3f} -> {pairing.scores[1]:.3f}"
+    typer.secho(f"\n{task}, {title}, {pairing.id}: {scores}", bold=True)
+    typer.echo(f"  prompt  {cut(pairing.prompt)}")
+    typer.echo(f"  first   {cut(pairing.responses[0])}")
+    typer.echo(f"  second  {cut(pairing.responses[1])}")
+    if pairing.references:
+        typer.echo(f"  right   {cut(pairing.references[0])}")

@@ -1,0 +1,110 @@
+"""`tuna-peft evaluate`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|RUN|STACK", help="A run's folder, a stack, a merged model, a Hub id or builtin:."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value below the recipe's `evaluation`, for example tasks.superni.shots=[0].", show_default=False
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            "-t",
+            metavar="NAME[=PATH]",
+            show_default="those of the run's recipe",
+            help="ranking, graded, superni, lmentry, vicuna, lm-eval; with the path of its data. Repeatable.",
+        ),
+    ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stage", help="Of a stack: this stage (or base) only. Repeatable.", show_default="base and every stage"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="For the results.", show_default="the run, or runs/evaluation-MODEL"),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option("--template", help="alpaca, chat, none, or a text.", show_default="that of training")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Of a stack: where its base is now.", show_default="as recorded")
+    ] = None,
+    quantization: Annotated[
+        str, typer.Option("--quantization", help="Of a single model: nf4, fp4, int8 or none.")
+    ] = "none",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Measure a model, or every stage of a run, on benchmarks; again: only what is missing."""  # fmt: skip
+    import logging
+
+    from rich.console import Console
+    from transformers.utils import logging as transformers_logging
+
+    from tuna_peft.cli.options import from_options
+    from tuna_peft.cli.results import results_tables
+    from tuna_peft.data.config import PromptConfig
+    from tuna_peft.errors import UserError
+    from tuna_peft.recipe.evaluate_target import Loading, default_output, evaluate_target, settings_of
+    from tuna_peft.recipe.evaluation_schema import EvaluationSettings
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("tuna_peft").setLevel(logging.INFO)
+    logging.getLogger("tuna_peft").addHandler(logging.StreamHandler())
+    settings = from_options(EvaluationSettings, _settings(settings_of(model), task or [], overrides or []))
+    if not settings.tasks.given():
+        raise UserError("there is nothing to evaluate", fix="Name a task: --task ranking=held-out.jsonl.")
+    results = evaluate_target(
+        model,
+        settings,
+        output or default_output(model),
+        stages=stage,
+        prompt=None if template is None else from_options(PromptConfig, {"template": template}),
+        loading=Loading(base_model, quantization, device, trust_remote_code),
+    )
+    Console().print(results_tables(results), crop=False)
+    typer.echo(f"Every prompt's score: {output or default_output(model)}/evaluation/")
+
+
+def _settings(recorded: dict[str, Any], tasks: list[str], overrides: list[str]) -> dict[str, Any]:
+    """A run's settings, with the tasks that are asked for (and only those) and the overrides laid over them."""
+    from tuna_peft.errors import UserError
+    from tuna_peft.recipe.document import Document
+    from tuna_peft.recipe.evaluation_schema import TaskSettings
+    from tuna_peft.recipe.overrides import apply_overrides
+    from tuna_peft.recipe.problems import did_you_mean
+
+    values = copy.deepcopy(recorded)
+    before = values.setdefault("tasks", {})
+    if tasks:
+        values["tasks"] = {}
+    for text in tasks:
+        name, equals, path = text.partition("=")
+        key = name.replace("-", "_")
+        if key not in TaskSettings.model_fields:
+            raise UserError(f"there is no task {name!r}", fix=did_you_mean(key, TaskSettings.model_fields))
+        values["tasks"][key] = {"path": path} if equals else before.get(key, {})
+    document = Document(values)
+    apply_overrides(document, overrides)
+    return document.data

@@ -1,0 +1,104 @@
+"""Two results of one task, prompt by prompt: the paired difference, and who won where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tuna_peft.evaluation.bootstrap import paired_difference
+from tuna_peft.evaluation.results import Metric, PromptResult, TaskResult
+
+
+@dataclass
+class Pairing:
+    """One prompt in both results.
+
+    Attributes:
+        id: Of the prompt.
+        prompt: Its text.
+        responses: Of the first and of the second.
+        scores: Of the first and of the second, in the task's main metric.
+        references: What counts as right.
+    """
+
+    id: str
+    prompt: str
+    responses: tuple[str, str]
+    scores: tuple[float, float]
+    references: list[str] = field(default_factory=list)
+
+    @property
+    def gain(self) -> float:
+        """By how much the second is better."""
+        return self.scores[1] - self.scores[0]
+
+
+@dataclass
+class Comparison:
+    """The second result beside the first.
+
+    Attributes:
+        task: The task.
+        metric: Its main metric.
+        values: Of the first and the second, over the prompts that both have.
+        difference: The second minus the first, with its interval by the paired bootstrap; None without common prompts.
+        wins: Prompts on which the second is better, the largest gain first.
+        losses: Prompts on which it is worse, the largest loss first.
+        ties: How many are equal.
+        only_first: Prompts that the second does not have.
+        only_second: Prompts that the first does not have.
+        unscored: Prompts of both without a score in one of them.
+    """
+
+    task: str
+    metric: str
+    values: tuple[float, float] | None = None
+    difference: Metric | None = None
+    wins: list[Pairing] = field(default_factory=list)
+    losses: list[Pairing] = field(default_factory=list)
+    ties: int = 0
+    only_first: int = 0
+    only_second: int = 0
+    unscored: int = 0
+
+
+def compare_results(first: TaskResult, second: TaskResult) -> Comparison:
+    """Pairs prompts of the same id and text. Only prompts with a score in both count."""
+    comparison = Comparison(second.task, second.main)
+    mine, theirs = _by_content(first.prompts), _by_content(second.prompts)
+    comparison.only_first, comparison.only_second = len(mine.keys() - theirs), len(theirs.keys() - mine)
+    pairings, weights = [], []
+    for key in (key for key in mine if key in theirs):
+        one, other = mine[key], theirs[key]
+        scores = one.scores.get(second.main), other.scores.get(second.main)
+        if scores[0] is None or scores[1] is None:
+            comparison.unscored += 1
+            continue
+        pairings.append(
+            Pairing(one.id, one.prompt, (one.response, other.response), (scores[0], scores[1]), other.references)
+        )
+        weights.append(other.weight)
+    comparison.wins = sorted((pairing for pairing in pairings if pairing.gain > 0), key=lambda pairing: -pairing.gain)
+    comparison.losses = sorted((pairing for pairing in pairings if pairing.gain < 0), key=lambda pairing: pairing.gain)
+    comparison.ties = len(pairings) - len(comparison.wins) - len(comparison.losses)
+    if sum(weights):
+        columns = [[pairing.scores[side] for pairing in pairings] for side in (0, 1)]
+        comparison.values = _mean(columns[0], weights), _mean(columns[1], weights)
+        comparison.difference = paired_difference(columns[0], columns[1], weights)
+    return comparison
+
+
+def _by_content(prompts: Sequence[PromptResult]) -> dict[tuple[str, str, int], PromptResult]:
+    """By id and text; an id that a user's data repeats is told apart by its number."""
+    seen: Counter[tuple[str, str]] = Counter()
+    keyed = {}
+    for prompt in prompts:
+        key = prompt.id, prompt.prompt
+        keyed[prompt.id, prompt.prompt, seen[key]] = prompt
+        seen[key] += 1
+    return keyed
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

@@ -1,0 +1,111 @@
+"""EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a stack, unmerged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tuna_peft.errors import UserError
+from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
+from tuna_peft.evaluation.session import Session
+
+_Z95 = 1.959964  # of the standard errors that the harness gives
+
+
+def require_harness() -> None:
+    """UserError if the harness is not installed."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "the task lm_eval needs EleutherAI's harness, which is not installed",
+            fix="Install it: pip install 'tuna-peft[lm-eval]'.",
+        ) from error
+
+
+def evaluate_harness(
+    session: Session,
+    *,
+    tasks: Sequence[str],
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> TaskResult:
+    """Hands the model as it stands, adapters and all, to the harness, and takes over its table.
+
+    Args:
+        tasks: The harness's names of tasks or groups.
+        include_path: A folder with further task files.
+        num_fewshot: Examples in the prompt; None is each task's own number.
+        limit: Documents of each task; None takes all.
+
+    Returns:
+        Metrics as `<task>: <metric>`, with the interval of the harness's standard error; the first of them is the main
+        one, and what its documents scored is kept for each of them.
+
+    Raises:
+        UserError: There is no such task, or the harness is not installed.
+    """
+    require_harness()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
+        raise UserError(
+            f"the harness has no task {', '.join(unknown)}",
+            where="evaluation.tasks.lm_eval.tasks",
+            fix="`lm-eval ls tasks` lists them; `include_path` adds your own.",
+        )
+    model = HFLM(pretrained=session.model, tokenizer=session.tokenizer, batch_size=session.batch_size)
+    found = simple_evaluate(
+        model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
+        bootstrap_iters=0, verbosity="WARNING",
+    )  # fmt: skip
+    return table_as_result(found)
+
+
+def table_as_result(found: dict[str, Any]) -> TaskResult:
+    """The harness's results in our shape; what has no number there has none here, and is named."""
+    metrics: dict[str, Metric] = {}
+    missing: list[str] = []
+    for task, values in found["results"].items():
+        count = (found.get("n-samples") or {}).get(task, {}).get("effective", 0)
+        for key, value in values.items():
+            name, _, filter_name = key.partition(",")
+            if name.endswith("_stderr") or name in ("alias", "name", "sample_len", "sample_count") or not filter_name:
+                continue
+            label = f"{task}: {name}" + ("" if filter_name == "none" else f" ({filter_name})")
+            if not isinstance(value, int | float):
+                missing.append(label)
+                continue
+            error = values.get(f"{name}_stderr,{filter_name}")
+            half = _Z95 * error if isinstance(error, int | float) else None
+            low, high = (None, None) if half is None else (value - half, value + half)
+            metrics[label] = Metric(float(value), low, high, count)
+    if not metrics:
+        raise UserError("the harness measured nothing", where="evaluation.tasks.lm_eval")
+    main = next(iter(metrics))
+    excluded = [Exclusion.of("the harness gave no number", missing)] if missing else []
+    return TaskResult("lm_eval", main, metrics, _prompts(found, main), excluded=excluded)
+
+
+def _prompts(found: dict[str, Any], main: str) -> list[PromptResult]:
+    """What the documents of the main metric's task scored."""
+    task, name = main.partition(": ")[::2]
+    name = name.partition(" (")[0]
+    prompts = []
+    for sample in (found.get("samples") or {}).get(task, []):
+        score = sample.get(name)
+        arguments = sample.get("arguments")
+        first: Any = next(iter(arguments.values()), {}) if isinstance(arguments, dict) else {}
+        response = sample.get("filtered_resps") or sample.get("resps")
+        prompts.append(
+            PromptResult(
+                str(sample["doc_id"]), str(first.get("arg_0", "")), str(response),
+                {main: float(score) if isinstance(score, int | float) else None},
+                references=[str(sample.get("target"))], group=task,
+            )
+        )  # fmt: skip
+    return prompts

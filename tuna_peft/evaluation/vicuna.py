@@ -1,0 +1,138 @@
+"""Vicuna QA (https://lmsys.org/blog/2023-03-30-vicuna/): 80 questions, two sets of answers, a judge for each pair.
+
+The judge is given, as a function: evaluation knows nothing of servers and prompts to judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuna_peft.data.ranked import BadRow
+from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.errors import UserError
+from tuna_peft.evaluation.bootstrap import mean_metric
+from tuna_peft.evaluation.files import LeftOut, read_lines
+from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
+from tuna_peft.evaluation.session import Question, Session
+
+PairJudge = Callable[[list[dict[str, Any]]], list[int | None]]
+"""Of rows `{"id", "prompt", "completions": [two], "record"}`: 1 where the first is better, -1 where the second is, 0
+for a tie, None where there is no verdict."""
+
+MAIN = "win_rate"
+_SHARES = {"win": 1, "tie": 0, "lose": -1}
+
+
+def read_vicuna_questions(path: Path, template: PromptTemplate) -> tuple[list[Question], list[Exclusion]]:
+    """Reads FastChat's `question.jsonl`: `question_id`, `text` and `category` a line.
+
+    Raises:
+        UserError: No question can be used.
+    """
+    left_out, questions = LeftOut(), []
+    for record in read_lines(path, left_out):
+        name, text = str(record.get("question_id")), record.get("text")
+        if "question_id" not in record or not isinstance(text, str) or not text.strip():
+            left_out.add("the question has no id or no text", name)
+            continue
+        try:
+            prompt = template.render(text)
+        except BadRow as error:
+            left_out.add(error.what, name)
+            continue
+        questions.append(Question(name, text, prompt, group=record.get("category"), record=record))
+    if not questions:
+        raise UserError("there is no question in it", where=str(path), fix="Give FastChat's question.jsonl.")
+    return questions, left_out.exclusions()
+
+
+def read_vicuna_answers(path: Path) -> tuple[dict[str, str], list[Exclusion]]:
+    """Reads a set of answers in FastChat's format: `question_id` and `text` a line; by question.
+
+    Raises:
+        UserError: No answer can be used.
+    """
+    left_out = LeftOut()
+    answers: dict[str, str] = {}
+    for record in read_lines(path, left_out):
+        if "question_id" not in record or not isinstance(record.get("text"), str):
+            left_out.add("the answer has no question_id or no text", str(record.get("question_id")))
+            continue
+        answers[str(record["question_id"])] = record["text"]
+    if not answers:
+        raise UserError("there is no answer in it", where=str(path), fix="Give a set of answers in FastChat's format.")
+    return answers, left_out.exclusions()
+
+
+def evaluate_vicuna(
+    session: Session,
+    questions: Sequence[Question],
+    *,
+    against: Mapping[str, str] | None,
+    judge: PairJudge | None,
+    max_new_tokens: int,
+    excluded: Sequence[Exclusion] = (),
+) -> TaskResult:
+    """Answers the questions, and has each answer compared with the other side's.
+
+    Args:
+        against: The other side's answers by question; None only answers.
+        judge: Compares two answers, see `PairJudge`; None only answers.
+
+    Returns:
+        `win_rate` (the main metric: ties count half), `win`, `tie` and `lose`, as shares of the questions that have a
+        verdict; `win_rate` also by category. Questions without a verdict keep their answers, and are named.
+    """
+    answers, without_room = session.answers(questions, max_new_tokens, "vicuna")
+    verdicts: dict[str, int | None] = {}
+    left_out = LeftOut()
+    if against is not None and judge is not None:
+        rows = [
+            {"id": answer.question.id, "prompt": answer.question.text, "record": answer.question.record,
+             "completions": [answer.text, against[answer.question.id]]}
+            for answer in answers if against.get(answer.question.id)
+        ]  # fmt: skip
+        verdicts = {str(row["id"]): verdict for row, verdict in zip(rows, judge(rows), strict=True)}
+        for answer in answers:
+            if answer.question.id not in verdicts:
+                left_out.add("the other side has no answer to the question", answer.question.id)
+            elif verdicts[answer.question.id] is None:
+                left_out.add("the judge gave no verdict that can be read", answer.question.id)
+    prompts = []
+    for answer in answers:
+        question, verdict = answer.question, verdicts.get(answer.question.id)
+        other = (against or {}).get(question.id)
+        prompts.append(
+            PromptResult(
+                question.id, question.text, answer.text, {MAIN: None if verdict is None else (1 + verdict) / 2},
+                group=question.group,
+                details={"verdict": verdict, "ended": answer.ended} | ({} if other is None else {"against": other}),
+            )
+        )  # fmt: skip
+    return TaskResult(
+        "vicuna", MAIN, _metrics(prompts), prompts, _by_category(prompts),
+        [*excluded, *without_room, *left_out.exclusions()],
+    )  # fmt: skip
+
+
+def _metrics(prompts: Sequence[PromptResult]) -> dict[str, Metric]:
+    verdicts = [prompt.details["verdict"] for prompt in prompts]
+    shares = {
+        name: mean_metric([None if verdict is None else float(verdict == value) for verdict in verdicts])
+        for name, value in _SHARES.items()
+    }
+    return {MAIN: _win_rate(prompts), **shares}
+
+
+def _by_category(prompts: Sequence[PromptResult]) -> dict[str, dict[str, Metric]]:
+    names = sorted({prompt.group for prompt in prompts if prompt.group is not None})
+    return {
+        f"category: {name}": {MAIN: _win_rate([prompt for prompt in prompts if prompt.group == name])}
+        for name in names
+    }
+
+
+def _win_rate(prompts: Sequence[PromptResult]) -> Metric:
+    return mean_metric([prompt.scores[MAIN] for prompt in prompts])

@@ -1,0 +1,47 @@
+"""A data set of a recipe, read and turned into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.ranked import ReadReport
+from tuna_peft.data.tokenize import Overflow, encode_dataset
+from tuna_peft.errors import UserError
+
+
+def encode_source(
+    source: DataSource,
+    load: Callable[[DataSource, PromptConfig], tuple[Dataset, ReadReport]],
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    *,
+    max_length: int | None,
+    overflow: Overflow,
+    needs_reference: bool = False,
+) -> tuple[Dataset, dict[str, Any]]:
+    """Reads `source` with `load` and encodes it, within `max_length` and the context of the model of `config`.
+
+    Returns:
+        The encoded rows, and what became of records and rows.
+
+    Raises:
+        UserError: See `tuna_peft.data.load` and `tuna_peft.data.tokenize`; names the file.
+    """
+    dataset, read = load(source, prompt)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = min((length for length in (max_length, context) if length is not None), default=None)
+    try:
+        encoded, tokens = encode_dataset(
+            dataset, tokenizer, max_length=limit, overflow=overflow, on_bad_row=source.on_bad_row,
+            needs_reference=needs_reference,
+        )  # fmt: skip
+    except UserError as error:
+        place = f"{source.path}: {error.where}" if error.where else source.path
+        raise UserError(error.what, where=place, fix=error.fix) from error
+    return encoded, {**read.as_dict(), "tokens": tokens.as_dict()}
