@@ -32,8 +32,15 @@ def test_merge_measures_its_distance_from_the_stack(run, tmp_path):
     result = invoke("merge", run, tmp_path / "merged", "--prompts", data)
     assert result.exit_code == 0, result.stderr
     line = result.stdout.splitlines()[1]
-    mean = float(re.match(r"KL divergence from the stack: mean (\S+), largest \S+ nats; same next", line)[1])
+    mean = float(
+        re.match(rf"{tmp_path}/merged: KL divergence from the stack: mean (\S+), largest \S+ nats; same next", line)[1]
+    )
     assert 0 <= mean < 1e-2
+    unmeasured = invoke("merge", run, tmp_path / "again", "--prompts", data, "--no-check")
+    assert len(unmeasured.stdout.splitlines()) == 1
+    later = invoke("divergence", run, tmp_path / "merged", tmp_path / "again", "--prompts", data)
+    assert later.exit_code == 0, later.stderr
+    assert later.stdout.splitlines() == [line, line.replace("merged", "again")]
 
 
 def test_combine_says_what_a_smaller_rank_costs(run, tmp_path):
@@ -113,6 +120,7 @@ def test_prompts_come_from_standard_input_one_a_line(run):
         (["merge", "{run}", "{run}/merged", "--dtype", "int4"], "int4"),
         (["merge", "{run}/base", "{run}/merged"], "stack.json"),
         (["merge", "{run}", "{run}/merged", "--compare"], "--compare needs prompts"),
+        (["divergence", "{run}", "{run}/merged"], "no prompts to compare on"),
         (["combine", "{run}/base", "{run}/combined"], "stack.json"),
         (["combine", "{run}", "{run}/combined", "--prompts", "absent.jsonl"], "absent.jsonl"),
     ],

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.texts import prompt_ids
-from tuna_peft.export.chat_template import chat_template_of
+from tuna_peft.export.chat_template import chat_template_of, for_llama_cpp
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.models.base import resolve_model_path
 
@@ -60,6 +60,12 @@ def test_one_message_is_the_prompt_of_training(path: str, name: str) -> None:
         assert served(tokenizer, instruction) == prompt_ids(template.render(instruction), tokenizer)
         with_input = template.render(instruction, "apple, dog\npear")
         assert served(tokenizer, f"{instruction}{separator}apple, dog\npear") == prompt_ids(with_input, tokenizer)
+
+
+def test_llama_cpp_writes_the_space_behind_bos_itself() -> None:
+    assert for_llama_cpp("{{- bos_token + ' ' -}}\n{{- 'x' -}}") == "{{- bos_token -}}\n{{- 'x' -}}"
+    for other in ("{{- bos_token -}}\n{{- 'x' -}}", "{{ bos_token + ' ' }}"):
+        assert for_llama_cpp(other) == other
 
 
 def test_further_turns_follow_with_the_end_of_each_answer() -> None:

@@ -138,6 +138,22 @@ def test_plain_transformers_loads_everything_that_belongs_to_it(tiny: Tiny, tmp_
     assert model.generate(torch.tensor([PROMPTS[0]]), do_sample=False).shape[1] > len(PROMPTS[0])
 
 
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [({"eos_token_id": 2}, 2), ({"eos_token_id": [5, 9]}, [5, 9, 2]), ({"max_new_tokens": 3}, [2]), (None, 2)],
+)
+def test_generation_stops_where_responses_ended_in_training(
+    tiny: Tiny, tmp_path: Path, generation: dict[str, Any] | None, expected: Any
+) -> None:
+    base = shutil.copytree(tiny.base, tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    if generation is not None:
+        (base / "generation_config.json").write_text(json.dumps(generation))
+    merge_stack(tiny.stack, tmp_path / "merged", base_model=str(base))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.generation_config.eos_token_id == expected
+
+
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", tied=True)
     merge_stack(write_stack(tmp_path / "stack", base), tmp_path / "merged")

@@ -11,6 +11,7 @@ from tuna_peft.cli import (
     combine,
     compare,
     data,
+    divergence,
     doctor,
     evaluate,
     export,
@@ -65,6 +66,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("merge")(merge.merge)
+app.command("divergence")(divergence.divergence)
 app.add_typer(export.app, name="export")
 app.command("push")(push.push)
 app.command("generate")(generate.generate)

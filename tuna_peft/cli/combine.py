@@ -31,6 +31,9 @@ def combine(
             show_default="of a run: the run's own",
         ),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Where there are prompts: load stack and export and measure.")
+    ] = True,
 ) -> None:
     """Write a stack of adapters as one, which plain PEFT loads on the base."""
     from tuna_peft.cli.divergence import comparison_prompts, print_divergence
@@ -51,5 +54,5 @@ def combine(
             )
             + f" (Frobenius norm); each in {out / COMPRESSION}"
         )
-    if ids:
-        print_divergence(source, out, ids, upto=upto, base_model=base_model)
+    if ids and check:
+        print_divergence(source, [out], ids, upto=upto, base_model=base_model)

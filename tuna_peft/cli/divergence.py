@@ -1,11 +1,11 @@
-"""What `combine` and `merge` say of their distance from the stack, and on which prompts."""
+"""`tuna-peft divergence`, and what `combine` and `merge` say of their distance from the stack."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,30 @@ if TYPE_CHECKING:
     from tuna_peft.export.compare import Route
 
 PROMPTS = 16
+
+
+def divergence(
+    stack: Annotated[
+        str, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, a run's folder, or a Hub id.")
+    ],
+    exports: Annotated[list[Path], typer.Argument(help="Folders that `combine` and `merge` wrote.")],
+    upto: Annotated[
+        str | None, typer.Option("--upto", help="Of what stage on they were made.", show_default="all")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Where the base is now.", show_default="as recorded")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", help="Data: measure on 16 of its prompts.", show_default="of a run: the run's own"),
+    ] = None,
+) -> None:
+    """Measure how far combined adapters and merged models are from the live stack, one loaded after the other."""
+    from tuna_peft.models.find_stack import find_stack
+
+    source = find_stack(stack)
+    ids = comparison_prompts(source, prompts, base_model)
+    print_divergence(source, exports, ids, upto=upto, base_model=base_model)
 
 
 def comparison_prompts(stack: Path, data: str | None, base_model: str | None) -> list[list[int]]:
@@ -40,19 +64,19 @@ def comparison_prompts(stack: Path, data: str | None, base_model: str | None) ->
 
 
 def print_divergence(
-    stack: Path, export: Path, prompts: list[list[int]], *, upto: str | None, base_model: str | None
+    stack: Path, exports: list[Path], prompts: list[list[int]], *, upto: str | None, base_model: str | None
 ) -> None:
-    """Loads stack and export, one after the other, and prints how far they are from each other."""
+    """Loads stack and exports, one after the other, and prints how far each is from the stack."""
     from transformers.utils import logging
 
     from tuna_peft.export.check import check_exports
 
     logging.disable_progress_bar()
-    measured = check_exports(stack, [export], prompts, upto=upto, base_model=base_model)[str(export)]
-    typer.echo(
-        f"KL divergence from the stack: mean {measured.kl_mean:.2e}, largest {measured.kl_max:.2e} nats; "
-        f"same next token in {measured.top1_agreement:.1%} of {measured.tokens:,} tokens"
-    )
+    for path, measured in check_exports(stack, exports, prompts, upto=upto, base_model=base_model).items():
+        typer.echo(
+            f"{path}: KL divergence from the stack: mean {measured.kl_mean:.2e}, largest {measured.kl_max:.2e} nats; "
+            f"same next token in {measured.top1_agreement:.1%} of {measured.tokens:,} tokens"
+        )
 
 
 def print_routes(routes: Iterable[Route]) -> None:

@@ -33,6 +33,9 @@ def merge(
             show_default="of a run: the run's own",
         ),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Where there are prompts: load stack and export and measure.")
+    ] = True,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also write and measure every other route, keep none, print a table.")
     ] = False,
@@ -59,5 +62,5 @@ def merge(
         )
     if compare:
         print_routes(compare_routes(source, ids, out.absolute().parent, upto=upto, base_model=base_model))
-    elif ids:
-        print_divergence(source, out, ids, upto=upto, base_model=base_model)
+    elif ids and check:
+        print_divergence(source, [out], ids, upto=upto, base_model=base_model)

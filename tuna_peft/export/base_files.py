@@ -76,7 +76,10 @@ def companion_files(folder: Path) -> list[Path]:
 def copy_companions(
     folder: Path, out: Path, changes: dict[str, Any], prompt: dict[str, Any], *, trust_remote_code: bool = False
 ) -> None:
-    """Copies the base's companion files as they are, but for `changes` in `config.json` and for the chat template.
+    """Copies the base's companion files as they are, but for three things.
+
+    `changes` go into `config.json`, the training prompt becomes the chat template, and generation stops at the token
+    that ended each response in training, the tokenizer's EOS, also where the base's settings know another one only.
 
     Args:
         prompt: The manifest's prompt template, which becomes the chat template, see `chat_template_of`.
@@ -88,9 +91,20 @@ def copy_companions(
     write_json(out / "config.json", {**config, **changes})
     if any(out.glob("tokenizer*")):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        _stop_at(tokenizer.eos_token_id, out)
         template = chat_template_of(prompt, tokenizer)
         if template is not None:
             _write_chat_template(out, template)
+
+
+def _stop_at(eos: int, out: Path) -> None:
+    file = out / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # Without a file of its own, transformers takes the model's configuration.
+    known = settings.get("eos_token_id", None if settings else read_config(out).get("eos_token_id"))
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if eos not in ids:
+        write_json(file, {**settings, "eos_token_id": [*ids, eos]})
 
 
 def _write_chat_template(out: Path, template: str) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.templates import PromptTemplate
 
+_BOS, _BOS_AND_SPACE = "{{- bos_token -}}\n", "{{- bos_token + ' ' -}}\n"
 _REFUSAL = "this model knows user and assistant messages only, as in its training prompt"
 
 
@@ -55,16 +56,19 @@ def chat_template_of(prompt: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
     )
 
 
+def for_llama_cpp(template: str) -> str:
+    """The same for llama.cpp, which puts LLaMA's space behind a BOS by itself."""
+    return template.replace(_BOS_AND_SPACE, _BOS, 1) if template.startswith(_BOS_AND_SPACE) else template
+
+
 def _beginning(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """What stands before the first message, so that its tokens are those of `text` with BOS as in training."""
     ids = tokenizer(text).input_ids
     if ids[:1] != [tokenizer.bos_token_id]:
         return ""
-    for space in ("", " "):
-        # LLaMA's SentencePiece begins a text with a space of its own, but not behind a BOS that is written out.
-        if tokenizer(f"{tokenizer.bos_token}{space}{text}", add_special_tokens=False).input_ids == ids:
-            return f"{{{{- bos_token + '{space}' -}}}}\n" if space else "{{- bos_token -}}\n"
-    return "{{- bos_token -}}\n"
+    # LLaMA's SentencePiece begins a text with a space of its own, but not behind a BOS that is written out.
+    spaced = tokenizer(f"{tokenizer.bos_token} {text}", add_special_tokens=False).input_ids
+    return _BOS_AND_SPACE if spaced == ids else _BOS
 
 
 def _between(template: str) -> str | None:

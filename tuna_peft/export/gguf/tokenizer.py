@@ -16,6 +16,7 @@ from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
+from tuna_peft.export.chat_template import for_llama_cpp
 
 # How byte-level tokenizers cut text into words before merging; llama.cpp knows each cut by a name. With it, llama.cpp
 # assumes whether whole words that are in the vocabulary skip the merges.
@@ -168,4 +169,4 @@ def _write_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenize
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and encoded[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == tokenizer.eos_token_id)
     if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(for_llama_cpp(tokenizer.chat_template))
