@@ -112,7 +112,7 @@ def test_prompts_come_from_standard_input_one_a_line(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "{run}/absent", "x"], "cannot load the base model"),
+        (["generate", "{run}/absent", "x"], "neither a folder here nor a Hub id"),
         (["generate", "{run}", "x", "--upto", "absent"], "no adapter 'absent'"),
         (["generate", "{run}/base", "x", "--upto", "sft"], "upto` goes with a stack"),
         (["generate", "{run}/stack/ranking", "x"], "lone adapter"),
