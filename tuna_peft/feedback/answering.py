@@ -41,7 +41,7 @@ def answer_all(
     questions: Mapping[str, Question],
     ask: Callable[[Question], Any],
     *,
-    in_flight: int = 1,
+    in_flight: int | None = None,
     description: str = "asking",
 ) -> Answering:
     """Brings an answer to every question into the journal.
@@ -51,8 +51,10 @@ def answer_all(
     Args:
         journal: Keys that it has are not asked again.
         questions: By key, see `tuna_peft.journal.content_key`.
-        ask: Gives the answer, a JSON value; called in `in_flight` threads, or in this one if that is 1.
-            `RequestFailed` costs this question, any other exception ends it all once the others' answers are in.
+        ask: Gives the answer, a JSON value. `RequestFailed` costs this question, any other exception ends it all once
+            the others' answers are in.
+        in_flight: Threads to ask from. None asks from this one, and Ctrl-C does not wait: for programs, which may
+            need to be in the main thread.
 
     Raises:
         UserError: The server answers nothing any more.
@@ -60,7 +62,7 @@ def answer_all(
     missing = [key for key in questions if key not in journal]
     run = _Run(journal, questions, ask, missing, Answering(found=len(questions) - len(missing)))
     with tqdm(total=len(missing), desc=description, delay=2, disable=None, leave=False) as run.bar:
-        if in_flight == 1:
+        if in_flight is None:
             run.work()
         else:
             _in_threads(run, min(in_flight, len(missing)))
