@@ -15,6 +15,7 @@ SHORT = [
       for key in ("max_steps=2", "save_strategy=\"no\"")),
     "evaluation.tasks.ranking.limit=4",
     "evaluation.tasks.graded.limit=4",
+    "stages.contextual.data.prompts.limit=12",
 ]  # fmt: skip
 
 

@@ -8,7 +8,11 @@ from tuna_peft.recipe.shipped import shipped_recipes
 
 # What each recipe needs to run without a network, beyond fewer steps.
 SWAPPED = {
-    "quickstart": ["evaluation.tasks.ranking.limit=8", "evaluation.tasks.graded.limit=8"],
+    "quickstart": [
+        "evaluation.tasks.ranking.limit=8",
+        "evaluation.tasks.graded.limit=8",
+        "stages.contextual.data.prompts.limit=12",
+    ],
     "two-stage": [
         "base.model=builtin:pico-llama",
         "stages.probabilistic.data.path=builtin:pico-llama/teacher.json",

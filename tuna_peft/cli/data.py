@@ -37,7 +37,7 @@ def inspect(
     """Show prompts with every candidate in rank order: score, length, and which tokens carry loss."""
     from rich.console import Console
 
-    from tuna_peft.data.inspect import inspect_file
+    from tuna_peft.data.inspect import inspect_file, inspect_prompts
 
     console = Console()
     if not _is_recipe(target):
@@ -47,6 +47,7 @@ def inspect(
         console.print(inspect_file(source, prompt, load_tokenizer(tokenizer), n))
         return
 
+    from tuna_peft.recipe.feedback_schema import FeedbackSource
     from tuna_peft.recipe.load import load_recipe
 
     recipe = load_recipe(target, check=False)
@@ -57,6 +58,9 @@ def inspect(
     for entry in recipe.stages:
         if stage in (None, entry.name):
             console.rule(f"stage {entry.name} ({entry.type})")
+            if isinstance(entry.data, FeedbackSource):
+                console.print(inspect_prompts(entry.data.prompts, recipe.prompt, n))
+                continue
             limit = entry.train.get("max_length", 1024)
             console.print(
                 inspect_file(

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.load import best_alone, read_ranked, source_format
+from tuna_peft.data.load import best_alone, load_prompts, read_ranked, source_format
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.tokenize import Overflow, encode_ranked
 from tuna_peft.errors import UserError
@@ -67,6 +67,20 @@ def inspect_file(
         + f"; responses merged as duplicates: {report.duplicates_merged}, not ranked: {report.omitted}"
     )
     return Group(summary, render_ranked(records, tokenizer, n, max_length=max_length, overflow=overflow))
+
+
+def inspect_prompts(source: DataSource, prompt: PromptConfig, n: int = 3) -> RenderableType:
+    """Reads prompts whose responses do not exist yet, and renders their counts and the first `n` of them.
+
+    Raises:
+        UserError: The source cannot be read.
+    """
+    prompts, report = load_prompts(source, prompt)
+    summary = (
+        f"{source.path}: {report.read} records read, {report.kept} prompts; their responses are made in the run, "
+    )
+    note = "which keeps them in stages/<stage>/ranked.jsonl"
+    return Group(Text(summary + note), *(_panel(row["id"], _record_prompt(row), []) for row in prompts[:n]))
 
 
 def render_ranked(

@@ -49,11 +49,17 @@ class Sampler(Protocol):
 
 
 class ModelSampler:
-    """Draws with a loaded model, see `tuna_peft.models.generation`."""
+    """Draws with a loaded model, see `tuna_peft.models.generation`.
 
-    def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase):
+    Args:
+        adapters: Names of those that are active; all of them by default.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[str] | None = None
+    ):
         self.model, self.tokenizer = model, tokenizer
-        self.identity = {"backend": "transformers", **model_digest(model)}
+        self.identity = {"backend": "transformers", **model_digest(model, adapters)}
 
     @property
     def context(self) -> int | None:
@@ -132,7 +138,7 @@ def sample_candidates(
     settings: SampleSettings,
     journal: Journal,
     *,
-    seed: int = 0,
+    seed: int | str = 0,
 ) -> tuple[list[Record], SampleReport]:
     """Several responses to each prompt.
 

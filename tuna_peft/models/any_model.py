@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,18 @@ def local_stack(model: str) -> Path | None:
     return None
 
 
-def model_digest(model: torch.nn.Module) -> dict[str, Any]:
-    """What a model's outputs depend on, as plain JSON: where its base is from, its quantisation, every adapter."""
+def model_digest(model: torch.nn.Module, adapters: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a model's outputs depend on, as plain JSON: where its base is from, its quantisation, every adapter.
+
+    Args:
+        adapters: Those that are active; all of them by default.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = adapter_names(model) if adapters is None else adapters
     return {
         "base": base_identity(base),
         "quantization": quantization_of(base),
-        "adapters": {name: fingerprint(model, name) for name in adapter_names(model)},
+        "adapters": {name: fingerprint(model, name) for name in names},
     }
 
 

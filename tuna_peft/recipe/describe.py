@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.load import load_prompts, read_ranked
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
+from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.schema import Recipe, Stage
 from tuna_peft.recipe.train_fields import train_fields
@@ -49,13 +51,17 @@ def _steps(recipe: Recipe, output: Path) -> Text:
         stored += ", double quantisation"
     step("base", f"{recipe.base.model}, {stored}")
     below: list[str] = []
-    for stage in recipe.stages:
-        rows = _rows(stage.data, recipe, stage)
+    for stage in recipe.trained():
+        rows = _stage_rows(stage, recipe)
         steps = None if rows is None else _update_steps(stage, rows)
         step(
             f"stage {stage.name} ({stage.type}): {_state(output, stage)}",
             _adapter(recipe, stage, below),
-            _data(stage.data, rows),
+            *(
+                _ranking(stage.data, rows, below)
+                if isinstance(stage.data, FeedbackSource)
+                else [_data(stage.data, rows)]
+            ),
             f"about {steps:,} update steps" if steps else None,
         )
         below.append(stage.name)
@@ -104,6 +110,30 @@ def _rows(source: DataSource, recipe: Recipe, stage: Stage | None = None, *, pro
     if prompts:
         return load_prompts(source, recipe.prompt)[1].kept
     return read_ranked(source, recipe.prompt, pairs=stage is None or stage.type == "ranking")[1].kept
+
+
+def _stage_rows(stage: Stage, recipe: Recipe) -> int | None:
+    if not isinstance(stage.data, FeedbackSource):
+        return _rows(stage.data, recipe, stage)
+    return _rows(stage.data.prompts, recipe, prompts=True)
+
+
+def _ranking(source: FeedbackSource, rows: int | None, below: list[str]) -> Iterator[str]:
+    """Where the ranks come from, step by step."""
+    yield _data(source.prompts, rows)
+    if (sample := source.sample) is not None:
+        model = sample.from_stage or (below[-1] if below else "base")
+        yield (
+            f"samples {sample.n} responses to each from {model}, at temperature {sample.temperature:g}, "
+            f"{sample.trials} draws at most ({sample.backend})"
+        )
+    if (judge := source.judge) is not None:
+        who = judge.function or judge.model or (judge.server and f"{judge.server.model} at {judge.server.base_url}")
+        yield f"ranked by the judge {who}" + (", in both orders" if judge.both_orders else "")
+    if (score := source.score) is not None:
+        who = score.model or (score.server and f"{score.server.model} at {score.server.base_url}")
+        drawn = f", which draws {score.generate.n} responses itself" if score.generate else ""
+        yield f"ranked by the log-probabilities of {who}{drawn}"
 
 
 def _data(source: DataSource, rows: int | None) -> str:

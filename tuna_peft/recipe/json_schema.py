@@ -64,7 +64,11 @@ def field_help(dotted: str) -> str:
             wanted = {kind: name for kind, name in _TRAIN.items() if above not in _TRAIN or kind == above}
             nodes = {f", in a stage of type {kind}": schema["$defs"][name] for kind, name in wanted.items()}
         else:
-            nodes = {kind: _target(node, schema) for kind, node in described.items()}
+            nodes = {}
+            for kind, node in described.items():
+                targets = _targets(node, schema)
+                for target in targets:
+                    nodes[f"{kind}, as {target['title']}" if len(targets) > 1 else kind] = target
         above = key
     lines = [_described(dotted + kind, node) for kind, node in described.items()]
     for kind, node in nodes.items():
@@ -87,12 +91,12 @@ def _field_schema(field: TrainField, definitions: dict[str, Any]) -> dict[str, A
     return schema
 
 
-def _target(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The object that a property leads to, through `$ref`, `| None` and lists; empty when it is a plain value."""
+def _targets(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects that a property leads to, through `$ref`, unions and lists; none when it is a plain value."""
     if "$ref" in node:
-        return schema["$defs"][node["$ref"].rpartition("/")[2]]
-    inner = [*node.get("anyOf", ()), *([node["items"]] if "items" in node else [])]
-    return next((target for part in inner if (target := _target(part, schema))), {})
+        return [schema["$defs"][node["$ref"].rpartition("/")[2]]]
+    inner = [*node.get("anyOf", ()), *node.get("oneOf", ()), *([node["items"]] if "items" in node else [])]
+    return [target for part in inner for target in _targets(part, schema)]
 
 
 def _described(title: str, node: dict[str, Any]) -> str:

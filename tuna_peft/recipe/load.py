@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from tuna_peft.recipe.document import Document, KeyPath
 from tuna_peft.recipe.expectations import expected
 from tuna_peft.recipe.extends import EXTENDS, read_recipe
+from tuna_peft.recipe.feedback_schema import FEEDBACK, FILE
 from tuna_peft.recipe.overrides import apply_overrides
 from tuna_peft.recipe.paths import missing_paths, resolve_paths
 from tuna_peft.recipe.problems import Problem, did_you_mean, raise_problems
@@ -94,6 +95,8 @@ def _real_path(entry: Any, data: Any) -> KeyPath:
     """The part of an error's location that are keys of the recipe; pydantic adds the names of union members."""
     path: list[str | int] = []
     for key in entry["loc"]:
+        if key in (FILE, FEEDBACK):
+            continue
         inside = isinstance(data, dict) and key in data or isinstance(data, list) and isinstance(key, int)
         if not inside:
             if entry["type"] == "missing" and key == entry["loc"][-1]:
@@ -109,9 +112,14 @@ def _valid_keys(path: KeyPath) -> list[str]:
     models: list[Any] = [Recipe]
     for key in path:
         if isinstance(key, str):
-            fields = [model.model_fields[key] for model in models if key in model.model_fields]
+            fields = [_fields(model)[key] for model in models if key in _fields(model)]
             models = [model for field in fields for model in _models_in(field.annotation)]
-    return [*(name for model in models for name in model.model_fields), *([] if path else [EXTENDS])]
+    return [*(name for model in models for name in _fields(model)), *([] if path else [EXTENDS])]
+
+
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's fields by their keys in a recipe."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -29,6 +29,7 @@ from tuna_peft.models.manifest import read_manifest
 from tuna_peft.models.stack import adapter_names, fingerprint, load_adapter
 from tuna_peft.recipe.evaluate import evaluate_stage
 from tuna_peft.recipe.exports import export_stack
+from tuna_peft.recipe.feedback import check_feedback, make_rows
 from tuna_peft.recipe.inputs import Inputs, read_inputs
 from tuna_peft.recipe.measure import environment
 from tuna_peft.recipe.preflight import preflight
@@ -53,7 +54,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
     with RunDirectory(output, recipe) as run:
         _quieten_libraries()
         on_cpu = resolve_device(recipe.base.device).type == "cpu"
-        for stage in recipe.stages:
+        for stage in recipe.trained():
             stage_config(recipe, stage, run.stage(stage.name), on_cpu=on_cpu)  # fields that do not go together
         if recipe.evaluation and recipe.evaluation.tasks.graded:
             load_grader(recipe.evaluation.tasks.graded.grader, "evaluation.tasks.graded.grader")
@@ -62,12 +63,18 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         )
         require_exports(recipe, config, tokenizer)
         inputs = read_inputs(recipe, tokenizer, config)
+        for stage in recipe.trained():
+            if stage.name in inputs.prompts:
+                check_feedback(stage, inputs.prompts[stage.name], tokenizer)
         preflight(recipe, inputs, config)
         base = _load_base(recipe)
         run.save(FACTS, _facts(recipe, base, inputs))
         model: PreTrainedModel | PeftModel = base.model
         _evaluate(run, model, base, inputs, "base")
-        for stage in recipe.stages:
+        for stage in recipe.trained():
+            if stage.name in inputs.prompts:
+                make_rows(run, model, base, inputs, stage)
+                run.save(FACTS, _facts(recipe, base, inputs))
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate(run, model, base, inputs, stage.name)
         export_stack(run, inputs)
@@ -139,7 +146,7 @@ def _facts(recipe: Recipe, base: Base, inputs: Inputs) -> dict[str, Any]:
         "name": recipe.name,
         "seed": recipe.seed,
         "base": {**base.identity, "quantization": recipe.quantization.model_dump()},
-        "stages": [stage.name for stage in recipe.stages],
+        "stages": [stage.name for stage in recipe.trained()],
         "data": inputs.counts,
         "environment": environment(),
     }

@@ -28,7 +28,8 @@ class RunDirectory:
 
     - `recipe.yaml`: the resolved recipe; `run.log`;
     - `evaluation/<stage>/<task>.json`: results of the base and after each stage; the model's answers in a journal;
-    - `stages/<name>/`: checkpoints, log history, curves; `done.json` once the stage is finished;
+    - `stages/<name>/`: checkpoints, log history, curves; `done.json` once the stage is finished; where the run makes
+      the ranks also `samples.jsonl`, `ranked.jsonl`, their journals, and `feedback.json` once they are made;
     - `stack/`, `combined/`, `merged/`: the adapters, as one adapter, as one model;
     - `run.json`: what the run is, for its report; `report.html`, `report.json`, `report.md`.
 

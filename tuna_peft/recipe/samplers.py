@@ -50,7 +50,12 @@ def open_sampler(
 
 @contextmanager
 def vllm_sampler(
-    model: str, upto: str | None = None, base_model: str | None = None, quantization: str = "none"
+    model: str,
+    upto: str | None = None,
+    base_model: str | None = None,
+    quantization: str = "none",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[tuple[Sampler, PromptConfig]]:
     """As `open_sampler`; the adapter is combined into a temporary folder.
 
@@ -58,7 +63,7 @@ def vllm_sampler(
         UserError: vLLM is not installed or cannot serve this base or adapter.
     """
     with tempfile.TemporaryDirectory() as folder:
-        stack, adapter, prompt, revision = local_stack(model), None, None, None
+        stack, adapter, prompt = local_stack(model), None, None
         base = base_model or model
         if stack is not None:
             manifest = read_manifest(stack, upto)
@@ -72,8 +77,11 @@ def vllm_sampler(
                 f"vLLM does not quantise to {quantization}", where=model, fix="Use the backend `transformers`."
             )
         path = resolve_model_path(base)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        sampler = VllmSampler(path, tokenizer, adapter=adapter, revision=revision, quantized=quantization == "nf4")
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        sampler = VllmSampler(
+            path, tokenizer, adapter=adapter, revision=revision, quantized=quantization == "nf4",
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         yield sampler, PromptConfig.model_validate(prompt or usual_prompt(tokenizer))
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings, Overflow
+from tuna_peft.recipe.feedback_schema import FeedbackSource, StageData
 
 StageType = Literal["sft", "ranking"]
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -83,7 +84,15 @@ class Stage(_Section):
     type: StageType = Field(
         description="`sft` (supervised, TRL's SFTTrainer) or `ranking` (Tuna's loss, TunaTrainer)."
     )
-    data: DataSource = Field(description="The training data.")
+    data: StageData = Field(
+        description="The training data: a file, or for a ranking stage `{prompts, sample, score or judge}`."
+    )
+    rounds: int = Field(
+        1,
+        ge=1,
+        description="Repeat sampling, ranking and training so often, each round with an adapter of its own, NAME-1, "
+        "NAME-2 ..., that stands on those before and samples from them.",
+    )
     overflow: Overflow = Field(
         "error",
         description="A response beyond `train.max_length`: `error` stops, `cut` its end, `skip` it; all counted.",
@@ -99,6 +108,14 @@ class Stage(_Section):
         if name in RESERVED_STAGE_NAMES:
             raise ValueError(f"a stage cannot be called `{name}`: the name has another meaning")
         return name
+
+    @model_validator(mode="after")
+    def _data_suit_the_type(self) -> Stage:
+        if self.type == "sft" and isinstance(self.data, FeedbackSource):
+            raise ValueError("a stage of type `sft` learns from a file; ranks are for `type: ranking`")
+        if self.rounds > 1 and not (isinstance(self.data, FeedbackSource) and self.data.sample):
+            raise ValueError("`rounds` repeats sampling, so its `data` needs `sample`")
+        return self
 
 
 class MergeSettings(_Section):
@@ -187,12 +204,32 @@ class Recipe(_Section):
             raise ValueError(f"each stage needs a name of its own; given twice: {', '.join(twice)}")
         return stages
 
+    @field_validator("stages")
+    @classmethod
+    def _samples_come_from_earlier_stages(cls, stages: list[Stage]) -> list[Stage]:
+        earlier = ["base"]
+        for stage in stages:
+            sample = stage.data.sample if isinstance(stage.data, FeedbackSource) else None
+            if sample and sample.from_stage is not None and sample.from_stage not in earlier:
+                raise ValueError(
+                    f"stage `{stage.name}` samples from `{sample.from_stage}`, which is none of those before it "
+                    f"({', '.join(earlier)})"
+                )
+            earlier += [one.name for one in rounds_of(stage)]
+        if twice := sorted({name for name in earlier if earlier.count(name) > 1}):
+            raise ValueError(f"rounds are named by stage and number; given twice: {', '.join(twice)}")
+        return stages
+
     def stage(self, name: str) -> Stage:
         """The stage called `name`; KeyError when there is none."""
-        for stage in self.stages:
+        for stage in self.trained():
             if stage.name == name:
                 return stage
         raise KeyError(name)
+
+    def trained(self) -> list[Stage]:
+        """The stages as they are trained: a stage of several rounds is several, each with a name of its own."""
+        return [one for stage in self.stages for one in rounds_of(stage)]
 
     def lora_of(self, stage: Stage) -> LoraSettings:
         """The adapter settings of `stage`: the recipe's `lora`, with what the stage says laid over it."""
@@ -200,11 +237,27 @@ class Recipe(_Section):
 
     def sources(self) -> dict[tuple[str | int, ...], Any]:
         """Everything in the recipe that has a `path`, data sets and benchmarks, by its path of keys."""
-        found: dict[tuple[str | int, ...], Any] = {
-            ("stages", index, "data"): stage.data for index, stage in enumerate(self.stages)
-        }
+        found: dict[tuple[str | int, ...], Any] = {}
+        for index, stage in enumerate(self.stages):
+            if isinstance(stage.data, FeedbackSource):
+                found["stages", index, "data", "prompts"] = stage.data.prompts
+            else:
+                found["stages", index, "data"] = stage.data
         if self.evaluation is not None:
             for name, task in self.evaluation.tasks.given().items():
                 if hasattr(task, "path"):
                     found["evaluation", "tasks", name] = task
         return found
+
+
+def rounds_of(stage: Stage) -> list[Stage]:
+    """The stage itself, or one for each of its rounds; all but the first sample from the round before."""
+    if stage.rounds == 1:
+        return [stage]
+    found = []
+    for number in range(1, stage.rounds + 1):
+        one = stage.model_copy(deep=True, update={"name": f"{stage.name}-{number}", "rounds": 1})
+        if number > 1 and isinstance(one.data, FeedbackSource) and one.data.sample:
+            one.data.sample.from_stage = None
+        found.append(one)
+    return found
