@@ -224,6 +224,8 @@ def written(tmp_path):
 def test_errors_name_the_line_and_the_nearest_key(written):
     with pytest.raises(UserError, match=r"r.yaml:9: stages.contextual.data.sample.form: unknown key.\n.*`from`"):
         load_recipe(written(RECIPE))
+    with pytest.raises(UserError, match=r"data.limit: unknown key.\n.*Valid here: prompts, sample, score, judge"):
+        load_recipe(written(RECIPE.replace("form", "from")), ["stages.contextual.data.limit=3"])
     with pytest.raises(UserError, match=r"r.yaml:7: stages.contextual.data.prompts.path: this key is required"):
         load_recipe(written(RECIPE.replace('path: "builtin:pico-llama/prompts.jsonl", ', "").replace("form", "from")))
     with pytest.raises(UserError, match=r"r.yaml:10: stages.contextual.data.sample.n: expected an integer, found 'x'"):

@@ -25,7 +25,7 @@ def pico():
     """The quickstart with its data, tokenizer and configuration."""
     from tuna_peft.models.base import load_config_and_tokenizer
 
-    limits = [f"stages.{name}.data.limit=40" for name in ("sft", "probabilistic", "contextual")]
+    limits = [f"stages.{name}.limit=40" for name in ("sft.data", "probabilistic.data", "contextual.data.prompts")]
     recipe = load_recipe("quickstart", [*limits, "evaluation.tasks.ranking.limit=10"], check=False)
     config, tokenizer = load_config_and_tokenizer(recipe.base.model)
     return recipe, config, tokenizer, read_inputs(recipe, tokenizer, config)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from tuna_peft.recipe.document import Document, KeyPath
 from tuna_peft.recipe.expectations import expected
 from tuna_peft.recipe.extends import EXTENDS, read_recipe
-from tuna_peft.recipe.feedback_schema import FEEDBACK, FILE
+from tuna_peft.recipe.feedback_schema import FEEDBACK, FILE, FeedbackSource
 from tuna_peft.recipe.overrides import apply_overrides
 from tuna_peft.recipe.paths import missing_paths, resolve_paths
 from tuna_peft.recipe.problems import Problem, did_you_mean, raise_problems
@@ -85,7 +85,7 @@ def _explain(entries: list[Any], path: KeyPath) -> tuple[str, str | None]:
     if kind == "missing":
         return "this key is required.", None
     if kind == "extra_forbidden":
-        return "unknown key.", did_you_mean(str(path[-1]), _valid_keys(path[:-1]))
+        return "unknown key.", did_you_mean(str(path[-1]), _valid_keys(path[:-1], entries[0]["loc"]))
     value = entries[0]["input"]
     quotes = not isinstance(value, str) and all(entry["type"] == "string_type" for entry in entries)
     return expected(entries, value), "Put it in quotes." if quotes and isinstance(value, int | float) else None
@@ -107,13 +107,15 @@ def _real_path(entry: Any, data: Any) -> KeyPath:
     return tuple(path)
 
 
-def _valid_keys(path: KeyPath) -> list[str]:
-    """The keys that the schema has at `path`."""
+def _valid_keys(path: KeyPath, loc: tuple[str | int, ...]) -> list[str]:
+    """The keys that the schema has at `path`, an error's location `loc` without the names of union members."""
     models: list[Any] = [Recipe]
     for key in path:
         if isinstance(key, str):
             fields = [_fields(model)[key] for model in models if key in _fields(model)]
             models = [model for field in fields for model in _models_in(field.annotation)]
+            if FeedbackSource in models:  # a union with a file's
+                models = [model for model in models if (model is FeedbackSource) == (FEEDBACK in loc)]
     return [*(name for model in models for name in _fields(model)), *([] if path else [EXTENDS])]
 
 

@@ -24,8 +24,9 @@ from tuna_peft.planning.plan import (
 )
 from tuna_peft.planning.ram import available_ram
 from tuna_peft.planning.shapes import ModelShape
-from tuna_peft.planning.workload import ASSUMED_HELD_OUT, Workload
+from tuna_peft.planning.workload import ASSUMED_HELD_OUT, ASSUMED_RESPONSE, ASSUMED_RESPONSES, Row, Workload
 from tuna_peft.recipe.evaluation_schema import RankingTask
+from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.lengths import is_here, source_workload
 from tuna_peft.recipe.schema import Recipe, Stage
 from tuna_peft.recipe.train_fields import train_fields
@@ -83,11 +84,13 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
     """The lengths of all data of a recipe, by stage name and under `evaluation.<task>`."""
     tokenizer = _tokenizer(recipe) if any(map(is_here, recipe.sources().values())) else None
     workloads = {
-        stage.name: source_workload(
+        stage.name: _made_workload(stage.data, recipe, tokenizer)
+        if isinstance(stage.data, FeedbackSource)
+        else source_workload(
             stage.data, recipe, tokenizer,
             kind=stage.type, max_length=_longest(stage_value(stage, "max_length"), shape), overflow=stage.overflow,
         )
-        for stage in recipe.stages
+        for stage in recipe.trained()
     }  # fmt: skip
     for name, task in _tasks(recipe).items():
         options: dict[str, Any] = {"kind": "prompts"}
@@ -95,6 +98,18 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
             options = {"kind": "ranking", "max_length": _longest(task.max_length, shape), "overflow": task.overflow}
         workloads[f"evaluation.{name}"] = source_workload(task, recipe, tokenizer, assumed=ASSUMED_HELD_OUT, **options)
     return workloads
+
+
+def _made_workload(source: FeedbackSource, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Workload:
+    """Prompts with the longest responses that the run may draw to them; typical ones where they stand in a file."""
+    prompts = source_workload(source.prompts, recipe, tokenizer, kind="prompts")
+    n, longest = ASSUMED_RESPONSES, ASSUMED_RESPONSE
+    if source.sample is not None:
+        n, longest = source.sample.n, source.sample.max_new_tokens
+    elif source.score is not None and source.score.generate is not None:
+        n, longest = source.score.generate.n, source.score.generate.max_tokens
+    rows = tuple(Row(row.prompt, (longest,) * n) for row in prompts.rows)
+    return Workload(rows, prompts.total, f"{prompts.source}, with {n} responses of up to {longest} tokens each")
 
 
 def run_spec(
@@ -122,7 +137,7 @@ def run_spec(
         recipe.base.model,
         shape,
         precision,
-        tuple(_stage(recipe, stage, shape, workloads[stage.name], processes) for stage in recipe.stages),
+        tuple(_stage(recipe, stage, shape, workloads[stage.name], processes) for stage in recipe.trained()),
         EvaluationSpec(recipe.evaluation.batch_size, tasks) if recipe.evaluation else None,
         MergeSpec(_MERGED_BYTES[merge.dtype]) if merge.enabled else None,
     )
@@ -171,7 +186,7 @@ def require_native_bf16(recipe: Recipe, device: str, *, has_bf16: bool) -> None:
     asked: dict[str, Any] = {
         "base.dtype": recipe.base.dtype,
         "quantization.compute_dtype": recipe.quantization.compute_dtype,
-        **{f"stages.{stage.name}.train.bf16": stage.train.get("bf16") for stage in recipe.stages},
+        **{f"stages.{stage.name}.train.bf16": stage.train.get("bf16") for stage in recipe.trained()},
     }
     for key, value in asked.items():
         if value in ("bfloat16", True):

@@ -43,7 +43,10 @@ def preflight(recipe: Recipe, inputs: Inputs, config: PretrainedConfig, processe
     except UserError as error:
         logger.info("no plan: %s", error.what)
         return None
-    workloads = {stage.name: Workload.assumed(ASSUMED_RESPONSES, None, ASSUMED_ROWS) for stage in recipe.stages}
+    workloads = {
+        stage.name: Workload.assumed(ASSUMED_RESPONSES, stage.train.get("max_length", 1024), ASSUMED_ROWS)
+        for stage in recipe.trained()
+    }
     workloads |= {name: encoded_workload(rows) for name, rows in inputs.stages.items()}
     if inputs.ranked is not None:
         workloads["evaluation.ranking"] = encoded_workload(inputs.ranked)  # generation finds its batch by itself
