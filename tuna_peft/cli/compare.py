@@ -73,7 +73,7 @@ def _results(target: str) -> dict[str, Any]:
         if not at:
             path = target
     recipe = recipe_of_run(path)
-    order = None if recipe is None else ["base", *(one.name for one in recipe.stages)]
+    order = None if recipe is None else ["base", *(one.name for one in recipe.trained())]
     results = load_results(Path(path), order)
     if not results:
         raise UserError("there are no results", where=path, fix="Run `tuna-peft evaluate` on it first.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.config import PromptConfig
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings, Overflow
 from tuna_peft.recipe.feedback_schema import FeedbackSource, StageData
 
