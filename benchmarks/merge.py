@@ -75,6 +75,7 @@ def measure(
             arm: {
                 "seconds": [one["seconds"] for one in runs],
                 "median_seconds": statistics.median(one["seconds"] for one in runs),
+                "cpu_seconds": statistics.median(one["cpu_seconds"] for one in runs),
                 "peak_rss_bytes": max(one["peak_rss_bytes"] for one in runs),
                 "rss_before_bytes": max(one["rss_before_bytes"] for one in runs),
             }
@@ -177,12 +178,14 @@ def print_run(run: dict[str, Any]) -> None:
         f"largest tensor {run['largest_tensor_bytes'] / 1e6:,.0f} MB"
     )
     copy = run["arms"].get("copy", {}).get("median_seconds")
-    print(f"{'arm':<16}{'seconds':>9}{'MB/s':>9}{'of a copy':>11}{'peak RSS, GB':>14}{'before, GB':>12}")
+    print(f"{'arm':<16}{'seconds':>9}{'CPU s':>9}{'MB/s':>9}{'of a copy':>11}{'peak RSS, GB':>14}{'before, GB':>12}")
     for arm, figures in run["arms"].items():
-        pace = copy / figures["median_seconds"] if copy else float("nan")
+        seconds = figures["median_seconds"]
+        pace, mb_per_second = copy / seconds if copy else float("nan"), run["base_bytes"] / seconds / 1e6
+        peak, before = figures["peak_rss_bytes"] / 1e9, figures["rss_before_bytes"] / 1e9
         print(
-            f"{arm:<16}{figures['median_seconds']:>9.1f}{run['base_bytes'] / figures['median_seconds'] / 1e6:>9,.0f}"
-            f"{pace:>11.2f}{figures['peak_rss_bytes'] / 1e9:>14.2f}{figures['rss_before_bytes'] / 1e9:>12.2f}"
+            f"{arm:<16}{seconds:>9.1f}{figures['cpu_seconds']:>9.1f}{mb_per_second:>9,.0f}{pace:>11.2f}"
+            f"{peak:>14.2f}{before:>12.2f}"
         )
 
 
@@ -197,10 +200,11 @@ def _run(arm: str, folder: Path, device: str) -> dict[str, Any]:
 
         base = "original" if arm == "merge-original" else "dequantised"
         work = lambda: merge_stack(folder / "stack", folder / "out", base=base, device=device)  # type: ignore[arg-type]  # noqa: E731
-    before, start = _rss("VmRSS"), time.perf_counter()
+    before, start, start_cpu = _rss("VmRSS"), time.perf_counter(), time.process_time()
     work()
     return {
         "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - start_cpu,
         "peak_rss_bytes": _rss("VmHWM"),
         "rss_before_bytes": before,
     }

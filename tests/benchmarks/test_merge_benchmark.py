@@ -38,8 +38,14 @@ def test_arms_write_the_same_model(tmp_path, monkeypatch):
 
 
 def test_figures_are_printed(capsys):
-    figures = {"seconds": [2.0], "median_seconds": 2.0, "peak_rss_bytes": 10**9, "rss_before_bytes": 10**8}
+    figures = {
+        "seconds": [2.0],
+        "median_seconds": 2.0,
+        "cpu_seconds": 3.0,
+        "peak_rss_bytes": 10**9,
+        "rss_before_bytes": 10**8,
+    }
     run = {"shape": "7b", "layers": 2, "base_bytes": 10**9, "largest_tensor_bytes": 10**8}
     merge.print_run({**run, "arms": {"copy": {**figures, "median_seconds": 1.0}, "merge": figures}})
     line = capsys.readouterr().out.splitlines()[-1].split()
-    assert line == ["merge", "2.0", "500", "0.50", "1.00", "0.10"]
+    assert line == ["merge", "2.0", "3.0", "500", "0.50", "1.00", "0.10"]

@@ -29,8 +29,8 @@ def test_commands_and_code_run(tmp_path, monkeypatch):
             continue
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, f"{shlex.join(arguments)}\n{result.output}"
-        assert "KL" in result.stdout
-    assert {arguments[1] for arguments in commands} == {"combine", "merge"}
+        assert ("KL" in result.stdout) is ("--no-check" not in arguments)
+    assert {arguments[1] for arguments in commands} == {"combine", "merge", "divergence"}
     [code] = blocks("python")
     names: dict = {}
     exec(compile(code, str(DOC), "exec"), names)

@@ -54,6 +54,13 @@ def test_a_moved_base_is_accepted(base_path: str, stack_path: Path, tmp_path: Pa
     assert torch.equal(logits(stack.model), logits(AdapterStack.from_pretrained(stack_path, device="cpu").model))
 
 
+def test_a_base_that_is_not_there_says_that_it_may_have_moved(stack_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="If the base of this stack has moved, say where it is now"):
+        AdapterStack.from_pretrained(
+            _edited(stack_path, tmp_path / "stack", lambda manifest: manifest["base"].update(model="/gone/away"))
+        )
+
+
 def test_another_base_is_refused(stack_path: Path, tmp_path: Path) -> None:
     other = write_base(tmp_path / "other", seed=9)
     with pytest.raises(UserError, match=r"this stack was trained on .* the stored weights differ"):

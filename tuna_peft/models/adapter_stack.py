@@ -71,16 +71,20 @@ class AdapterStack:
         folder = find_stack(folder, revision)
         manifest = read_manifest(folder, upto)
         if base is None:
-            base = load_base(
-                base_model or manifest.base["model"],
-                revision=None if base_model else manifest.base["revision"],
-                quantization_config=_quantization_from(
-                    manifest.quantization, resolve_dtype(dtype, resolve_device(device))
-                ),
-                device=device,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-            )
+            compute_dtype = resolve_dtype(dtype, resolve_device(device))
+            try:
+                base = load_base(
+                    base_model or manifest.base["model"],
+                    revision=None if base_model else manifest.base["revision"],
+                    quantization_config=_quantization_from(manifest.quantization, compute_dtype),
+                    device=device,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                )
+            except UserError as error:
+                moved = "If the base of this stack has moved, say where it is now (base_model)."
+                fix = f"{error.fix} {moved}" if error.fix else moved
+                raise UserError(error.what, where=error.where, fix=fix) from error
         require_same_base(base.identity, manifest.base, str(folder))
         _require_same_quantization(quantization_of(base.model), manifest.quantization, str(folder))
         model: PreTrainedModel | PeftModel = base.model
