@@ -19,9 +19,9 @@ def dequantised_weight(layer: torch.nn.Module) -> torch.Tensor:
     repacked for CPUs with AVX512-BF16 is brought back to its storage layout first: read as it is, it dequantises to
     garbage without a word. Its block scales come back rounded to bf16, which is all that the packed form keeps.
     """
-    weight: Any = layer.weight
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        _unpack(weight, weight.quant_state)
+    state = getattr(layer.weight, "quant_state", None)
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
+        _unpack(layer.weight, state)
     return dequantize_module_weight(layer).detach()
 
 
