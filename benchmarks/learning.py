@@ -22,6 +22,7 @@ from benchmarks.contest.ablation import STEPS as STAGE_STEPS
 from benchmarks.contest.ablation import run as run_ablation
 from benchmarks.contest.arms import ARMS
 from benchmarks.contest.data import World
+from benchmarks.contest.figure import save_figure
 from benchmarks.contest.table import chosen_rate, print_table
 from benchmarks.contest.train import flops_per_step, measured, timed, trained
 
@@ -132,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stories", type=Path, metavar="FOLDER", help="stories260K and its rankings, not pico-LLaMA")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all of the budget's")
     parser.add_argument("--table", action="store_true", help="print what FILE holds and run nothing")
+    parser.add_argument("--figure", type=Path, metavar="SVG", help="with --table: draw it, too")
     options = parser.parse_args(arguments)
     if not options.table:
         torch.set_num_threads(1)
@@ -144,6 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
         world = worlds.stories(options.stories) if options.stories else worlds.pico()
         Contest(world, options.json, options.seeds, options.steps).run(options.budget, tuple(options.arms or defaults))
     print_table(read(options.json))
+    if options.figure:
+        save_figure(read(options.json), options.figure)
     return 0
 
 
