@@ -1,4 +1,4 @@
-"""How v, the length-normalised log-probability of a response, is distributed at each rank."""
+"""How likely the model finds the responses of each rank, compared with the others to the same prompt."""
 
 from __future__ import annotations
 
@@ -14,43 +14,47 @@ _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 def by_rank(rankings: Mapping[str, TaskResult]) -> dict[str, list[dict[str, Any]]]:
-    """By stage, for each rank from the best: `rank`, `count`, `mean`, `quantiles` and `density`.
+    """By stage, for each rank from the best: `rank`, `count`, `mean_v`, and `quantiles` and `density` of its lead.
 
-    Densities are Gaussian kernel estimates (Silverman's rule), all on one grid that holds the middle 98 % of every
-    stage's values, so that the stages can be compared by eye; `density` lists pairs of v and density.
+    The lead of a response is its v (length-normalised log-probability) minus the mean v of all responses to the same
+    prompt: how easy a prompt is would hide the order. Densities are Gaussian kernel estimates (Silverman's rule), all
+    on one grid that holds the middle 98 % of every stage, so that the stages can be compared by eye; `density` lists
+    pairs of lead and density.
     """
-    values = {stage: _values(result) for stage, result in rankings.items()}
-    everything = [of_rank for ranks in values.values() for of_rank in ranks.values()]
-    if not everything:
+    found = {stage: _v_and_lead(result) for stage, result in rankings.items()}
+    leads = [np.concatenate([lead for _, lead in ranks.values()]) for ranks in found.values() if ranks]
+    if not leads:
         return {}
-    ends = [np.quantile(np.concatenate(list(ranks.values())), [0.01, 0.99]) for ranks in values.values() if ranks]
-    grid = np.linspace(min(low for low, _ in ends), max(high for _, high in ends), _POINTS)
+    ends = np.array([np.quantile(lead, [0.01, 0.99]) for lead in leads])
+    grid = np.linspace(ends[:, 0].min(), ends[:, 1].max(), _POINTS)
     return {
         stage: [
             {
                 "rank": rank,
                 "count": len(v),
-                "mean": float(v.mean()),
-                "quantiles": {f"{q:g}": float(np.quantile(v, q)) for q in _QUANTILES},
-                "density": np.stack([grid.round(4), _density(v, grid).round(5)], axis=1).tolist(),
+                "mean_v": float(v.mean()),
+                "quantiles": {f"{q:g}": float(np.quantile(lead, q)) for q in _QUANTILES},
+                "density": np.stack([grid.round(4), _density(lead, grid).round(5)], axis=1).tolist(),
             }
-            for rank, v in sorted(ranks.items())
+            for rank, (v, lead) in sorted(ranks.items())
         ]
-        for stage, ranks in values.items()
+        for stage, ranks in found.items()
     }
 
 
-def _values(result: TaskResult) -> dict[int, np.ndarray]:
-    found: dict[int, list[float]] = {}
+def _v_and_lead(result: TaskResult) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """By rank, of every response."""
+    pairs: dict[int, list[tuple[float, float]]] = {}
     for prompt in result.prompts:
+        mean = sum(prompt.details["v"]) / len(prompt.details["v"])
         for rank, v in zip(prompt.details["ranks"], prompt.details["v"], strict=True):
-            found.setdefault(rank, []).append(v)
-    return {rank: np.array(v) for rank, v in found.items()}
+            pairs.setdefault(rank, []).append((v, v - mean))
+    return {rank: tuple(np.array(of_rank).T) for rank, of_rank in pairs.items()}
 
 
-def _density(v: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    middle = np.subtract(*np.quantile(v, [0.75, 0.25])) / 1.34
-    width = 0.9 * (min(v.std(), middle) or v.std()) * len(v) ** -0.2
+def _density(lead: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    middle = np.subtract(*np.quantile(lead, [0.75, 0.25])) / 1.34
+    width = 0.9 * (min(lead.std(), middle) or lead.std()) * len(lead) ** -0.2
     width = max(width, (grid[-1] - grid[0]) / 100, 1e-6)  # all values alike: a narrow peak, no division by zero
-    kernels = np.exp(-0.5 * ((grid[:, None] - v[None, :]) / width) ** 2)
-    return kernels.sum(axis=1) / (len(v) * width * np.sqrt(2 * np.pi))
+    kernels = np.exp(-0.5 * ((grid[:, None] - lead[None, :]) / width) ** 2)
+    return kernels.sum(axis=1) / (len(lead) * width * np.sqrt(2 * np.pi))

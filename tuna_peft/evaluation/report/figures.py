@@ -67,23 +67,23 @@ def progress(report: Report) -> list[Panel]:
 
 
 def v_by_rank(report: Report) -> list[Panel]:
-    """For each stage, the density of v at each rank, best on top; the medians joined."""
+    """For each stage, the density of v above the prompt's mean at each rank, best on top; the medians joined."""
     panels = []
     for stage, ranks in report["v_by_rank"].items():
         top = max(d for of_stage in report["v_by_rank"].values() for rank in of_stage for _, d in rank["density"])
-        grid = [v for v, _ in ranks[0]["density"]]
+        grid = [lead for lead, _ in ranks[0]["density"]]
         row = 44.0
         chart = Chart(
             f"distribution of v by rank: {stage}", width=250, height=row * len(ranks) + 62, left=42, right=6, top=26,
             bottom=36,
         )  # fmt: skip
         x = chart.x(grid[0], grid[-1])
-        chart.x_axis(x, ticks(grid[0], grid[-1], 5), "v, nats per token")
+        chart.x_axis(x, ticks(grid[0], grid[-1], 5), "v − mean of the prompt, nats")
         medians = []
         for place, rank in enumerate(ranks):
             floor = chart.top + row * (place + 1)
             colour = rank_colour(place, len(ranks))
-            curve = [(x(v), floor - 1.55 * row * density / top) for v, density in rank["density"]]
+            curve = [(x(lead), floor - 1.55 * row * density / top) for lead, density in rank["density"]]
             chart.path([(x(grid[0]), floor), *curve, (x(grid[-1]), floor)], "ridge", f"fill:{colour};stroke:{colour}",
                        closed=True)  # fmt: skip
             chart.text((chart.left - 6, floor - 3), f"rank {rank['rank'] + 1}", "end")

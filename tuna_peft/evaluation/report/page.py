@@ -14,9 +14,10 @@ from tuna_peft.evaluation.report.table import Cell, heading_of, metric_cell, num
 Report = dict[str, Any]
 
 _V_EXPLAINED = (
-    "v is the length-normalised log-probability that the model gives a held-out response. Each row holds the "
-    "responses of one rank, the best on top; the dashed line joins their medians. Training on rankings is to lean "
-    "that line: the better a response, the further right it should lie."
+    "v is the length-normalised log-probability that the model gives a held-out response; drawn is how far it lies "
+    "above or below the mean of all responses to the same prompt. Each row holds the responses of one rank, the best "
+    "on top; the dashed line joins their medians. Training on rankings is to lean that line: the better a response, "
+    "the further right."
 )
 _WHY = {"gained": "gained most", "lost": "lost most", "typical": "in between", "chosen": "chosen"}
 
