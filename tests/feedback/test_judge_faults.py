@@ -58,8 +58,8 @@ class Faulty:
     The hang is one prompt's alone, so that the client's time-out can be long for the others.
     """
 
-    def __init__(self, share=2 / 3):
-        self.share = share
+    def __init__(self, share=2 / 3, hang="Prompt 7?"):
+        self.share, self.hang = share, hang
         self.seen = collections.Counter()
         self.good = collections.Counter()
         self.guard = threading.Lock()
@@ -69,7 +69,7 @@ class Faulty:
         with self.guard:
             self.seen[prompt] += 1
             time_asked = self.seen[prompt]
-        if prompt == "Prompt 7?" and time_asked == 1:
+        if prompt == self.hang and time_asked == 1:
             return Hang(600.0)
         draw = random.Random(f"{prompt} {time_asked}")
         if time_asked <= 2 and draw.random() < self.share:
@@ -80,7 +80,7 @@ class Faulty:
 
 
 def judged(url, given, journal, **server):
-    settings = JudgeSettings(server=ServerSettings(base_url=url, model="judge", timeout=5.0, **server))
+    settings = JudgeSettings(server=ServerSettings(base_url=url, model="judge", **server))
     return judge_rows(given, settings, journal)
 
 
@@ -94,7 +94,7 @@ def check(records, given):
 def test_every_fault_at_once(tmp_path):
     given, script = rows(60), Faulty()
     with scripted_server(script) as http:
-        records, report = judged(http.url, given, tmp_path / "j.jsonl", in_flight=16)
+        records, report = judged(http.url, given, tmp_path / "j.jsonl", in_flight=16, timeout=5.0)
     check(records, given)
     assert (report.ranked, report.left_out) == (60, {})
     assert set(script.good.values()) == {1}  # a good answer is the last thing that is asked for
@@ -102,7 +102,7 @@ def test_every_fault_at_once(tmp_path):
 
 
 def test_1000_prompts_with_32_in_flight(tmp_path):
-    given, script = rows(1000), Faulty(share=0.02)
+    given, script = rows(1000), Faulty(share=0.02, hang=None)
     together = threading.Barrier(32)
 
     def meets(asked):
@@ -111,7 +111,7 @@ def test_1000_prompts_with_32_in_flight(tmp_path):
         return script(asked)
 
     with scripted_server(meets) as http:
-        records, report = judged(http.url, given, tmp_path / "j.jsonl", in_flight=32)
+        records, report = judged(http.url, given, tmp_path / "j.jsonl", in_flight=32, timeout=60.0)
     check(records, given)
     assert report.asked == 1000 and http.most_open == 32
     assert set(script.good.values()) == {1} and len(script.good) == 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from importlib import resources
 
 import pytest
@@ -164,3 +165,22 @@ def test_the_text_of_judge_data_gives_its_ranks():
         else:
             assert verdict.ranks == dense_ranks([place[number] for number in range(4)])
     assert refused < 100
+
+
+def test_damaged_answers_are_refused_or_sound():
+    """Any cut, swap, repetition or deletion: what is still read is a dense ranking of all responses."""
+    draw, read = random.Random(0), 0
+    whole = [answer([4, 2, 0, 3], duplicates=[[1, 3]], grades=grades(r0=7, r2=9, r3=3, r4=15)), REFERENCE]
+    for _ in range(3000):
+        text = draw.choice(whole)
+        for _ in range(draw.randint(1, 4)):
+            i, j = sorted(draw.sample(range(len(text) + 1), 2))
+            middle = draw.choice(["", text[i:j] * 2, text[i:j][::-1], draw.choice('0123456789[]{},:"\n \\')])
+            text = text[:i] + middle + text[j:] if draw.random() < 0.5 else text[: i + 3] + middle + text[i + 4 :]
+        try:
+            ranks = read_verdict(text, 4).ranks
+        except Unreadable:
+            continue
+        read += 1
+        assert len(ranks) == 4 and set(ranks) == set(range(max(ranks) + 1))
+    assert 0 < read < 3000

@@ -234,9 +234,11 @@ class Judging:
         report.ranked = len(records)
         if not records:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in report.left_out.items())
+            answers = (self.journal[key] for key in self.questions if key in self.journal)
+            failure = next((f" The first failure: {answer['failed']}." for answer in answers if failed(answer)), "")
             raise UserError(
                 f"the judge ranked none of {len(self.rows)} prompts ({reasons})",
-                fix="Its answers are in the journal: is it a model that can follow the protocol?",
+                fix=f"Its answers are in the journal: is it a model that can follow the protocol?{failure}",
             )
         return records, report
 
