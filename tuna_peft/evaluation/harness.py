@@ -61,7 +61,7 @@ def evaluate_harness(
     model = HFLM(pretrained=session.model, tokenizer=session.tokenizer, batch_size=session.batch_size)
     found = simple_evaluate(
         model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
-        bootstrap_iters=0, verbosity="WARNING",
+        bootstrap_iters=1000, verbosity="WARNING",
     )  # fmt: skip
     return table_as_result(found)
 
@@ -98,12 +98,11 @@ def _prompts(found: dict[str, Any], main: str) -> list[PromptResult]:
     prompts = []
     for sample in (found.get("samples") or {}).get(task, []):
         score = sample.get(name)
-        arguments = sample.get("arguments")
-        first: Any = next(iter(arguments.values()), {}) if isinstance(arguments, dict) else {}
+        requests = sample.get("arguments") or [("",)]
         response = sample.get("filtered_resps") or sample.get("resps")
         prompts.append(
             PromptResult(
-                str(sample["doc_id"]), str(first.get("arg_0", "")), str(response),
+                str(sample["doc_id"]), str(requests[0][0]), str(response),
                 {main: float(score) if isinstance(score, int | float) else None},
                 references=[str(sample.get("target"))], group=task,
             )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.ranked import Prompt
@@ -66,7 +65,8 @@ class Session:
     Attributes:
         folder: Where results are.
         stage: The stage's name.
-        model: With the adapters of the stage active.
+        adapters: The stage's adapters, from bottom to top; PEFT calls them active even where they are disabled.
+        model: With these adapters active, and no others.
         tokenizer: Its tokenizer.
         journal: Keeps what was generated.
         batch_size: Prompts at once.
@@ -74,6 +74,7 @@ class Session:
 
     folder: Path
     stage: str
+    adapters: list[str]
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     journal: Journal
@@ -106,18 +107,13 @@ class Session:
 
     @cached_property
     def _weights(self) -> str:
-        return _weights_key(self.model)
+        """Names the weights that answer: the base, how it is stored, the adapters that are active, the dtype."""
+        digest = model_digest(self.model)
+        digest["adapters"] = [digest["adapters"][name] for name in self.adapters]
+        return content_key(**digest, dtype=str(next(self.model.parameters()).dtype))
 
     def _context(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def _key(self, ids: list[int], max_new_tokens: int) -> str:
         return content_key(weights=self._weights, prompt=ids, max_new_tokens=max_new_tokens)
-
-
-def _weights_key(model: torch.nn.Module) -> str:
-    """Names the weights that answer: the base, how it is stored, the adapters that are active, the dtype."""
-    digest = model_digest(model)
-    active = model.active_adapters if isinstance(model, PeftModel) else []
-    digest["adapters"] = [prints for name, prints in digest["adapters"].items() if name in active]
-    return content_key(**digest, dtype=str(next(model.parameters()).dtype))

@@ -88,8 +88,11 @@ def evaluate_target(
         for number, stage in enumerate(known):
             if stages is not None and stage not in stages:
                 continue
-            with active_adapters(loaded.model, loaded.names[:number]):
-                session = Session(output, stage, loaded.model, loaded.tokenizer, journal, settings.batch_size)
+            adapters = loaded.names[:number] if is_stack else []
+            with active_adapters(loaded.model, adapters):
+                session = Session(
+                    output, stage, adapters, loaded.model, loaded.tokenizer, journal, settings.batch_size
+                )
                 results[stage] = evaluate_stage(session, data.tasks)
     return results
 

@@ -136,7 +136,9 @@ def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base,
     settings = run.recipe.evaluation
     if settings and inputs.tasks:
         with Journal(run.path / JOURNAL) as journal:
-            session = Session(run.path, stage, model, base.tokenizer, journal, settings.batch_size)
+            session = Session(
+                run.path, stage, adapter_names(model), model, base.tokenizer, journal, settings.batch_size
+            )
             evaluate_stage(session, inputs.tasks)
 
 

@@ -1,0 +1,110 @@
+"""Vicuna QA: reading, verdicts in shares, a judge that fails for some questions."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.errors import UserError
+from tuna_peft.evaluation.session import Answer
+from tuna_peft.evaluation.vicuna import evaluate_vicuna, read_vicuna_answers, read_vicuna_questions
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "vicuna80"
+RAW = PromptTemplate(PromptConfig(template="none"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/vicuna80")
+
+
+class Scripted:
+    """A session whose model says what a function says."""
+
+    stage = "scripted"
+
+    def __init__(self, say):
+        self.say = say
+
+    def answers(self, questions, max_new_tokens, task):
+        return [Answer(question, self.say(question), True) for question in questions], []
+
+
+@pytest.fixture
+def questions(tmp_path):
+    file = tmp_path / "question.jsonl"
+    rows = [
+        {"question_id": i, "text": f"Question {i}?", "category": "even" if i % 2 == 0 else "odd"} for i in range(6)
+    ]
+    file.write_text("\n".join([*map(json.dumps, rows), '{"question_id": 7}', "{"]))
+    read, left_out = read_vicuna_questions(file, RAW)
+    assert {one.reason: one.names for one in left_out} == {
+        "the question has no id or no text": ["7"],
+        "the line is no JSON": ["question.jsonl: line 8"],
+    }
+    return read
+
+
+def test_shares_and_what_has_no_verdict(questions):
+    against = {str(i): "theirs" for i in range(5)}  # none for the last question
+    seen = []
+
+    def judge(rows):
+        seen.extend(rows)
+        return [1, 1, 0, -1, None]
+
+    result = evaluate_vicuna(
+        Scripted(lambda question: "ours"), questions, against=against, judge=judge, max_new_tokens=9
+    )
+    assert [row["completions"] for row in seen] == [["ours", "theirs"]] * 5
+    values = {name: metric.value for name, metric in result.metrics.items()}
+    assert values == {"win_rate": 0.625, "win": 0.5, "tie": 0.25, "lose": 0.25}
+    assert result.metrics["win_rate"].count == 4 and result.metrics["win_rate"].low < 0.625
+    assert [prompt.scores["win_rate"] for prompt in result.prompts] == [1, 1, 0.5, 0, None, None]
+    assert {one.reason: one.names for one in result.excluded} == {
+        "the judge gave no verdict that can be read": ["4"],
+        "the other side has no answer to the question": ["5"],
+    }
+    assert result.groups["category: even"]["win_rate"].value == 0.75
+    assert result.prompts[0].details["against"] == "theirs"
+
+
+def test_without_another_side_there_are_answers_and_no_numbers(questions):
+    result = evaluate_vicuna(Scripted(lambda question: "ours"), questions, against=None, judge=None, max_new_tokens=9)
+    assert len(result.prompts) == 6 and result.metrics["win_rate"].value is None and not result.excluded
+
+
+def test_nothing_to_read(tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"question_id": 1}\n')
+    with pytest.raises(UserError, match="there is no question in it"):
+        read_vicuna_questions(tmp_path / "empty.jsonl", RAW)
+    with pytest.raises(UserError, match="there is no answer in it"):
+        read_vicuna_answers(tmp_path / "empty.jsonl")
+    with pytest.raises(UserError, match="cannot read the file"):
+        read_vicuna_answers(tmp_path / "none.jsonl")
+
+
+@needs_data
+def test_the_published_reviews_give_the_published_wins():
+    """GPT-4's 80 reviews of LLaMA-13B against Alpaca-13B, as the judge of our own comparison."""
+    questions, left_out = read_vicuna_questions(DATA / "question.jsonl", RAW)
+    assert len(questions) == 80 and not left_out
+    sets = [read_vicuna_answers(file) for file in sorted((DATA / "answer").glob("*.jsonl"))]
+    assert len(sets) == 7 and all(len(answers) == 80 and not broken for answers, broken in sets)
+    ours, theirs = (
+        read_vicuna_answers(DATA / f"answer/answer_{name}.jsonl")[0] for name in ("llama-13b", "alpaca-13b")
+    )
+    reviews = map(json.loads, (DATA / "review/others/review_llama_alpaca-13b.jsonl").open())
+    scores = {str(review["question_id"]): review["score"] for review in reviews}
+
+    def judge(rows):
+        return [(a > b) - (a < b) for a, b in (scores[row["id"]] for row in rows)]
+
+    result = evaluate_vicuna(
+        Scripted(lambda question: ours[question.id]), questions, against=theirs, judge=judge, max_new_tokens=9
+    )
+    counted = {name: round(80 * result.metrics[name].value) for name in ("win", "tie", "lose")}
+    assert counted == {
+        "win": sum(a > b for a, b in scores.values()),
+        "tie": sum(a == b for a, b in scores.values()),
+        "lose": sum(a < b for a, b in scores.values()),
+    }
+    assert sum(counted.values()) == 80 and not result.excluded
