@@ -56,22 +56,21 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
             f"llama.cpp cannot repeat this tokenizer: its model is {parts['model']['type']}",
             fix="BPE tokenizers can be exported: SentencePiece's as in LLaMA 2, byte-level ones as in LLaMA 3.",
         )
-    if parts["model"].get("byte_fallback"):
-        _write_sentencepiece(writer, parts)
-    else:
-        _write_byte_level(writer, parts)
+    sentencepiece = bool(parts["model"].get("byte_fallback"))
+    adds_space = sentencepiece and _adds_space_prefix(parts)
     texts, types = _tokens(parts, vocab_size)
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    if parts["model"].get("byte_fallback"):
+    if sentencepiece:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_add_space_prefix(adds_space)
         writer.add_token_scores(_scores(parts, texts))
+    else:
+        _write_byte_level(writer, parts)
     _write_special_tokens(writer, tokenizer)
-
-
-def _write_sentencepiece(writer: gguf.GGUFWriter, parts: dict[str, Any]) -> None:
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_add_space_prefix(_adds_space_prefix(parts))
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(for_llama_cpp(tokenizer.chat_template))
 
 
 def _adds_space_prefix(parts: dict[str, Any]) -> bool:
@@ -168,5 +167,3 @@ def _write_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenize
     encoded = tokenizer("a").input_ids
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and encoded[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(for_llama_cpp(tokenizer.chat_template))
