@@ -60,7 +60,8 @@ def measure(
         for arm in arms if repetition % 2 == 0 else reversed(arms):
             _drop_from_page_cache(folder)
             command = [sys.executable, "-m", "benchmarks.merge", "--run-arm", arm, "--directory", str(folder)]
-            result = subprocess.run([*command, "--device", device], stdout=subprocess.PIPE, check=True)
+            passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as the command line sets it
+            result = subprocess.run([*command, "--device", device], stdout=subprocess.PIPE, check=True, env=passive)
             figures[arm].append(json.loads(result.stdout.splitlines()[-1]))
             shutil.rmtree(folder / "out")
             print(f"{arm}: {figures[arm][-1]}", file=sys.stderr)

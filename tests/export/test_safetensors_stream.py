@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tuna_peft.export import safetensors_stream
 from tuna_peft.export.safetensors_stream import ITEM_SIZE, SafetensorsReader, TensorSpec, write_safetensors
 
 
@@ -101,6 +104,21 @@ def test_an_interrupted_file_goes_on_at_the_last_whole_group(tmp_path: Path, cut
     assert not part.exists()
     assert len(made) - before == missing  # x and y were there, 16 bytes each; the empty tensor takes none
     assert sum(written) == sum(spec.nbytes for group in GROUPS.values() for spec in group.values())
+
+
+def test_a_disk_that_fails_while_tensors_are_made_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_stream._Flusher, "EVERY", 1)
+    write_safetensors(tmp_path / "fine.safetensors", GROUPS, _values)
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    made: list[str] = []
+    with pytest.raises(OSError, match="No space left"):
+        write_safetensors(tmp_path / "out.safetensors", GROUPS, lambda group: made.append(group) or _values(group))
+    assert len(made) < len(GROUPS)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_what_is_left_of_another_file_is_not_gone_on_with(tmp_path: Path) -> None:

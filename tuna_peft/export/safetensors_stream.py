@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def write_safetensors(
     """
     part = Path(f"{os.fspath(path)}.part")
     order, head, ends = _layout(groups)
-    with open(part, "a+b") as out:
+    with open(part, "a+b") as out, _Flusher(out.fileno()) as disk:
         out.seek(0)
         if out.read(len(head)) != head:
             out.truncate(0)
@@ -105,10 +106,36 @@ def write_safetensors(
                 if data.nbytes != spec.nbytes:
                     raise ValueError(f"{name}: {data.nbytes} bytes where {spec} was announced")
                 out.write(data.data)
+                disk.wrote(data.nbytes)
                 report(data.nbytes)
         out.flush()
         os.fsync(out.fileno())
     os.replace(part, path)
+
+
+class _Flusher:
+    """Has the disk write while the next tensors are made; left alone, it would begin when the file is finished."""
+
+    EVERY = 1 << 28  # bytes
+
+    def __init__(self, file: int):
+        self._file, self._bytes = file, 0
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown()  # before the file is closed
+
+    def wrote(self, nbytes: int) -> None:
+        """Counts bytes; raises what the disk has said of earlier ones."""
+        self._bytes += nbytes
+        if self._bytes >= self.EVERY:
+            if self._pending is not None:
+                self._pending.result()
+            self._pending, self._bytes = self._thread.submit(os.fsync, self._file), 0
 
 
 def _layout(groups: Mapping[str, Mapping[str, TensorSpec]]) -> tuple[list[str], bytes, list[int]]:
