@@ -1,40 +1,38 @@
-"""Every shipped recipe runs, on pico-LLaMA and with its steps cut."""
+"""Every shipped recipe runs, on pico-LLaMA, with small files and with its steps cut."""
 
 import pytest
 
+from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.pipeline import run_recipe
 from tuna_peft.recipe.shipped import shipped_recipes
 
-# What each recipe needs to run without a network, beyond fewer steps.
-SWAPPED = {
-    "quickstart": [
-        "evaluation.tasks.ranking.limit=8",
-        "evaluation.tasks.graded.limit=8",
-        "stages.contextual.data.prompts.limit=12",
-    ],
-    "two-stage": [
-        "base.model=builtin:pico-llama",
-        "stages.probabilistic.data.path=builtin:pico-llama/teacher.json",
-        "stages.contextual.data.path=builtin:pico-llama/judge.json",
-        "evaluation.tasks.ranking={path: builtin:pico-llama/teacher.json, limit: 8}",
-        "stages.probabilistic.train.max_length=256",
-        "stages.contextual.train.max_length=256",
-    ],
-}
+# These differ in more than numbers from one another; the others are left to the slow tests.
+QUICK = ("quickstart", "two-stage", "paper/tuna-llama-7b")
+DATA = {"sft": "sft.json", "ranking": "teacher.json"}
 
 
-def test_none_is_forgotten():
-    assert set(SWAPPED) == set(shipped_recipes())
-
-
-@pytest.mark.parametrize("name", SWAPPED)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in shipped_recipes()]
+)
 def test_runs(name, tmp_path):
-    stages = [stage.name for stage in load_recipe(name, check=False).stages]
-    cut = [
-        f"stages.{stage}.train.{key}" for stage in stages for key in ("max_steps=2", "gradient_accumulation_steps=1")
-    ]
-    report = run_recipe(load_recipe(name, [*SWAPPED[name], *cut]), tmp_path / "run")
+    shipped = load_recipe(name, check=False)
+    stages = [stage.name for stage in shipped.stages]
+    overrides = ["base.model=builtin:pico-llama", "lora.r=8"]
+    for stage in shipped.stages:
+        if isinstance(stage.data, FeedbackSource):
+            overrides.append(f"stages.{stage.name}.data.prompts.limit=12")
+        elif stage.data.path.startswith("data/"):
+            overrides.append(f"stages.{stage.name}.data={{path: builtin:pico-llama/{DATA[stage.type]}, limit: 32}}")
+        cut = ("max_steps=2", "gradient_accumulation_steps=1", "max_length=256", "per_device_train_batch_size=4")
+        overrides += [f"stages.{stage.name}.train.{key}" for key in cut]
+    if shipped.evaluation:
+        held_out = shipped.evaluation.tasks.given()
+        overrides += [f"evaluation.tasks.{task}.limit=8" for task in held_out]
+        if held_out["ranking"].path.startswith("data/"):
+            overrides.append("evaluation.tasks.ranking.path=builtin:pico-llama/teacher.json")
+            overrides.append("evaluation.tasks.ranking.max_length=256")
+    report = run_recipe(load_recipe(name, overrides), tmp_path / "run")
     assert list(report["evaluation"]) == ["base", *stages]
     assert all(report["stages"][stage]["steps"] == 2 for stage in stages)
     assert report["exports"]["combined"]["divergence"]["kl_mean"] <= 1e-10

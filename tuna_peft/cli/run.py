@@ -20,11 +20,22 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and what each stage would do; run nothing.")
     ] = False,
+    launch: Annotated[
+        Path | None,
+        typer.Option(
+            "--launch", metavar="CONFIG", help="Run on several GPUs, through `accelerate launch --config_file CONFIG`."
+        ),
+    ] = None,
 ) -> None:
     """Train, evaluate and export what a recipe says; on the folder of an interrupted run: go on."""
     from rich.console import Console
 
     from tuna_peft.recipe.load import load_recipe
+
+    if launch is not None:
+        from tuna_peft.cli.launch import launch_run
+
+        raise typer.Exit(launch_run(launch, recipe, overrides or [], output, dry_run=dry_run))
 
     loaded = load_recipe(recipe, overrides or [])
     folder = output or Path("runs") / loaded.name
@@ -38,4 +49,5 @@ def run(
     from tuna_peft.recipe.pipeline import run_recipe
 
     report = run_recipe(loaded, folder)
-    Console().print(run_summary(report, folder), crop=False)
+    if report:  # of several processes one has it
+        Console().print(run_summary(report, folder), crop=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -61,8 +62,12 @@ def model_id(model: PreTrainedModel) -> str:
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` is the GPU when there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """`auto` is the GPU when there is one; of several, under a launcher, the one of this process."""
+    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU") != "true" and torch.cuda.is_available():
+        return (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+        )
+    return torch.device("cpu" if device == "auto" else device)
 
 
 def resolve_dtype(dtype: str = "auto", device: torch.device | None = None) -> torch.dtype:

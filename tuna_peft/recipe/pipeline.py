@@ -33,6 +33,7 @@ from tuna_peft.recipe.feedback import check_feedback, make_rows
 from tuna_peft.recipe.inputs import Inputs, read_inputs
 from tuna_peft.recipe.measure import environment
 from tuna_peft.recipe.preflight import preflight
+from tuna_peft.recipe.processes import Processes
 from tuna_peft.recipe.publish import publish, require_exports
 from tuna_peft.recipe.rundir import RunDirectory
 from tuna_peft.recipe.schema import Recipe, Stage
@@ -44,16 +45,20 @@ logger = logging.getLogger("tuna_peft")
 def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
     """Runs `recipe` in the folder `output`, or what of it is not done there yet.
 
+    Under a launcher every process calls this, see `tuna_peft.recipe.processes`.
+
     Returns:
-        The report, as written to `output/report.json`, see `tuna_peft.evaluation.report.build`.
+        The report, as written to `output/report.json`, see `tuna_peft.evaluation.report.build`; in all but the first
+        process an empty one.
 
     Raises:
         UserError: Bad data, model or output folder; before anything is trained where it can be known.
         KeyboardInterrupt: Ctrl-C; the same call goes on later.
     """
-    with RunDirectory(output, recipe) as run:
+    on_cpu = resolve_device(recipe.base.device).type == "cpu"
+    processes = Processes(on_cpu)
+    with RunDirectory(output, recipe, processes) as run:
         _quieten_libraries()
-        on_cpu = resolve_device(recipe.base.device).type == "cpu"
         for stage in recipe.trained():
             stage_config(recipe, stage, run.stage(stage.name), on_cpu=on_cpu)  # fields that do not go together
         if recipe.evaluation and recipe.evaluation.tasks.graded:
@@ -62,25 +67,34 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
             recipe.base.model, revision=recipe.base.revision, trust_remote_code=recipe.base.trust_remote_code
         )
         require_exports(recipe, config, tokenizer)
-        inputs = read_inputs(recipe, tokenizer, config)
+        with processes.main_first():
+            inputs = read_inputs(recipe, tokenizer, config)
         for stage in recipe.trained():
             if stage.name in inputs.prompts:
                 check_feedback(stage, inputs.prompts[stage.name], tokenizer)
-        preflight(recipe, inputs, config)
+        preflight(recipe, inputs, config, processes.count)
         base = _load_base(recipe)
         run.save(FACTS, _facts(recipe, base, inputs))
         model: PreTrainedModel | PeftModel = base.model
         _evaluate(run, model, base, inputs, "base")
         for stage in recipe.trained():
             if stage.name in inputs.prompts:
-                make_rows(run, model, base, inputs, stage)
+                with processes.main_first():  # the others find what it made
+                    make_rows(run, model, base, inputs, stage)
                 run.save(FACTS, _facts(recipe, base, inputs))
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate(run, model, base, inputs, stage.name)
-        export_stack(run, inputs)
-        report = write_report(run.path)
-        publish(run)
+        report = _finish(run, inputs) if processes.main else {}
+        processes.wait()
         return report
+
+
+def _finish(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
+    """What the first process does when all stages are trained."""
+    export_stack(run, inputs)
+    report = write_report(run.path)
+    publish(run)
+    return report
 
 
 def _quieten_libraries() -> None:
@@ -127,19 +141,22 @@ def _finish_stage(
     changed = [name for name, before in below.items() if fingerprint(trained, name) != before]
     if changed:
         raise RuntimeError(f"stage {stage.name} changed the frozen adapters {changed}")
-    extend_stack(trained, stack, run.recipe.prompt.model_dump())
-    run.save(f"stages/{stage.name}/done.json", summary)
+    if run.processes.main:
+        extend_stack(trained, stack, run.recipe.prompt.model_dump())
+        run.save(f"stages/{stage.name}/done.json", summary)
+    run.processes.wait()
     return trained
 
 
 def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: str) -> None:
     settings = run.recipe.evaluation
-    if settings and inputs.tasks:
+    if settings and inputs.tasks and run.processes.main:
         with Journal(run.path / JOURNAL) as journal:
             session = Session(
                 run.path, stage, adapter_names(model), model, base.tokenizer, journal, settings.batch_size
             )
             evaluate_stage(session, inputs.tasks)
+    run.processes.wait()
 
 
 def _facts(recipe: Recipe, base: Base, inputs: Inputs) -> dict[str, Any]:

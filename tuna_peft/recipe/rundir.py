@@ -15,6 +15,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.evaluation.report.build import FACTS
 from tuna_peft.files import write_json, write_text
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
+from tuna_peft.recipe.processes import Processes
 from tuna_peft.recipe.schema import Recipe
 
 logger = logging.getLogger("tuna_peft")
@@ -24,7 +25,9 @@ _LOGGED = ("tuna_peft", "transformers", "py.warnings")
 
 
 class RunDirectory:
-    """One run's folder, held by one process at a time; use it as a context manager.
+    """One run's folder, held by one run at a time; use it as a context manager.
+
+    Of the processes of a run only the first writes; the others come in once it has taken the folder.
 
     - `recipe.yaml`: the resolved recipe; `run.log`;
     - `evaluation/<stage>/<task>.json`: results of the base and after each stage; the model's answers in a journal;
@@ -37,13 +40,20 @@ class RunDirectory:
         UserError: The folder belongs to another recipe, is in use by another process, or is no run's folder.
     """
 
-    def __init__(self, path: str | Path, recipe: Recipe):
+    def __init__(self, path: str | Path, recipe: Recipe, processes: Processes | None = None):
         self.path = Path(path)
         self.recipe = recipe
+        self.processes = processes or Processes(on_cpu=True)
         self._lock: IO[str] | None = None
         self._handlers: list[tuple[str, logging.Handler]] = []
 
     def __enter__(self) -> RunDirectory:
+        if self.processes.main:
+            self._take()
+        self.processes.wait()
+        return self
+
+    def _take(self) -> None:
         if self.path.is_file():
             raise UserError("this is a file, not a folder", where=str(self.path), fix="Choose another --output.")
         try:
@@ -69,10 +79,10 @@ class RunDirectory:
             logging.getLogger(name).addHandler(handler)
         logger.setLevel(logging.INFO)
         logging.captureWarnings(True)
-        return self
 
     def __exit__(self, *exc: object) -> None:
-        assert self._lock is not None
+        if self._lock is None:
+            return
         logging.captureWarnings(False)
         for name, handler in self._handlers:
             logging.getLogger(name).removeHandler(handler)
@@ -138,5 +148,6 @@ class RunDirectory:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def save(self, name: str, value: Any) -> None:
-        """Writes `value` as the JSON file `name` below the run's folder, all at once."""
-        write_json(self.path / name, value)
+        """Writes `value` as the JSON file `name` below the run's folder, all at once, in the first process."""
+        if self.processes.main:
+            write_json(self.path / name, value)

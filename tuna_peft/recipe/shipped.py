@@ -8,6 +8,8 @@ import tuna_peft
 from tuna_peft.errors import UserError
 from tuna_peft.recipe.problems import did_you_mean
 
+ACCELERATE = "accelerate"  # the folder of configurations that are no recipes
+
 
 def recipes_folder() -> Path:
     """`tuna_peft/recipes` in an installed wheel, `recipes` beside the package in a checkout or editable install."""
@@ -24,8 +26,26 @@ def shipped_recipes() -> dict[str, Path]:
     return {
         file.relative_to(folder).with_suffix("").as_posix(): file
         for file in sorted(folder.glob("**/*.yaml"))
-        if file.parent.name != "accelerate"
+        if file.parent.name != ACCELERATE
     }
+
+
+def find_accelerate_config(config: str | Path) -> Path:
+    """A configuration for `accelerate launch`: a file, or the name of one of those that come with the package.
+
+    Raises:
+        UserError: There is neither.
+    """
+    path = Path(config).expanduser()
+    known = {file.stem: file for file in sorted((recipes_folder() / ACCELERATE).glob("*.yaml"))}
+    if path.is_file():
+        return path
+    if str(config) in known:
+        return known[str(config)]
+    raise UserError(
+        "there is no such accelerate configuration", where=str(config),
+        fix=f"Shipped ones go by name: {', '.join(known)}; `accelerate config --config_file FILE` makes others.",
+    )  # fmt: skip
 
 
 def shipped_recipe(name: str) -> Path:

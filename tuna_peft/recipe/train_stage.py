@@ -72,8 +72,9 @@ def train_stage(
     with _stop_on_ctrl_c(stop), contextlib.closing(progress):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = trainer.state.log_history
-    write_json(folder / "log_history.json", history)
-    save_curves(history, folder / "curves.png", title=f"{recipe.name}: {stage.name}")
+    if trainer.is_world_process_zero():
+        write_json(folder / "log_history.json", history)
+        save_curves(history, folder / "curves.png", title=f"{recipe.name}: {stage.name}")
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     summary = {
@@ -101,6 +102,7 @@ def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) ->
         "report_to": "none",
         "save_total_limit": 1,
         "dataloader_pin_memory": not on_cpu,
+        "ddp_find_unused_parameters": False,  # every adapter weight is used, and looking for others costs a pass
         **stage.train,
         "output_dir": str(folder),
         "run_name": f"{recipe.name}-{stage.name}",

@@ -1,0 +1,36 @@
+"""`tuna-peft run --launch CONFIG`: the same command in several processes, started by accelerate."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | None, *, dry_run: bool = False) -> int:
+    """Starts `accelerate launch --config_file CONFIG -m tuna_peft run ...` and waits for it.
+
+    Args:
+        config: A file that `accelerate config` or a user wrote, or the name of one in `recipes/accelerate`.
+
+    Returns:
+        Its exit code.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    from tuna_peft.recipe.load import load_recipe
+    from tuna_peft.recipe.shipped import find_accelerate_config
+
+    file = find_accelerate_config(config)
+    load_recipe(recipe, overrides)  # a mistake is said once, and not by every process
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    command += ["-m", "tuna_peft", "run", recipe, *overrides]
+    command += ["--output", str(output)] if output else []
+    command += ["--dry-run"] if dry_run else []
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # the processes had it too: they finish their step, save, and end
