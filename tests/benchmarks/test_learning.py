@@ -109,5 +109,7 @@ def test_runs_are_kept_and_not_repeated(tmp_path, monkeypatch):
     learning.Contest(world, file, 2, 40).run("compute", ("best-sft",))
     assert len(calls) == 6 and calls[-1]["seed"] == 1
     assert [json.loads(line) for line in lines.splitlines()] == learning.read(file)
+    learning.save_figure(learning.read(file), tmp_path / "figure.svg")
+    assert "best-sft" in (tmp_path / "figure.svg").read_text()
     text = table.markdown(learning.read(file), "compute")
     assert "| SFT on the best of each list | 0.600 ± 0.000 | 0.500 ± 0.000 | 4.0 | 80 | 0.04 | 0.003 | 2 |" in text

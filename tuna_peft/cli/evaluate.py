@@ -66,6 +66,8 @@ def evaluate(
     from tuna_peft.cli.results import results_tables
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.errors import UserError
+    from tuna_peft.evaluation.report.build import FACTS
+    from tuna_peft.evaluation.report.write import write_report
     from tuna_peft.recipe.evaluate_target import Loading, default_output, evaluate_target, settings_of
     from tuna_peft.recipe.evaluation_schema import EvaluationSettings
 
@@ -75,16 +77,20 @@ def evaluate(
     settings = from_options(EvaluationSettings, _settings(settings_of(model), task or [], overrides or []))
     if not settings.tasks.given():
         raise UserError("there is nothing to evaluate", fix="Name a task: --task ranking=held-out.jsonl.")
+    folder = output or default_output(model)
     results = evaluate_target(
         model,
         settings,
-        output or default_output(model),
+        folder,
         stages=stage,
         prompt=None if template is None else from_options(PromptConfig, {"template": template}),
         loading=Loading(base_model, quantization, device, trust_remote_code),
     )
     Console().print(results_tables(results), crop=False)
-    typer.echo(f"Every prompt's score: {output or default_output(model)}/evaluation/")
+    typer.echo(f"Every prompt's score: {folder}/evaluation/")
+    if (folder / FACTS).is_file():
+        write_report(folder)
+        typer.echo(f"Look at it: {folder}/report.html")
 
 
 def _settings(recorded: dict[str, Any], tasks: list[str], overrides: list[str]) -> dict[str, Any]:
