@@ -7,10 +7,12 @@ import pytest
 import torch
 from families import make_model, make_rows
 from peft import LoraConfig
+from transformers import HfArgumentParser
 
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.models.scoring import response_logps
 from tuna_peft.models.stack import push_adapter
+from tuna_peft.recipe.train_fields import check_train
 from tuna_peft.training import activation_memory
 from tuna_peft.training.activation_memory import GIB, ActivationMemory, saved_bytes
 from tuna_peft.training.config import TunaConfig
@@ -136,6 +138,18 @@ def test_several_processes_do_not_choose(model):
 def test_a_wrong_setting_is_refused(tmp_path, value):
     with pytest.raises(ValueError, match="use GiB, or one of auto, full, none"):
         TunaConfig(str(tmp_path), activation_memory=value, use_cpu=True)
+
+
+@pytest.mark.parametrize(("given", "parsed"), [([], "auto"), (["--activation_memory", "2.5"], 2.5)])
+def test_scripts_parse_it_from_the_command_line(tmp_path, given, parsed):
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "True", *given]
+    [config] = HfArgumentParser(TunaConfig).parse_args_into_dataclasses(arguments)
+    assert config.activation_memory == parsed
+
+
+@pytest.mark.parametrize(("value", "problems"), [("auto", 0), (4, 0), (2.5, 0), (True, 1), ([1], 1)])
+def test_recipes_take_words_and_numbers(value, problems):
+    assert len(check_train("ranking", {"activation_memory": value})) == problems
 
 
 def test_checkpointing_off_keeps_all(tmp_path):

@@ -47,6 +47,8 @@ SET_ELSEWHERE = {
     "local_rank": "The launcher sets it.",
     "parallelism_config": "A run uses one GPU.",
 }
+# Declared by the one type that argument parsers take; a recipe may say more.
+_WIDER: dict[str, Any] = {"activation_memory": str | float}
 _HUB = "Publish the finished run instead; a stage is not pushed while it trains."
 
 
@@ -77,12 +79,13 @@ def train_fields(stage_type: StageType) -> dict[str, TrainField]:
     fields = {}
     for field in dataclasses.fields(config):
         if field.init and elsewhere(field.name) is None:
+            annotation = _WIDER.get(field.name, hints[field.name])
             fields[field.name] = TrainField(
                 field.name,
-                hints[field.name],
+                annotation,
                 None if field.default is dataclasses.MISSING else _plain(field.default),
                 " ".join(str(field.metadata.get("help", "")).split()),
-                tuple(field.metadata.get("choices", ())) or _named_values(hints[field.name]),
+                tuple(field.metadata.get("choices", ())) or _named_values(annotation),
             )
     return fields
 

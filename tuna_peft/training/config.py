@@ -85,11 +85,12 @@ class TunaConfig(TrainingArguments):
         default=None,
         metadata={"help": "Most tokens of one forward pass; the prompts of a batch are split to fit. None: no limit."},
     )
-    activation_memory: str | float = field(
+    # `str` for argument parsers, which take one type; a number is as welcome.
+    activation_memory: str = field(
         default="auto",
         metadata={
             "help": "Layers keep their activations as far as they fit into so many GiB, or into what the device has "
-            "left ('auto'); 'full' keeps all, 'none' recomputes every layer."
+            "left ('auto'); 'full' keeps all, 'none' recomputes every layer.",
         },
     )
     loss_type: Literal["hinge", "logistic", "list_mle"] = field(
@@ -141,7 +142,7 @@ class TunaConfig(TrainingArguments):
             choices = get_args(get_type_hints(type(self))[name])
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(choices)}")
-        self.activation_memory = self._checked_activation_memory()
+        self.activation_memory = self._checked_activation_memory()  # type: ignore[assignment]
         if self.n_gpu > 1 and not self.use_cpu:
             self._n_gpu = 1  # nn.DataParallel cannot split packed rows; several GPUs run under `accelerate launch`
 
