@@ -101,7 +101,7 @@ def _score(
         shortest = min(encoded.values(), key=_tokens)
         verify_shared_rows(model, shortest, device)
     queue = deque(_batches(encoded, max_tokens))
-    with tqdm(total=len(encoded), desc="scoring", unit=" prompts", leave=False) as bar:
+    with tqdm(total=len(encoded), desc="scoring", unit=" prompts", leave=False, delay=2, disable=None) as bar:
         while queue:
             batch = queue.popleft()
             try:

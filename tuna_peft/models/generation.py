@@ -99,7 +99,7 @@ def stream_responses(
     wanted = [index for index in range(len(prompts)) if index not in done]
     finished: dict[int, dict[int, list[int]]] = {}
     tokens, started = 0, time.monotonic()
-    with tqdm(total=len(wanted), desc=description, unit=" prompts", leave=False, disable=len(wanted) <= 1) as bar:
+    with tqdm(total=len(wanted), desc=description, unit=" prompts", leave=False, delay=2, disable=None) as bar:
         while queue:
             batch = queue.popleft()
             waiting = dict.fromkeys(batch)
