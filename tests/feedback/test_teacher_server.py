@@ -193,6 +193,27 @@ def test_wrong_prompt_logprobs_and_messages_without_a_tokenizer(journal):
         score_with_server(messages, settings("http://127.0.0.1:9/v1"), journal)
 
 
+def test_what_it_will_cost_is_said_before_anything_is_asked(pico, journal):
+    told = []
+
+    def agree(estimate):
+        told.append(estimate)
+        if estimate.requests:
+            raise UserError("no")
+
+    priced = {"price_in": 10.0, "price_out": 1000.0}
+    with scripted_server(completions(pico)) as http:
+        with pytest.raises(UserError, match="no"):
+            score_with_server(ROWS, settings(http.url, server=priced), journal, agree)
+        assert not http.asked
+        _, report = score_with_server(ROWS, settings(http.url, server=priced), journal)
+        score_with_server(ROWS, settings(http.url, server=priced), journal, agree)
+    assert (told[0].requests, told[0].found, told[0].tokens_out) == (9, 0, 9)
+    assert told[0].cost == pytest.approx((told[0].tokens_in * 10 + 9 * 1000) / 1e6)
+    assert (told[1].requests, told[1].found, told[1].cost) == (0, 9, 0)
+    assert report.cost == pytest.approx(9 * (10 * 10 + 1 * 1000) / 1e6)  # as the server counts
+
+
 def test_unanswered_prompts_stop_or_are_counted(pico, journal):
     good = completions(pico)
 

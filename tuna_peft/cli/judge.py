@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tuna_peft.cli.options import Column, Format, SkipBad, Split, data_source, from_options, require_jsonl
+from tuna_peft.cli.spending import agree_to
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
     from tuna_peft.data.config import DataSource, PromptConfig
-    from tuna_peft.feedback.judge import Estimate, JudgeReport
+    from tuna_peft.feedback.judge import JudgeReport
     from tuna_peft.feedback.judge_settings import JudgeSettings
 
 
@@ -128,7 +128,8 @@ def _judge(
     rows, read = load_candidates(source, prompt)
     with Journal(journal_path or out.with_suffix(".journal.jsonl")) as journal:
         judging = Judging(rows, settings, journal, again=again)
-        _agree_to(judging.estimate(), settings, yes)
+        if settings.function is None:
+            agree_to(judging.estimate(), settings.server, yes)
         records, report = judging.records()
     write_jsonl(out, records)
     typer.echo(f"wrote {out}: {report.ranked:,} of {read.read:,} prompts ranked")
@@ -155,7 +156,8 @@ def _validate(
     people = read_people(source, prompt)
     with Journal(journal_path or Path(out or "validation").with_suffix(".journal.jsonl")) as journal:
         validation = Validation(people, settings, journal, again=again)
-        _agree_to(validation.judging.estimate(), settings, yes)
+        if settings.function is None:
+            agree_to(validation.judging.estimate(), settings.server, yes)
         agreement, report = validation.measure(source.path)
     for line in agreement.lines():
         typer.echo(line)
@@ -163,24 +165,6 @@ def _validate(
     if out is not None:
         write_json(out, {"agreement": agreement.as_dict(), "judge": report.as_dict()})
         typer.echo(f"wrote {out}")
-
-
-def _agree_to(estimate: Estimate, settings: JudgeSettings, yes: bool) -> None:
-    """Says what will be asked; where it may cost money, only goes on with a yes."""
-    if not estimate.requests or settings.function is not None:
-        return
-    parts = [f"{estimate.requests:,} questions to ask ({estimate.found:,} are answered already)"]
-    parts.append(f"about {estimate.tokens_in:,} tokens in, at most {estimate.tokens_out:,} out")
-    if estimate.cost is not None:
-        parts.append(f"at most {estimate.cost:,.2f} in the prices' currency if each is readable at once")
-    typer.echo("; ".join(parts), err=True)
-    server = settings.server
-    if yes or server is None or estimate.cost == 0 or (estimate.cost is None and server.is_local):
-        return
-    what = "this may cost money" if estimate.cost is not None else "this may cost money (--price-in and --price-out)"
-    if not sys.stdin.isatty():
-        raise UserError(f"{what}, and nobody can be asked", where=server.base_url, fix="Say --yes.")
-    typer.confirm(f"{what}; go on?", abort=True, err=True)
 
 
 def _print_answers(report: JudgeReport) -> None:

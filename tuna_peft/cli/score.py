@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuna_peft.cli.options import Column, Format, SkipBad, Split, Template, data_source, from_options, require_jsonl
+from tuna_peft.cli.spending import agree_to
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def score(
     price_in: Annotated[float | None, typer.Option("--price-in", help="Of a million prompt tokens.")] = None,
     price_out: Annotated[float | None, typer.Option("--price-out", help="Of a million answer tokens.")] = None,
     max_cost: Annotated[float | None, typer.Option("--max-cost", help="Stop before the answers cost more.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
     generate: Annotated[
         bool, typer.Option("--generate", help="The server draws the responses itself and scores them.")
     ] = False,
@@ -121,7 +123,9 @@ def score(
         if settings.server is not None:
             from tuna_peft.feedback.teacher_server import score_with_server
 
-            records, report = score_with_server(rows, settings, journal)
+            records, report = score_with_server(
+                rows, settings, journal, agree=lambda estimate: agree_to(estimate, settings.server, yes)
+            )
         else:
             from tuna_peft.feedback.teacher import score_with_model
 

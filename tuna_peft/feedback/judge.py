@@ -14,7 +14,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge_settings import JudgeSettings
 from tuna_peft.feedback.judges import Question, failed, make_judge
 from tuna_peft.feedback.protocol import MAX_RESPONSES
-from tuna_peft.feedback.spending import Prices, Spending, Usage, estimate_tokens
+from tuna_peft.feedback.spending import Estimate, Prices, Spending, Usage, estimate_tokens
 from tuna_peft.feedback.verdict import Unreadable, read_verdict
 from tuna_peft.journal import Journal, content_key
 
@@ -72,25 +72,6 @@ class Ranking:
     scores: list[float] | None = None
     own_response: str | None = None
     reason: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """What is still to be asked, before it is asked.
-
-    Args:
-        found: Answers that the journal has.
-        requests: Answers to ask for.
-        tokens_in: About the tokens of their prompts.
-        tokens_out: The most tokens that they can have; most judges use a fraction.
-        cost: At most, if each is readable at the first attempt; None where no prices are known.
-    """
-
-    found: int
-    requests: int
-    tokens_in: int
-    tokens_out: int
-    cost: float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,25 @@ class Prices:
         return (usage.tokens_in * self.tokens_in + usage.tokens_out * self.tokens_out) / 1e6
 
 
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What is still to be asked, before it is asked.
+
+    Args:
+        found: Answers that the journal has.
+        requests: Answers to ask for.
+        tokens_in: About the tokens of their prompts.
+        tokens_out: The most tokens that they can have; most judges use a fraction.
+        cost: At most, if each is readable at the first attempt; None where no prices are known.
+    """
+
+    found: int
+    requests: int
+    tokens_in: int
+    tokens_out: int
+    cost: float | None
+
+
 class CostLimitReached(UserError):
     """The next request could cost more than is left."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -13,15 +14,25 @@ from tuna_peft.errors import UserError
 from tuna_peft.feedback.answering import answer_all
 from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, is_logprob, scored_records
-from tuna_peft.feedback.server import BadAnswer, Reply, Server, choices, sound_text
-from tuna_peft.feedback.spending import Usage
+from tuna_peft.feedback.server import BadAnswer, Reply, Server, ServerSettings, choices, sound_text
+from tuna_peft.feedback.spending import Estimate, Usage, estimate_tokens
 from tuna_peft.journal import Journal, content_key
 
-Question = tuple[str, Callable[[], Any]]
+
+class Question(NamedTuple):
+    """One request: its key, how to make it, and about how many tokens it has and may be answered with."""
+
+    key: str
+    ask: Callable[[], Any]
+    tokens_in: int
+    tokens_out: int
 
 
 def score_with_server(
-    rows: Sequence[Record], settings: ScoreSettings, journal: Journal
+    rows: Sequence[Record],
+    settings: ScoreSettings,
+    journal: Journal,
+    agree: Callable[[Estimate], None] = lambda estimate: None,
 ) -> tuple[list[Record], ScoreReport]:
     """Ranks by the log-probabilities that a server gives: of the rows' completions, or of responses of its own.
 
@@ -29,6 +40,7 @@ def score_with_server(
         rows: `{"id", "prompt"}`, with `completions` unless the server generates; optional `reference`.
         settings: Has `server`.
         journal: Gets every answer as it arrives; what it has is not asked again.
+        agree: Is told what will be asked before it is; may raise.
 
     Raises:
         UserError: The server gives no answer to some (unless `on_no_answer` is `skip`), or no row is left.
@@ -37,12 +49,13 @@ def score_with_server(
     server = Server(settings.server)
     teacher = _Generating(server, settings) if settings.generate else _Scoring(server, settings)
     asked = [teacher.questions(row) for row in rows]
-    questions = {key: ask for of_row in asked for key, ask in of_row}
+    questions = {question.key: question for of_row in asked for question in of_row}
     for key in questions:
         if key in journal:
             server.spending.count(Usage(1, *journal[key]["usage"]))
+    agree(_estimate(questions, journal, settings.server))
     outcome = answer_all(
-        journal, questions, lambda ask: ask(), in_flight=settings.server.in_flight, description="scoring"
+        journal, questions, lambda question: question.ask(), in_flight=settings.server.in_flight, description="scoring"
     )
     report = ScoreReport(found=outcome.found, asked=outcome.asked)
     if outcome.unanswered and settings.on_no_answer == "error":
@@ -54,8 +67,8 @@ def score_with_server(
         )
     answers = []
     for row, of_row in zip(rows, asked, strict=True):
-        if all(key in journal for key, _ in of_row):
-            answers.append(teacher.scored(row, [journal[key] for key, _ in of_row], report))
+        if all(question.key in journal for question in of_row):
+            answers.append(teacher.scored(row, [journal[question.key] for question in of_row], report))
         else:
             report.leave_out("no answer")
             answers.append(None)
@@ -81,13 +94,17 @@ class _Scoring:
                 for response, skip in zip(encoded["completions_ids"], encoded["completion_skips"], strict=True)
             ]
             return [
-                (self._key(tokens, first), functools.partial(self._ask_ids, tokens, first)) for tokens, first in sent
+                Question(self._key(tokens, first), functools.partial(self._ask_ids, tokens, first), len(tokens), 1)
+                for tokens, first in sent
             ]
         prompt = _text(row["prompt"], row)
         return [
-            (self._key(prompt + response, len(prompt)), functools.partial(self._ask_text, prompt, response))
+            Question(
+                self._key(prompt + response, len(prompt)), functools.partial(self._ask_text, prompt, response),
+                estimate_tokens(prompt + response), 1,
+            )
             for response in row["completions"]
-        ]
+        ]  # fmt: skip
 
     def scored(self, row: Record, answers: list[dict[str, Any]], report: ScoreReport) -> Scored | None:
         """The sums of a row."""
@@ -121,7 +138,9 @@ class _Generating:
         key = content_key(
             what="generate", server_model=self.server.settings.model, prompt=row["prompt"], options=options
         )
-        return [(key, functools.partial(self._ask, row["prompt"]))]
+        tokens = estimate_tokens(json.dumps(row["prompt"], ensure_ascii=False))
+        most = self.settings.n * self.settings.max_tokens
+        return [Question(key, functools.partial(self._ask, row["prompt"]), tokens, most)]
 
     def scored(self, row: Record, answers: list[dict[str, Any]], report: ScoreReport) -> Scored | None:
         """The responses that are not empty, with their sums."""
@@ -144,6 +163,13 @@ class _Generating:
             reply = self.server.chat(prompt, logprobs=True, **options)
         samples = [generated_sample(choice) for choice in choices(reply, self.settings.n)]
         return {"samples": samples, "usage": [reply.usage.tokens_in, reply.usage.tokens_out]}
+
+
+def _estimate(questions: dict[str, Question], journal: Journal, server: ServerSettings) -> Estimate:
+    missing = [question for key, question in questions.items() if key not in journal]
+    tokens = sum(one.tokens_in for one in missing), sum(one.tokens_out for one in missing)
+    cost = None if server.price_in is None else server.spending().prices.cost(Usage(len(missing), *tokens))
+    return Estimate(len(questions) - len(missing), len(missing), *tokens, cost)
 
 
 def echoed_logprobs(reply: Reply, prompt: str, response: str) -> list[float]:

@@ -139,7 +139,9 @@ def _rank(
     if source.judge is not None:
         with Journal(journal_path) as journal:
             judging = Judging(rows, source.judge, journal)
-            logger.info("judging: %s", judging.estimate())
+            ahead = judging.estimate()
+            cost = "" if ahead.cost is None else f", for {ahead.cost:.2f} at most"
+            logger.info("judging: %d questions%s; %d have their answer", ahead.requests, cost, ahead.found)
             ranked, judged = judging.records()
         logger.info("judged %d of %d prompts; left out: %s", judged.ranked, judged.rows, judged.left_out or "none")
         return ranked, {"judge": judged.as_dict()}
