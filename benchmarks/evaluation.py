@@ -1,0 +1,90 @@
+"""What an evaluation costs beyond generating the answers: `python -m benchmarks.evaluation RUN`.
+
+RUN is the folder of a run with `evaluation.tasks.graded`, such as the quickstart's. Measured, in turn and repeated:
+
+- `generation`: the answers of each stage, with nothing around them;
+- `evaluate`: `tuna-peft evaluate RUN --task graded` for the base and all stages, with its one load of the base, the
+  switches of adapters, the journal, grades, intervals and files.
+
+The figure is evaluate / (stages x the mean stage's generation); without reloads it stays near 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.load import load_prompts
+from tuna_peft.data.texts import prompt_ids
+from tuna_peft.models.any_model import load_any_model
+from tuna_peft.models.generation import generate_responses
+from tuna_peft.models.stack import active_adapters
+from tuna_peft.recipe.evaluate_target import evaluate_target, recipe_of_run
+from tuna_peft.recipe.evaluation_schema import EvaluationSettings, TaskSettings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the folder of a run")
+    parser.add_argument("--limit", type=int, help="prompts; by default all of the run's")
+    parser.add_argument("--repetitions", type=int, default=3)
+    options = parser.parse_args(arguments)
+    settings = _settings(options.run, options.limit)
+    by_stage: dict[str, list[float]] = {}
+    totals = []
+    for _ in range(options.repetitions):
+        for stage, seconds in generation_seconds(options.run, settings).items():
+            by_stage.setdefault(stage, []).append(seconds)
+        totals.append(evaluate_seconds(options.run, settings))
+    medians = {stage: statistics.median(seconds) for stage, seconds in by_stage.items()}
+    total, generation = statistics.median(totals), sum(medians.values())
+    for stage, seconds in medians.items():
+        print(f"generation, {stage:16} {seconds:8.2f} s")
+    print(f"evaluate, {len(medians)} stages        {total:8.2f} s")
+    print(f"evaluate / ({len(medians)} x one stage's generation) = {total / generation:.3f}")
+    return 0
+
+
+def generation_seconds(run: str, settings: EvaluationSettings) -> dict[str, float]:
+    """Seconds by stage, loading and reading apart."""
+    graded = settings.tasks.graded
+    assert graded is not None
+    loaded = load_any_model(run)
+    prompts, _ = load_prompts(graded, PromptConfig.model_validate(loaded.prompt))
+    ids = [prompt_ids(prompt["prompt"], loaded.tokenizer) for prompt in prompts]
+    seconds = {}
+    for number, stage in enumerate(["base", *loaded.names]):
+        with active_adapters(loaded.model, loaded.names[:number]):
+            started = time.perf_counter()
+            generate_responses(
+                loaded.model, loaded.tokenizer, ids, max_new_tokens=graded.max_new_tokens,
+                batch_size=settings.batch_size,
+            )  # fmt: skip
+            seconds[stage] = time.perf_counter() - started
+    return seconds
+
+
+def evaluate_seconds(run: str, settings: EvaluationSettings) -> float:
+    """Seconds of a whole evaluation into an empty folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        evaluate_target(run, settings, Path(folder))
+        return time.perf_counter() - started
+
+
+def _settings(run: str, limit: int | None) -> EvaluationSettings:
+    recipe = recipe_of_run(run)
+    if recipe is None or recipe.evaluation is None or recipe.evaluation.tasks.graded is None:
+        raise SystemExit(f"{run} is no run with evaluation.tasks.graded")
+    graded = recipe.evaluation.tasks.graded
+    graded.limit = limit or graded.limit
+    return recipe.evaluation.model_copy(update={"tasks": TaskSettings(graded=graded)})
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
