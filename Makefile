@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: quickstart test test-slow verify-gguf bench lint format clean
+.PHONY: quickstart test test-slow verify-gguf bench bench-merge lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/tuna-peft run recipes/quickstart.yaml --output runs/quickstart
@@ -29,6 +29,10 @@ bench: .venv/installed-dev
 	for s in 8b 13b; do $(BENCH) --device meta --shape $$s --workload long || exit 1; done
 	for w in short-varied long-varied; do $(BENCH) --device cpu --workload $$w --groups 2 || exit 1; done
 	$(BIN)/python -m benchmarks.report benchmarks/results/local.json
+
+# Writes 27 GB here and deletes them again; add --arms copy merge merge-original peft where 16 GB of memory are free.
+bench-merge: .venv/installed-dev
+	$(BIN)/python -m benchmarks.merge --shape 7b --json benchmarks/results/merge-local.json
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
