@@ -69,15 +69,14 @@ def test_a_stack_is_published_private_in_one_commit(tiny: Tiny, hub: Hub, capsys
     assert hub.requests["commit"] == 1
 
 
-def as_a_stranger(hub: Hub, code: str, folder: Path) -> None:
-    """Runs code in another process, which knows the Hub by its environment only and may read."""
+def as_a_stranger(hub: Hub, command: list[str], folder: Path) -> None:
+    """Runs a Python command in a process of its own, which knows the Hub by its environment only and may read."""
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(folder / "home"), "HF_TOKEN": READ_TOKEN,
     }  # fmt: skip
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, f"{code}\n{done.stderr}"
+    done = subprocess.run([sys.executable, *command], env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
 def test_what_is_published_loads_back_to_the_same_logits(tiny: Tiny, hub: Hub, tmp_path: Path) -> None:
@@ -88,7 +87,7 @@ def test_what_is_published_loads_back_to_the_same_logits(tiny: Tiny, hub: Hub, t
         f"snapshot_download('me/{name}', local_dir='{name}')\n" for name in ("adapters", "merged")
     )
     (tmp_path / "stranger").mkdir()
-    as_a_stranger(hub, download, tmp_path / "stranger")
+    as_a_stranger(hub, ["-c", download], tmp_path / "stranger")
     adapters, merged = tmp_path / "stranger" / "adapters", tmp_path / "stranger" / "merged"
     live = AdapterStack.from_pretrained(tiny.stack, device="cpu").model
     found = {
@@ -105,7 +104,8 @@ def test_what_is_published_loads_back_to_the_same_logits(tiny: Tiny, hub: Hub, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapters", "merged"])
-def test_the_python_of_the_card_runs_as_it_stands(hub: Hub, tmp_path: Path, kind: Kind) -> None:
+def test_the_snippets_of_the_card_run_as_they_stand(hub: Hub, tmp_path: Path, kind: Kind) -> None:
+    """All but vLLM, Ollama and llama.cpp itself (see test_llama_cpp.py)."""
     base = load_tiny("builtin:pico-llama")
     save_stack(stack_on(base, sft=SFT, ranking=RANKING), tmp_path / "stack", {"template": "alpaca"})
     source = tmp_path / "stack"
@@ -117,7 +117,14 @@ def test_the_python_of_the_card_runs_as_it_stands(hub: Hub, tmp_path: Path, kind
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == (2 if kind == "adapters" else 1)
     for block in blocks:
-        as_a_stranger(hub, block, tmp_path)
+        as_a_stranger(hub, ["-c", block], tmp_path)
+    programs = {"hf": "huggingface_hub.cli.hf", "tuna-peft": "tuna_peft"}
+    lines = [line.split() for block in re.findall(r"```sh\n(.*?)```", card, re.DOTALL) for line in block.splitlines()]
+    for program, *arguments in lines:
+        if program in programs:
+            as_a_stranger(hub, ["-m", programs[program], *arguments], tmp_path)
+    [run] = [arguments for program, *arguments in lines if program == "llama-cli"]
+    assert all((tmp_path / file).is_file() for file in run if file.endswith(".gguf"))
 
 
 def test_an_interrupted_upload_goes_on_where_it_stopped(tiny: Tiny, hub: Hub) -> None:

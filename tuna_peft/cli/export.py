@@ -53,8 +53,8 @@ def gguf(
     from tuna_peft.export.gguf.model import export_gguf
 
     folder = Path(source)
-    is_run = (folder / "stack" / MANIFEST).is_file()
-    if is_run:
+    # A published stack has `stack/` too, beside the combined adapter.
+    if (folder / "stack" / MANIFEST).is_file() and not (folder / "adapter_config.json").is_file():
         name = name or folder.resolve().name
         folder = folder / ("stack" if adapter else "merged")
         if not folder.is_dir():
@@ -72,7 +72,7 @@ def gguf(
         for option, value in (("--upto", upto), ("--base-model", base_model), ("--adapter", adapter or None)):
             if value is not None:
                 raise UserError(f"{option} goes with a stack; this is a single model", where=source)
-        report = export_gguf(source if not is_run else folder, out, types=types or ("q8_0",), name=name)
+        report = export_gguf(folder, out, types=types or ("q8_0",), name=name)
     for file, size in report.files.items():
         typer.echo(f"wrote {report.path / file}: {size / 2**20:,.1f} MiB")
         if kept := report.kept_in_f16[file]:
