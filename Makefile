@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: quickstart test test-slow verify-gguf bench bench-merge lint format clean
+.PHONY: quickstart test test-slow verify-gguf bench bench-merge docs notebooks lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/tuna-peft run recipes/quickstart.yaml --output runs/quickstart
@@ -34,6 +34,15 @@ bench: .venv/installed-dev
 bench-merge: .venv/installed-dev
 	$(BIN)/python -m benchmarks.merge --shape 7b --json benchmarks/results/merge-local.json
 
+# The site, into build/site; a broken link or an unknown name is an error. The figures and the recipe reference are
+# files of the repository: docs/figures/make.py and `tuna-peft schema --markdown` write them.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# All notebooks, top to bottom, on pico-LLaMA.
+notebooks: .venv/installed-dev
+	$(BIN)/python -m pytest tests/notebooks
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +65,8 @@ $(BIN)/python:
 
 .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP_INSTALL) -e ".[dev]"
+	touch $@ .venv/installed
+
+.venv/installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e ".[docs]"
 	touch $@ .venv/installed

@@ -51,7 +51,7 @@ def test_inspect_a_file(folder):
 
 def test_inspect_a_recipe_shows_its_stages_with_its_tokenizer(folder, monkeypatch):
     loaded = []
-    monkeypatch.setattr("tuna_peft.cli.data._load_tokenizer", lambda *given: loaded.append(given[0]))
+    monkeypatch.setattr("tuna_peft.cli.data.load_tokenizer", lambda *given: loaded.append(given[0]))
     result = invoke("inspect", "r.yaml")
     assert result.exit_code == 0
     assert "stage one (ranking)" in result.stdout and "stage two (ranking)" in result.stdout

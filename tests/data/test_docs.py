@@ -10,11 +10,11 @@ from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_ranked, load_sft
 
 TEXT = (Path(__file__).parents[2] / "docs" / "data-formats.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^`(\S+)`\n```json\n(.*?)```\n```yaml\n(.*?)```", TEXT, flags=re.DOTALL | re.MULTILINE)
+EXAMPLES = re.findall(r"^`(\S+)`\n```(?:json|csv)\n(.*?)```\n```yaml\n(.*?)```", TEXT, flags=re.DOTALL | re.MULTILINE)
 
 
 def test_there_is_one_for_each_format():
-    assert len(EXAMPLES) == 8
+    assert len(EXAMPLES) == 9
 
 
 @pytest.mark.parametrize(("name", "content", "recipe"), EXAMPLES, ids=[name for name, _, _ in EXAMPLES])

@@ -4,7 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 README = Path(__file__).parents[2] / "README.md"
@@ -52,8 +51,3 @@ def test_the_python_example_trains(tmp_path, monkeypatch):
     names: dict = {}
     exec(compile(code, str(README), "exec"), names)
     assert names["trainer"].state.global_step == 5
-
-
-@pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)", README.read_text(encoding="utf-8")))
-def test_every_link_leads_somewhere(target):
-    assert (README.parent / target).exists()

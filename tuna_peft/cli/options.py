@@ -23,7 +23,9 @@ Format = Annotated[
 Column = Annotated[
     list[str] | None,
     typer.Option(
-        "--column", help="part=path, again for each part: --column completions=responses[].text", show_default=False
+        "--column",
+        help="part=path, again for each part: --column completions=responses[].text; completions=a,b: two columns",
+        show_default=False,
     ),
 ]
 Split = Annotated[str, typer.Option("--split", help="Split, with slices: train[:500].")]
@@ -64,15 +66,16 @@ def data_source(
     return from_options(DataSource, source), from_options(PromptConfig, {"template": template})
 
 
-def _pairs(columns: list[str]) -> dict[str, str]:
-    pairs = {}
+def _pairs(columns: list[str]) -> dict[str, str | list[str]]:
+    pairs: dict[str, str | list[str]] = {}
     for text in columns:
         part, equals, path = text.partition("=")
         if not equals:
             raise UserError(
                 "expected part=path", where=f"--column {text}", fix="For example: completions=responses[].text"
             )
-        pairs[part] = path
+        several = part in ("completions", "scores", "ranks") and "," in path  # a column for each
+        pairs[part] = path.split(",") if several else path
     return pairs
 
 

@@ -14,10 +14,16 @@ def schema(
             "--field", help="Print the help of one key only: lora.r, stages.train.margin ...", show_default=False
         ),
     ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print all keys as a page of Markdown.")] = False,
 ) -> None:
     """Print the JSON schema of recipes, for completion in an editor, or the help of one key."""
     import json
 
     from tuna_peft.recipe.json_schema import field_help, recipe_json_schema
 
+    if markdown:
+        from tuna_peft.recipe.reference import recipe_reference
+
+        typer.echo(recipe_reference(), nl=False)
+        return
     typer.echo(field_help(field) if field else json.dumps(recipe_json_schema(), indent=2))

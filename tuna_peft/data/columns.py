@@ -27,17 +27,43 @@ def read_responses(raw: Record, columns: Columns, where: str) -> Record:
     """`completions`, `scores`, `ranks` and `reference` of a record."""
     if columns.completions is None:
         raise BadRow("`columns` has no `completions`", reason="no responses", where=where, fix=_FIX)
+    best_first = columns.ranks == "best_first"
     completions = many(raw, columns.completions, where)
-    if columns.ranks == "best_first":
-        ranks: list[Any] | None = list(range(len(completions)))
-    else:
-        ranks = None if columns.ranks is None else many(raw, columns.ranks, where)
+    scores = None if columns.scores is None else _numbers(many(raw, columns.scores, where))
+    ranks = None if columns.ranks is None or best_first else _numbers(many(raw, columns.ranks, where))
+    if isinstance(columns.completions, list):  # a table has as many columns as its longest list of responses
+        absent = {
+            index
+            for index, text in enumerate(completions)
+            if text is None and all(not order or order[index : index + 1] in ([], [None]) for order in (scores, ranks))
+        }
+        completions = _without(absent, completions)
+        scores, ranks = (order and _without(absent, order) for order in (scores, ranks))
     return {
         "completions": completions,
-        "scores": None if columns.scores is None else many(raw, columns.scores, where),
-        "ranks": ranks,
+        "scores": scores,
+        "ranks": list(range(len(completions))) if best_first else ranks,
         "reference": None if columns.reference is None else one(raw, columns.reference, where),
     }
+
+
+def _without(indices: set[int], values: list[Any]) -> list[Any]:
+    return [value for index, value in enumerate(values) if index not in indices]
+
+
+def _numbers(values: list[Any]) -> list[Any]:
+    """Texts that spell a number or a truth value as such: a CSV file holds nothing else."""
+    return [_number(value) if isinstance(value, str) else value for value in values]
+
+
+def _number(text: str) -> Any:
+    word = text.strip().lower()
+    if word in ("true", "false"):
+        return word == "true"
+    try:
+        return float(word)
+    except ValueError:
+        return text
 
 
 def render(template: PromptTemplate, instruction: Any, given: Any, where: str) -> Prompt:

@@ -69,8 +69,8 @@ class DataSource(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="A .json, .jsonl or .parquet file, a directory from `datasets.save_to_disk`, a Hub data set id, "
-        "or `builtin:pico-llama/<file>` for the data inside the package.",
+        description="A .json, .jsonl, .csv, .tsv or .parquet file, a directory from `datasets.save_to_disk`, a Hub "
+        "data set id, or `builtin:pico-llama/<file>` for the data inside the package.",
     )
     format: FormatName = Field(
         "auto", description="Shape of the records; `auto` tells it from the keys of the first record."

@@ -22,7 +22,7 @@ def read_json_units(path: Path) -> tuple[str, list[tuple[int, Any]]]:
     Raises:
         UserError: The file is empty, not UTF-8, not JSON, cut, or neither a list nor lines of objects.
     """
-    text = _decode(path)
+    text = read_text(path)
     if not text.strip():
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
     if text.lstrip().startswith("["):
@@ -58,7 +58,8 @@ def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
         raise UserError("the JSON is nested too deeply", where=f"{path}: line {number}") from None
 
 
-def _decode(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text without its byte order mark; UserError with the place where it is not UTF-8."""
     data = path.read_bytes()
     start = 3 if data.startswith(b"\xef\xbb\xbf") else 0  # the byte order mark that some editors write
     try:

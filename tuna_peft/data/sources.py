@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.data.config import DataSource
+from tuna_peft.data.csv_files import read_csv_rows
 from tuna_peft.data.json_files import parse_line, read_json_units
 from tuna_peft.errors import UserError
 
 RawRecords = list[tuple[str, dict[str, Any]]]
-_SUFFIXES = (".json", ".jsonl", ".parquet")
+_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def read_records(source: DataSource) -> RawRecords:
     """The records of a source, each with its place.
 
-    Lines and records count from 1 (`x.jsonl: line 12`, `x.json: record 3`), rows of Parquet files and data sets
-    from 0 (`id[train]: row 7`), as `dataset[7]` does.
+    Lines and records count from 1 (`x.jsonl: line 12`, `x.csv: line 4`, `x.json: record 3`), rows of Parquet files and
+    data sets from 0 (`id[train]: row 7`), as `dataset[7]` does.
 
     Raises:
         UserError: There is no such source, or it cannot be read; says where and what to do.
@@ -64,7 +65,8 @@ def _read_local(path: Path, source: DataSource) -> RawRecords:
     try:
         if path.suffix == ".parquet":
             return _read_parquet(path, source)
-        unit, units = read_json_units(path)
+        table = path.suffix in (".csv", ".tsv")
+        unit, units = ("row", read_csv_rows(path)) if table else read_json_units(path)
     except OSError as error:
         raise UserError(f"cannot read the file: {error.strerror or error}", where=str(path)) from error
     if not units:
@@ -72,6 +74,8 @@ def _read_local(path: Path, source: DataSource) -> RawRecords:
     chosen = [units[index] for _, index in _choose(source, {"train": len(units)})]
     if unit == "record":
         return [(f"{path}: record {number}", record) for number, record in chosen]
+    if unit == "row":
+        return [(f"{path}: line {number}", row) for number, row in chosen]
     last = units[-1][0]
     return [(f"{path}: line {number}", parse_line(path, number, line, last=number == last)) for number, line in chosen]
 
@@ -173,7 +177,7 @@ def _may_be_hub_id(text: str) -> bool:
     return (
         len(path.parts) in (1, 2)
         and text[0] not in "./~\\"
-        and path.suffix not in (*_SUFFIXES, ".csv", ".txt")
+        and path.suffix not in (*_SUFFIXES, ".txt")
         and not in_a_folder
     )
 

@@ -14,7 +14,9 @@ from tuna_peft.recipe.problems import did_you_mean
 from tuna_peft.recipe.schema import Recipe, StageType
 from tuna_peft.recipe.train_fields import TrainField, train_fields, type_adapter
 
-_TRAIN: dict[StageType, str] = {"sft": "SFTTrain", "ranking": "RankingTrain"}
+# The definitions of `train`, by the type of its stage.
+SFT_TRAIN, RANKING_TRAIN = "SFTTrain", "RankingTrain"
+_TRAIN: dict[StageType, str] = {"sft": SFT_TRAIN, "ranking": RANKING_TRAIN}
 
 
 def recipe_json_schema() -> dict[str, Any]:

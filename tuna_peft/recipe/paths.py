@@ -9,7 +9,7 @@ from tuna_peft.recipe.document import KeyPath
 from tuna_peft.recipe.problems import did_you_mean
 from tuna_peft.recipe.schema import Recipe
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def resolve_paths(recipe: Recipe, folders: Sequence[Path]) -> None:
