@@ -33,7 +33,7 @@ def mean_metric(
     values, counts = np.array(pairs, dtype=float).T
     value = float(scale * (values @ counts) / counts.sum())
     low, high = percentiles(scale * _means(values, counts))
-    return Metric(value, low, high, int(counts.sum()))
+    return Metric(value, low, high, round(counts.sum()))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], weights: Sequence[float]) -> Metric:

@@ -25,13 +25,17 @@ def evaluate_graded(
         max_new_tokens: Where an answer is cut.
 
     Raises:
-        UserError: The grader returns something that is no number between 0 and 1.
+        UserError: The grader fails, or returns something that is no number between 0 and 1; names the prompt.
     """
     answers, excluded = session.answers(questions, max_new_tokens, "graded")
     prompts = []
     for answer in answers:
         question = answer.question
-        value = grade(question.record, answer.text)
+        try:
+            value = grade(question.record, answer.text)
+        except Exception as error:
+            what = f"the grader failed with {type(error).__name__}: {error}"
+            raise UserError(what, where=f"prompt {question.id}", fix="Correct it; the answers are kept.") from error
         if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
             raise UserError(
                 f"the grader gave {value!r}, and a grade is a number between 0 and 1", where=f"prompt {question.id}"
