@@ -12,8 +12,10 @@ import dataclasses
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.measure import Runner
 from benchmarks.shapes import LORA_RANK, TARGETS, build
@@ -43,20 +45,36 @@ class Comparison:
         return -0.03 <= self.peak <= 0.10 and abs(self.flops) <= 0.10
 
 
-def compare(shape: ModelShape, groups: Groups, *, checkpointing: bool, name: str, count: int = 1) -> Comparison:
-    """Measures one micro-batch of `count` groups on meta and predicts it."""
+class KeepingRunner(Runner):
+    """Steps in which the last `kept` layers keep their activations, as `activation_memory` chooses them."""
+
+    kept = 0
+
+    def _prepare(self, name: str) -> Any:
+        prepared = super()._prepare(name)
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers[len(layers) - self.kept :]:
+            layer.gradient_checkpointing = False
+        return prepared
+
+
+def compare(shape: ModelShape, groups: Groups, *, kept: int, name: str, count: int = 1) -> Comparison:
+    """Measures one micro-batch of `count` groups on meta and predicts it.
+
+    Args:
+        kept: Layers that keep their activations.
+    """
     config = config_of(shape)
-    runner = Runner(
-        build(config, "meta"), "meta", [groups.groups(count, shape.vocab)], checkpointing=checkpointing,
-        equal_lengths=True,
-    )  # fmt: skip
-    figures = runner.count("ours" if checkpointing else "ours-no-checkpointing")
+    runner = KeepingRunner(
+        build(config, "meta"), "meta", [groups.groups(count, shape.vocab)], checkpointing=True, equal_lengths=True
+    )
+    runner.kept = kept
+    figures = runner.count("ours")
     rows = [Row(groups.prompt, (groups.mean,) * groups.responses)]
     batch = packed_pass(rows, count, None)
     own = Adapter(LORA_RANK, shape.adapter(LORA_RANK, TARGETS), len(TARGETS))
-    unchecked = 0 if checkpointing else shape.layers
-    peak = activation_bytes(shape, batch, PRECISION, own, unchecked=unchecked)
-    flops = count * ranking_flops(shape, Workload(tuple(rows), count, ""), own, unchecked=unchecked)
+    peak = activation_bytes(shape, batch, PRECISION, own, unchecked=kept)
+    flops = count * ranking_flops(shape, Workload(tuple(rows), count, ""), own, unchecked=kept)
     return Comparison(name, peak / figures.peak_bytes - 1, flops / figures.flops - 1, figures.peak_bytes)
 
 
@@ -94,9 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.layers:
             shape = dataclasses.replace(shape, layers=options.layers)
         for name in options.groups:
-            for checkpointing in (True, False):
-                case = f"{model}, {name}, {'all' if checkpointing else 'nothing'} checkpointed"
-                result = compare(shape, GROUPS[name], checkpointing=checkpointing, name=case, count=options.count)
+            for kept in (0, shape.layers // 2, shape.layers):
+                case = f"{model}, {name}, {kept} of {shape.layers} layers kept"
+                result = compare(shape, GROUPS[name], kept=kept, name=case, count=options.count)
                 found.append(result)
                 print(
                     f"{case:44}{result.measured_bytes / 1e9:12.3f}{result.peak:+9.1%}{result.flops:+9.1%}"

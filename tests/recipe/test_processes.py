@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_pipeline import STAGES, TRAIN, adapter_bytes, files, recipe  # noqa: F401 - files is a fixture
 from typer.testing import CliRunner
 
+from tuna_peft import UserError
 from tuna_peft.cli.app import app
 from tuna_peft.models.base import resolve_device
 from tuna_peft.recipe.dump import dump_recipe
@@ -79,6 +80,16 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert resolve_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
+)
+def test_launchers_that_shard_are_refused(files, tmp_path, monkeypatch, variable, name):  # noqa: F811
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=f"does not work under {name} yet"):
+        run_recipe(recipe(files), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_launch_starts_accelerate_with_the_same_command(monkeypatch, tmp_path):

@@ -34,7 +34,7 @@ def plan(
     from tuna_peft.recipe.plan import plan_recipe, this_device
 
     cards = GPUS if gpu == "all" else [find_gpu(gpu)] if gpu else []
-    loaded = load_recipe(recipe, overrides or [], check=False)
+    loaded = load_recipe(recipe, overrides or [], missing=True)
     devices = [Device.of(card) for card in cards] or [this_device(loaded.base.device)]
     plans, source = plan_recipe(loaded, devices)
     if as_json:

@@ -21,7 +21,9 @@ from tuna_peft.recipe.shipped import find_recipe
 from tuna_peft.recipe.train_fields import check_train
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, check: bool = True) -> Recipe:
+def load_recipe(
+    recipe: str | Path, overrides: Sequence[str] = (), *, check: bool = True, missing: bool = False
+) -> Recipe:
     """Loads, overrides and checks a recipe.
 
     A recipe may stand on another, see `extends.read_recipe`. Local paths come out absolute: a relative one is looked
@@ -32,6 +34,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, check: boo
         overrides: `a.b.c=value`, see `apply_overrides`.
         check: Check also what takes seconds or the disk: the fields of every stage's `train` against the trainers'
             configurations (imports torch), and that local paths exist.
+        missing: Local paths need not exist: the data is still to come.
 
     Raises:
         UserError: Everything that is wrong, each with file and line or override, dotted key, what was expected.
@@ -48,7 +51,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, check: boo
     resolve_paths(loaded, document.folders)
     if check:
         problems = _train_problems(document)
-        for path, what, fix in missing_paths(loaded, document.folders):
+        for path, what, fix in [] if missing else missing_paths(loaded, document.folders):
             problems.append(Problem(document.place(path), document.dotted(path), what, fix))
         raise_problems(problems)
     return loaded

@@ -13,6 +13,8 @@ from datetime import timedelta
 
 from accelerate import PartialState
 
+from tuna_peft.errors import UserError
+
 # Others wait for as long as the first one evaluates or merges: much longer than the ten minutes of a usual collective.
 _PATIENCE = timedelta(days=2)
 
@@ -26,9 +28,13 @@ class Processes:
     Attributes:
         count: How many there are.
         main: Whether this is the first.
+
+    Raises:
+        UserError: The launcher would shard the model, or steps, in a way that a run does not support.
     """
 
     def __init__(self, on_cpu: bool = False) -> None:
+        _require_whole_models()
         # A single process needs no group, and nothing that would outlive the run.
         self._state = PartialState(cpu=on_cpu, timeout=_PATIENCE) if world_size() > 1 else None
         self.count = self._state.num_processes if self._state else 1
@@ -46,11 +52,22 @@ class Processes:
             yield
 
 
+def _require_whole_models() -> None:
+    """Refuses FSDP and DeepSpeed.
+
+    Sharded weights cannot be evaluated or saved by one process alone, and DeepSpeed counts backward passes to know
+    when a step ends, while `max_tokens_per_batch` and a step that runs out of memory change their number.
+    """
+    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(variable, "false") == "true":
+            raise UserError(
+                f"a run does not work under {name} yet",
+                where="--launch",
+                fix="Use data parallelism (`--launch ddp`): each GPU holds the whole 4-bit base, and "
+                "`tuna-peft plan RECIPE --gpu all` shows which cards do.",
+            )
+
+
 def world_size() -> int:
     """Processes that a launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this is the first of the launched processes; needs no group."""
-    return int(os.environ.get("RANK", "0")) == 0
