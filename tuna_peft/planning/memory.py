@@ -142,14 +142,17 @@ def activation_bytes(
     layer = layer_bytes(shape, batch, precision, own, below)
     checked = shape.layers - unchecked
     # The residual stream at the entrance of each checked layer, and once more at the end.
-    kept = (checked + 1) * b * tokens * hidden + unchecked * layer + _mask_bytes(batch)
+    entrances = (checked + 1) * b * tokens * hidden + _mask_bytes(batch)
+    kept = entrances + unchecked * layer
     final = (4 + b) * tokens * hidden  # the last norm's input in fp32, and its output
     head = final + max(chunk_bytes(shape, batch, b) + b * batch.targets * hidden, 2 * b * batch.targets * hidden)
     norm = final + 5 * 4 * tokens * hidden  # fp32 gradients inside the last norm
-    weight = shape.largest_linear * b if precision.method != "none" else 0  # one matrix in 16 bits again
-    # Gradients while the last layer goes back: of the product inside its MLP, twice, and of the residual stream.
-    mlp = (layer if checked else 0) + weight + tokens * b * (shape.intermediate + 2 * hidden)
-    return kept + max(head, norm, mlp)
+    # While a layer goes back: its largest matrix in 16 bits again, gradients of the product inside its MLP and of the
+    # residual stream. The last layers are the ones that are kept, and they are gone when the first one is recomputed.
+    weight = shape.largest_linear * b if precision.method != "none" else 0
+    going_back = weight + tokens * b * (shape.intermediate + 2 * hidden)
+    recomputed = entrances + layer + going_back if checked else 0
+    return max(kept + head, kept + norm, kept + going_back if unchecked else 0, recomputed)
 
 
 def forward_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision) -> float:
