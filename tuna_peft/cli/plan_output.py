@@ -102,14 +102,14 @@ def hours_text(hours: float | None) -> str:
 
 def _phases(plan: Plan) -> Table:
     table = Table("phase", title="peak and time")
-    for heading in ("needed GiB", "peak GiB", "steps", "tokens", "PFLOP", "hours"):
+    for heading in ("needed GiB", "peak GiB", "steps", "M tokens", "PFLOP", "hours"):
         table.add_column(heading, justify="right")
     table.columns[0].no_wrap = True
-    table.add_column("")
+    table.add_column("layers", no_wrap=True)
     for phase in plan.phases:
         table.add_row(
             phase.name, f"{phase.needed / GIB:.2f}", f"{phase.peak / GIB:.2f}",
-            "" if phase.steps is None else f"{phase.steps:,}", f"{phase.tokens:,.0f}",
+            "" if phase.steps is None else f"{phase.steps:,}", f"{phase.tokens / 1e6:,.1f}",
             f"{phase.flops / 1e15:,.1f}", hours_text(phase.hours), phase.note,
         )  # fmt: skip
     return table

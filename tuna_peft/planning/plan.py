@@ -255,7 +255,7 @@ def _training(run: RunSpec, index: int, device: Device) -> Phase:
         flops=flops,
         hours=hours(flops / stage.processes, device.gpu) if device.gpu else None,
         steps=stage.steps,
-        note=f"{kept} of {shape.layers} layers keep activations",
+        note=f"keeps {kept}/{shape.layers}",
     )
 
 
