@@ -43,7 +43,7 @@ class ErrorReportingGroup(TyperGroup):
         except KeyboardInterrupt as interrupt:
             again = (
                 " Run the same command again to go on."
-                if ctx.invoked_subcommand in ("run", "evaluate", "merge", "sample", "judge")
+                if ctx.invoked_subcommand in ("run", "evaluate", "merge", "sample", "score", "judge")
                 else ""
             )
             typer.echo(f"\nInterrupted.{again}", err=True)
