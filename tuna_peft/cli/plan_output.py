@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -102,8 +101,8 @@ def hours_text(hours: float | None) -> str:
 
 
 def _phases(plan: Plan) -> Table:
-    table = Table("phase", title="GiB and time", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("needed", "peak", "steps", "M tokens", "PFLOP", "hours"):
+    table = Table("phase", title="GiB and time", box=None)
+    for heading in ("needed", "peak", "steps", "Mtok", "PFLOP", "hours"):
         table.add_column(heading, justify="right")
     table.columns[0].no_wrap = True
     table.add_column("layers", no_wrap=True)
