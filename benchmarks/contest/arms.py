@@ -107,6 +107,9 @@ ARMS = {
     "tuna-mle-best-3": Arm(
         on_lists(lists.ranking(), "best", mle_weight=3.0), "hinge, gap_mean, m 0.1, 3 x MLE on best", True
     ),
+    "tuna-mle-best-10": Arm(
+        on_lists(lists.ranking(), "best", mle_weight=10.0), "hinge, gap_mean, m 0.1, 10 x MLE on best", True
+    ),
     # Where compute is what is equal, pairs are taken as preference data usually has them: one of a list.
     "dpo-one-pair": Arm(pairs.dpo(best_and_worst), "DPO, best against worst (TRL)"),
     "simpo-one-pair": Arm(pairs.simpo(best_and_worst), "SimPO, best against worst (TRL)"),
