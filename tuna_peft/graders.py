@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,8 @@ BUILTIN = {"builtin:pico": "tuna_peft.assets.pico_world.grader:grade"}
 def load_grader(name: str, where: str) -> Grader:
     """The grader called `builtin:pico` or `module:function`; it takes a prompt's record and a response.
 
-    The name is looked up, never evaluated: a module that Python can import, and a function that it defines.
+    The name is looked up, never evaluated: a module that Python can import, or that lies in the current folder, and a
+    function that it defines.
 
     Args:
         name: As in a recipe.
@@ -26,6 +29,8 @@ def load_grader(name: str, where: str) -> Grader:
         UserError: No such module or function.
     """
     module, _, function = BUILTIN.get(name, name).partition(":")
+    if (here := os.getcwd()) not in sys.path:  # an installed command does not look there; last, so as to hide nothing
+        sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
