@@ -22,21 +22,12 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, bias_V, targets_R):
-        logps, slopes = [], []
-        for rows, targets in zip(hidden_RD.split(CHUNK_ROWS), targets_R.split(CHUNK_ROWS), strict=True):
-            logits = torch.nn.functional.linear(rows, weight_VD, bias_V).float()
-            chosen = logits.gather(-1, targets[:, None])
-            # softmax and its normaliser in place: library calls would each make another copy of the chunk.
-            highest = logits.amax(-1, keepdim=True)
-            exponentials = logits.sub_(highest).exp_()
-            total = exponentials.sum(-1, keepdim=True)
-            logps.append((chosen - highest - total.log()).squeeze(-1))
-            if ctx.needs_input_grad[0]:
-                # d log p(t) / d logits = onehot(t) - softmax, in fp32 until the product: 1 - p(t) may be tiny.
-                slope = exponentials.div_(-total)
-                slope.scatter_add_(-1, targets[:, None], torch.ones_like(chosen))
-                slopes.append(slope.to(weight_VD.dtype) @ weight_VD)
-        if slopes:
+        chunks = zip(hidden_RD.split(CHUNK_ROWS), targets_R.split(CHUNK_ROWS), strict=True)
+        logps, slopes = zip(
+            *(_chunk(rows, weight_VD, bias_V, targets, ctx.needs_input_grad[0]) for rows, targets in chunks),
+            strict=True,
+        )
+        if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(logps)
 
@@ -44,6 +35,23 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx, grad_R):
         (slope_RD,) = ctx.saved_tensors
         return (slope_RD * grad_R[:, None]).to(slope_RD.dtype), None, None, None
+
+
+def _chunk(hidden_RD, weight_VD, bias_V, targets_R, with_slope: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of some rows, and their gradients; a function of its own so that their logits die with it."""
+    logits = torch.nn.functional.linear(hidden_RD, weight_VD, bias_V).float()
+    chosen = logits.gather(-1, targets_R[:, None])
+    # softmax and its normaliser in place: library calls would each make another copy of the chunk.
+    highest = logits.amax(-1, keepdim=True)
+    exponentials = logits.sub_(highest).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    logps = (chosen - highest - total.log()).squeeze(-1)
+    if not with_slope:
+        return logps, None
+    # d log p(t) / d logits = onehot(t) - softmax, in fp32 until the product: 1 - p(t) may be tiny.
+    slope = exponentials.div_(-total)
+    slope.scatter_add_(-1, targets_R[:, None], torch.ones_like(chosen))
+    return logps, slope.to(weight_VD.dtype) @ weight_VD
 
 
 def token_logps(hidden_RD: torch.Tensor, head: torch.nn.Linear, targets_R: torch.Tensor) -> torch.Tensor:

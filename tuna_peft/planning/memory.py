@@ -167,9 +167,8 @@ def forward_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision) -
 
 
 def chunk_bytes(shape: ModelShape, batch: ForwardPass, b: int) -> float:
-    """Logits of a chunk, in the compute type and in fp32; from the second one on beside the fp32 of the one before."""
-    rows = min(CHUNK_ROWS, batch.targets)
-    return rows * shape.vocab * (4 + b + (4 if batch.targets > CHUNK_ROWS else 0))
+    """Logits of a chunk, in the compute type and in fp32."""
+    return min(CHUNK_ROWS, batch.targets) * shape.vocab * (4 + b)
 
 
 def cache_bytes(shape: ModelShape, sequences: int, length: int, precision: Precision) -> float:
