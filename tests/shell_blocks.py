@@ -66,5 +66,10 @@ def cuts(recipe: str) -> list[str]:
         prompts = "data.prompts" if hasattr(stage.data, "prompts") else "data"
         overrides += [f"stages.{stage.name}.{key}" for key in ("train.max_steps=2", 'train.save_strategy="no"')]
         overrides.append(f"stages.{stage.name}.{prompts}.limit=24")
-    tasks = loaded.evaluation.tasks.given() if loaded.evaluation else {}
-    return [*overrides, *(f"evaluation.tasks.{name}.limit=4" for name in tasks)]
+        if getattr(stage.data, "sample", None):
+            overrides.append(f"stages.{stage.name}.data.sample.max_new_tokens=8")
+    for name, task in (loaded.evaluation.tasks.given() if loaded.evaluation else {}).items():
+        overrides.append(f"evaluation.tasks.{name}.limit=4")
+        if hasattr(task, "max_new_tokens"):
+            overrides.append(f"evaluation.tasks.{name}.max_new_tokens=8")
+    return overrides

@@ -30,7 +30,8 @@ _STYLES = {"better": "green", "worse": "red"}
 
 def _table(report: dict[str, Any]) -> Table:
     headings, rows = stage_table(report)
-    table = Table("after", title=f"{report['name']}: on held-out data")
+    measured = ": on held-out data" if any(report["evaluation"].values()) else ""
+    table = Table("after", title=f"{report['name']}{measured}")
     table.columns[0].no_wrap = True
     for heading in headings:
         table.add_column(heading, justify="right")
