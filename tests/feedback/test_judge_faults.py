@@ -190,8 +190,10 @@ def test_ctrl_c_keeps_what_is_under_way(tmp_path):
         command = [sys.executable, "-m", "tuna_peft", "judge", "data.jsonl", "out.jsonl", "--model", "judge"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         run = subprocess.Popen(
-            [*command, "--server", http.url], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
-        )
+            [*command, "--server", http.url], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment,
+            # A test suite in the background of a script has Ctrl-C ignored, and so would what it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         assert asked_for.wait(timeout=60)
         run.send_signal(signal.SIGINT)
         while not (line := run.stderr.readline()).startswith("waiting"):
