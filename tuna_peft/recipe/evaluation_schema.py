@@ -48,7 +48,7 @@ class SuperNITask(_Benchmark):
 
     path: str = Field(description="A checkout of allenai/natural-instructions, or a .jsonl file of instances.")
     tasks: list[str] | None = Field(None, description="Names of tasks; null takes the benchmark's test tasks.")
-    per_task: int | None = Field(100, ge=1, description="The first so many instances of each task; null takes all.")
+    per_task: int = Field(100, ge=1, description="The first so many instances of each task.")
     shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
         default_factory=lambda: [0, 2], description="Positive examples in the prompt; one result for each number."
     )
