@@ -13,10 +13,12 @@ from tuna_peft.errors import UserError
 from tuna_peft.models.stack import (
     active_adapters,
     adapter_names,
+    drop_adapter,
     fingerprint,
     load_adapter,
     push_adapter,
     save_adapter,
+    take_over,
     train_top_adapter,
 )
 
@@ -147,3 +149,21 @@ def test_names_that_would_clash_are_refused(base_path: str, name: str) -> None:
     model = stack_on(load_tiny(base_path, "none"), sft=SFT)
     with pytest.raises(UserError, match=r"already has an adapter|cannot name an adapter"):
         push_adapter(model, name, LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("below", [[], ["sft"]])
+def test_an_adapter_that_takes_over_computes_the_same_and_trains(base_path: str, below: list[str]) -> None:
+    model = stack_on(load_tiny(base_path), **{name: SFT for name in below}, first=RANKING)
+    before, weights = logits(model), fingerprint(model, "first")
+    push_adapter(model, "second", LoraConfig(**RANKING))
+    take_over(model)
+    assert adapter_names(model) == list(model.active_adapters) == [*below, "second"]
+    assert fingerprint(model, "second") == weights and torch.equal(logits(model), before)
+    assert trainable(model) == {"second"}
+    assert not any(".first." in name for name, _ in model.named_parameters())
+
+
+def test_without_an_adapter_the_others_are_active_and_frozen(stack: PeftModel, base_path: str) -> None:
+    drop_adapter(stack, "sft")
+    assert list(stack.active_adapters) == ["ranking"] and trainable(stack) == set()
+    assert not torch.equal(logits(stack), logits(load_tiny(base_path).model))

@@ -31,6 +31,16 @@ def run_of(model="llama-2-7b", **changes):
     return RunSpec(model, shape, Precision("nf4", True, 2), stages, evaluation, MergeSpec())
 
 
+def test_a_continued_adapter_takes_the_place_of_the_one_before():
+    sft, rank = run_of().stages
+    small = dataclasses.replace(rank, adapter=Adapter(8, rank.adapter.parameters / 2, 7))
+    again = dataclasses.replace(small, name="rank-2", continues=True)
+    run = dataclasses.replace(run_of(), stages=(sft, small, again, dataclasses.replace(rank, name="last")))
+    assert run.below(1) == run.below(2) == [sft.adapter]
+    assert run.below(3) == [sft.adapter, small.adapter]
+    assert run.stack(4) == [sft.adapter, small.adapter, rank.adapter]
+
+
 def test_the_largest_pass_holds_the_longest_rows_within_the_budget():
     rows = ROWS.rows
     assert packed_pass(rows, 8, None).positions == 8 * 352  # 350, padded to a multiple of 8

@@ -182,6 +182,12 @@ def test_stages_that_cannot_have_such_data(files):  # noqa: F811
     taken[0]["name"] = "contextual-2"
     with pytest.raises(ValidationError, match="rounds are named by stage and number; given twice: contextual-2"):
         recipe(files, stages=taken)
+    with pytest.raises(ValidationError, match="`continue_adapter` goes on with the adapter of the round before"):
+        made(files, {**on_policy(files), "continue_adapter": True})
+    one = made(files, {**on_policy(files), "rounds": 2, "continue_adapter": True}).stages[-1].model_dump()
+    last = {**one, **on_policy(files, sample={**SAMPLE, "from": "contextual-1"}), "name": "last"}
+    with pytest.raises(ValidationError, match=r"`contextual-1`, which is none of .* \(base, contextual-2\)"):
+        recipe(files, stages=[one, last])
 
 
 def test_what_would_not_fit_or_is_not_there_stops_before_training(files, tmp_path):  # noqa: F811

@@ -87,6 +87,21 @@ def train_top_adapter(model: PeftModel) -> None:
     model.set_requires_grad(names[-1], True)
 
 
+def drop_adapter(model: PeftModel, name: str) -> None:
+    """Takes an adapter out of the stack; the others are active and frozen."""
+    model.delete_adapter(name)
+    _tuner(model).set_adapter(adapter_names(model), inference_mode=True)
+
+
+def take_over(model: PeftModel) -> None:
+    """The top adapter becomes a copy of the one below it, takes its place, and trains."""
+    below, top = adapter_names(model)[-2:]
+    state = get_peft_model_state_dict(model, adapter_name=below, save_embedding_layers=False)
+    set_peft_model_state_dict(model, state, adapter_name=top)
+    drop_adapter(model, below)
+    train_top_adapter(model)
+
+
 @contextlib.contextmanager
 def active_adapters(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator[None]:
     """Inside, only `names` are active (none: the bare base), without gradients; afterwards all is as before."""

@@ -41,6 +41,7 @@ class StageSpec:
         adapter: The one that it trains; those below it are frozen.
         activation_memory: As `TunaConfig` has it: `auto`, `full`, `none`, or GiB for kept activations.
         processes: GPUs that share the work.
+        continues: Its adapter takes the place of the one of the stage before.
     """
 
     name: str
@@ -55,6 +56,7 @@ class StageSpec:
     epochs: float
     max_steps: int
     processes: int = 1
+    continues: bool = False
 
     @property
     def largest_pass(self) -> ForwardPass:
@@ -120,7 +122,16 @@ class RunSpec:
 
     def below(self, index: int) -> list[Adapter]:
         """The adapters under stage `index`."""
-        return [stage.adapter for stage in self.stages[:index]]
+        return self.stack(index + 1)[:-1]
+
+    def stack(self, count: int) -> list[Adapter]:
+        """The adapters that the model holds after `count` stages."""
+        adapters: list[Adapter] = []
+        for stage in self.stages[:count]:
+            if stage.continues:
+                adapters.pop()
+            adapters.append(stage.adapter)
+        return adapters
 
 
 @dataclass(frozen=True)
@@ -283,7 +294,7 @@ def _evaluation(run: RunSpec, device: Device) -> list[Phase]:
     if settings is None:
         return []
     held = weight_parts(shape, run.precision)
-    held |= frozen_parts([stage.adapter for stage in run.stages], run.precision)
+    held |= frozen_parts(run.stack(len(run.stages)), run.precision)
     return [
         _generation(run, device, settings.batch_size, name, task, task.new_tokens, held)
         if task.new_tokens is not None

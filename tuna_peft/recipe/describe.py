@@ -64,6 +64,8 @@ def _steps(recipe: Recipe, output: Path) -> Text:
             ),
             f"about {steps:,} update steps" if steps else None,
         )
+        if stage.continue_adapter:
+            below.pop()
         below.append(stage.name)
     for name, task in (recipe.evaluation.tasks.given() if recipe.evaluation else {}).items():
         data = getattr(task, "path", None)
@@ -83,8 +85,10 @@ def _steps(recipe: Recipe, output: Path) -> Text:
 def _adapter(recipe: Recipe, stage: Stage, below: list[str]) -> str:
     lora = recipe.lora_of(stage)
     modules = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    on = f"on the frozen {' + '.join(below)}" if below else "on the base"
-    return f"LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}"
+    frozen = below[:-1] if stage.continue_adapter else below
+    on = f"on the frozen {' + '.join(frozen)}" if frozen else "on the base"
+    goes_on = f", which goes on from {below[-1]} and takes its place" if stage.continue_adapter else ""
+    return f"LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}{goes_on}"
 
 
 def _update_steps(stage: Stage, rows: int) -> int | None:

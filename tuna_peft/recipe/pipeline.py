@@ -26,7 +26,7 @@ from tuna_peft.models.base import (
     resolve_dtype,
 )
 from tuna_peft.models.manifest import read_manifest
-from tuna_peft.models.stack import adapter_names, fingerprint, load_adapter
+from tuna_peft.models.stack import adapter_names, drop_adapter, fingerprint, load_adapter
 from tuna_peft.recipe.evaluate import evaluate_stage
 from tuna_peft.recipe.exports import export_stack
 from tuna_peft.recipe.feedback import check_feedback, make_rows
@@ -128,17 +128,23 @@ def _finish_stage(
     run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: Stage
 ) -> PeftModel:
     """The model with the stage's adapter on top: loaded if it was trained before, else trained now."""
-    stack = run.path / "stack"
+    stack, below = run.path / "stack", adapter_names(model)
+    replaced = below.pop() if stage.continue_adapter else None
     if run.load(f"stages/{stage.name}/done.json") is not None:
-        read_manifest(stack, upto=stage.name)  # verifies hashes
+        successor = run.recipe.successor(stage)
+        if successor is None or not (stack / successor).exists():  # else the manifest may name that one instead
+            read_manifest(stack, upto=stage.name)  # verifies hashes
         logger.info("stage %s is done", stage.name)
-        return load_adapter(model, stage.name, stack / stage.name)
-    below = {name: fingerprint(model, name) for name in adapter_names(model)}
+        loaded = load_adapter(model, stage.name, stack / stage.name)
+        if replaced is not None:
+            drop_adapter(loaded, replaced)
+        return loaded
+    frozen = {name: fingerprint(model, name) for name in below}
     logger.info("stage %s: %s on %d rows", stage.name, stage.type, len(inputs.stages[stage.name]))
     trained, summary = train_stage(
         model, base.tokenizer, inputs.stages[stage.name], run.recipe, stage, run.stage(stage.name)
     )
-    changed = [name for name, before in below.items() if fingerprint(trained, name) != before]
+    changed = [name for name, before in frozen.items() if fingerprint(trained, name) != before]
     if changed:
         raise RuntimeError(f"stage {stage.name} changed the frozen adapters {changed}")
     if run.processes.main:

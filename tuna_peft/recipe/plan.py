@@ -167,6 +167,7 @@ def _stage(recipe: Recipe, stage: Stage, shape: ModelShape, workload: Workload, 
         epochs=stage_value(stage, "num_train_epochs"),
         max_steps=stage_value(stage, "max_steps"),
         processes=processes,
+        continues=stage.continue_adapter,
     )
 
 

@@ -6,6 +6,7 @@ in `train_fields.py`, which has to import them.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -93,6 +94,11 @@ class Stage(_Section):
         description="Repeat sampling, ranking and training so often, each round with an adapter of its own, NAME-1, "
         "NAME-2 ..., that stands on those before and samples from them.",
     )
+    continue_adapter: bool = Field(
+        False,
+        description="With `rounds`: train one adapter further in every round. NAME-2 starts as a copy of NAME-1 and "
+        "takes its place in the stack.",
+    )
     overflow: Overflow = Field(
         "error",
         description="A response beyond `train.max_length`: `error` stops, `cut` its end, `skip` it; all counted.",
@@ -115,6 +121,8 @@ class Stage(_Section):
             raise ValueError("a stage of type `sft` learns from a file; ranks are for `type: ranking`")
         if self.rounds > 1 and not (isinstance(self.data, FeedbackSource) and self.data.sample):
             raise ValueError("`rounds` repeats sampling, so its `data` needs `sample`")
+        if self.continue_adapter and self.rounds == 1:
+            raise ValueError("`continue_adapter` goes on with the adapter of the round before: it needs `rounds` > 1")
         return self
 
 
@@ -207,7 +215,7 @@ class Recipe(_Section):
     @field_validator("stages")
     @classmethod
     def _samples_come_from_earlier_stages(cls, stages: list[Stage]) -> list[Stage]:
-        earlier = ["base"]
+        taken, earlier = ["base"], ["base"]
         for stage in stages:
             sample = stage.data.sample if isinstance(stage.data, FeedbackSource) else None
             if sample and sample.from_stage is not None and sample.from_stage not in earlier:
@@ -215,8 +223,10 @@ class Recipe(_Section):
                     f"stage `{stage.name}` samples from `{sample.from_stage}`, which is none of those before it "
                     f"({', '.join(earlier)})"
                 )
-            earlier += [one.name for one in rounds_of(stage)]
-        if twice := sorted({name for name in earlier if earlier.count(name) > 1}):
+            rounds = [one.name for one in rounds_of(stage)]
+            taken += rounds
+            earlier += rounds[-1:] if stage.continue_adapter else rounds  # only the last is still in the stack
+        if twice := sorted({name for name in taken if taken.count(name) > 1}):
             raise ValueError(f"rounds are named by stage and number; given twice: {', '.join(twice)}")
         return stages
 
@@ -230,6 +240,13 @@ class Recipe(_Section):
     def trained(self) -> list[Stage]:
         """The stages as they are trained: a stage of several rounds is several, each with a name of its own."""
         return [one for stage in self.stages for one in rounds_of(stage)]
+
+    def successor(self, stage: Stage) -> str | None:
+        """The round that goes on with the adapter of `stage` and takes its place in the stack, if there is one."""
+        for one, following in pairwise(self.trained()):
+            if one.name == stage.name and following.continue_adapter:
+                return following.name
+        return None
 
     def lora_of(self, stage: Stage) -> LoraSettings:
         """The adapter settings of `stage`: the recipe's `lora`, with what the stage says laid over it."""
@@ -251,12 +268,18 @@ class Recipe(_Section):
 
 
 def rounds_of(stage: Stage) -> list[Stage]:
-    """The stage itself, or one for each of its rounds; all but the first sample from the round before."""
+    """The stage itself, or one for each of its rounds; all but the first sample from the round before.
+
+    Of a round by itself `continue_adapter` says that it goes on with the adapter of the one before.
+    """
     if stage.rounds == 1:
         return [stage]
     found = []
     for number in range(1, stage.rounds + 1):
-        one = stage.model_copy(deep=True, update={"name": f"{stage.name}-{number}", "rounds": 1})
+        goes_on = stage.continue_adapter and number > 1
+        one = stage.model_copy(
+            deep=True, update={"name": f"{stage.name}-{number}", "rounds": 1, "continue_adapter": goes_on}
+        )
         if number > 1 and isinstance(one.data, FeedbackSource) and one.data.sample:
             one.data.sample.from_stage = None
         found.append(one)

@@ -19,7 +19,7 @@ from trl import SFTConfig
 
 from tuna_peft.errors import UserError
 from tuna_peft.files import write_json
-from tuna_peft.models.stack import push_adapter
+from tuna_peft.models.stack import push_adapter, take_over
 from tuna_peft.recipe.measure import Peak
 from tuna_peft.recipe.schema import Recipe, Stage
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
@@ -42,6 +42,8 @@ def train_stage(
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Trains the adapter of `stage` on top of `model`, from the last complete checkpoint in `folder` if there is one.
 
+    A round that continues an adapter replaces the top one, from whose weights it starts.
+
     Args:
         rows: Encoded rows, see `tuna_peft.data.tokenize`.
         folder: Gets the checkpoints, `log_history.json` and `curves.png`.
@@ -62,6 +64,8 @@ def train_stage(
             use_rslora=lora.use_rslora, task_type="CAUSAL_LM",
         ),
     )  # fmt: skip
+    if stage.continue_adapter:
+        take_over(stacked)
     config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu")
     stop, progress = StopOnRequest(), StageProgress(stage.name)
     trainer = _trainer(stacked, config, tokenizer, rows, [stop, progress])
