@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from tuna_peft.errors import UserError
+from tuna_peft.models.growing_cache import GrowingLayer
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,10 @@ class _Decoder:
         self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, choose: _Chooser, max_new_tokens: int
     ):
         self.model, self.tokenizer, self.choose, self.max_new_tokens = model, tokenizer, choose, max_new_tokens
-        causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.context = context_of(model)
-        self.takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
-        ends = getattr(causal_lm.generation_config, "eos_token_id", None)
+        self.takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
+        ends = getattr(self.causal_lm.generation_config, "eos_token_id", None)
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
     def require_room(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -217,8 +219,16 @@ class _Decoder:
         ids_PT = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         # By length, not by id: pad may be EOS.
         seen_PT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        output = self._forward(ids_PT, seen_PT, None)
+        output = self._forward(ids_PT, seen_PT, self._new_cache())
         return output.past_key_values, output.logits[:, -1], seen_PT
+
+    def _new_cache(self) -> DynamicCache | None:
+        """None for models that keep something else than keys and values: they bring their own."""
+        if not self.causal_lm._supports_default_dynamic_cache():
+            return None
+        cache = DynamicCache(config=self.causal_lm.config)
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
 
     def _forward(self, ids: torch.Tensor, seen: torch.Tensor, cache: Any) -> Any:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": seen, "past_key_values": cache}
