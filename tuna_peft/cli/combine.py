@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.cli.options import BasePath, Check, Prompts, Stack
+
 
 def combine(
-    stack: Annotated[
-        str, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, a run's folder, or a Hub id.")
-    ],
+    stack: Stack,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     rank: Annotated[
         int | None,
@@ -20,20 +20,9 @@ def combine(
     upto: Annotated[
         str | None, typer.Option("--upto", help="Combine the stack up to this stage.", show_default="all")
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Where the base is now.", show_default="as recorded")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts",
-            help="Data: measure on 16 of its prompts how far the adapter is from the stack.",
-            show_default="of a run: the run's own",
-        ),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Where there are prompts: load stack and export and measure.")
-    ] = True,
+    base_model: BasePath = None,
+    prompts: Prompts = None,
+    check: Check = True,
 ) -> None:
     """Write a stack of adapters as one, which plain PEFT loads on the base."""
     from tuna_peft.cli.divergence import comparison_prompts, print_divergence

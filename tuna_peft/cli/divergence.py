@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuna_peft.cli.options import BasePath, Prompts, Stack
+
 if TYPE_CHECKING:
     from tuna_peft.export.compare import Route
 
@@ -16,20 +18,13 @@ PROMPTS = 16
 
 
 def divergence(
-    stack: Annotated[
-        str, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, a run's folder, or a Hub id.")
-    ],
+    stack: Stack,
     exports: Annotated[list[Path], typer.Argument(help="Folders that `combine` and `merge` wrote.")],
     upto: Annotated[
         str | None, typer.Option("--upto", help="Of what stage on they were made.", show_default="all")
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Where the base is now.", show_default="as recorded")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", help="Data: measure on 16 of its prompts.", show_default="of a run: the run's own"),
-    ] = None,
+    base_model: BasePath = None,
+    prompts: Prompts = None,
 ) -> None:
     """Measure how far combined adapters and merged models are from the live stack, one loaded after the other."""
     from tuna_peft.models.find_stack import find_stack

@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.cli.options import BasePath, Check, Prompts, Stack
 from tuna_peft.errors import UserError
 
 
 def merge(
-    stack: Annotated[
-        str, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, a run's folder, or a Hub id.")
-    ],
+    stack: Stack,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32, or nf4.")] = "bfloat16",
     base: Annotated[
@@ -22,20 +21,9 @@ def merge(
     upto: Annotated[
         str | None, typer.Option("--upto", help="Merge the stack up to this stage.", show_default="all")
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Where the base is now.", show_default="as recorded")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            "--prompts",
-            help="Data: measure on 16 of its prompts how far the model is from the stack.",
-            show_default="of a run: the run's own",
-        ),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Where there are prompts: load stack and export and measure.")
-    ] = True,
+    base_model: BasePath = None,
+    prompts: Prompts = None,
+    check: Check = True,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also write and measure every other route, keep none, print a table.")
     ] = False,

@@ -34,6 +34,25 @@ Template = Annotated[
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count records that cannot be used.")]
 
+# A stack, and what its exports are measured on.
+Stack = Annotated[
+    str, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, a run's folder, or a Hub id.")
+]
+BasePath = Annotated[
+    str | None, typer.Option("--base-model", help="Where the base is now.", show_default="as recorded")
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        help="Data: measure on 16 of its prompts how far the export is from the stack.",
+        show_default="of a run: the run's own",
+    ),
+]
+Check = Annotated[
+    bool, typer.Option("--check/--no-check", help="Where there are prompts: load stack and export and measure.")
+]
+
 
 def from_options(model: type[Model], values: dict[str, Any]) -> Model:
     """A section of a recipe, made of command-line options.
