@@ -68,6 +68,13 @@ def answer_all(
             _in_threads(run, min(in_flight, len(missing)))
     if run.error is not None:
         raise run.error
+    if run.last_failure is not None:
+        kept = f"The {run.outcome.found + run.outcome.asked} answers so far are kept: "
+        raise UserError(
+            f"{MAX_FAILURES_IN_A_ROW} requests in a row have failed, the last with: {run.last_failure.what}",
+            where=run.last_failure.where,
+            fix=f"{kept}run the same command again to go on. {run.last_failure.fix or ''}".rstrip(),
+        )
     return run.outcome
 
 
@@ -103,6 +110,7 @@ class _Run:
         self.journal, self.questions, self.ask = journal, questions, ask
         self.outcome = outcome
         self.error: BaseException | None = None
+        self.last_failure: RequestFailed | None = None
         self._left = iter(missing)
         self._stopped = False
         self._failures_in_a_row = 0
@@ -139,11 +147,6 @@ class _Run:
             self.outcome.unanswered[key] = failure.what
             self._failures_in_a_row += 1
             self.bar.update()
-            if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW and self.error is None:
+            if self._failures_in_a_row == MAX_FAILURES_IN_A_ROW:
+                self.last_failure = failure
                 self.stop()
-                kept = f"The {self.outcome.found + self.outcome.asked} answers so far are kept: "
-                self.error = UserError(
-                    f"{self._failures_in_a_row} requests in a row have failed, the last with: {failure.what}",
-                    where=failure.where,
-                    fix=f"{kept}run the same command again to go on. {failure.fix or ''}".rstrip(),
-                )
