@@ -1,6 +1,7 @@
 """Vicuna QA: reading, verdicts in shares, a judge that fails for some questions."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -83,28 +84,37 @@ def test_nothing_to_read(tmp_path):
 
 
 @needs_data
-def test_the_published_reviews_give_the_published_wins():
-    """GPT-4's 80 reviews of LLaMA-13B against Alpaca-13B, as the judge of our own comparison."""
+def test_all_published_reviews_give_the_published_wins():
+    """Each of the 18 files of GPT-4's and GPT-3.5's 80 reviews, as the judge of our own comparison."""
     questions, left_out = read_vicuna_questions(DATA / "question.jsonl", RAW)
     assert len(questions) == 80 and not left_out
-    sets = [read_vicuna_answers(file) for file in sorted((DATA / "answer").glob("*.jsonl"))]
-    assert len(sets) == 7 and all(len(answers) == 80 and not broken for answers, broken in sets)
-    ours, theirs = (
-        read_vicuna_answers(DATA / f"answer/answer_{name}.jsonl")[0] for name in ("llama-13b", "alpaca-13b")
-    )
-    reviews = map(json.loads, (DATA / "review/others/review_llama_alpaca-13b.jsonl").open())
-    scores = {str(review["question_id"]): review["score"] for review in reviews}
+    answers, named = {}, {}
+    for file in sorted((DATA / "answer").glob("*.jsonl")):
+        answers[file.name], broken = read_vicuna_answers(file)
+        assert len(answers[file.name]) == 80 and not broken
+        named |= {row["answer_id"]: file.name for row in records(file)}
+    files, without_verdict = sorted((DATA / "review").rglob("*.jsonl")), []
+    for file in files:
+        reviews = {str(review["question_id"]): review for review in records(file)}
+        [(one, two)] = {(named[review["answer1_id"]], named[review["answer2_id"]]) for review in reviews.values()}
+        # A reviewer that gave no scores stands in the files as -1 twice.
+        scores = {name: None if review["score"] == [-1, -1] else review["score"] for name, review in reviews.items()}
+        result = evaluate_vicuna(
+            Scripted(lambda question, mine=answers[one]: mine[question.id]), questions, against=answers[two],
+            judge=lambda rows, given=scores: [verdict(given[row["id"]]) for row in rows], max_new_tokens=9,
+        )  # fmt: skip
+        expected = Counter(verdict(pair) for pair in scores.values())
+        unread = expected.pop(None, 0)
+        counted = {name: round((80 - unread) * result.metrics[name].value) for name in ("win", "tie", "lose")}
+        assert counted == {"win": expected[1], "tie": expected[0], "lose": expected[-1]}, file.name
+        assert result.metrics["win_rate"].count == 80 - unread == sum(counted.values())
+        without_verdict += [(file.stem, one.names) for one in result.excluded]
+    assert len(files) == 18 and [names for _, names in without_verdict] == [["61"], ["61"]]
 
-    def judge(rows):
-        return [(a > b) - (a < b) for a, b in (scores[row["id"]] for row in rows)]
 
-    result = evaluate_vicuna(
-        Scripted(lambda question: ours[question.id]), questions, against=theirs, judge=judge, max_new_tokens=9
-    )
-    counted = {name: round(80 * result.metrics[name].value) for name in ("win", "tie", "lose")}
-    assert counted == {
-        "win": sum(a > b for a, b in scores.values()),
-        "tie": sum(a == b for a, b in scores.values()),
-        "lose": sum(a < b for a, b in scores.values()),
-    }
-    assert sum(counted.values()) == 80 and not result.excluded
+def verdict(scores):
+    return None if scores is None else (scores[0] > scores[1]) - (scores[0] < scores[1])
+
+
+def records(file):
+    return map(json.loads, file.read_text(encoding="utf-8").splitlines())

@@ -164,6 +164,12 @@ def test_the_harness_is_named_when_it_is_missing(files, tmp_path, monkeypatch):
         evaluate_target(str(files / "stack"), settings(files, lm_eval={"tasks": ["x"]}), tmp_path)
 
 
+def test_a_folder_of_the_harness_s_tasks_that_is_not_there(files, tmp_path):
+    wrong = settings(files, lm_eval={"tasks": ["x"], "include_path": str(tmp_path / "task")})
+    with pytest.raises(UserError, match=r"task: there is no such folder\n.*include_path"):
+        evaluate_target(str(files / "stack"), wrong, tmp_path)
+
+
 def test_a_run_knows_its_own_settings(tmp_path):
     assert module.settings_of(str(tmp_path)) == {}
     assert module.default_output("org/Model-7B") == Path("runs/evaluation-org-Model-7B")

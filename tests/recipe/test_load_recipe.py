@@ -40,6 +40,37 @@ def test_local_paths_become_absolute_here_first_then_beside_the_recipe(recipe_fi
     assert load_recipe(recipe_file, check=False).stages[0].data.path == str(here / "ranked.jsonl")
 
 
+def test_what_tasks_judges_and_teachers_name_is_looked_for_beside_the_recipe_too(recipe_file, tmp_path, monkeypatch):
+    for name in ("questions.jsonl", "answers.jsonl"):
+        (tmp_path / name).write_text("{}")
+    for name in ("judge", "teacher", "tokenizer", "tasks", "base"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    data = "{prompts: {path: ranked.jsonl}, score: {model: teacher}}"
+    server = "{base_url: 'http://localhost/v1', model: m}"
+    served = f"{{prompts: {{path: ranked.jsonl}}, score: {{server: {server}, tokenizer: tokenizer}}}}"
+    vicuna = "{path: questions.jsonl, against: answers.jsonl, judge: {model: judge}}"
+    overrides = [
+        f"stages.probabilistic.data={data}",
+        f"evaluation.tasks={{vicuna: {vicuna}, lm_eval: {{tasks: [x], include_path: tasks}}}}",
+    ]
+    recipe = load_recipe(recipe_file, overrides)
+    tasks, scored = recipe.evaluation.tasks, recipe.stages[1].data
+    assert (scored.prompts.path, scored.score.model) == (str(tmp_path / "ranked.jsonl"), str(tmp_path / "teacher"))
+    assert tasks.lm_eval.include_path == str(tmp_path / "tasks")
+    assert [tasks.vicuna.path, tasks.vicuna.against, tasks.vicuna.judge.model] == [
+        str(tmp_path / name) for name in ("questions.jsonl", "answers.jsonl", "judge")
+    ]
+    # A folder that is called like the stage `base` is not meant.
+    recipe = load_recipe(recipe_file, [*overrides, "evaluation.tasks.vicuna.against=base"])
+    assert recipe.evaluation.tasks.vicuna.against == "base"
+    tokenizer = load_recipe(recipe_file, [f"stages.probabilistic.data={served}"]).stages[1].data.score.tokenizer
+    assert tokenizer == str(tmp_path / "tokenizer")
+    message = mistakes(recipe_file, *overrides, "evaluation.tasks.vicuna.against=answer.jsonl")
+    assert "evaluation.tasks.vicuna.against" in message and "Did you mean `answers.jsonl`" in message
+
+
 def test_hub_ids_and_built_in_names_stay(recipe_file):
     overrides = ["base.model=org/model", "evaluation.tasks.ranking.path=builtin:pico-llama/x.jsonl"]
     recipe = load_recipe(recipe_file, overrides, check=False)

@@ -6,7 +6,8 @@ Only pydantic is imported, so that a recipe is checked in milliseconds.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -62,12 +63,23 @@ class Columns(BaseModel):
         return self
 
 
+@dataclass(frozen=True)
+class MayBeLocal:
+    """Marks a setting that may name something on this machine: a recipe looks for it beside itself, too.
+
+    Attributes:
+        only_file: A folder of that name is not meant.
+    """
+
+    only_file: bool = False
+
+
 class DataSource(BaseModel):
     """One data set: where it is and how its records become prompts with ranked responses."""
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str = Field(
+    path: Annotated[str, MayBeLocal()] = Field(
         min_length=1,
         description="A .json, .jsonl, .csv, .tsv or .parquet file, a directory from `datasets.save_to_disk`, a Hub "
         "data set id, or `builtin:pico-llama/<file>` for the data inside the package.",

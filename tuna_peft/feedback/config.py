@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tuna_peft.data.config import MayBeLocal
 from tuna_peft.feedback.server import ServerSettings
 
 
@@ -47,7 +48,7 @@ class ScoreSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    model: str | None = Field(
+    model: Annotated[str | None, MayBeLocal()] = Field(
         None, description="A teacher that runs here: Hub id, path, `builtin:pico-llama`, a stack, or a run's folder."
     )
     revision: str | None = Field(None, description="With `model`: branch, tag or commit on the Hub.")
@@ -61,7 +62,7 @@ class ScoreSettings(BaseModel):
     server: ServerSettings | None = Field(
         None, description="A teacher behind a completions server that returns log-probabilities of the prompt."
     )
-    tokenizer: str | None = Field(
+    tokenizer: Annotated[str | None, MayBeLocal()] = Field(
         None,
         description="With `server`: the teacher's tokenizer. Prompts are then sent as token ids with EOS behind the "
         "response, and vLLM's `prompt_logprobs` is asked for; without it text is sent, with `echo` and `logprobs`.",

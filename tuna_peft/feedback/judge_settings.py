@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from tuna_peft.data.config import MayBeLocal
 from tuna_peft.feedback.server import ServerSettings
 
 
@@ -15,7 +16,7 @@ class JudgeSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     server: ServerSettings | None = Field(None, description="A judge behind an OpenAI-compatible server.")
-    model: str | None = Field(
+    model: Annotated[str | None, MayBeLocal()] = Field(
         None, description="A judge that runs here: Hub id, path, `builtin:pico-llama`, a stack, or a run's folder."
     )
     revision: str | None = Field(None, description="With `model`: branch, tag or commit on the Hub.")

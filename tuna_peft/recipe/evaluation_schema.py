@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tuna_peft.data.config import DataSource
+from tuna_peft.data.config import DataSource, MayBeLocal
 from tuna_peft.feedback.judge_settings import JudgeSettings
 
 Overflow = Literal["error", "cut", "skip"]
@@ -46,7 +46,9 @@ class _Benchmark(BaseModel):
 class SuperNITask(_Benchmark):
     """Super-NaturalInstructions, prompted and scored as by Tk-Instruct."""
 
-    path: str = Field(description="A checkout of allenai/natural-instructions, or a .jsonl file of instances.")
+    path: Annotated[str, MayBeLocal()] = Field(
+        description="A checkout of allenai/natural-instructions, or a .jsonl file of instances."
+    )
     tasks: list[str] | None = Field(None, description="Names of tasks; null takes the benchmark's test tasks.")
     per_task: int = Field(100, ge=1, description="The first so many instances of each task.")
     shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
@@ -58,7 +60,9 @@ class SuperNITask(_Benchmark):
 class LMentryTask(_Benchmark):
     """LMentry: 25 elementary tasks and the variants for robustness, scored by its rules."""
 
-    path: str = Field(description="The benchmark's `data` folder, or a checkout of aviaefrat/lmentry.")
+    path: Annotated[str, MayBeLocal()] = Field(
+        description="The benchmark's `data` folder, or a checkout of aviaefrat/lmentry."
+    )
     tasks: list[str] | None = Field(None, description="Names of tasks or variants; null takes all 41.")
     per_template: int | None = Field(
         None, ge=1, description="The first so many examples of each of a task's three templates; null takes all."
@@ -72,8 +76,10 @@ class LMentryTask(_Benchmark):
 class VicunaTask(_Benchmark):
     """Vicuna QA: open questions, whose answers a judge compares with another model's, in both orders."""
 
-    path: str = Field(description="FastChat's question.jsonl: `question_id`, `text`, `category` a line.")
-    against: str = Field(
+    path: Annotated[str, MayBeLocal()] = Field(
+        description="FastChat's question.jsonl: `question_id`, `text`, `category` a line."
+    )
+    against: Annotated[str, MayBeLocal(only_file=True)] = Field(
         "base", description="The other side: a stage of the same model (`base`, for example), or a file of answers."
     )
     judge: JudgeSettings = Field(description="Who compares, see `tuna-peft judge`; it is asked in both orders.")
@@ -86,7 +92,9 @@ class LMEvalTask(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tasks: list[str] = Field(min_length=1, description="Names of the harness's tasks or groups.")
-    include_path: str | None = Field(None, description="A folder with task files of your own.")
+    include_path: Annotated[str | None, MayBeLocal()] = Field(
+        None, description="A folder with task files of your own."
+    )
     num_fewshot: int | None = Field(None, ge=0, description="Examples in the prompt; null is each task's own number.")
     limit: int | None = Field(None, ge=1, description="The first so many documents of each task; null takes all.")
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel
+
+from tuna_peft.data.config import MayBeLocal
 from tuna_peft.recipe.document import KeyPath
 from tuna_peft.recipe.problems import did_you_mean
 from tuna_peft.recipe.schema import Recipe
@@ -18,16 +21,14 @@ def resolve_paths(recipe: Recipe, folders: Sequence[Path]) -> None:
     Absolute, because a run is resumed from anywhere, and what is written into its folder must still name the same
     data. What is found nowhere stays as it is: it may be a Hub id.
     """
-    recipe.base.model = _resolve(recipe.base.model, folders)
-    for source in recipe.sources().values():
-        source.path = _resolve(source.path, folders)
+    for _, section, name, kind in _named(recipe):
+        setattr(section, name, _resolve(getattr(section, name), kind, folders))
 
 
 def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str, str]]:
     """`(path of keys, what, fix)` for everything that can only be a local file and does not exist."""
-    named: dict[KeyPath, str] = {("base", "model"): recipe.base.model}
-    named |= {(*path, "path"): source.path for path, source in recipe.sources().items()}
-    for path, text in named.items():
+    for path, section, name, _ in _named(recipe):
+        text = getattr(section, name)
         if _must_be_local(text) and not Path(text).expanduser().exists():
             yield (
                 path,
@@ -36,12 +37,27 @@ def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[Key
             )
 
 
-def _resolve(text: str, folders: Sequence[Path]) -> str:
+def _named(section: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, BaseModel, str, MayBeLocal]]:
+    """Every field that names something which may be local: its path of keys, the section, its name there, its mark."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value is None:
+            continue
+        for mark in field.metadata:
+            if isinstance(mark, MayBeLocal):
+                yield (*path, name), section, name, mark
+        for index, inner in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(inner, BaseModel):
+                place = (index,) if isinstance(value, list) else ()
+                yield from _named(inner, (*path, name, *place))
+
+
+def _resolve(text: str, kind: MayBeLocal, folders: Sequence[Path]) -> str:
     if text.startswith("builtin:"):
         return text
     path = Path(text).expanduser()
     for folder in (Path.cwd(), *folders):
-        if (folder / path).exists():
+        if (folder / path).is_file() or ((folder / path).exists() and not kind.only_file):
             return str((folder / path).resolve())
     return text
 

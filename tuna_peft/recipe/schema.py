@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.config import MayBeLocal, PromptConfig
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings, Overflow
 from tuna_peft.recipe.feedback_schema import FeedbackSource, StageData
 
@@ -29,7 +29,7 @@ class _Section(BaseModel):
 class BaseSettings(_Section):
     """The base model, frozen below all adapters."""
 
-    model: str = Field(description="A Hub id, a local path, or `builtin:pico-llama`.")
+    model: Annotated[str, MayBeLocal()] = Field(description="A Hub id, a local path, or `builtin:pico-llama`.")
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub; null is the default branch.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Holds what is not quantised; `auto` is bf16 where the GPU has it, fp16 else, fp32 on CPU."

@@ -209,6 +209,11 @@ def _judge_name(judge: JudgeSettings) -> str | None:
 
 
 def _lm_eval(settings: LMEvalTask) -> Task:
+    folder = settings.include_path
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(
+            "there is no such folder", where=folder, fix="Correct evaluation.tasks.lm_eval.include_path, or drop it."
+        )
     require_harness()
     kept = settings.model_dump()
     return Task("lm_eval", partial(evaluate_harness, **kept), kept)
