@@ -78,6 +78,7 @@ class Hub:
         self.requests: Counter[str] = Counter()
         self.sent = 0
         self.url = ""
+        self.guard = threading.Lock()  # the client sends several files at once
 
 
 @contextlib.contextmanager
@@ -110,6 +111,7 @@ def client_of_its_own(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-token"))
         monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
         monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its retries
         huggingface_hub.close_session()
         yield server
@@ -130,8 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not matches:
             return self._json({"error": f"no route {self.command} {url.path}"}, 404)
         name, match = next(iter(matches.items()))
-        self.state.requests[name] += 1
-        fault = self.state.faults[name].pop(0) if self.state.faults[name] else None
+        with self.state.guard:
+            self.state.requests[name] += 1
+            fault = self.state.faults[name].pop(0) if self.state.faults[name] else None
         if fault == "drop":
             self.rfile.read(min(1000, int(self.headers.get("Content-Length", 0))))
             self.close_connection = True
@@ -219,8 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _upload(self, body: bytes, repository: None, parts: dict[str, str], query: Any) -> None:
         if _sha256(body) != parts["oid"]:
             return self._json({"error": "wrong hash"}, 400)
-        self.state.stored[parts["oid"]] = body
-        self.state.sent += len(body)
+        with self.state.guard:
+            self.state.stored[parts["oid"]] = body
+            self.state.sent += len(body)
         self._send(b"", 200, {})
 
     def _verify(self, body: bytes, repository: None, parts: dict[str, str], query: Any) -> None:

@@ -9,7 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -116,12 +116,8 @@ def test_threads(tmp_path):
             journal.add(f"{seed}-{i}", "x" * (i * seed))
             assert journal[f"{seed}-{i}"] == "x" * (i * seed)
 
-    with Journal(tmp_path / "j.jsonl") as journal:
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with Journal(tmp_path / "j.jsonl") as journal, ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))  # raises what a thread has raised
         assert len(journal) == 800
     with Journal(tmp_path / "j.jsonl") as journal:
         assert len(journal) == 800

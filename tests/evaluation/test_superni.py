@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from scripted_session import RAW, Scripted
 
-from tuna_peft.data.config import PromptConfig
-from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
-from tuna_peft.evaluation.session import Answer
 from tuna_peft.evaluation.superni import (
     encode,
     evaluate_superni,
@@ -19,20 +17,7 @@ from tuna_peft.evaluation.superni import (
 )
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "superni"
-RAW = PromptTemplate(PromptConfig(template="none"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/superni")
-
-
-class Scripted:
-    """A session whose model says what a function says."""
-
-    stage = "scripted"
-
-    def __init__(self, say):
-        self.say = say
-
-    def answers(self, questions, max_new_tokens, task):
-        return [Answer(question, self.say(question), True) for question in questions], []
 
 
 def instance(**changes):

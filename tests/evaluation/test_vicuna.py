@@ -5,28 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from scripted_session import RAW, Scripted
 
-from tuna_peft.data.config import PromptConfig
-from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
-from tuna_peft.evaluation.session import Answer
 from tuna_peft.evaluation.vicuna import evaluate_vicuna, read_vicuna_answers, read_vicuna_questions
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "vicuna80"
-RAW = PromptTemplate(PromptConfig(template="none"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/vicuna80")
-
-
-class Scripted:
-    """A session whose model says what a function says."""
-
-    stage = "scripted"
-
-    def __init__(self, say):
-        self.say = say
-
-    def answers(self, questions, max_new_tokens, task):
-        return [Answer(question, self.say(question), True) for question in questions], []
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import types
 from pathlib import Path
 
 import pytest
+from honest_judge import first_shown_wins, honest
 from scripted_server import chat, scripted_server
-from test_judge import first_shown_wins, honest
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.errors import UserError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from tuna_peft.feedback.server import NoAnswer
 from tuna_peft.feedback.spending import CostLimitReached
 from tuna_peft.journal import Journal
 
+PATIENCE = 300.0  # seconds, of which a test that passes needs none
 QUESTIONS = {str(i): i for i in range(200)}
 
 
@@ -45,7 +45,7 @@ def test_as_many_at_once_as_allowed_and_no_more(journal):
         with guard:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        barrier.wait(timeout=60)  # none gets on before four are there
+        barrier.wait(timeout=PATIENCE)  # none gets on before four are there
         with guard:
             now[0] -= 1
 
@@ -53,18 +53,23 @@ def test_as_many_at_once_as_allowed_and_no_more(journal):
     assert most == [4]
 
 
-@pytest.mark.parametrize("in_flight", [None, 1, 8])
-def test_a_failed_question_costs_itself(journal, in_flight):
+@pytest.mark.parametrize(
+    ("in_flight", "every"),
+    # Of several threads any may be late, so that many failures could come in a row: there are few of them.
+    [(None, 10), (1, 10), (8, 40)],
+)
+def test_a_failed_question_costs_itself(journal, in_flight, every):
     def ask(i):
-        if i % 10 == 0:
+        if i % every == 0:
             raise NoAnswer("nothing came")
         return i
 
+    failed = range(0, 200, every)
     outcome = answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
-    assert outcome.asked == 180
-    assert outcome.unanswered == {str(i): "nothing came" for i in range(0, 200, 10)}
-    assert "10" not in journal
-    assert answer_all(journal, QUESTIONS, lambda i: i).asked == 20
+    assert outcome.asked == 200 - len(failed)
+    assert outcome.unanswered == {str(i): "nothing came" for i in failed}
+    assert "0" not in journal
+    assert answer_all(journal, QUESTIONS, lambda i: i).asked == len(failed)
 
 
 @pytest.mark.parametrize("in_flight", [None, 1, 4])
@@ -80,25 +85,27 @@ def test_a_dead_server_ends_it(journal, in_flight):
     with pytest.raises(UserError, match=r"(?s)in a row have failed, the last with: no connection.* 50 answers .*kept"):
         answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
     assert len(journal) == 50
-    assert len(asked) <= 50 + MAX_FAILURES_IN_A_ROW + (in_flight or 0)
+    # Each of the other threads may be late with one good answer, and the counting then begins anew.
+    assert len(asked) <= 50 + MAX_FAILURES_IN_A_ROW * (in_flight or 1)
 
 
 @pytest.mark.parametrize("error", [CostLimitReached("enough"), ZeroDivisionError("a bug"), KeyboardInterrupt()])
 @pytest.mark.parametrize("in_flight", [None, 1, 4])
 def test_any_other_error_ends_it_and_keeps_what_was_under_way(journal, in_flight, error):
-    failed = threading.Event()
+    failing, failed = [], threading.Event()
 
     def ask(i):
         if i == 60:
+            failing.append(threading.current_thread())
             failed.set()
             raise error
-        if i in (58, 59, 61) and in_flight == 4:
-            failed.wait(timeout=60)
+        if i >= 58 and in_flight == 4:  # under way when it happens
+            failed.wait(timeout=PATIENCE)
         if i > 61:
-            time.sleep(0.02)  # so that the others do not finish before the failed thread has said so
+            failing[0].join(timeout=PATIENCE)  # it has said so by then
         return i
 
     with pytest.raises(type(error)):
         answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
     assert all(str(i) in journal for i in range(60))
-    assert len(journal) < 200
+    assert len(journal) <= 60 + (in_flight or 1)

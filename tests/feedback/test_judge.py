@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 
 import pytest
+from honest_judge import first_shown_wins, grade, honest, rows, shown, verdict
 from pydantic import ValidationError
 from scripted_server import Answer, chat, error, scripted_server
 
@@ -17,35 +17,6 @@ from tuna_peft.feedback.judge import Judging, agreed_ranks, judge_pairs, judge_r
 from tuna_peft.feedback.judge_settings import JudgeSettings
 from tuna_peft.feedback.spending import CostLimitReached
 from tuna_peft.journal import Journal
-
-
-def rows(count, responses=4):
-    """Prompts whose responses say how good they are."""
-    return [
-        {"id": str(i), "prompt": f"Prompt {i}?", "completions": [f"grade {(i + 3 * k) % 7}" for k in range(responses)]}
-        for i in range(count)
-    ]
-
-
-def shown(asked):
-    """The responses that a request quotes, in the order in which it does."""
-    mark = re.search(r"lines that begin with (#[0-9a-f]{16})", asked.text)[1]
-    return re.findall(rf"{mark} response \d+ begins\n(.*?)\n{mark} response \d+ ends", asked.text, re.DOTALL)
-
-
-def grade(text):
-    return int(re.search(r"grade (\d)", text)[1])
-
-
-def verdict(asked, *, own="the best", reverse=False, **fields):
-    """A judge that reads the grades."""
-    texts = shown(asked)
-    order = sorted(range(len(texts)), key=lambda i: (-grade(texts[i]), i), reverse=reverse)
-    return json.dumps({"kind": "closed-ended", "own_response": own, "rank": [len(texts), *order], **fields})
-
-
-def honest(asked):
-    return chat(verdict(asked))
 
 
 @pytest.fixture
@@ -91,11 +62,6 @@ def test_a_request_asks_for_json_by_schema(settings, tmp_path):
 
 
 # Both orders
-
-
-def first_shown_wins(asked):
-    n = len(shown(asked))
-    return chat(json.dumps({"rank": list(range(n))}))
 
 
 def test_a_judge_that_takes_the_first_makes_ties_only(settings, tmp_path):

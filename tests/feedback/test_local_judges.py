@@ -9,7 +9,7 @@ import types
 
 import pytest
 from chain_llama import write_chain
-from test_judge import grade, rows
+from honest_judge import grade, rows
 
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import Judging, judge_pairs, judge_rows

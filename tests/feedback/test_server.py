@@ -49,9 +49,10 @@ def test_a_good_answer(connect, key):
 def test_passing_faults_are_asked_again(connect, fault):
     with scripted_server(scripted(fault, fault, chat("hi"))) as http:
         hangs = isinstance(fault, Hang)
-        reply = connect(http.url, timeout=1.5 if hangs else 60).chat(HELLO)
+        # A busy machine may be late with the good answer as well, and is asked once more.
+        reply = connect(http.url, **({"timeout": 1.5, "max_retries": 20} if hangs else {})).chat(HELLO)
     assert message_text(reply)[0] == "hi"
-    assert len(http.asked) == 3 or (hangs and len(http.asked) > 3)  # a busy machine may be late with the answer
+    assert len(http.asked) == 3 or (hangs and len(http.asked) > 3)
 
 
 def test_retry_after_is_waited_for(connect):

@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 from chain_llama import write_chain
-from test_judge import rows
+from honest_judge import rows
 
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError

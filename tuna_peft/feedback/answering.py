@@ -81,16 +81,17 @@ def answer_all(
 def _in_threads(run: _Run, count: int) -> None:
     # Daemons: a second Ctrl-C need not wait for them.
     threads = [threading.Thread(target=run.work, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
     except KeyboardInterrupt:
         run.stop()
         logger.warning("waiting for the answers that are under way; Ctrl-C again gives them up")
         for thread in threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join()
         raise
 
 

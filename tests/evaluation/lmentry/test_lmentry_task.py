@@ -4,31 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+from scripted_session import RAW, Scripted
 
-from tuna_peft.data.config import PromptConfig
-from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.lmentry.rules import RULES
 from tuna_peft.evaluation.lmentry.scores import VARIANTS, Scored, robustness
 from tuna_peft.evaluation.lmentry.task import TASKS, evaluate_lmentry, read_lmentry
 from tuna_peft.evaluation.results import PromptResult
-from tuna_peft.evaluation.session import Answer
 
 DATA = Path(__file__).parents[4] / "shared" / "data" / "lmentry"
-RAW = PromptTemplate(PromptConfig(template="none"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/lmentry")
-
-
-class Scripted:
-    """A session whose model says what a function says."""
-
-    stage = "scripted"
-
-    def __init__(self, say):
-        self.say = say
-
-    def answers(self, questions, max_new_tokens, task):
-        return [Answer(question, self.say(question), True) for question in questions], []
 
 
 def write(folder, task, examples, made=None):

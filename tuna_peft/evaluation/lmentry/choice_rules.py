@@ -16,6 +16,7 @@ from tuna_peft.evaluation.lmentry.patterns import (
     letter,
     named,
     quantity,
+    says,
     sentence,
     word,
     words_listed,
@@ -78,8 +79,8 @@ def _yes_or_no(response: str, yes: bool, reasons: list[str]) -> bool:
     right, wrong = ("yes", "no") if yes else ("no", "yes")
     if is_exactly(response, [wrong]):
         return False
-    phrases = [rf"^{right}\b", *(right + reason for reason in reasons), *announced(right)]
-    return is_only(response, right) or contains(response, phrases)
+    phrases = [rf"^{right}\b", *(right + reason for reason in reasons)]
+    return says(response, right, phrases)
 
 
 def first_alphabetically(response: str, about: Metadata) -> bool:
@@ -91,11 +92,7 @@ def first_alphabetically(response: str, about: Metadata) -> bool:
         f"{other} (comes|is) (second|after)",
         f"{answer} (comes|is) before {other}",
     ]
-    return (
-        is_only(response, answer)
-        or is_only(response, f"{answer} does")
-        or contains(response, [*phrases, *announced(answer)])
-    )
+    return is_only(response, f"{answer} does") or says(response, answer, phrases)
 
 
 def compared_letters(more: str, less: str, longer: str, shorter: str) -> Rule:
@@ -125,7 +122,7 @@ def compared_letters(more: str, less: str, longer: str, shorter: str) -> Rule:
                 f"{one} is {length}",
                 f"the {length} word is {one}",
             ]
-        return is_only(response, answer) or contains(response, [*phrases, *announced(answer)])
+        return says(response, answer, phrases)
 
     return rule
 
@@ -154,7 +151,7 @@ def compared_numbers(bigger: str, smaller: str) -> Rule:
         phrases = []
         for one, how in ((answer, bigger), (other, smaller)):
             phrases += [f"{one} is ({how}|the {how} number)", f"the {how} number is {one}"]
-        return is_only(response, answer) or contains(response, [*phrases, *announced(answer)])
+        return says(response, answer, phrases)
 
     return rule
 
@@ -229,7 +226,7 @@ def neighbouring_word(side: str) -> Rule:
                 f"{first} (is the word that )?(immediately )?precedes {second}",
                 f"the word that (immediately )?precedes {second} is {first}",
             ]
-        return is_only(response, answer) or contains(response, [*phrases, *announced(answer)])
+        return says(response, answer, phrases)
 
     return rule
 
@@ -248,7 +245,7 @@ def outer_word(place: str, verb: str) -> Rule:
             f"{whole} {verb} with {answer}",
             rf"first word\w+{answer}",  # of both tasks in the published rules
         ]
-        return is_only(response, answer) or contains(response, [*phrases, *announced(answer)])
+        return says(response, answer, phrases)
 
     return rule
 
@@ -268,7 +265,7 @@ def outer_letter(place: str, verb: str, other_name: str) -> Rule:
             f"{whole}: {answer}",
             f"{place} letter: {answer}",
         ]
-        return is_only(response, answer) or contains(response, [*phrases, *announced(answer)])
+        return says(response, answer, phrases)
 
     return rule
 

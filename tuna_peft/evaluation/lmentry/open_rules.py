@@ -13,6 +13,7 @@ from tuna_peft.evaluation.lmentry.patterns import (
     has_word,
     is_only,
     letter,
+    says,
     word,
 )
 
@@ -36,7 +37,7 @@ def word_containing(response: str, about: Metadata) -> bool:
     forms = rf"\w*{wanted}\w*" if wanted in "ai" else rf"((\w+{wanted}\w*)|(\w*{wanted}\w+)|({wanted}-\w+))"
     said = word(forms)
     phrase = rf"{said} (is a word (that|which) )?(contains|uses|has) {letter(wanted)}"
-    return is_only(response, said) or contains(response, [phrase, *announced(said)])
+    return says(response, said, [phrase])
 
 
 def word_not_containing(response: str, about: Metadata) -> bool:
@@ -91,7 +92,7 @@ def starts_with_letter(response: str, about: Metadata) -> bool:
         f"{letter(first)} is for {said}",
         f"how about {said}",
     ]
-    return is_only(response, said) or contains(response, [*phrases, *announced(said)])
+    return says(response, said, phrases)
 
 
 def ends_with_letter(response: str, about: Metadata) -> bool:
@@ -102,7 +103,7 @@ def ends_with_letter(response: str, about: Metadata) -> bool:
     # The published rules run two phrases into one here.
     joined = f"{said} is (a|one) word whose last letter is {letter(last)}how about {said}"
     phrases = [*_letter_phrases(said, last, "ends", "ending", "ending"), joined]
-    return is_only(response, said) or contains(response, [*phrases, *announced(said)])
+    return says(response, said, phrases)
 
 
 def _letter_phrases(said: str, wanted: str, ends: str, ending: str, after_a_word: str) -> list[str]:

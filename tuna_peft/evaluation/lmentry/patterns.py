@@ -101,3 +101,8 @@ def has_word(response: str, text: str) -> bool:
 def announced(target: str) -> list[str]:
     """The ways to say that `target` is the answer, of all tasks."""
     return [f"{target} is the answer", f"the (correct )?answer is {target}", f"answer: {target}"]
+
+
+def says(response: str, answer: str, phrases: Iterable[str]) -> bool:
+    """Whether the response is `answer` alone, has one of the `phrases` in it, or announces `answer`."""
+    return is_only(response, answer) or contains(response, [*phrases, *announced(answer)])
