@@ -1,5 +1,7 @@
 """Every shipped recipe runs, on pico-LLaMA, with small files and with its steps cut."""
 
+import json
+
 import pytest
 
 from tuna_peft.recipe.feedback_schema import FeedbackSource
@@ -10,6 +12,20 @@ from tuna_peft.recipe.shipped import shipped_recipes
 # These differ in more than numbers from one another; the others are left to the slow tests.
 QUICK = ("quickstart", "two-stage", "paper/tuna-llama-7b")
 DATA = {"sft": "sft.json", "ranking": "teacher.json"}
+
+
+def benchmarks(folder):
+    """One instance of Super-NI and one example of LMentry."""
+    example = {"input": "1 + 1", "output": "2"}
+    instance = {"task": "task1_x", "category": "x", "id": "task1-a", "definition": ["Add."],
+                "positive_examples": [example, example], "input": "2 + 2", "output": ["4"]}  # fmt: skip
+    (folder / "superni.jsonl").write_text(json.dumps(instance) + "\n")
+    fields = {"answer": 50, "distractor": 2, "n1": 2, "n2": 50, "answer_index": 1, "template_id": 0}
+    (folder / "lmentry").mkdir()
+    (folder / "lmentry" / "bigger_number.json").write_text(
+        json.dumps({"examples": {"1": {"input": "2 or 50?", "metadata": fields}}})
+    )
+    return {"superni": folder / "superni.jsonl", "lmentry": folder / "lmentry"}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +44,10 @@ def test_runs(name, tmp_path):
         overrides += [f"stages.{stage.name}.train.{key}" for key in cut]
     if shipped.evaluation:
         held_out = shipped.evaluation.tasks.given()
-        overrides += [f"evaluation.tasks.{task}.limit=8" for task in held_out]
+        files = {task: path for task, path in benchmarks(tmp_path).items() if task in held_out}
+        overrides += [f"evaluation.tasks.{task}.path={path}" for task, path in files.items()]
+        overrides += [f"evaluation.tasks.{task}.max_new_tokens=4" for task in files]
+        overrides += [f"evaluation.tasks.{task}.limit=8" for task in held_out.keys() - files.keys()]
         if held_out["ranking"].path.startswith("data/"):
             overrides.append("evaluation.tasks.ranking.path=builtin:pico-llama/teacher.json")
             overrides.append("evaluation.tasks.ranking.max_length=256")
