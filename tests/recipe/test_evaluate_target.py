@@ -160,7 +160,7 @@ def test_the_commands(files, tmp_path, monkeypatch):
 
 def test_the_harness_is_named_when_it_is_missing(files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"pip install 'tuna-peft\[lm-eval\]'"):
+    with pytest.raises(UserError, match="pip install lm-eval"):
         evaluate_target(str(files / "stack"), settings(files, lm_eval={"tasks": ["x"]}), tmp_path)
 
 

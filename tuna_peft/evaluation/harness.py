@@ -19,7 +19,7 @@ def require_harness() -> None:
     except ImportError as error:
         raise UserError(
             "the task lm_eval needs EleutherAI's harness, which is not installed",
-            fix="Install it: pip install 'tuna-peft[lm-eval]'.",
+            fix="Install it: pip install lm-eval",
         ) from error
 
 

@@ -123,9 +123,7 @@ class Server:
         try:
             import openai
         except ImportError:
-            raise UserError(
-                "servers need the `openai` package", fix="Install it: pip install 'tuna-peft[openai]'"
-            ) from None
+            raise UserError("servers need the `openai` package", fix="Install it: pip install openai") from None
         self.settings = settings
         self.spending = spending or settings.spending()
         self._key = os.environ.get(settings.api_key_env, "").strip()

@@ -54,7 +54,7 @@ class VllmSampler:
         except ImportError as error:
             raise UserError(
                 "the backend `vllm` needs the package vllm",
-                fix="Install it on a machine with a GPU: pip install 'tuna-peft[vllm]', or use `transformers`.",
+                fix="Install it on a machine with a GPU (pip install vllm), or use `transformers`.",
             ) from error
         self.tokenizer, self._vllm = tokenizer, vllm
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -14,4 +14,4 @@ def require_gguf() -> None:
         UserError: It is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("GGUF export needs the package `gguf`", fix='Install it: pip install "tuna-peft[gguf]"')
+        raise UserError("GGUF export needs the package `gguf`", fix="Install it: pip install gguf")
