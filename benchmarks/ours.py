@@ -14,7 +14,7 @@ import torch
 from benchmarks.workloads import Group
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.models import prefix
-from tuna_peft.models.prefix import attention_inputs
+from tuna_peft.models.prefix import model_inputs
 from tuna_peft.models.scoring import ResponseLogps, response_logps
 from tuna_peft.training.loss import tuna_loss
 
@@ -47,14 +47,10 @@ def loss_with_dense_mask(model: Any, batch: dict[str, torch.Tensor], responses: 
 
 def loss_with_full_logits(model: Any, batch: dict[str, torch.Tensor], responses: int) -> torch.Tensor:
     """Shared rows, but logits and their log-softmax at every position."""
-    logits = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        **attention_inputs(model, batch),
-        use_cache=False,
-    ).logits
+    inputs, predictors = model_inputs(model, batch)
+    logits = model(**inputs, use_cache=False).logits
     logps = torch.nn.functional.log_softmax(logits.float(), dim=-1).flatten(0, 1)
-    logps_R = logps[batch["predictors"], batch["targets"]]
+    logps_R = logps[predictors, batch["targets"]]
     shape = batch["ranks"].shape
     sums = logps_R.new_zeros(shape.numel()).index_add(0, batch["candidates"], logps_R[batch["path"]])
     lengths = torch.bincount(batch["candidates"], minlength=shape.numel())

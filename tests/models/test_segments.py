@@ -26,26 +26,36 @@ def test_keys_of_a_row_that_branches_twice():
     batch = RankedCollator(pad_token_id=0, pad_to_multiple_of=9)([row])
     # tokens: 5 6 | 7 8 9 | 4 | 3 | two of padding. The prompt and what follows it first are one unbranched run.
     assert batch["segment_ids"].tolist() == [[0, 0, 1, 1, 1, 2, 3, 4, 4]]
-    assert batch["q_offsets"].tolist() == [0, 2, 5, 6, 7, 9]
+    assert batch["q_offsets"].tolist() == [0, 2, 5, 6, 7]
     keys = batch["keys"].split(batch["k_offsets"].diff().tolist())
-    assert [part.tolist() for part in keys] == [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 6], [7, 8]]
+    assert [part.tolist() for part in keys] == [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 6]]
 
 
 def test_keys_say_what_the_dense_mask_says():
     batch = RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(3, vocabulary=3, seed=1))
-    layout = batch["segment_ids"], batch["position_ids"], batch["limits"]
-    width = layout[0].shape[1]
-    seen = torch.zeros(layout[0].numel(), layout[0].numel(), dtype=torch.bool)
+    tokens, width = batch["tokens"], batch["input_ids"].shape[1]
+    seen = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
     starts = batch["q_offsets"].tolist()
     parts = batch["keys"].split(batch["k_offsets"].diff().tolist())
     for start, end, keys in zip(starts, starts[1:], parts, strict=False):
         for back, query in enumerate(reversed(range(start, end))):
             seen[query, keys[: len(keys) - back]] = True
-    dense = prefix.shared_prefix_mask(*layout)[:, 0]
-    padding = layout[0] == batch["limits"].shape[1] - 1  # sees itself in the one, what came before it in the other
-    for row, mask in enumerate(dense):
-        block = seen[row * width : (row + 1) * width, row * width : (row + 1) * width]
-        assert torch.equal(block[~padding[row]], mask[~padding[row]])
+    dense = prefix.shared_prefix_mask(batch["segment_ids"], batch["position_ids"], batch["limits"])[:, 0]
+    assert torch.equal(seen, torch.block_diag(*dense)[tokens][:, tokens].bool()) and width * len(dense) > len(tokens)
+
+
+def test_padding_is_not_computed():
+    model, computed = make_model(), []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: computed.append(output.shape))
+    rows = make_rows(2, response=(1, 3)) + make_rows(2, response=(20, 30))
+    batch = RankedCollator(pad_token_id=0)(rows)
+    together = response_logps(model, batch)
+    assert computed == [(1, len(batch["tokens"]), 64)] and batch["input_ids"].numel() > 1.3 * len(batch["tokens"])
+    for row, sums, lengths in zip(rows, together.sums_BN, together.lengths_BN, strict=True):
+        alone = response_logps(model, RankedCollator(pad_token_id=0)([row]))
+        n = len(row["ranks"])
+        torch.testing.assert_close(sums[:n], alone.sums_BN[0], atol=1e-5, rtol=1e-5)
+        assert torch.equal(lengths[:n], alone.lengths_BN[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3"])

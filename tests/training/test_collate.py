@@ -3,7 +3,7 @@
 import torch
 from families import make_rows
 
-from tuna_peft.data.collate import RankedCollator, unique_tokens
+from tuna_peft.data.collate import RankedCollator
 from tuna_peft.models.prefix import shared_prefix_mask
 
 ROW = {
@@ -88,7 +88,7 @@ def test_responses_that_begin_alike_share_their_tokens():
 
 def test_a_reference_that_is_one_of_the_responses_costs_nothing():
     batch = collate(ALIKE, mle_on="reference")
-    assert unique_tokens(batch) == 8
+    assert len(batch["tokens"]) == 8
     assert batch["candidates"].tolist()[-2:] == [3, 3] and batch["path"].tolist()[-2:] == [0, 3]
 
 
@@ -97,8 +97,8 @@ def test_padding_and_fewer_responses():
     batch = collate(ROW, one, pad_to_multiple_of=8)
     assert batch["input_ids"].shape == (2, 8)
     assert batch["segment_ids"][1].tolist() == [0, 1, 1, 1, 3, 3, 3, 3]
-    assert unique_tokens(batch) == 7 + 4
-    assert batch["predictors"][5:].tolist() == [8 + 1, 8 + 2]
+    assert batch["tokens"].tolist() == [*range(7), *range(8, 8 + 4)]
+    assert batch["predictors"][5:].tolist() == [7 + 1, 7 + 2]
     assert batch["targets"][5:].tolist() == [6, 2]
     assert batch["candidates"][5:].tolist() == [2, 2]
     assert batch["ranks"].tolist() == [[0, 1], [0, -1]]
@@ -121,7 +121,7 @@ def test_mask_is_the_one_of_each_token_s_own_sequence():
     for b, row in enumerate(rows):
         sequences = [tuple(row["prompt_ids"] + response) for response in row["completions_ids"]]
         prefixes = {sequence[:depth] for sequence in sequences for depth in range(1, len(sequence) + 1)}
-        assert unique_tokens(collate(row)) == len(prefixes)
+        assert len(collate(row)["tokens"]) == len(prefixes)
         seen = mask(batch)[b]
         ids, positions = batch["input_ids"][b], batch["position_ids"][b]
         found = set()

@@ -5,8 +5,8 @@ branch. A row holds the tree's tokens in the order in which the sequences add th
 responses share nothing. Each token sees the tokens of its own sequence before it, at the positions that it would have
 in a separate row, so that every hidden state is that of a separate row.
 
-Shape suffixes: B prompts, N responses, T tokens of a row, S segments of a row, R predicted tokens and P path entries
-of the batch.
+Shape suffixes: B prompts, N responses, T tokens of a row, S segments of a row; U tokens without padding, R predicted
+tokens and P path entries of the batch.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class RankedCollator:
     - `input_ids`, `position_ids`, `segment_ids` `(B, T)`: the tree's tokens, their depth, and the unbranched run of
       tokens that each belongs to (padding is a last segment of its own);
     - `limits` `(B, S, S)`: a token of segment a sees those tokens of segment b whose position is below `limits[a, b]`;
-    - `q_offsets`, `k_offsets` int32, `keys`: the same by segment, see `segment_keys`;
-    - `predictors`, `targets` `(R,)`: each token that carries loss, once, and the index into the flattened `(B * T)`
-      positions of the token before it;
+    - `tokens` `(U,)`: where the tokens that are no padding are in the flattened `(B * T)` ones;
+    - `q_offsets`, `k_offsets` int32, `keys`: what `limits` says, by segment, see `segment_keys`;
+    - `predictors`, `targets` `(R,)`: each token that carries loss, once, and the index into `tokens` of the one before
+      it;
     - `path`, `candidates` `(P,)`: which of those R tokens make up which response, as an index into the flattened
       `(B * N)` responses;
     - `ranks` `(B, N)`: 0 is best, equal where tied, -1 where there is no ranked response;
@@ -68,6 +69,7 @@ class RankedCollator:
         predictors: list[int] = []
         path: list[int] = []
         candidates: list[int] = []
+        before = 0  # tokens of the rows above
         for b, tree in enumerate(packed):
             for segment, seen in enumerate(tree.limits):
                 for other, limit in seen.items():
@@ -78,9 +80,10 @@ class RankedCollator:
                     if token not in numbers:
                         numbers[token] = len(targets)
                         targets.append(tree.tokens[token])
-                        predictors.append(b * width + tree.parents[token])
+                        predictors.append(before + tree.parents[token])
                     path.append(numbers[token])
                     candidates.append(b * n + k)
+            before += len(tree.tokens)
         position_ids = padded([tree.positions for tree in packed], width, 0)
         segment_ids = padded([tree.segments for tree in packed], width, segments - 1)
         return {
@@ -114,43 +117,39 @@ class RankedCollator:
 def segment_keys(
     segment_ids: torch.Tensor, position_ids: torch.Tensor, limits: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Which keys each segment of a batch sees, for attention that goes segment by segment.
+    """Which keys each segment of a batch sees, for attention that goes segment by segment and computes no padding.
 
     Args:
         segment_ids, position_ids, limits: As in a batch of `RankedCollator`.
 
     Returns:
-        `q_offsets`, `k_offsets` `(S+1,)` int32: where each of the batch's S segments starts in the flattened
-        `(B * T)` tokens, and its keys among all K; `keys` `(K,)`: their places in the flattened tokens, in the order
-        of their positions and the segment itself last.
+        `tokens` `(U,)`: where the tokens that are no padding are in the flattened `(B * T)` ones; `q_offsets`,
+        `k_offsets` `(S+1,)` int32: where each of the batch's S segments starts among those U, and its keys among all
+        K; `keys` `(K,)`: their places among the U, in the order of their positions and the segment itself last.
     """
+    there = segment_ids < limits.shape[1] - 1
     q_offsets, k_offsets = [0], [0]
     keys: list[int] = []
-    width = segment_ids.shape[1]
-    for row, (ids, positions, seen) in enumerate(
-        zip(segment_ids.tolist(), position_ids.tolist(), limits.tolist(), strict=True)
-    ):
-        starts = [token for token in range(width) if token == 0 or ids[token] != ids[token - 1]]
+    columns = there.sum(1).tolist(), segment_ids.tolist(), position_ids.tolist(), limits.tolist()
+    for length, ids, positions, seen in zip(*columns, strict=True):
+        row = q_offsets[-1]
+        starts = [token for token in range(length) if token == 0 or ids[token] != ids[token - 1]]
         start_of = {ids[start]: start for start in starts}
-        for start, end in zip(starts, [*starts[1:], width], strict=True):
+        for start, end in zip(starts, [*starts[1:], length], strict=True):
             own = ids[start]
             for other, limit in enumerate(seen[own]):  # ancestors were added before their branches
                 if limit and other != own:
                     first = start_of[other]
-                    keys += range(row * width + first, row * width + first + limit - positions[first])
-            keys += range(row * width + start, row * width + end)
-            q_offsets.append(row * width + end)
+                    keys += range(row + first, row + first + limit - positions[first])
+            keys += range(row + start, row + end)
+            q_offsets.append(row + end)
             k_offsets.append(len(keys))
     return {
+        "tokens": there.flatten().nonzero().squeeze(-1),
         "q_offsets": torch.tensor(q_offsets, dtype=torch.int32),
         "k_offsets": torch.tensor(k_offsets, dtype=torch.int32),
         "keys": torch.tensor(keys),
     }
-
-
-def unique_tokens(batch: dict[str, torch.Tensor]) -> int:
-    """The tokens that a batch computes, without its padding."""
-    return int((batch["segment_ids"] < batch["limits"].shape[1] - 1).sum())
 
 
 @dataclass

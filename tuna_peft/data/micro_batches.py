@@ -76,7 +76,7 @@ def halves(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         part = {key: batch[key][first:last] for key in _BY_ROW}
         keys = segment_keys(part["segment_ids"], part["position_ids"], part["limits"])
         part |= {key: value.to(predictions.device) for key, value in keys.items()}
-        part["predictors"] = batch["predictors"][predictions] - first * width
+        part["predictors"] = batch["predictors"][predictions] - (batch["tokens"] < first * width).sum()
         part["targets"] = batch["targets"][predictions]
         part["path"] = path
         part["candidates"] = batch["candidates"][of_part] - first * n

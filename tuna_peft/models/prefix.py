@@ -40,9 +40,14 @@ def shared_prefix_mask(
     return mask_BTT[:, None]
 
 
-def attention_inputs(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What tells the model's attention who sees whom: `attention_mask`, a tensor or one by layer type where layers
-    differ, and for long rows `segments`, which stands for it.
+def model_inputs(model: Any, batch: dict[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
+    """What the model is called with: `input_ids` and `position_ids`, and what tells its attention who sees whom.
+
+    Short rows go as they are with an `attention_mask`, a tensor or one by layer type where layers differ. Long ones go
+    without their padding, behind each other in a single row, with `segments` in place of a mask.
+
+    Returns:
+        These inputs, and the indices `(R,)` of the batch's predictors in the flattened tokens of the model's output.
 
     Raises:
         UserError: The model has layers that take no such mask (linear attention, state space), or runs an attention
@@ -67,8 +72,15 @@ def attention_inputs(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, An
         if kernel == "eager":  # adds its mask to the scores
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         masks[kind] = mask
-    inputs = {"attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
-    return {**inputs, "segments": Segments.of(batch)} if by_segment else inputs
+    inputs: dict[str, Any] = {key: batch[key] for key in ("input_ids", "position_ids")}
+    predictors = batch["predictors"]
+    if by_segment:
+        inputs = {key: ids.flatten()[None, batch["tokens"]] for key, ids in inputs.items()}
+        inputs["segments"] = Segments.of(batch)
+    else:
+        predictors = batch["tokens"][predictors]
+    inputs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
+    return inputs, predictors
 
 
 def describe_attention(model: Any, device: torch.device) -> str:

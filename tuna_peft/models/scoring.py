@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from tuna_peft.models.logps import require_plain_head, token_logps
-from tuna_peft.models.prefix import attention_inputs
+from tuna_peft.models.prefix import model_inputs
 
 
 @dataclass
@@ -39,14 +39,10 @@ def response_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Re
         model: A causal LM, a `PeftModel` around one, or either wrapped for distributed training.
         batch: See `RankedCollator`, on the model's device.
     """
-    hidden_BTD = final_hidden_states(
-        model,
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        **attention_inputs(unwrap(model), batch),
-    )
+    inputs, predictors = model_inputs(unwrap(model), batch)
+    hidden_BTD = final_hidden_states(model, **inputs)
     head = require_plain_head(unwrap(model))
-    logps_R = token_logps(hidden_BTD.flatten(0, 1)[batch["predictors"]], head, batch["targets"])
+    logps_R = token_logps(hidden_BTD.flatten(0, 1)[predictors], head, batch["targets"])
     shape = batch["ranks"].shape
     sums = logps_R.new_zeros(shape.numel()).index_add(0, batch["candidates"], logps_R[batch["path"]])
     lengths = torch.bincount(batch["candidates"], minlength=shape.numel())

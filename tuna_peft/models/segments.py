@@ -3,9 +3,10 @@
 A segment (an unbranched run of a row's tree, see `tuna_peft.data.collate`) attends to its ancestors' tokens and,
 causally, to its own: the keys are gathered once per layer, and each segment is a causal attention aligned at its end.
 FlashAttention's variable-length kernel takes all of them in one call (16-bit, Ampere on); elsewhere each is a call of
-`scaled_dot_product_attention`. A dense mask costs the square of a row, this the pairs that see each other.
+`scaled_dot_product_attention`. A dense mask costs the square of a row, this the pairs that see each other; and as each
+segment knows its keys, all rows of a batch stand behind each other without padding.
 
-Shape suffixes: B rows, T tokens of a row, S segments of the batch, K gathered keys, H heads, D head size.
+Shape suffixes: U tokens of the batch without padding, S segments, K gathered keys, H heads, D head size.
 """
 
 from __future__ import annotations
@@ -28,20 +29,22 @@ class Segments:
     """Which tokens attend to which, as the model's attention layers receive it.
 
     Attributes:
-        q_offsets: `(S+1,)` int32, where each segment starts in the flattened `(B * T)` tokens.
+        q_offsets: `(S+1,)` int32, where each segment starts among the tokens.
         k_offsets: `(S+1,)` int32, where its keys start among the gathered ones.
-        keys: `(K,)` the keys' places in the flattened tokens: ancestors from the root down, then the segment.
+        keys: `(K,)` the keys' places among the tokens: ancestors from the root down, then the segment.
+        longest: No segment has more keys than this.
     """
 
     q_offsets: torch.Tensor
     k_offsets: torch.Tensor
     keys: torch.Tensor
+    longest: int
     _masks: dict[tuple[int, int, int | None], torch.Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Segments:
         """Those of a batch of `RankedCollator`."""
-        return cls(batch["q_offsets"], batch["k_offsets"], batch["keys"])
+        return cls(batch["q_offsets"], batch["k_offsets"], batch["keys"], longest=batch["input_ids"].shape[1])
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """The causal mask aligned at the end; None where plain causality says the same."""
@@ -97,10 +100,10 @@ def segment_attention(
     """An attention function of transformers (`AttentionInterface`); without `segments` it is SDPA.
 
     Args:
-        query: `(B, H, T, D)`; `key` and `value` may have fewer heads.
+        query: `(1, H, U, D)`; `key` and `value` may have fewer heads. Without `segments`, as for SDPA.
 
     Returns:
-        `(B, T, H, D)`, and no weights.
+        `(1, U, H, D)`, and no weights.
     """
     if segments is None:
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
@@ -109,15 +112,13 @@ def segment_attention(
                 fix="Load the model with attn_implementation='eager'.",
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    batch, _, width, _ = query.shape
-    queries, keys, values = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     keys, values = keys[segments.keys], values[segments.keys]
     kinds = getattr(module.config, "layer_types", None)
     windows = layer_windows(module.config)
     window = windows[kinds[module.layer_idx]] if kinds else next(iter(windows.values()))
     attend = _in_one_kernel if _has_flash(query, dropout) else _one_by_one
-    output = attend(module, queries, keys, values, segments, width, window, dropout, scaling)
-    return output.view(batch, width, *output.shape[1:]), None
+    return attend(module, queries, keys, values, segments, window, dropout, scaling)[None], None
 
 
 def gpu_has_flash(device: torch.device) -> bool:
@@ -135,18 +136,18 @@ def _has_flash(query: torch.Tensor, dropout: float) -> bool:
     )
 
 
-def _in_one_kernel(module, query, key, value, segments: Segments, width, window, dropout, scaling) -> torch.Tensor:
+def _in_one_kernel(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(
-        query, key, value, segments.q_offsets, segments.k_offsets, width, width,  # most that a segment may have
+        query, key, value, segments.q_offsets, segments.k_offsets, segments.longest, segments.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
 
 
-def _one_by_one(module, query, key, value, segments: Segments, width, window, dropout, scaling) -> torch.Tensor:
+def _one_by_one(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
     q_lengths, k_lengths = (offsets.diff().tolist() for offsets in (segments.q_offsets, segments.k_offsets))
     outputs = []
     # `split`, not slices: its backward pass is one concatenation instead of a full-size sum for each segment.

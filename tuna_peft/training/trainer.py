@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from tuna_peft.data.collate import RankedCollator, unique_tokens
+from tuna_peft.data.collate import RankedCollator
 from tuna_peft.data.micro_batches import MicroBatchCollator, halves
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
@@ -197,7 +197,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
         """Also counts what the loss of this optimiser step is averaged over, in all micro-batches and processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         micro_batches = [micro_batch for batch in batches for micro_batch in batch["micro_batches"]]
-        self.state.num_input_tokens_seen += sum(map(unique_tokens, micro_batches))
+        self.state.num_input_tokens_seen += sum(len(batch["tokens"]) for batch in micro_batches)
         return batches, self._count(micro_batches)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
