@@ -22,12 +22,13 @@ verify-gguf: .venv/installed-dev
 	npm install --silent --no-save --ignore-scripts --prefix build/llama-cpp node-llama-cpp@3.22.1
 	$(BIN)/python -m pytest -q -m slow tests/export/gguf/test_llama_cpp.py
 
-# Minutes on meta tensors, about ten on the CPU; nothing else should run meanwhile.
+# Minutes on meta tensors, about twenty on the CPU; nothing else should run meanwhile.
 BENCH := $(BIN)/python -m benchmarks.ranking_step --json benchmarks/results/local.json
 bench: .venv/installed-dev
 	for w in short long short-varied long-varied; do $(BENCH) --device meta --workload $$w --groups 2 || exit 1; done
 	for s in 8b 13b; do $(BENCH) --device meta --shape $$s --workload long || exit 1; done
 	for w in short-varied long-varied; do $(BENCH) --device cpu --workload $$w --groups 2 || exit 1; done
+	$(BENCH) --device cpu --workload long-varied --groups 2 --groups-per-batch 2 --arms reference trl-cpo ours
 	$(BIN)/python -m benchmarks.report benchmarks/results/local.json
 
 # Writes 27 GB here and deletes them again; add --arms copy merge merge-original peft where 16 GB of memory are free.

@@ -30,14 +30,12 @@ class Figures:
         kernel_flops: With what fused attention recomputes inside its backward pass.
         peak_bytes: Most bytes alive of one micro-batch beyond weights, adapters, gradients and optimiser.
         seconds: Of each repetition, over all groups; empty on meta.
-        tokens: Positions computed, padding included.
     """
 
     checkpointing: bool
     flops: float
     kernel_flops: float
     peak_bytes: int
-    tokens: int
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -77,9 +75,7 @@ class Runner:
         loss, batches, checkpointing = self._prepare(name)
         with counted() as flops:
             self._step(loss, batches)
-        return Figures(
-            checkpointing, flops.model, flops.kernel, self._peak(loss, batches), sum(map(_positions, batches))
-        )
+        return Figures(checkpointing, flops.model, flops.kernel, self._peak(loss, batches))
 
     def time(self, name: str) -> float:
         """Seconds of forward and backward over all micro-batches and one optimiser step."""

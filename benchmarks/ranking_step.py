@@ -113,7 +113,8 @@ def environment(device: str) -> dict[str, Any]:
 def save(file: Path, run: dict[str, Any]) -> None:
     """Puts a run into a machine's file, in the place of an earlier one of its kind."""
     runs = json.loads(file.read_text())["runs"] if file.exists() else {}
-    runs["/".join((run["device"], run["shape"], run["workload"]))] = run
+    together = run["groups_per_batch"]
+    runs["/".join((run["device"], run["shape"], run["workload"], *([str(together)] if together > 1 else [])))] = run
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"runs": dict(sorted(runs.items()))}, indent=1) + "\n")
 
