@@ -14,4 +14,8 @@ def test_report_of_a_run_that_is_not_finished(tmp_path):
 
 def test_report_of_no_run(tmp_path):
     result = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert result.exit_code == 2 and "no run's folder" in result.output and "Traceback" not in result.output
+    assert (
+        result.exit_code == 2
+        and "no folder of a run or an evaluation" in result.output
+        and "Traceback" not in result.output
+    )

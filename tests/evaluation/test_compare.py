@@ -26,6 +26,12 @@ def test_wins_losses_ties_and_what_cannot_be_paired():
     assert found.difference.low < found.difference.value < found.difference.high
 
 
+def test_prompts_that_are_no_part_of_the_main_metric_are_not_compared():
+    found = compare_results(result([("a", 0.0, 1), ("variant", 0.0, 0)]), result([("a", 1.0, 1), ("variant", 1.0, 0)]))
+    assert [pairing.id for pairing in found.wins] == ["a"] and found.difference.count == 1
+    assert compare_results(result([("v", 0.0, 0)]), result([("v", 1.0, 0)])).difference is None
+
+
 def test_the_same_id_with_another_text_is_another_prompt():
     found = compare_results(result([("a", 0.0, 1)]), result([("a", 1.0, 1)], text="other "))
     assert (found.only_first, found.only_second, found.difference) == (1, 1, None)

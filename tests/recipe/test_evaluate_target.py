@@ -1,6 +1,7 @@
 """Every stage on one loaded base, results that are kept, and what is asked of a user."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tuna_peft.cli.app import app
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation import session as session_module
+from tuna_peft.evaluation.report.write import write_report
 from tuna_peft.evaluation.results import load_results
 from tuna_peft.models.generation import generate_responses
 from tuna_peft.models.stack import active_adapters
@@ -142,6 +144,10 @@ def test_the_commands(files, tmp_path, monkeypatch):
     result = run("evaluate", stack, "--task", f"ranking={data}", "tasks.ranking.margin=0.2", "-o", "one")
     assert result.exit_code == 0, result.output
     assert "pair_accuracy" in result.output and "margin_satisfaction" in result.output
+    page = Path("one/report.html").read_text()
+    assert f"evaluation of {stack}" in page and "2 adapters on" in page and "Not finished" not in page
+    assert list(json.loads(Path("one/report.json").read_text())["evaluation"]) == ["base", "sft", "ranking"]
+    assert "| ranking |" in Path("one/report.md").read_text()
     result = run("compare", "one@base", "one", "--show", "1", "--json", "compared.json")
     assert result.exit_code == 0, result.output
     compared = json.loads(Path("compared.json").read_text())
@@ -151,11 +157,37 @@ def test_the_commands(files, tmp_path, monkeypatch):
         (["evaluate", stack, "-t", "rankin"], "Did you mean `ranking`?"),
         (["evaluate", stack, "-t", "superni"], "tasks.superni.path"),
         (["evaluate", stack, "-t", "superni=none.jsonl"], "there is no such file or folder"),
+        (["evaluate", str(files / "base"), "-t", f"ranking={data}", "-o", "one"], "the folder is of another model"),
         (["compare", "one", "nowhere"], "there are no results"),
         (["compare", "one@sftt", "one"], "Did you mean `sft`?"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2 and message in result.output, (arguments, result.output)
+
+
+def test_a_single_model_has_a_report_too_which_later_tasks_join(files, tmp_path):
+    for task in ("ranking", "graded"):
+        given = settings(files)
+        setattr(given.tasks, task, None)
+        evaluate_target(str(files / "base"), given, tmp_path)
+        report = write_report(tmp_path)
+    assert list(report["evaluation"]) == ["model"] and set(report["evaluation"]["model"]) == {"graded", "ranking"}
+    assert set(report["data"]) == {"evaluation.graded", "evaluation.ranking"} and report["stages"] == {}
+    page = (tmp_path / "report.html").read_text()
+    assert "adapter" not in page.partition("</header>")[0] and "after model" not in page
+    with pytest.raises(UserError, match="the folder is of another model"):
+        evaluate_target(str(files / "stack"), settings(files), tmp_path)
+
+
+def test_a_run_s_folder_takes_no_results_of_other_models(files, evaluated, tmp_path):
+    shutil.copytree(files / "stack", tmp_path / "run" / "stack")
+    facts = json.loads((evaluated[0] / "run.json").read_text())
+    del facts["evaluated"], facts["adapters"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
+    evaluate_target(str(tmp_path / "run"), settings(files), tmp_path / "run", stages=["base"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == facts
+    with pytest.raises(UserError, match="the folder is of another model"):
+        evaluate_target(str(files / "stack"), settings(files), tmp_path / "run")
 
 
 def test_the_harness_is_named_when_it_is_missing(files, tmp_path, monkeypatch):

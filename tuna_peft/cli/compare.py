@@ -31,9 +31,9 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from tuna_peft.cli.results import shown
     from tuna_peft.errors import UserError
     from tuna_peft.evaluation.compare import compare_results
+    from tuna_peft.evaluation.results import Metric, number
     from tuna_peft.files import write_json
 
     left, right = _results(first), _results(second)
@@ -46,9 +46,10 @@ def compare(
     comparisons = [compare_results(left[name], right[name]) for name in common]
     table = Table("task", "metric", first, second, "difference", "wins", "losses", "ties", title="paired by prompt")
     for one in comparisons:
-        values = ["-", "-"] if one.values is None else [f"{value:.3f}" for value in one.values]
-        difference = "-" if one.difference is None else shown(one.difference)
-        table.add_row(one.task, one.metric, *values, difference, *map(str, (len(one.wins), len(one.losses), one.ties)))
+        values = one.values or (None, None)
+        cells = [number(value, among=values) for value in values]
+        counts = len(one.wins), len(one.losses), one.ties
+        table.add_row(one.task, one.metric, *cells, *map(str, (one.difference or Metric(None), *counts)))
     console = Console()
     console.print(table, crop=False)
     for one in comparisons:

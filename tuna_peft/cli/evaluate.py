@@ -8,14 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from tuna_peft.cli.options import AnyModel, Device, OtherTemplate, Quantization, StackBase, from_options
+
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|RUN|STACK", help="A run's folder, a stack, a merged model, a Hub id or builtin:."
-        ),
-    ],
+    model: AnyModel,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -42,16 +39,10 @@ def evaluate(
         Path | None,
         typer.Option("--output", "-o", help="For the results.", show_default="the run, or runs/evaluation-MODEL"),
     ] = None,
-    template: Annotated[
-        str | None, typer.Option("--template", help="alpaca, chat, none, or a text.", show_default="that of training")
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Of a stack: where its base is now.", show_default="as recorded")
-    ] = None,
-    quantization: Annotated[
-        str, typer.Option("--quantization", help="Of a single model: nf4, fp4, int8 or none.")
-    ] = "none",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    template: OtherTemplate = None,
+    base_model: StackBase = None,
+    quantization: Quantization = "none",
+    device: Device = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -62,11 +53,9 @@ def evaluate(
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
-    from tuna_peft.cli.options import from_options
     from tuna_peft.cli.results import results_tables
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.errors import UserError
-    from tuna_peft.evaluation.report.build import FACTS
     from tuna_peft.evaluation.report.write import write_report
     from tuna_peft.recipe.evaluate_target import Loading, default_output, evaluate_target, settings_of
     from tuna_peft.recipe.evaluation_schema import EvaluationSettings
@@ -88,9 +77,8 @@ def evaluate(
     )
     Console().print(results_tables(results), crop=False)
     typer.echo(f"Every prompt's score: {folder}/evaluation/")
-    if (folder / FACTS).is_file():
-        write_report(folder)
-        typer.echo(f"Look at it: {folder}/report.html")
+    write_report(folder)
+    typer.echo(f"Look at it: {folder}/report.html")
 
 
 def _settings(recorded: dict[str, Any], tasks: list[str], overrides: list[str]) -> dict[str, Any]:

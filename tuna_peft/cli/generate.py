@@ -8,14 +8,11 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.cli.options import AnyModel, Device, OtherTemplate, StackBase, Upto, from_options
+
 
 def generate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|RUN|STACK", help="A run's folder, a stack, a merged model, a Hub id or builtin:."
-        ),
-    ],
+    model: AnyModel,
     prompt: Annotated[
         str | None, typer.Argument(help="The instruction.", show_default="each line of standard input")
     ] = None,
@@ -23,21 +20,14 @@ def generate(
         str | None, typer.Option("--input", help="The input that goes with it.", show_default=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest response.")] = 128,
-    upto: Annotated[
-        str | None, typer.Option("--upto", help="Of a stack: with the stages up to this one.", show_default="all")
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option("--template", help="alpaca, chat, none, or a text.", show_default="that of training")
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Of a stack: where its base is now.", show_default="as recorded")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    upto: Upto = None,
+    template: OtherTemplate = None,
+    base_model: StackBase = None,
+    device: Device = "auto",
 ) -> None:
     """Answer an instruction with a stack of adapters, a merged model, or any causal LM."""
     from transformers.utils import logging
 
-    from tuna_peft.cli.options import from_options
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.data.templates import PromptTemplate
     from tuna_peft.data.texts import prompt_ids

@@ -34,6 +34,24 @@ Template = Annotated[
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count records that cannot be used.")]
 
+# A model to answer, and how it is loaded.
+AnyModel = Annotated[
+    str, typer.Argument(metavar="MODEL|RUN|STACK", help="A run's folder, a stack, a merged model, a Hub id, builtin:.")
+]
+Upto = Annotated[
+    str | None, typer.Option("--upto", help="Of a stack: with the stages up to this one.", show_default="all")
+]
+StackBase = Annotated[
+    str | None, typer.Option("--base-model", help="Of a stack: where its base is now.", show_default="as recorded")
+]
+Quantization = Annotated[
+    str, typer.Option("--quantization", help="Of a single model: nf4, fp4, int8 or none; a stack keeps its own.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
+OtherTemplate = Annotated[
+    str | None, typer.Option("--template", help="alpaca, chat, none, or a text.", show_default="that of training")
+]
+
 # A stack, and what its exports are measured on.
 Stack = Annotated[
     str, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, a run's folder, or a Hub id.")

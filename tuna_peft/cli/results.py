@@ -18,21 +18,11 @@ def results_tables(results: dict[str, dict[str, TaskResult]]) -> RenderableType:
         table.columns[0].no_wrap = True
         names = dict.fromkeys(name for result in by_stage.values() for name in result.metrics)
         for name in names:
-            row = [shown(result.metrics.get(name, Metric(None))) for result in by_stage.values()]
+            row = [str(result.metrics.get(name, Metric(None))) for result in by_stage.values()]
             main = any(result.main == name for result in by_stage.values())
             table.add_row(name, *row, style="bold" if main else None)
         parts += [table, *_left_out(by_stage)]
     return Group(*parts)
-
-
-def shown(metric: Metric) -> str:
-    """`0.623 [0.601, 0.644]`, or `-`."""
-    if metric.value is None:
-        return "-"
-    numbers = [metric.value] if metric.low is None or metric.high is None else [metric.value, metric.low, metric.high]
-    digits = 3 if max(map(abs, numbers)) <= 1 else 1  # shares, percentages
-    value, *ends = (f"{number:.{digits}f}" for number in numbers)
-    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def _left_out(by_stage: dict[str, TaskResult]) -> list[Text]:

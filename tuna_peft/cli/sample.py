@@ -7,26 +7,27 @@ from typing import Annotated
 
 import typer
 
-from tuna_peft.cli.options import Column, Format, SkipBad, Split, data_source, from_options, require_jsonl
+from tuna_peft.cli.options import (
+    AnyModel,
+    Column,
+    Device,
+    Format,
+    OtherTemplate,
+    Quantization,
+    SkipBad,
+    Split,
+    StackBase,
+    Upto,
+    data_source,
+    from_options,
+    require_jsonl,
+)
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL|RUN|STACK", help="A run's folder, a stack, a merged model, a Hub id, builtin:.")
-]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the samples, with each prompt's own text.")]
-Upto = Annotated[
-    str | None, typer.Option("--upto", help="Of a stack: with the stages up to this one.", show_default="all")
-]
-BaseModel = Annotated[
-    str | None, typer.Option("--base-model", help="Of a stack: where its base is now.", show_default="as recorded")
-]
-Quantization = Annotated[
-    str, typer.Option("--quantization", help="Of a single model: nf4, fp4, int8 or none; a stack keeps its own.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
 
 
 def sample(
-    model: Model,
+    model: AnyModel,
     prompts: Annotated[str, typer.Argument(help="Prompts, in any format that can be read.")],
     out: Annotated[Path, typer.Argument(help="A .jsonl file to write.")],
     n: Annotated[int, typer.Option("--n", min=2, help="Responses per prompt.")] = 4,
@@ -42,13 +43,10 @@ def sample(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Responses generated at once.")] = 32,
     backend: Annotated[str, typer.Option("--backend", help="transformers or vllm.")] = "transformers",
     upto: Upto = None,
-    base_model: BaseModel = None,
+    base_model: StackBase = None,
     quantization: Quantization = "none",
     device: Device = "auto",
-    template: Annotated[
-        str | None,
-        typer.Option("--template", help="alpaca, chat, none, or a text.", show_default="that of training"),
-    ] = None,
+    template: OtherTemplate = None,
     format: Format = "auto",
     column: Column = None,
     split: Split = "train",

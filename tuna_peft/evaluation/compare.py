@@ -64,13 +64,15 @@ class Comparison:
 
 
 def compare_results(first: TaskResult, second: TaskResult) -> Comparison:
-    """Pairs prompts of the same id and text. Only prompts with a score in both count."""
+    """Pairs prompts of the same id and text. Only prompts with a score in both, and with weight, count."""
     comparison = Comparison(second.task, second.main)
     mine, theirs = _by_content(first.prompts), _by_content(second.prompts)
     comparison.only_first, comparison.only_second = len(mine.keys() - theirs), len(theirs.keys() - mine)
     pairings, weights = [], []
     for key in (key for key in mine if key in theirs):
         one, other = mine[key], theirs[key]
+        if not other.weight:  # no part of the main metric
+            continue
         scores = one.scores.get(second.main), other.scores.get(second.main)
         if scores[0] is None or scores[1] is None:
             comparison.unscored += 1
@@ -82,7 +84,7 @@ def compare_results(first: TaskResult, second: TaskResult) -> Comparison:
     comparison.wins = sorted((pairing for pairing in pairings if pairing.gain > 0), key=lambda pairing: -pairing.gain)
     comparison.losses = sorted((pairing for pairing in pairings if pairing.gain < 0), key=lambda pairing: pairing.gain)
     comparison.ties = len(pairings) - len(comparison.wins) - len(comparison.losses)
-    if sum(weights):
+    if pairings:
         columns = [[pairing.scores[side] for pairing in pairings] for side in (0, 1)]
         comparison.values = _mean(columns[0], weights), _mean(columns[1], weights)
         comparison.difference = paired_difference(columns[0], columns[1], weights)

@@ -29,6 +29,14 @@ TITLES = {
 """What the main metric of a task is called in a table."""
 
 
+def number(value: float | None, *, among: Iterable[float | None] = (), sign: str = "") -> str:
+    """A metric: three decimals for shares, one where it or one of its companions is above 1, as percentages are."""
+    if value is None:
+        return "–"
+    largest = max(abs(other) for other in (value, *among) if other is not None)
+    return format(value, f"{sign}.3f" if largest <= 1 else f"{sign}.1f")
+
+
 @dataclass
 class Metric:
     """A measured value.
@@ -44,6 +52,14 @@ class Metric:
     low: float | None = None
     high: float | None = None
     count: int = 0
+
+    def __str__(self) -> str:
+        """`0.623 [0.601, 0.644]`."""
+        if self.low is None or self.high is None:
+            return number(self.value)
+        all_three = self.value, self.low, self.high
+        value, low, high = (number(one, among=all_three) for one in all_three)
+        return f"{value} [{low}, {high}]"
 
 
 @dataclass

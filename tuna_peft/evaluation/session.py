@@ -15,7 +15,6 @@ from tuna_peft.data.ranked import Prompt
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.evaluation.results import Exclusion
 from tuna_peft.journal import Journal, content_key
-from tuna_peft.models.any_model import model_digest
 from tuna_peft.models.generation import stream_responses
 
 JOURNAL = "evaluation/journal.jsonl"
@@ -65,7 +64,8 @@ class Session:
     Attributes:
         folder: Where results are.
         stage: The stage's name.
-        adapters: The stage's adapters, from bottom to top; PEFT calls them active even where they are disabled.
+        digest: Names the weights that answer, see `tuna_peft.models.any_model.model_digest`: the base and the stage's
+            adapters, from bottom to top. PEFT calls adapters active even where they are disabled.
         model: With these adapters active, and no others.
         tokenizer: Its tokenizer.
         journal: Keeps what was generated.
@@ -74,7 +74,7 @@ class Session:
 
     folder: Path
     stage: str
-    adapters: list[str]
+    digest: dict[str, Any]
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     journal: Journal
@@ -107,10 +107,8 @@ class Session:
 
     @cached_property
     def _weights(self) -> str:
-        """Names the weights that answer: the base, how it is stored, the adapters that are active, the dtype."""
-        digest = model_digest(self.model)
-        digest["adapters"] = [digest["adapters"][name] for name in self.adapters]
-        return content_key(**digest, dtype=str(next(self.model.parameters()).dtype))
+        adapters = list(self.digest["adapters"].values())
+        return content_key(**{**self.digest, "adapters": adapters}, dtype=str(next(self.model.parameters()).dtype))
 
     def _context(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

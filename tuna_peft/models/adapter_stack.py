@@ -160,6 +160,11 @@ def quantization_of(model: PreTrainedModel) -> dict[str, Any] | None:
     }
 
 
+def quantization_method(settings: dict[str, Any] | None) -> str:
+    """What a recipe calls the result of `quantization_of`: `nf4`, `fp4`, `int8` or `none`."""
+    return "none" if settings is None else str(settings.get("bnb_4bit_quant_type", "int8"))
+
+
 def _quantization_from(settings: dict[str, Any] | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     return None if settings is None else BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=compute_dtype)
 

@@ -47,11 +47,6 @@ def evaluate_stage(session: Session, tasks: Sequence[Task]) -> dict[str, TaskRes
 def describe(result: TaskResult) -> str:
     """The main metric in a line, and what was left out."""
     metric = result.metrics[result.main]
-    if metric.value is None:
-        shown = "nothing to count"
-    elif metric.low is None:
-        shown = f"{metric.value:.3f}"
-    else:
-        shown = f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"
+    shown = "nothing to count" if metric.value is None else str(metric)
     left_out = "".join(f"; left out: {one.count} ({one.reason})" for one in result.excluded)
     return f"{result.task} {result.main} {shown} over {metric.count:,}{left_out}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ import yaml
 
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.errors import UserError
+from tuna_peft.evaluation.report.build import FACTS
 from tuna_peft.evaluation.results import TaskResult
 from tuna_peft.evaluation.session import JOURNAL, Session
+from tuna_peft.files import write_json
 from tuna_peft.journal import Journal
-from tuna_peft.models.any_model import load_any_model, local_stack, usual_prompt
+from tuna_peft.models.adapter_stack import quantization_method
+from tuna_peft.models.any_model import load_any_model, local_stack, model_digest, usual_prompt
 from tuna_peft.models.stack import active_adapters
 from tuna_peft.recipe.evaluate import evaluate_stage
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
+from tuna_peft.recipe.measure import environment
 from tuna_peft.recipe.problems import did_you_mean
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.recipe.tasks import read_tasks
@@ -61,7 +66,8 @@ def evaluate_target(
     Args:
         target: A run's folder, a stack, a merged model, a Hub id or `builtin:pico-llama`.
         settings: What to measure.
-        output: Gets `evaluation/<stage>/<task>.json`; what is there already is not measured again.
+        output: Gets `evaluation/<stage>/<task>.json`, and what a report needs besides; what is there already is not
+            measured again.
         stages: Some of the stages, `base` among them; None takes all. A single model is the stage `model`.
         prompt: How instructions become prompts; None is as in training.
         loading: How to load the model.
@@ -70,7 +76,7 @@ def evaluate_target(
         Results by stage and task.
 
     Raises:
-        UserError: No such model, stage, data or program.
+        UserError: No such model, stage, data or program, or `output` holds the results of another model.
     """
     is_stack = local_stack(target) is not None
     loaded = load_any_model(
@@ -83,18 +89,53 @@ def evaluate_target(
             raise UserError(f"there is no stage {stage!r}", where=target, fix=did_you_mean(stage, known))
     how = prompt or PromptConfig.model_validate(loaded.prompt or usual_prompt(loaded.tokenizer))
     data = read_tasks(settings.tasks, how, loaded.tokenizer, loaded.model.config)
+    digest = model_digest(loaded.model)
+    _keep_facts(output, target, digest, known, data.counts)
     results: dict[str, dict[str, TaskResult]] = {}
     with Journal(output / JOURNAL) as journal:
         for number, stage in enumerate(known):
             if stages is not None and stage not in stages:
                 continue
-            adapters = loaded.names[:number] if is_stack else []
+            adapters = loaded.names[:number]
+            of_stage = {**digest, "adapters": {name: digest["adapters"][name] for name in adapters}}
             with active_adapters(loaded.model, adapters):
                 session = Session(
-                    output, stage, adapters, loaded.model, loaded.tokenizer, journal, settings.batch_size
+                    output, stage, of_stage, loaded.model, loaded.tokenizer, journal, settings.batch_size
                 )
                 results[stage] = evaluate_stage(session, data.tasks)
     return results
+
+
+def _keep_facts(
+    output: Path, target: str, digest: dict[str, Any], stages: list[str], counts: dict[str, dict[str, Any]]
+) -> None:
+    """Writes what is evaluated in `output`, for the report; a run has done so itself."""
+    facts = {
+        "name": f"evaluation of {target}",
+        "seed": None,
+        "base": {**digest["base"], "quantization": {"method": quantization_method(digest["quantization"])}},
+        "adapters": digest["adapters"],
+        "stages": [],
+        "evaluated": stages,
+        "data": {f"evaluation.{task}": of_task for task, of_task in counts.items()},
+        "environment": environment(),
+    }
+    if (output / FACTS).is_file():
+        before = json.loads((output / FACTS).read_text(encoding="utf-8"))
+        stack = local_stack(target)
+        if "evaluated" not in before and stack is not None and stack.resolve() == (output / "stack").resolve():
+            return
+        if _weights(before) != _weights(facts):
+            raise UserError(
+                f"the folder is of another model: {before['name']}", where=str(output), fix="Choose another --output."
+            )
+        facts["data"] = {**before["data"], **facts["data"]}
+    write_json(output / FACTS, facts)
+
+
+def _weights(facts: dict[str, Any]) -> list[Any]:
+    base = facts["base"]
+    return [base["fingerprint"] or base["model"], base["quantization"]["method"], facts.get("adapters")]
 
 
 def settings_of(target: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tuna_peft.evaluation.session import JOURNAL, Session
 from tuna_peft.graders import load_grader
 from tuna_peft.journal import Journal
 from tuna_peft.models.adapter_stack import extend_stack
+from tuna_peft.models.any_model import model_digest
 from tuna_peft.models.base import (
     Base,
     load_base,
@@ -159,7 +160,7 @@ def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base,
     if settings and inputs.tasks and run.processes.main:
         with Journal(run.path / JOURNAL) as journal:
             session = Session(
-                run.path, stage, adapter_names(model), model, base.tokenizer, journal, settings.batch_size
+                run.path, stage, model_digest(model), model, base.tokenizer, journal, settings.batch_size
             )
             evaluate_stage(session, inputs.tasks)
     run.processes.wait()

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -15,6 +14,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.feedback.sampling import ModelSampler, Sampler
 from tuna_peft.feedback.vllm_sampler import VllmSampler
+from tuna_peft.models.adapter_stack import quantization_method
 from tuna_peft.models.any_model import load_any_model, local_stack, usual_prompt
 from tuna_peft.models.base import resolve_model_path
 from tuna_peft.models.manifest import read_manifest
@@ -69,7 +69,7 @@ def vllm_sampler(
             manifest = read_manifest(stack, upto)
             base, prompt = base_model or manifest.base["model"], manifest.prompt
             revision = None if base_model else manifest.base["revision"]
-            quantization = _method(manifest.quantization)
+            quantization = quantization_method(manifest.quantization)
             adapter = Path(folder) / "adapter"
             combine_stack(stack, adapter, upto=upto)
         if quantization not in ("none", "nf4"):
@@ -83,9 +83,3 @@ def vllm_sampler(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         yield sampler, PromptConfig.model_validate(prompt or usual_prompt(tokenizer))
-
-
-def _method(quantization: dict[str, Any] | None) -> str:
-    if quantization is None:
-        return "none"
-    return str(quantization.get("bnb_4bit_quant_type", "int8"))

@@ -45,11 +45,11 @@ def test_a_run_that_is_not_finished_shows_what_there_is(tmp_path):
     assert report["stages"]["probabilistic"] is None and report["exports"] == {}
     write(tmp_path / "bare/run.json", facts(["only"]))
     bare = build_report(tmp_path / "bare")
-    assert bare["evaluation"] == {"base": {}} and bare["samples"] == [] and bare["v_by_rank"] == {}
+    assert bare["evaluation"] == {} and bare["samples"] == [] and bare["v_by_rank"] == {}
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no run's folder"):
+    with pytest.raises(UserError, match="no folder of a run or an evaluation"):
         build_report(tmp_path)
 
 

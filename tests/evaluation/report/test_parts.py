@@ -4,7 +4,8 @@ from run_folder import ranking
 
 from tuna_peft.evaluation.report.distributions import by_rank
 from tuna_peft.evaluation.report.svg import Chart, padded, short, ticks
-from tuna_peft.evaluation.report.table import metric_cell, number, stage_table, verdict
+from tuna_peft.evaluation.report.table import metric_cell, stage_table, verdict
+from tuna_peft.evaluation.results import number
 
 
 def test_distributions_of_v_by_rank():

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
-from tuna_peft.evaluation.bootstrap import paired_difference
+from tuna_peft.evaluation.compare import compare_results
 from tuna_peft.evaluation.report.distributions import by_rank
 from tuna_peft.evaluation.report.samples import choose_samples
-from tuna_peft.evaluation.results import Metric, TaskResult, load_results
+from tuna_peft.evaluation.results import TaskResult, load_results
 
 Report = dict[str, Any]
 Results = dict[str, dict[str, TaskResult]]
 
 FACTS = "run.json"
-"""Name, seed, base, data and environment of a run, in its folder."""
+"""Name, seed, base, data and environment of a run, or of an evaluation of any other model, in its folder."""
 
 # What is drawn of a stage's log, by panel.
 CURVES = {
@@ -29,10 +31,10 @@ CURVES = {
 
 
 def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
-    """The report of the run in `folder`, finished or not.
+    """The report of the run in `folder`, finished or not, or of the evaluation of another model.
 
     Args:
-        folder: See `tuna_peft.recipe.rundir`.
+        folder: See `tuna_peft.recipe.rundir`, or what `tuna_peft.recipe.evaluate_target` wrote.
         prompts: Ids of the prompts to show with every stage's response; by default a choice is made.
 
     Returns:
@@ -41,23 +43,27 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
         `v_by_rank`, `by_length`, `samples`: what the figures show.
 
     Raises:
-        UserError: This is no run's folder, or a prompt is not in its evaluation.
+        UserError: This is no such folder, or a prompt is not in its evaluation.
     """
     facts = _json(folder / FACTS)
     if facts is None:
         raise UserError(
-            "this is no run's folder", where=str(folder), fix=f"Name a folder with {FACTS}, as `run` makes it."
+            "this is no folder of a run or an evaluation",
+            where=str(folder),
+            fix=f"Name a folder with {FACTS}, as `run` and `evaluate` make it.",
         )
     names = facts.pop("stages")
     stages = {name: _json(folder / f"stages/{name}/done.json") for name in names}
-    results = load_results(folder, ["base", *names])
+    order = facts.pop("evaluated", ["base", *names])
+    results = load_results(folder, order)
     recipe = folder / "recipe.yaml"
     return {
         **facts,
         "stages": stages,
         "evaluation": {
             stage: {task: result.summary() for task, result in results.get(stage, {}).items()}
-            for stage in ["base", *(name for name in names if name in results or stages[name])]
+            for stage in order
+            if stage in results or stages.get(stage)
         },
         "changes": _changes(results),
         "exports": _json(folder / "exports.json") or {},
@@ -72,27 +78,11 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
 def _changes(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
     """Each stage's main metrics minus those of the stage before, over the prompts that both have scored."""
     changes: dict[str, dict[str, dict[str, Any]]] = {}
-    order = list(results)
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in pairwise(results):
         for task, result in results[after].items():
-            if task in results[before] and (change := _change(results[before][task], result)):
-                changes.setdefault(after, {})[task] = {
-                    "against": before, "value": change.value, "low": change.low, "high": change.high,
-                    "count": change.count,
-                }  # fmt: skip
+            if task in results[before] and (change := compare_results(results[before][task], result).difference):
+                changes.setdefault(after, {})[task] = {"against": before, **asdict(change)}
     return changes
-
-
-def _change(before: TaskResult, after: TaskResult) -> Metric | None:
-    scored = {prompt.id: prompt.scores.get(before.main) for prompt in before.prompts}
-    pairs = [
-        (first, second, prompt.weight)
-        for prompt in after.prompts
-        if (first := scored.get(prompt.id)) is not None
-        and (second := prompt.scores.get(after.main)) is not None
-        and prompt.weight
-    ]
-    return paired_difference(*map(list, zip(*pairs, strict=True))) if pairs else None
 
 
 def _curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:

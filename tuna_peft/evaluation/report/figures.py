@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuna_peft.evaluation.report.svg import Chart, Point, padded, ticks
-from tuna_peft.evaluation.report.table import heading_of, metric_cell, number, tasks_of
+from tuna_peft.evaluation.report.table import after, heading_of, metric_cell, tasks_of
+from tuna_peft.evaluation.results import number
 
 Report = dict[str, Any]
 
@@ -92,7 +93,7 @@ def v_by_rank(report: Report) -> list[Panel]:
         chart.path([at for at, *_ in medians], "spine")
         for at, median, count, colour in medians:
             chart.dot(at, "median", f"fill:{colour}", radius=4.5, title=f"median {median:.3f} of {count}")
-        panels.append(Panel(chart, f"after {stage}" if stage != "base" else "base"))
+        panels.append(Panel(chart, after(stage)))
     return panels
 
 

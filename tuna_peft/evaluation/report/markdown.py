@@ -25,7 +25,8 @@ def render_markdown(report: dict[str, Any]) -> str:
         lines += ["", _quote(sample["prompt"]), ""]
         lines += [f"- {stage}: {_inline(said['text'])}" for stage, said in sample["responses"].items()]
     packages = ", ".join(f"{name} {version}" for name, version in report["environment"]["packages"].items())
-    lines += ["", "## Environment", "", f"{packages}; seed {report['seed']}."]
+    seed = "" if report["seed"] is None else f"; seed {report['seed']}"
+    lines += ["", "## Environment", "", f"{packages}{seed}."]
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from tuna_peft.evaluation.report import figures
 from tuna_peft.evaluation.report.figures import Panel
-from tuna_peft.evaluation.report.table import Cell, heading_of, metric_cell, number, stage_table, tasks_of
+from tuna_peft.evaluation.report.table import Cell, after, heading_of, metric_cell, stage_table, tasks_of
+from tuna_peft.evaluation.results import number
 
 Report = dict[str, Any]
 
@@ -53,10 +54,10 @@ def render_page(report: Report) -> str:
 def _lead(report: Report) -> str:
     base = report["base"]
     method = base["quantization"]["method"]
-    done = [name for name, summary in report["stages"].items() if summary]
-    text = f"{_count(len(done), 'adapter')} on {base['model']}"
+    done = report.get("adapters", [name for name, summary in report["stages"].items() if summary])
+    text = f"{_count(len(done), 'adapter')} on {base['model']}" if done else str(base["model"])
     text += ", not quantised" if method == "none" else f", quantised to {method.upper()}"
-    text += f"; seed {report['seed']}."
+    text += "." if report["seed"] is None else f"; seed {report['seed']}."
     if missing := [name for name, summary in report["stages"].items() if not summary]:
         text += f" Not finished: {', '.join(missing)}."
     return f'<p class="lead">{escape(text)}</p>'
@@ -73,12 +74,12 @@ def _cards(report: Report) -> str:
         ]
         if not measured:
             continue
-        (first, before), (last, after) = measured[0], measured[-1]
-        more = f"after {last}"
-        cell = metric_cell(after)
+        (first, before), (last, latest) = measured[0], measured[-1]
+        cell = metric_cell(latest)
+        more = after(last)
         if cell.interval:
             more += f"; 95 % interval {cell.interval}"
-        start = f"<small>{number(before['value'], among=(after['high'],))} → </small>" if first != last else ""
+        start = f"<small>{number(before['value'], among=(latest['high'],))} → </small>" if first != last else ""
         cards.append(
             f'<div class="card"><div class="name">{escape(heading_of(report, task))}</div>'
             f'<div class="big">{start}{cell.text}</div><div class="more">{escape(more)}</div></div>'

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tuna_peft.evaluation.results import TITLES
+from tuna_peft.evaluation.results import TITLES, number
 
 # Heading, key of a stage's summary, and how it is written.
 _COSTS = (
@@ -65,12 +64,9 @@ def heading_of(report: dict[str, Any], task: str) -> str:
     return TITLES.get(task, f"{task} {main}".replace("_", " "))
 
 
-def number(value: float | None, *, among: Iterable[float | None] = (), sign: str = "") -> str:
-    """A metric: three decimals for shares, one where it or one of its companions is above 1, as percentages are."""
-    if value is None:
-        return "–"
-    largest = max(abs(other) for other in (value, *among) if other is not None)
-    return format(value, f"{sign}.3f" if largest <= 1 else f"{sign}.1f")
+def after(stage: str) -> str:
+    """When a stage's results were measured, in words; `base` and `model` are a model before or without stages."""
+    return stage if stage in ("base", "model") else f"after {stage}"
 
 
 def metric_cell(metric: dict[str, Any]) -> Cell:
