@@ -50,3 +50,12 @@ def test_an_input_is_never_dropped(template):
     assert caught.value.where == "here"
     assert "has an input" in caught.value.what
     assert "Add {input}" in caught.value.fix
+
+
+@pytest.mark.parametrize("template", ["alpaca", "Q{1}: {instruction} ({input})\nA:"])
+@pytest.mark.parametrize("input", [None, "b\n\na {instruction}"])
+def test_a_prompt_gives_back_what_it_was_made_of(template, input):
+    prompts = PromptTemplate(PromptConfig(template=template))
+    made_of = "Sort\nthis." if input is None else f"Sort\nthis.\n\n{input}"
+    assert prompts.unwrap(prompts.render("Sort\nthis.", input)) == made_of
+    assert prompts.unwrap("of another template") == "of another template"

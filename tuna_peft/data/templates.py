@@ -63,6 +63,14 @@ class PromptTemplate:
             )
         return _fill(self.with_input, instruction, input)
 
+    def unwrap(self, prompt: str) -> str:
+        """What `render` was given, instruction and input with a blank line between; another text as it is."""
+        for template in (self.with_input, self.no_input):
+            around = re.split(r"\{instruction\}|\{input\}", template)
+            if match := re.fullmatch("(.*)".join(map(re.escape, around)), prompt, re.DOTALL):
+                return "\n\n".join(filter(None, match.groups()))
+        return prompt
+
 
 def _fill(template: str, instruction: str, input: str) -> str:
     # One pass, so that braces in the data (and an instruction that says "{input}") stay as they are.

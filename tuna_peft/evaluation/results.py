@@ -28,6 +28,15 @@ TITLES = {
 }
 """What the main metric of a task is called in a table."""
 
+MEANINGS = {
+    "ranking": "of the pairs of held-out responses, the share in which the model finds the better one likelier",
+    "graded": "a program's mean grade, 0 to 1, of the model's own answers to held-out prompts",
+    "superni": "overlap of its answers with the references, in percent",
+    "lmentry": "answers that are right by the benchmark's rules, in percent",
+    "vicuna": "how often a judge prefers its answer to the other side's; a tie counts half",
+}
+"""What that metric says, by the task's name up to the first hyphen."""
+
 
 def number(value: float | None, *, among: Iterable[float | None] = (), sign: str = "") -> str:
     """A metric: three decimals for shares, one where it or one of its companions is above 1, as percentages are."""

@@ -111,7 +111,7 @@ def _keep_facts(
 ) -> None:
     """Writes what is evaluated in `output`, for the report; a run has done so itself."""
     facts = {
-        "name": f"evaluation of {target}",
+        "name": f"evaluation of {Path(target).resolve().name if Path(target).exists() else target}",
         "seed": None,
         "base": {**digest["base"], "quantization": {"method": quantization_method(digest["quantization"])}},
         "adapters": digest["adapters"],

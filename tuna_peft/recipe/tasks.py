@@ -127,8 +127,10 @@ def _graded(settings: GradedTask, prompt: PromptConfig, data: TaskData) -> Task:
     grader = load_grader(settings.grader, "evaluation.tasks.graded.grader")
     prompts, read = load_prompts(settings, prompt)
     data.counts["graded"] = read.as_dict()
+    template = PromptTemplate(prompt)
     questions = [
-        Question(entry["id"], _text(entry["prompt"]), entry["prompt"], record=entry["record"]) for entry in prompts
+        Question(entry["id"], _text(entry["prompt"], template), entry["prompt"], record=entry["record"])
+        for entry in prompts
     ]
     run = partial(evaluate_graded, questions=questions, grade=grader, max_new_tokens=settings.max_new_tokens)
     return Task("graded", run, _settings(settings, questions, "grader", "max_new_tokens"))
@@ -228,5 +230,8 @@ def _settings(settings: Any, questions: list[Question], *names: str) -> dict[str
     return {**{name: getattr(settings, name) for name in names}, "data": digest}
 
 
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+def _text(prompt: Any, template: PromptTemplate) -> str:
+    """Without the template around it."""
+    if isinstance(prompt, str):
+        return template.unwrap(prompt)
+    return "\n\n".join(message["content"] for message in prompt)

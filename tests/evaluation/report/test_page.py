@@ -76,6 +76,13 @@ def test_a_part_without_data_is_left_out(tmp_path):
     assert 'id="training"' not in page and "Not finished: sft, probabilistic, contextual" in page
 
 
+def test_numbers_say_what_they_are(report):
+    report["data"]["sft"] |= {"omitted": 0}
+    page = render_page(report)
+    assert "records 100, kept 98; tokens: longest 70</td>" in page
+    assert "in which the model finds the better one likelier" in page and "40 prompts, others are left out" in page
+
+
 def test_curves_with_infinite_values_are_drawn_without_them(report):
     report["curves"]["sft"]["loss"]["loss"][3][1] = float("inf")
     report["curves"]["sft"]["loss"]["loss"][4][1] = float("nan")

@@ -40,8 +40,8 @@ def rank_colour(rank: int, ranks: int) -> str:
 def progress(report: Report) -> list[Panel]:
     """The main metric of each task over the stages, with its interval."""
     stages = list(report["evaluation"])
-    panels = []
-    for task in tasks_of(report):
+    panels: list[Panel] = []
+    for task in tasks_of(report) if len(stages) > 1 else ():
         measured = [
             (stage, results[task]["metrics"][results[task]["main"]])
             for stage, results in report["evaluation"].items()
@@ -141,7 +141,7 @@ def by_length(report: Report) -> list[Panel]:
             at = x(groups.index(entry["group"]) + offset), y(entry["value"])
             said = f"{stage}: {number(entry['value'])} of {entry['count']} pairs"
             _measured(chart, at, y, entry, stage_colour(report, stage), said)
-    legend = [(stage, stage_colour(report, stage)) for stage in stages]
+    legend = [*((stage, stage_colour(report, stage)) for stage in stages), ("dashed: by chance", "var(--soft)")]
     return [Panel(chart, "pairs in the right order", legend), *_preference_for_length(report)]
 
 
@@ -158,13 +158,14 @@ def _preference_for_length(report: Report) -> list[Panel]:
     x, y = chart.x(-0.5, len(metrics) - 0.5), chart.y(0, 1)
     chart.y_axis(y, ticks(0, 1, 5))
     chart.line((chart.left, y(given[0])), (chart.width - chart.right, y(given[0])), "chance")
-    chart.text((chart.width - chart.right, y(given[0]) - 5), "is the better one", "end")
     for place, (stage, of_stage) in enumerate(metrics.items()):
         metric = of_stage["prefers_longer"]
         said = f"{stage}: {number(metric['value'])} of {metric['count']} pairs"
         _measured(chart, (x(place), y(metric["value"])), y, metric, stage_colour(report, stage), said)
         chart.text((x(place), chart.height - 24), _clip(stage, 52 // len(metrics)), "middle", "axis")
-    return [Panel(chart, "the longer of two is preferred")]
+    return [
+        Panel(chart, "how often the longer of two is preferred", [("dashed: how often it is better", "var(--soft)")])
+    ]
 
 
 def costs(report: Report) -> list[Panel]:

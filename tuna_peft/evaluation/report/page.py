@@ -10,15 +10,14 @@ from typing import Any
 from tuna_peft.evaluation.report import figures
 from tuna_peft.evaluation.report.figures import Panel
 from tuna_peft.evaluation.report.table import Cell, after, heading_of, metric_cell, stage_table, tasks_of
-from tuna_peft.evaluation.results import number
+from tuna_peft.evaluation.results import MEANINGS, number
 
 Report = dict[str, Any]
 
 _V_EXPLAINED = (
-    "v is the length-normalised log-probability that the model gives a held-out response; drawn is how far it lies "
-    "above or below the mean of all responses to the same prompt. Each row holds the responses of one rank, the best "
-    "on top; the dashed line joins their medians. Training on rankings is to lean that line: the better a response, "
-    "the further right."
+    "How likely the model finds a held-out response (v, its mean log-probability per token), above or below the mean "
+    "of all responses to the same prompt. Each row holds the responses of one rank, the best on top; the dashed line "
+    "joins the medians. Training on rankings leans it: the better a response, the further right."
 )
 _WHY = {"gained": "gained most", "lost": "lost most", "typical": "in between", "chosen": "chosen"}
 
@@ -26,12 +25,13 @@ _WHY = {"gained": "gained most", "lost": "lost most", "typical": "in between", "
 def render_page(report: Report) -> str:
     """The whole page."""
     style = (resources.files("tuna_peft.evaluation.report") / "style.css").read_text(encoding="utf-8")
+    several = len(report["evaluation"]) > 1
     sections = [
-        ("stages", "Stage by stage", _stages(report)),
+        ("stages", "Stage by stage" if several else "Results", _stages(report)),
         ("ranks", "What the model finds likely, by rank", _ranks(report)),
         ("training", "Training", _training(report)),
         ("length", "Accuracy by length", _length(report)),
-        ("responses", "The same prompts after each stage", _samples(report)),
+        ("responses", "The same prompts after each stage" if several else "Responses", _samples(report)),
         ("cost", "Time and memory", _figures(figures.costs(report))),
         ("metrics", "All metrics", _metrics(report)),
         ("run", "The run", _run(report)),
@@ -79,9 +79,13 @@ def _cards(report: Report) -> str:
         more = after(last)
         if cell.interval:
             more += f"; 95 % interval {cell.interval}"
+        result = report["evaluation"][last][task]
+        more += f"; {_count(result['prompts'], 'prompt')}"
+        more += ", others are left out (see all metrics)" if result["excluded"] else ""
+        meaning = f": {said}" if (said := MEANINGS.get(task.partition("-")[0])) else ""
         start = f"<small>{number(before['value'], among=(latest['high'],))} → </small>" if first != last else ""
         cards.append(
-            f'<div class="card"><div class="name">{escape(heading_of(report, task))}</div>'
+            f'<div class="card"><div class="name"><b>{escape(heading_of(report, task))}</b>{escape(meaning)}</div>'
             f'<div class="big">{start}{cell.text}</div><div class="more">{escape(more)}</div></div>'
         )
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
@@ -148,8 +152,9 @@ def _samples(report: Report) -> str:
     def score(value: float | None) -> str:
         return f"<span>{number(value)}</span>" if value is not None else ""
 
-    blocks = []
+    blocks, several = [], len(report["evaluation"]) > 1
     for sample in report["samples"]:
+        tag = f'<span class="tag">{escape(_WHY[sample["why"]])}</span>' if several else ""
         answers = "".join(
             f'<div class="answer"><b><span>{escape(stage)}</span>{score(said["score"])}</b>{_text(said["text"])}</div>'
             for stage, said in sample["responses"].items()
@@ -158,13 +163,17 @@ def _samples(report: Report) -> str:
         if references:
             answers += f'<div class="answer reference"><b><span>reference</span></b>{_text(references)}</div>'
         blocks.append(
-            f'<div class="sample"><div class="prompt"><span class="tag">{escape(_WHY[sample["why"]])}</span>'
-            f'{_text(sample["prompt"])}</div><div class="answers">{answers}</div></div>'
+            f'<div class="sample"><div class="prompt">{tag}{_text(sample["prompt"])}</div>'
+            f'<div class="answers">{answers}</div></div>'
         )
     if not blocks:
         return ""
-    note = "Chosen by how much the score changed from first to last: most gained, most lost, and others in between."
-    return f'<p class="note">{note}</p><div class="samples">{"".join(blocks)}</div>'
+    samples = f'<div class="samples">{"".join(blocks)}</div>'
+    if not several:
+        return samples
+    scored = heading_of(report, report["samples"][0]["task"])
+    note = f"With the {scored}: where it changed most from first to last, for better and for worse, and in between."
+    return f'<p class="note">{escape(note)}</p>{samples}'
 
 
 def _metrics(report: Report) -> str:
@@ -249,13 +258,15 @@ def _count(number_of: int, noun: str) -> str:
     return f"{number_of:,} {noun}" if number_of == 1 else f"{number_of:,} {noun}s"
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> str:
-    """Nested counts as `read 5, tokens: kept 4`; what is None or empty is left out."""
-    parts = []
+def _flat(values: dict[str, Any]) -> str:
+    """Nested counts as `read 5; tokens: kept 4`; what is nothing, or nought, is left out."""
+    plain, nested = [], []
     for key, value in values.items():
+        name = str(key).replace("_", " ")
         if isinstance(value, dict):
-            parts.append(_flat(value, f"{prefix}{key} "))
-        elif value not in (None, "", []):
-            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            parts.append(f"{prefix}{key.replace('_', ' ')} {shown}")
-    return ", ".join(part for part in parts if part)
+            nested += [f"{name}: {inside}"] if (inside := _flat(value)) else []
+        elif isinstance(value, float):
+            plain.append(f"{name} {value:.4g}")
+        elif value:
+            plain.append(f"{name} {value:,}" if type(value) is int else f"{name} {value}")
+    return "; ".join([*([", ".join(plain)] if plain else []), *nested])
