@@ -12,6 +12,7 @@ Shape suffixes: U tokens of the batch without padding, S segments, K gathered ke
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class Segments:
     def of(cls, batch: dict[str, Any]) -> Segments:
         """Those of a batch of `RankedCollator`."""
         return cls(batch["q_offsets"], batch["k_offsets"], batch["keys"], longest=batch["input_ids"].shape[1])
+
+    @cached_property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Queries and keys of each segment; read once for all layers, as it makes a GPU wait."""
+        return self.q_offsets.diff().tolist(), self.k_offsets.diff().tolist()
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """The causal mask aligned at the end; None where plain causality says the same."""
@@ -148,7 +154,7 @@ def _in_one_kernel(module, query, key, value, segments: Segments, window, dropou
 
 
 def _one_by_one(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
-    q_lengths, k_lengths = (offsets.diff().tolist() for offsets in (segments.q_offsets, segments.k_offsets))
+    q_lengths, k_lengths = segments.lengths
     outputs = []
     # `split`, not slices: its backward pass is one concatenation instead of a full-size sum for each segment.
     for q, k, v in zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), strict=True):
