@@ -1,5 +1,7 @@
 """Attention segment by segment: what is handed to the kernels, and models that cannot take it."""
 
+import sys
+
 import pytest
 import torch
 from families import make_model, make_rows
@@ -58,41 +60,76 @@ def test_padding_is_not_computed():
         assert torch.equal(lengths[:n], alone.lengths_BN[0])
 
 
+def played_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, enable_gqa):
+    """The CUDA kernel by its definition: causal, aligned at the end, within the window."""
+    assert q_offsets.dtype == k_offsets.dtype == torch.int32 and q_offsets[-1] == len(q)
+    assert q_offsets.diff().max() <= max_q and k_offsets.diff().max() <= max_k
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    outputs = []
+    for queries, keys, values in zip(
+        q.split(q_offsets.diff().tolist()),
+        k.split(k_offsets.diff().tolist()),
+        v.split(k_offsets.diff().tolist()),
+        strict=True,
+    ):
+        shift = len(keys) - len(queries)
+        away = torch.arange(len(queries))[:, None] + shift - torch.arange(len(keys))
+        mask = (away >= 0) & ((away <= window_size[0]) | (window_size[0] == -1))
+        states = (part.transpose(0, 1) for part in (queries, keys, values))
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                *states, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+            ).transpose(0, 1)
+        )
+    return torch.cat(outputs)
+
+
+def kernel_of_2_10(q, k, v, q_offsets, k_offsets, max_q, max_k, is_causal=False, return_aux=None):
+    raise AssertionError("called without a scale and a window")
+
+
+def kernel_of_2_11(q, k, v, q_offsets, k_offsets, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    return played_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, False)
+
+
+def kernel_of_2_12(q, k, v, q_offsets, k_offsets, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    return played_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, enable_gqa)
+
+
+@pytest.fixture
+def install_kernel(monkeypatch):
+    """Puts another PyTorch's `varlen_attn` in the place of this one's, on a GPU that has FlashAttention."""
+
+    def install(kernel):
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        segments.kernel_options.cache_clear()
+
+    yield install
+    segments.kernel_options.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", [kernel_of_2_11, kernel_of_2_12])
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3"])
-def test_the_variable_length_kernel_gets_the_same_attention(family, monkeypatch):
-    """The CUDA kernel is played by its definition: causal, aligned at the end, within the window."""
-
-    def varlen_attn(q, k, v, q_offsets, k_offsets, max_q, max_k, *, scale, window_size, enable_gqa):
-        assert q_offsets.dtype == k_offsets.dtype == torch.int32 and q_offsets[-1] == len(q)
-        assert q_offsets.diff().max() <= max_q and k_offsets.diff().max() <= max_k
-        outputs = []
-        for queries, keys, values in zip(
-            q.split(q_offsets.diff().tolist()),
-            k.split(k_offsets.diff().tolist()),
-            v.split(k_offsets.diff().tolist()),
-            strict=True,
-        ):
-            shift = len(keys) - len(queries)
-            away = torch.arange(len(queries))[:, None] + shift - torch.arange(len(keys))
-            mask = (away >= 0) & ((away <= window_size[0]) | (window_size[0] == -1))
-            states = (part.transpose(0, 1) for part in (queries, keys, values))
-            outputs.append(
-                torch.nn.functional.scaled_dot_product_attention(
-                    *states, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
-                ).transpose(0, 1)
-            )
-        return torch.cat(outputs)
-
+def test_the_variable_length_kernel_gets_the_same_attention(family, kernel, monkeypatch, install_kernel):
     model, batch = make_model(family), RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(2, vocabulary=3))
     by_calls = response_logps(model, batch).sums_BN
-    monkeypatch.setattr(segments, "_has_flash", lambda query, dropout: True)
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    install_kernel(kernel)
+    monkeypatch.setattr(segments, "_takes_flash", lambda query, dropout: True)
     torch.testing.assert_close(response_logps(model, batch).sums_BN, by_calls, atol=1e-5, rtol=1e-5)
 
 
-def test_flash_is_for_16_bits_on_ampere_alone():
+@pytest.mark.parametrize(("kernel", "there"), [(kernel_of_2_10, False), (kernel_of_2_11, True), (None, False)])
+def test_a_kernel_without_scale_and_window_is_left_alone(kernel, there, monkeypatch, install_kernel):
+    install_kernel(kernel)
+    if kernel is None:  # before PyTorch 2.10
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert segments.has_flash(torch.device("cuda")) == there
+
+
+def test_flash_is_for_16_bits_on_a_gpu_alone():
     states = torch.zeros(1, 2, 4, 8)
-    assert not segments._has_flash(states, 0.0) and not segments._has_flash(states.half(), 0.0)
+    assert not segments._takes_flash(states, 0.0) and not segments._takes_flash(states.half(), 0.0)
 
 
 def test_plain_calls_stay_plain():

@@ -2,17 +2,18 @@
 
 A segment (an unbranched run of a row's tree, see `tuna_peft.data.collate`) attends to its ancestors' tokens and,
 causally, to its own: the keys are gathered once per layer, and each segment is a causal attention aligned at its end.
-FlashAttention's variable-length kernel takes all of them in one call (16-bit, Ampere on); elsewhere each is a call of
-`scaled_dot_product_attention`. A dense mask costs the square of a row, this the pairs that see each other; and as each
-segment knows its keys, all rows of a batch stand behind each other without padding.
+FlashAttention's variable-length kernel takes all of them in one call (16-bit, from Ampere and PyTorch 2.11 on);
+elsewhere each is a call of `scaled_dot_product_attention`. A dense mask costs the square of a row, this the pairs that
+see each other; and as each segment knows its keys, all rows of a batch stand behind each other without padding.
 
 Shape suffixes: U tokens of the batch without padding, S segments, K gathered keys, H heads, D head size.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -123,20 +124,34 @@ def segment_attention(
     kinds = getattr(module.config, "layer_types", None)
     windows = layer_windows(module.config)
     window = windows[kinds[module.layer_idx]] if kinds else next(iter(windows.values()))
-    attend = _in_one_kernel if _has_flash(query, dropout) else _one_by_one
+    attend = _in_one_kernel if _takes_flash(query, dropout) else _one_by_one
     return attend(module, queries, keys, values, segments, window, dropout, scaling)[None], None
 
 
-def gpu_has_flash(device: torch.device) -> bool:
-    """Whether it is a GPU that FlashAttention runs on: Ampere and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+def has_flash(device: torch.device) -> bool:
+    """Whether FlashAttention's variable-length kernel is there: a GPU from Ampere on, and PyTorch 2.11."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] >= 8
+        and {"scale", "window_size"} <= kernel_options()
+    )
 
 
-def _has_flash(query: torch.Tensor, dropout: float) -> bool:
-    """Whether FlashAttention serves these states: 16-bit, Ampere on, heads of at most 256, no dropout."""
+@cache
+def kernel_options() -> frozenset[str]:
+    """What the installed PyTorch's `varlen_attn` can be told; nothing where there is none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _takes_flash(query: torch.Tensor, dropout: float) -> bool:
+    """Whether FlashAttention serves these states: 16-bit, heads of at most 256, no dropout."""
     return (
         query.dtype in (torch.float16, torch.bfloat16)
-        and gpu_has_flash(query.device)
+        and has_flash(query.device)
         and query.shape[-1] <= 256
         and not dropout
     )
@@ -145,11 +160,17 @@ def _has_flash(query: torch.Tensor, dropout: float) -> bool:
 def _in_one_kernel(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped = {}
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in kernel_options():
+            grouped["enable_gqa"] = True
+        else:  # PyTorch 2.11
+            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     return varlen_attn(
         query, key, value, segments.q_offsets, segments.k_offsets, segments.longest, segments.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )  # fmt: skip
 
 
