@@ -31,10 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a run")
-    parser.add_argument("--limit", type=int, help="prompts; by default all of the run's")
+    parser.add_argument("--path", help="other prompts, such as builtin:pico-llama/prompts.jsonl")
+    parser.add_argument("--limit", type=int, help="the first so many of the prompts")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args(arguments)
-    settings = _settings(options.run, options.limit)
+    settings = _settings(options.run, options.path, options.limit)
     by_stage: dict[str, list[float]] = {}
     totals = []
     for _ in range(options.repetitions):
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stage, seconds in medians.items():
         print(f"generation, {stage:16} {seconds:8.2f} s")
     print(f"evaluate, {len(medians)} stages        {total:8.2f} s")
+    print(f"beyond generation           {total - generation:8.2f} s")
     print(f"evaluate / ({len(medians)} x one stage's generation) = {total / generation:.3f}")
     return 0
 
@@ -77,12 +79,12 @@ def evaluate_seconds(run: str, settings: EvaluationSettings) -> float:
         return time.perf_counter() - started
 
 
-def _settings(run: str, limit: int | None) -> EvaluationSettings:
+def _settings(run: str, path: str | None, limit: int | None) -> EvaluationSettings:
     recipe = recipe_of_run(run)
     if recipe is None or recipe.evaluation is None or recipe.evaluation.tasks.graded is None:
         raise SystemExit(f"{run} is no run with evaluation.tasks.graded")
     graded = recipe.evaluation.tasks.graded
-    graded.limit = limit or graded.limit
+    graded.path, graded.limit = path or graded.path, limit or graded.limit
     return recipe.evaluation.model_copy(update={"tasks": TaskSettings(graded=graded)})
 
 

@@ -20,7 +20,10 @@ from benchmarks.contest import data, pairs, table  # noqa: E402
 from benchmarks.contest.arms import ARMS, GRADE_PER_STEP, on_lists  # noqa: E402
 from benchmarks.contest.objectives import ranking  # noqa: E402
 from benchmarks.contest.train import LORA, trained  # noqa: E402
+from benchmarks.contest.worlds import MAX_LENGTH, stories  # noqa: E402
 from tuna_peft.models.base import load_base  # noqa: E402
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,18 @@ def test_no_prompt_is_in_two_parts(base, lists):
     assert [len(part) for part in prompts] == [data.TRAINING_LISTS, data.VALIDATION_LISTS, 210]
     assert not any(a & b for a, b in itertools.combinations(prompts, 2))
     assert not any(any(row["completion_skips"]) for row in lists)  # pairs are made of whole responses
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_a_small_real_model_on_real_rankings():
+    world = stories(SHARED)
+    parts = [world.lists, world.validation.ranked, world.test.ranked]
+    assert world.start.num_parameters() == 260_032 and [len(part) for part in parts] == [336, 48, 93]
+    for row in itertools.chain(*parts):
+        assert len(row["completions_ids"]) > 1 and row["ranks"] == sorted(row["ranks"])
+        assert max(map(len, row["completions_ids"])) + len(row["prompt_ids"]) <= MAX_LENGTH
+    prompts = [{tuple(row["prompt_ids"]) for row in part} for part in parts]
+    assert not any(a & b for a, b in itertools.combinations(prompts, 2))
 
 
 def test_lists_are_sorted_but_for_the_judge_s_errors_and_grades_have_the_stated_scale(lists):
