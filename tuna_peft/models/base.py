@@ -81,9 +81,16 @@ def resolve_dtype(dtype: str = "auto", device: torch.device | None = None) -> to
 
 
 def make_quantization_config(
-    method: str = "nf4", *, double_quant: bool = True, compute_dtype: torch.dtype = torch.float32
+    method: str = "nf4",
+    *,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.float32,
+    storage_dtype: torch.dtype = torch.uint8,
 ) -> BitsAndBytesConfig | None:
-    """The bitsandbytes configuration for `nf4`, `fp4`, `int8`; None for `none`."""
+    """The bitsandbytes configuration for `nf4`, `fp4`, `int8`; None for `none`.
+
+    `storage_dtype` is what 4-bit codes are stored as: the bits are the same, but only floating ones can be sharded.
+    """
     if method == "none":
         return None
     if method == "int8":
@@ -95,6 +102,7 @@ def make_quantization_config(
         bnb_4bit_quant_type=method,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=storage_dtype,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft.utils.integrations import dequantize_module_weight
 
 from tuna_peft.errors import UserError
@@ -19,6 +20,8 @@ def dequantised_weight(layer: torch.nn.Module) -> torch.Tensor:
     repacked for CPUs with AVX512-BF16 is brought back to its storage layout first: read as it is, it dequantises to
     garbage without a word. Its block scales come back rounded to bf16, which is all that the packed form keeps.
     """
+    if isinstance(layer, Linear4bit):
+        fix_4bit_weight_quant_state_from_module(layer)  # a weight that FSDP2 gathered is bare codes
     state = getattr(layer.weight, "quant_state", None)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         _unpack(layer.weight, state)

@@ -27,7 +27,8 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     if (done := run.load("exports.json")) is not None:
         return done
     base = run.recipe.base
-    where: dict[str, Any] = {"device": base.device, "trust_remote_code": base.trust_remote_code}
+    device = "cpu" if run.processes.sharding else base.device  # no GPU may hold the whole
+    where: dict[str, Any] = {"device": device, "trust_remote_code": base.trust_remote_code}
     exports: dict[str, Any] = {}
     if settings.combine:
         exports["combined"] = _as_dict(combine_stack(stack, run.path / "combined", rank=settings.combine_rank))

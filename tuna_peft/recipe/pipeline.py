@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from peft import PeftModel
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +30,7 @@ from tuna_peft.models.base import (
     resolve_dtype,
 )
 from tuna_peft.models.manifest import read_manifest
+from tuna_peft.models.shards import shard_base
 from tuna_peft.models.stack import adapter_names, drop_adapter, fingerprint, load_adapter
 from tuna_peft.recipe.evaluate import evaluate_stage
 from tuna_peft.recipe.exports import export_stack
@@ -38,6 +42,7 @@ from tuna_peft.recipe.processes import Processes
 from tuna_peft.recipe.publish import publish, require_exports
 from tuna_peft.recipe.rundir import RunDirectory
 from tuna_peft.recipe.schema import Recipe, Stage
+from tuna_peft.recipe.sharding import require_shardable
 from tuna_peft.recipe.train_stage import stage_config, train_stage
 
 logger = logging.getLogger("tuna_peft")
@@ -58,6 +63,8 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
     """
     on_cpu = resolve_device(recipe.base.device).type == "cpu"
     processes = Processes(on_cpu)
+    if processes.sharding:
+        require_shardable(recipe)
     with RunDirectory(output, recipe, processes) as run:
         _quieten_libraries()
         for stage in recipe.trained():
@@ -73,14 +80,14 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         for stage in recipe.trained():
             if stage.name in inputs.prompts:
                 check_feedback(stage, inputs.prompts[stage.name], tokenizer)
-        preflight(recipe, inputs, config, processes.count)
-        base = _load_base(recipe)
+        preflight(recipe, inputs, config, processes.count, sharded=processes.sharding is not None)
+        base = _load_base(recipe, processes)
         run.save(FACTS, _facts(recipe, base, inputs))
         model: PreTrainedModel | PeftModel = base.model
         _evaluate(run, model, base, inputs, "base")
         for stage in recipe.trained():
             if stage.name in inputs.prompts:
-                with processes.main_first():  # the others find what it made
+                with processes.main_first(model):  # the others find what it made
                     make_rows(run, model, base, inputs, stage)
                 run.save(FACTS, _facts(recipe, base, inputs))
             model = _finish_stage(run, model, base, inputs, stage)
@@ -106,23 +113,31 @@ def _quieten_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def _load_base(recipe: Recipe) -> Base:
-    settings, quantization = recipe.base, recipe.quantization
+def _load_base(recipe: Recipe, processes: Processes) -> Base:
+    settings, quantization, sharding = recipe.base, recipe.quantization, processes.sharding
     device = resolve_device(settings.device)
-    compute = settings.dtype if quantization.compute_dtype == "auto" else quantization.compute_dtype
+    held = resolve_dtype(settings.dtype, device)
+    compute = held if quantization.compute_dtype == "auto" else resolve_dtype(quantization.compute_dtype)
+    mesh = init_device_mesh(device.type, (processes.count,)) if sharding else None
     logger.info("loading %s, %s", settings.model, quantization.method)
-    return load_base(
-        settings.model,
-        revision=settings.revision,
-        quantization_config=make_quantization_config(
-            quantization.method,
-            double_quant=quantization.double_quant,
-            compute_dtype=resolve_dtype(compute, device),
-        ),
-        dtype=settings.dtype,
-        device=str(device),
-        trust_remote_code=settings.trust_remote_code,
-    )
+    with processes.in_turn() if sharding and sharding.in_turn else contextlib.nullcontext():
+        base = load_base(
+            settings.model,
+            revision=settings.revision,
+            quantization_config=make_quantization_config(
+                quantization.method,
+                double_quant=quantization.double_quant,
+                compute_dtype=compute,
+                storage_dtype=compute if sharding else torch.uint8,
+            ),
+            dtype=str(held).removeprefix("torch."),
+            device="cpu" if sharding else str(device),  # no GPU may hold the whole
+            trust_remote_code=settings.trust_remote_code,
+        )
+        if sharding and mesh:
+            shard_base(base.model, mesh, layers=sharding.layers, reshard_after_forward=sharding.reshard_after_forward)
+            logger.info("sharded over %d processes", processes.count)
+    return base
 
 
 def _finish_stage(
@@ -157,13 +172,13 @@ def _finish_stage(
 
 def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: str) -> None:
     settings = run.recipe.evaluation
-    if settings and inputs.tasks and run.processes.main:
-        with Journal(run.path / JOURNAL) as journal:
-            session = Session(
-                run.path, stage, model_digest(model), model, base.tokenizer, journal, settings.batch_size
-            )
-            evaluate_stage(session, inputs.tasks)
-    run.processes.wait()
+    with run.processes.main_first(model):
+        if settings and inputs.tasks and run.processes.main:
+            with Journal(run.path / JOURNAL) as journal:
+                session = Session(
+                    run.path, stage, model_digest(model), model, base.tokenizer, journal, settings.batch_size
+                )
+                evaluate_stage(session, inputs.tasks)
 
 
 def _facts(recipe: Recipe, base: Base, inputs: Inputs) -> dict[str, Any]:

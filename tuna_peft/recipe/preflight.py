@@ -21,7 +21,9 @@ from tuna_peft.recipe.schema import Recipe
 logger = logging.getLogger("tuna_peft")
 
 
-def preflight(recipe: Recipe, inputs: Inputs, config: PretrainedConfig, processes: int = 1) -> Plan | None:
+def preflight(
+    recipe: Recipe, inputs: Inputs, config: PretrainedConfig, processes: int = 1, *, sharded: bool = False
+) -> Plan | None:
     """Says what the run will take; stops it where even its smallest forward passes do not fit.
 
     A peak beyond the memory is a warning only: a ranking step that runs out of memory is split by itself.
@@ -29,15 +31,19 @@ def preflight(recipe: Recipe, inputs: Inputs, config: PretrainedConfig, processe
     Args:
         inputs: The data, encoded: lengths are exact. A stage whose data is still to be made gets typical ones.
         config: The model's configuration.
+        sharded: The processes share one base; the planner only knows whole ones.
 
     Returns:
-        The plan; None for a model that the planner does not know.
+        The plan; None for a model that the planner does not know, or that is sharded.
 
     Raises:
         UserError: It cannot fit, with what to change; or bf16 is asked of a GPU that has none.
     """
     device = this_device(recipe.base.device)
     require_native_bf16(recipe, device.name, has_bf16=device.bf16)
+    if sharded:
+        logger.info("no plan: the planner knows whole bases, and this one is sharded over %d processes", processes)
+        return None
     try:
         shape = ModelShape.from_config(config.to_dict(), recipe.base.model)
     except UserError as error:

@@ -1,7 +1,7 @@
 """Several processes on one run, as `accelerate launch` and `torchrun` start them: one of them writes.
 
-Every process holds the model and trains; the first one alone owns the run's folder, evaluates and exports, while the
-others wait.
+Every process trains, on a base of its own or, under FSDP2, on one that all share; the first process alone owns the
+run's folder, evaluates and exports, while the others wait.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import os
 from collections.abc import Iterator
 from datetime import timedelta
 
+import torch
 from accelerate import PartialState
 
-from tuna_peft.errors import UserError
+from tuna_peft.models.shards import Lending, is_sharded
+from tuna_peft.recipe.sharding import Sharding, asked_for_sharding
 
 # Others wait for as long as the first one evaluates or merges: much longer than the ten minutes of a usual collective.
 _PATIENCE = timedelta(days=2)
@@ -28,17 +30,20 @@ class Processes:
     Attributes:
         count: How many there are.
         main: Whether this is the first.
+        sharding: How they share one base; None where each has its own.
 
     Raises:
-        UserError: The launcher would shard the model, or steps, in a way that a run does not support.
+        UserError: The launcher would shard or step in a way that a run does not support.
     """
 
     def __init__(self, on_cpu: bool = False) -> None:
-        _require_whole_models()
+        asked = asked_for_sharding()
         # A single process needs no group, and nothing that would outlive the run.
         self._state = PartialState(cpu=on_cpu, timeout=_PATIENCE) if world_size() > 1 else None
         self.count = self._state.num_processes if self._state else 1
         self.main = self._state is None or self._state.is_main_process
+        self.sharding: Sharding | None = asked if self._state else None
+        self._lending = Lending(_PATIENCE) if self.sharding else None
 
     def wait(self) -> None:
         """Until all have come to this point."""
@@ -46,26 +51,31 @@ class Processes:
             self._state.wait_for_everyone()
 
     @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The first process does what is inside while the others wait; then they do it, with what it downloaded."""
-        with self._state.main_process_first() if self._state else contextlib.nullcontext():
+    def main_first(self, model: torch.nn.Module | None = None) -> Iterator[None]:
+        """The first process does what is inside while the others wait; then they do it, with what it made.
+
+        Args:
+            model: What the first one computes with; if it is sharded, the others gather its weights along with it.
+        """
+        lending = self._lending if model is not None and is_sharded(model) else None
+        if not self.main:
+            if lending and model is not None:
+                lending.lend(model)
+            self.wait()
+        with lending.borrow(model) if self.main and lending and model is not None else contextlib.nullcontext():
             yield
+        if self.main:
+            self.wait()
 
-
-def _require_whole_models() -> None:
-    """Refuses FSDP and DeepSpeed.
-
-    Sharded weights cannot be evaluated or saved by one process alone, and DeepSpeed counts backward passes to know
-    when a step ends, while `max_tokens_per_batch` and a step that runs out of memory change their number.
-    """
-    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
-        if os.environ.get(variable, "false") == "true":
-            raise UserError(
-                f"a run does not work under {name} yet",
-                where="--launch",
-                fix="Use data parallelism (`--launch ddp`): each GPU holds the whole 4-bit base, and "
-                "`tuna-peft plan RECIPE --gpu all` shows which cards do.",
-            )
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """One process after the other does what is inside."""
+        rank = self._state.process_index if self._state else 0
+        for _ in range(rank):
+            self.wait()
+        yield
+        for _ in range(rank, self.count):
+            self.wait()
 
 
 def world_size() -> int:

@@ -19,6 +19,7 @@ from trl import SFTConfig
 
 from tuna_peft.errors import UserError
 from tuna_peft.files import write_json
+from tuna_peft.models.shards import keep_from_ddp
 from tuna_peft.models.stack import push_adapter, take_over
 from tuna_peft.recipe.measure import Peak
 from tuna_peft.recipe.schema import Recipe, Stage
@@ -66,6 +67,7 @@ def train_stage(
     )  # fmt: skip
     if stage.continue_adapter:
         take_over(stacked)
+    keep_from_ddp(stacked)
     config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu")
     stop, progress = StopOnRequest(), StageProgress(stage.name)
     trainer = _trainer(stacked, config, tokenizer, rows, [stop, progress])

@@ -32,6 +32,7 @@ from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_deq
 from tuna_peft.models.logps import require_plain_head
 from tuna_peft.models.prefix import LONG_ROW, describe_attention
 from tuna_peft.models.scoring import response_logps, unwrap
+from tuna_peft.models.shards import is_sharded
 from tuna_peft.models.stack import push_adapter
 from tuna_peft.models.verify import verify_shared_rows
 from tuna_peft.training.activation_memory import ActivationMemory
@@ -252,6 +253,8 @@ class TunaTrainer(StackCheckpoints, Trainer):
         self._verified = True
 
     def _accumulate(self, model, micro_batches: list[dict[str, torch.Tensor]], counts: StepCounts) -> torch.Tensor:
+        if is_sharded(model):
+            self._keep_pace(model, micro_batches)
         losses = []
         for index, micro_batch in enumerate(micro_batches):
             # Processes exchange gradients once, after the last backward pass.
@@ -259,6 +262,17 @@ class TunaTrainer(StackCheckpoints, Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, micro_batch, counts))
         return torch.stack(losses).sum()
+
+    def _keep_pace(self, model, micro_batches: list[dict[str, torch.Tensor]]) -> None:
+        """Forward and backward passes that count for nothing, up to the number of the process with the most: each
+        pass gathers shards from all processes."""
+        most = max(gather_object([len(micro_batches)]))
+        smallest = self._prepare_inputs(micro_batches[-1])
+        for _ in range(most - len(micro_batches)):
+            with self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    nothing = response_logps(model, smallest).sums_BN.sum() * 0
+                self.accelerator.backward(nothing)
 
     def _count(self, batches: list[dict[str, torch.Tensor]]) -> StepCounts:
         own = [_micro_batch_counts(batch) for batch in batches]
