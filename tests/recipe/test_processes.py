@@ -12,62 +12,102 @@ from safetensors.torch import load_file
 from test_pipeline import STAGES, TRAIN, adapter_bytes, files, recipe  # noqa: F401 - files is a fixture
 from typer.testing import CliRunner
 
-from tuna_peft import UserError
 from tuna_peft.cli.app import app
 from tuna_peft.models.base import resolve_device
 from tuna_peft.recipe.dump import dump_recipe
 from tuna_peft.recipe.pipeline import run_recipe
+from tuna_peft.recipe.shipped import find_accelerate_config
 
 HERE = Path(__file__).parent
+TRAINED = ["sft", "probabilistic"]
 
 
-def in_two(file, output, *after):
-    """The exit code of a run in two processes."""
+def in_two(*command):
+    """Runs the rest of a command line that starts two processes."""
     paths = [str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(HERE / "in_processes.py"), str(file), str(output), *map(str, after)]
+    command = [sys.executable, "-m", *map(str, command)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def of_batch(files, size, stages=STAGES):  # noqa: F811
+def accelerate_launch(config, *command):
+    return in_two("accelerate.commands.launch", "--config_file", find_accelerate_config(config), *command)
+
+
+@pytest.fixture(scope="module")
+def ranked(files):  # noqa: F811
+    """Rows of several lengths, so that processes need several numbers of forward passes for a step."""
+    rows = [json.loads(line) for line in (files / "ranked.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        row["prompt"] *= 3
+    file = files / "lengths.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def of_batch(files, ranked, size, stages=TRAINED):  # noqa: F811
     chosen = [stage.model_dump() for stage in recipe(files).stages if stage.name in stages]
     for stage in chosen:
         stage["train"] = {**TRAIN, "per_device_train_batch_size": size}
+        if stage["type"] == "ranking":
+            stage["data"] = {"path": ranked}
+            stage["train"] |= {"max_tokens_per_batch": 40, "gradient_checkpointing": True}
     return recipe(files, stages=chosen)
 
 
-def test_two_processes_train_as_one_with_the_same_prompts_a_step(files, tmp_path):  # noqa: F811
-    two, one = of_batch(files, 2, ["sft", "probabilistic"]), of_batch(files, 4, ["sft", "probabilistic"])
-    (tmp_path / "two.yaml").write_text(dump_recipe(two))
-    result = in_two(tmp_path / "two.yaml", tmp_path / "two")
+@pytest.fixture(scope="module")
+def two(files, ranked, tmp_path_factory):  # noqa: F811
+    """The recipe, and a run of it in two processes with a base each, started by accelerate."""
+    root = tmp_path_factory.mktemp("two")
+    (root / "recipe.yaml").write_text(dump_recipe(of_batch(files, ranked, 2)))
+    result = accelerate_launch("ddp", "-m", "tuna_peft", "run", root / "recipe.yaml", "--output", root / "run")
     assert result.returncode == 0, result.stderr
-    run_recipe(one, tmp_path / "one")
-    logs = {}
-    for run in ("one", "two"):
-        for stage in ("sft", "probabilistic"):
-            history = json.loads((tmp_path / run / "stages" / stage / "log_history.json").read_text())
-            logs[run, stage] = [entry["loss"] for entry in history if "loss" in entry]
-    for stage in ("sft", "probabilistic"):
-        assert len(logs["one", stage]) == 4
-        assert logs["two", stage] == pytest.approx(logs["one", stage], rel=1e-5)
-        ours, theirs = (
-            load_file(tmp_path / run / "stack" / stage / "adapter_model.safetensors") for run in ("two", "one")
-        )
+    return root
+
+
+def adapter(run, stage):
+    return run / "stack" / stage / "adapter_model.safetensors"
+
+
+def test_two_processes_train_as_one_with_the_same_prompts_a_step(files, ranked, two, tmp_path):  # noqa: F811
+    run_recipe(of_batch(files, ranked, 4), tmp_path / "one")
+    for stage in TRAINED:
+        losses = {}
+        for run in (tmp_path / "one", two / "run"):
+            history = json.loads((run / "stages" / stage / "log_history.json").read_text())
+            losses[run.name] = [entry["loss"] for entry in history if "loss" in entry]
+        assert len(losses["one"]) == 4 and losses["run"] == pytest.approx(losses["one"], rel=1e-5)
+        ours, theirs = load_file(adapter(two / "run", stage)), load_file(adapter(tmp_path / "one", stage))
         # Adam divides tiny gradients by their own size, so the last digits of a sum show.
         assert all(torch.allclose(ours[key], theirs[key], atol=2e-3) for key in theirs)
-    log = (tmp_path / "two" / "run.log").read_text()
+    log = (two / "run" / "run.log").read_text()
     assert log.count("stage probabilistic: ranking on 32 rows") == 1  # one process writes
-    assert list(json.loads((tmp_path / "two" / "report.json").read_text())["stages"]) == ["sft", "probabilistic"]
+    assert list(json.loads((two / "run" / "report.json").read_text())["stages"]) == TRAINED
+
+
+def test_a_sharded_base_trains_to_the_same_bytes(two, tmp_path):
+    command = ["tuna_peft", "run", two / "recipe.yaml", "--output", tmp_path / "run", "--launch", "fsdp2"]
+    result = in_two(*command)
+    assert result.returncode == 0, result.stderr
+    assert "sharded over 2 processes" in (tmp_path / "run" / "run.log").read_text()
+    for stage in TRAINED:
+        assert adapter(tmp_path / "run", stage).read_bytes() == adapter(two / "run", stage).read_bytes()
+    ours, theirs = (json.loads((run / "report.json").read_text()) for run in (tmp_path / "run", two / "run"))
+    assert ours["exports"].keys() == theirs["exports"].keys()
+    for stage, tasks in theirs["evaluation"].items():
+        for task, result in tasks.items():
+            assert ours["evaluation"][stage][task]["metrics"] == result["metrics"]
 
 
 @pytest.mark.slow
-def test_two_processes_resume_to_the_same_bytes(files, tmp_path):  # noqa: F811
-    (tmp_path / "two.yaml").write_text(dump_recipe(of_batch(files, 2)))
-    assert in_two(tmp_path / "two.yaml", tmp_path / "straight").returncode == 0
-    assert in_two(tmp_path / "two.yaml", tmp_path / "broken", 7).returncode != 0
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_two_processes_resume_to_the_same_bytes(files, ranked, tmp_path, config):  # noqa: F811
+    (tmp_path / "two.yaml").write_text(dump_recipe(of_batch(files, ranked, 2, STAGES)))
+    command = [config, HERE / "in_processes.py", tmp_path / "two.yaml"]
+    assert accelerate_launch(*command, tmp_path / "straight").returncode == 0
+    assert accelerate_launch(*command, tmp_path / "broken", 7).returncode != 0
     assert (tmp_path / "broken" / "stages" / "probabilistic" / "checkpoint-2").is_dir()
-    result = in_two(tmp_path / "two.yaml", tmp_path / "broken")
+    result = accelerate_launch(*command, tmp_path / "broken")
     assert result.returncode == 0, result.stderr
     assert adapter_bytes(tmp_path / "broken") == adapter_bytes(tmp_path / "straight")
 
@@ -80,16 +120,6 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert resolve_device() == torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("variable", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")]
-)
-def test_launchers_that_shard_are_refused(files, tmp_path, monkeypatch, variable, name):  # noqa: F811
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=f"does not work under {name} yet"):
-        run_recipe(recipe(files), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_launch_starts_accelerate_with_the_same_command(monkeypatch, tmp_path):
