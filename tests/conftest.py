@@ -1,6 +1,14 @@
-"""Settings for every test: no network, and one thread: tiny models gain nothing from more and wait on busy cores."""
+"""Settings for every test, whatever the environment says: no network, an empty cache, a terminal of 80 columns, and one
+thread: tiny models gain nothing from more and wait on busy cores."""
 
 import os
+import tempfile
 
+_EMPTY = tempfile.TemporaryDirectory(prefix="tuna-peft-tests-")
+
+for name in ("HF_DATASETS_CACHE", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(name, None)
+os.environ["HF_HOME"] = _EMPTY.name
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["COLUMNS"] = "80"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
