@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from tuna_peft.models import fused_lora
+from tuna_peft.models.checkpointing import checkpoint_activations
 from tuna_peft.models.dequantise import keep_quantised_layout
 
 LORA_RANK = 16
@@ -120,11 +121,7 @@ def build(
 
 def set_checkpointing(model: PeftModel, on: bool) -> None:
     """Recomputes every layer in the backward pass, or none."""
-    base: Any = model.get_base_model()
-    if on:
-        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    else:
-        base.gradient_checkpointing_disable()
+    checkpoint_activations(model.get_base_model(), on, use_reentrant=False, preserve_rng_state=False)
 
 
 def set_fused(model: PeftModel, on: bool) -> None:

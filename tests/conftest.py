@@ -1,6 +1,9 @@
-"""Settings for every test, whatever the environment says: no network, an empty cache, a terminal of 80 columns, and one
-thread: tiny models gain nothing from more and wait on busy cores."""
+"""Settings for every test, whatever the environment says: no network, an empty cache, a terminal of 80 columns.
 
+One thread: tiny models gain nothing from more and wait on busy cores.
+"""
+
+import gc
 import os
 import tempfile
 
@@ -12,3 +15,9 @@ os.environ["HF_HOME"] = _EMPTY.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["COLUMNS"] = "80"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the collections of garbage that every training asks for need not look at it."""
+    gc.collect()
+    gc.freeze()

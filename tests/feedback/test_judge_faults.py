@@ -101,7 +101,7 @@ def test_an_answer_that_never_comes_is_asked_for_again(tmp_path):
     """By itself: a time-out that is short enough to wait for can meet the good answers of a busy machine as well."""
     given = rows(3)
     with scripted_server(lambda asked: Hang(600.0) if asked.number == 0 else honest(asked)) as http:
-        records, report = judged(http.url, given, tmp_path / "j.jsonl", timeout=1.5, max_retries=20)
+        records, report = judged(http.url, given, tmp_path / "j.jsonl", timeout=1.0, max_retries=20)
     check(records, given)
     assert report.ranked == 3 and len(http.asked) > 3
 

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 from tiny_llama import PROMPTS, RANKING, SFT, load_tiny, stack_on, write_base
 
+from tuna_peft.models.checkpointing import checkpoint_activations
 from tuna_peft.models.fused_lora import StackedLinear, StackedLinear4bit
 from tuna_peft.models.stack import active_adapters, push_adapter, train_top_adapter
 
@@ -41,9 +42,9 @@ def test_equals_peft(base, method, below):
     assert len(fused_layers(model)) == 14
     ours = outputs_and_gradients(model)
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, True, use_reentrant=False)
     recomputed = outputs_and_gradients(model)
-    model.gradient_checkpointing_disable()
+    checkpoint_activations(model, False)
     set_fused(model, False)
     for value, again, expected in zip(ours, recomputed, outputs_and_gradients(model), strict=True):
         torch.testing.assert_close(value, expected, atol=2e-5, rtol=1e-4)

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from tuna_peft.data.collate import RankedCollator
+from tuna_peft.models.checkpointing import checkpoint_activations
 from tuna_peft.models.scoring import response_logps
 from tuna_peft.models.stack import push_adapter
 from tuna_peft.recipe.train_fields import check_train
@@ -25,7 +26,7 @@ def model():
     base = make_model(num_hidden_layers=LAYERS)
     model = push_adapter(base, "top", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     model.enable_input_require_grads()
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(base, True, use_reentrant=False)
     return model.train()
 
 

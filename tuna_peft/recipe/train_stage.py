@@ -19,6 +19,7 @@ from trl import SFTConfig
 
 from tuna_peft.errors import UserError
 from tuna_peft.files import write_json
+from tuna_peft.models.checkpointing import checkpoint_activations
 from tuna_peft.models.shards import keep_from_ddp
 from tuna_peft.models.stack import push_adapter, take_over
 from tuna_peft.recipe.measure import Peak
@@ -147,7 +148,7 @@ def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftM
     """Takes from the model what this trainer put around it, so that the next one starts from the same."""
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
-    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+    checkpoint_activations(model, False)
     model.disable_input_require_grads()
     model.requires_grad_(False)
     model.eval()
