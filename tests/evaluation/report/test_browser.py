@@ -13,7 +13,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
-    "--window-size=1400,900",
+    "--disable-dev-shm-usage", "--window-size=1400,900",
 ]  # fmt: skip
 WIDTHS = (320, 390, 800, 1280)
 
@@ -67,7 +67,7 @@ def test_the_report_in_a_browser(run_folder, tmp_path):
         "--dump-dom",
         f"file://{tmp_path}/probe.html",
     ]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
     title = ran.stdout.partition("<title>")[2].partition("</title>")[0]
     found = json.loads(title.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
     assert [entry["width"] for entry in found] == list(WIDTHS)
