@@ -46,7 +46,7 @@ def test_shares_and_what_has_no_verdict(questions):
     assert result.metrics["win_rate"].count == 4 and result.metrics["win_rate"].low < 0.625
     assert [prompt.scores["win_rate"] for prompt in result.prompts] == [1, 1, 0.5, 0, None, None]
     assert {one.reason: one.names for one in result.excluded} == {
-        "the judge gave no verdict that can be read": ["4"],
+        "the judge gave no verdict": ["4"],
         "the other side has no answer to the question": ["5"],
     }
     assert result.groups["category: even"]["win_rate"].value == 0.75

@@ -127,13 +127,25 @@ def test_pairs(program, tmp_path):
 
 @pytest.mark.parametrize("wrong", [None, "good", float("nan"), float("inf"), [1.0], 1j])
 def test_programs_that_give_no_number(program, tmp_path, wrong):
-    with pytest.raises(UserError, match="prompt 0: the judge a_judge:judge returned .*, not a finite number"):
+    with pytest.raises(
+        UserError, match="prompt 0: 2 of 2 .* the judge a_judge:judge returned .*, not a finite number"
+    ):
         judge_rows(rows(2), program(lambda record, response: wrong), tmp_path / "j.jsonl")
 
 
 def test_programs_that_fail(program, tmp_path):
-    with pytest.raises(UserError, match="prompt 0: the judge a_judge:judge failed with ZeroDivisionError"):
+    with pytest.raises(UserError, match="prompt 0: 2 of 2 .* the judge a_judge:judge failed with ZeroDivisionError"):
         judge_rows(rows(2), program(lambda record, response: 1 / 0), tmp_path / "j.jsonl")
+    with pytest.raises(UserError, match="8 requests in a row have failed, the last with: .* ZeroDivisionError"):
+        judge_rows(rows(9), program(lambda record, response: 1 / 0), tmp_path / "j.jsonl")
+
+
+def test_a_program_that_fails_for_some_prompts_costs_only_these(program, tmp_path):
+    settings = program(lambda record, response: 1 / (response != "a 0"))
+    given = [{"id": i, "prompt": f"p{i}", "completions": [f"a {i}", "a 5"]} for i in range(3)]
+    skipping = settings.model_copy(update={"on_no_answer": "skip"})
+    outcomes, report = judge_pairs(given, skipping, tmp_path / "j.jsonl")
+    assert outcomes == [None, 0, 0] and report.left_out == {"no answer": 1}
 
 
 def test_a_program_is_known_by_its_source(tmp_path, monkeypatch):

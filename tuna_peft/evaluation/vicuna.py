@@ -99,7 +99,7 @@ def evaluate_vicuna(
             if answer.question.id not in verdicts:
                 left_out.add("the other side has no answer to the question", answer.question.id)
             elif verdicts[answer.question.id] is None:
-                left_out.add("the judge gave no verdict that can be read", answer.question.id)
+                left_out.add("the judge gave no verdict", answer.question.id)
     prompts = []
     for answer in answers:
         question, verdict = answer.question, verdicts.get(answer.question.id)

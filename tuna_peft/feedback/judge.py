@@ -101,7 +101,7 @@ def judge_rows(
         Records of the ranked type, in the order of `rows`, and the counts.
 
     Raises:
-        UserError: No row could be ranked, the server gave some no answer (unless `on_no_answer` is `skip`), or a limit
+        UserError: No row could be ranked, none or (unless `on_no_answer` is `skip`) not all had an answer, or a limit
             was reached. All answers so far are in the journal.
     """
     with Journal(journal_path) as journal:
@@ -176,12 +176,15 @@ class Judging:
                 self.spending.count(_usage_of(self.journal[key]))
         answering = self.judge.answer(self.journal, self.questions, description)
         report.found, report.asked = answering.found, answering.asked
-        if answering.unanswered and self.settings.on_no_answer == "error":
+        none = len(answering.unanswered) == len(self.questions)
+        if answering.unanswered and (none or self.settings.on_no_answer == "error"):
             key, reason = next(iter(answering.unanswered.items()))
             raise UserError(
                 f"{len(answering.unanswered)} of {len(self.questions)} questions have no answer; the first: {reason}",
                 where=self.questions[key].where,
-                fix="All other answers are kept: run the same again to ask for these, or say `on_no_answer: skip` "
+                fix=None
+                if none
+                else "All other answers are kept: run the same again to ask for these, or say `on_no_answer: skip` "
                 "(--skip-unanswered) to leave their prompts out.",
             )
         rankings = [self._ranking(row, asked) for row, asked in zip(self.rows, self._asked, strict=True)]

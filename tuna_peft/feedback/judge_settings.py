@@ -46,8 +46,9 @@ class JudgeSettings(BaseModel):
     batch_size: PositiveInt = Field(8, description="With `model`: questions answered at once.")
     on_no_answer: Literal["error", "skip"] = Field(
         "error",
-        description="What a prompt does to which the server gives no answer at all: `error` stops once all others "
-        "have theirs, `skip` leaves it out and counts it. Answers that cannot be read are left out in any case.",
+        description="What a prompt does to which a server gives no answer at all, or a program no number: `error` "
+        "stops once all others have theirs, `skip` leaves it out and counts it, as Vicuna QA always does. Answers "
+        "that cannot be read are left out in any case.",
     )
 
     @model_validator(mode="after")

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuna_peft.data.ranked import Prompt
-from tuna_peft.errors import UserError
 from tuna_peft.feedback.answering import Answering, answer_all
 from tuna_peft.feedback.judge_settings import JudgeSettings
 from tuna_peft.feedback.protocol import answer_schema, judge_messages
-from tuna_peft.feedback.server import BadAnswer, Refused, Reply, Server, message_text
+from tuna_peft.feedback.server import BadAnswer, Refused, Reply, RequestFailed, Server, message_text
 from tuna_peft.feedback.spending import Spending, Usage
 from tuna_peft.feedback.verdict import Unreadable, read_verdict
 from tuna_peft.graders import BUILTIN, load_grader
@@ -302,7 +301,9 @@ class FunctionJudge:
             score = self._grade(question.record, response)
         except Exception as error:
             what = f"the judge {self.name} failed with {type(error).__name__}: {error}"
-            raise UserError(what, where=question.where) from error
+            raise RequestFailed(what, where=question.where) from error
         if not isinstance(score, numbers.Real) or not math.isfinite(score):
-            raise UserError(f"the judge {self.name} returned {score!r:.60}, not a finite number", where=question.where)
+            raise RequestFailed(
+                f"the judge {self.name} returned {score!r:.60}, not a finite number", where=question.where
+            )
         return float(score)

@@ -173,9 +173,9 @@ def _vicuna(settings: VicunaTask, prompt: PromptConfig) -> Task:
     if file.is_file():
         of_file, broken = read_vicuna_answers(file)
         unusable = [*unusable, *broken]
-    judge = settings.judge
+    judge = settings.judge.model_copy(update={"on_no_answer": "skip"})  # what has no verdict is named in the result
     if judge.function is None:  # a program grades each response alone
-        judge = judge.model_copy(update={"both_orders": True})
+        judge.both_orders = True
 
     def run(session: Session) -> TaskResult:
         def compare(rows: list[dict[str, Any]]) -> list[int | None]:
