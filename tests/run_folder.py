@@ -26,6 +26,14 @@ def write_run(folder, stages=STAGES, finished=3):
     return folder
 
 
+def write_evaluation(folder):
+    """What `tuna-peft evaluate MODEL` leaves behind."""
+    for result in (ranking(0), graded(0)):
+        save_result(folder, "model", result)
+    write(folder / "run.json", {**facts([]), "seed": None, "adapters": {}, "evaluated": ["model"]})
+    return folder
+
+
 def facts(stages):
     return {
         "name": "pico <run>",

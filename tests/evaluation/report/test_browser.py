@@ -6,6 +6,7 @@ import subprocess
 from html import escape
 
 import pytest
+from run_folder import write_evaluation
 
 from tuna_peft.evaluation.report.write import write_report
 
@@ -53,12 +54,12 @@ onload = () => {
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
 def test_the_report_in_a_browser(run_folder, tmp_path):
-    write_report(run_folder)
-    page = (run_folder / "report.html").read_text()
-    frames = "".join(
-        f'<iframe width="{width}" height="800" style="border:0" srcdoc="{escape(page, quote=True)}"></iframe>'
-        for width in WIDTHS
-    )
+    frames = ""
+    for folder in (run_folder, write_evaluation(tmp_path / "evaluation")):
+        write_report(folder)
+        page = escape((folder / "report.html").read_text(), quote=True)
+        for width in WIDTHS:
+            frames += f'<iframe width="{width}" height="800" style="border:0" srcdoc="{page}"></iframe>'
     (tmp_path / "probe.html").write_text(f"<!doctype html><title></title>{frames}{PROBE}")
     command = [
         BROWSER,
@@ -70,10 +71,10 @@ def test_the_report_in_a_browser(run_folder, tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
     title = ran.stdout.partition("<title>")[2].partition("</title>")[0]
     found = json.loads(title.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
-    assert [entry["width"] for entry in found] == list(WIDTHS)
+    assert [entry["width"] for entry in found] == [*WIDTHS, *WIDTHS]
     assert "CONSOLE" not in ran.stderr  # nothing ran, nothing failed, nothing was refused
-    for entry in found:
+    for entry, figures in zip(found, [18] * len(WIDTHS) + [3] * len(WIDTHS), strict=True):
         assert entry["scroll"] <= entry["width"] and not entry["outside"] and not entry["clipped"], entry
         assert not entry["labels"], entry
-        assert len(entry["figures"]) == 18 and not entry["hidden"]
+        assert len(entry["figures"]) == figures and not entry["hidden"]
         assert all(points > 0 and drawn > 0 and height > 20 for points, drawn, height in entry["figures"])
