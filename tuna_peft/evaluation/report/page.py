@@ -126,7 +126,8 @@ def _cell(cell: Cell) -> str:
 
 
 def _ranks(report: Report) -> str:
-    drawn = _figures(figures.v_by_rank(report))
+    panels = figures.v_by_rank(report)
+    drawn = _figures(panels, "fixed" * (len(panels) < 3))
     return f'<p class="note">{_V_EXPLAINED}</p>{drawn}' if drawn else ""
 
 
