@@ -28,6 +28,12 @@ def grade(record, response):
     return len(response.split()) / 10
 
 
+def judge(record, response):
+    if record["question_id"] == 1:
+        raise ValueError("cannot tell")
+    return len(response)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A base with a stack of two adapters on it, ranked data, and questions."""
@@ -132,6 +138,20 @@ def test_vicuna_compares_with_the_base_and_the_judge_may_fail_for_some(files, tm
     assert asked == [(True, "judge.jsonl", "judging (sft)"), (True, "judge.jsonl", "judging (ranking)")]
     against = [prompt.details["against"] for prompt in later.prompts]
     assert against == [prompt.response for prompt in results["base"]["vicuna"].prompts]
+
+
+def test_a_program_that_cannot_judge_a_question_leaves_it_out_by_name(files, tmp_path):
+    answers = [{"question_id": i, "text": "w5"} for i in range(2)]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    vicuna = {"path": str(files / "question.jsonl"), "against": str(tmp_path / "answers.jsonl"),
+              "judge": {"function": "test_evaluate_target:judge"}, "max_new_tokens": 3}  # fmt: skip
+    results = evaluate_target(str(files / "stack"), settings(files, vicuna=vicuna), tmp_path, stages=["sft"])
+    result = results["sft"]["vicuna"]
+    assert result.metrics["win_rate"].count == 1 and len(result.prompts) == 3
+    assert {one.reason: one.names for one in result.excluded} == {
+        "the judge gave no verdict": ["1"],
+        "the other side has no answer to the question": ["2"],
+    }
 
 
 def test_the_commands(files, tmp_path, monkeypatch):
