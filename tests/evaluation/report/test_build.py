@@ -69,6 +69,13 @@ def test_samples_gained_lost_and_in_between(run_folder):
 def test_samples_by_name(run_folder):
     samples = build_report(run_folder, ["g7", "g2"])["samples"]
     assert [(sample["id"], sample["why"]) for sample in samples] == [("g7", "chosen"), ("g2", "chosen")]
+    other = graded(3)
+    other.task = "vicuna"
+    for prompt in other.prompts:
+        prompt.id = f"v{prompt.id}"
+    save_result(run_folder, "contextual", other)
+    assert [sample["task"] for sample in build_report(run_folder, ["vg7"])["samples"]] == ["vicuna"]
+    assert [sample["task"] for sample in build_report(run_folder, ["g7"])["samples"]] == ["graded"]
     with pytest.raises(UserError, match="no prompt 'nobody'.*\n?.*") as error:
         build_report(run_folder, ["nobody"])
     assert "g0, g1, g2" in str(error.value)

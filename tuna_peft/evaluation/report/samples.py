@@ -14,7 +14,7 @@ BEST, WORST, OTHERS = 3, 2, 3
 
 
 def choose_samples(results: Results, wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The chosen prompts of the first task that has the model answer them.
+    """The chosen prompts of the first task that has the model answer them (all those that are wanted).
 
     Args:
         results: By stage and task.
@@ -27,7 +27,7 @@ def choose_samples(results: Results, wanted: Sequence[str] = ()) -> list[dict[st
     Raises:
         UserError: A wanted prompt was not evaluated.
     """
-    task = _answered_task(results)
+    task = _answered_task(results, wanted)
     if task is None:
         if wanted:
             raise UserError("no task of this run has the model answer prompts", fix="Leave out the ids of prompts.")
@@ -59,9 +59,11 @@ def choose_samples(results: Results, wanted: Sequence[str] = ()) -> list[dict[st
     ]
 
 
-def _answered_task(results: Results) -> str | None:
+def _answered_task(results: Results, wanted: Sequence[str]) -> str | None:
     last = results[list(results)[-1]] if results else {}
-    return next((task for task in last if task not in ("ranking", "lm_eval") and last[task].prompts), None)
+    answered = [task for task in last if task not in ("ranking", "lm_eval") and last[task].prompts]
+    holding = (task for task in answered if {*wanted} <= {prompt.id for prompt in last[task].prompts})
+    return next(holding, answered[0] if answered else None)
 
 
 def _chosen(stages: dict[str, dict[str, PromptResult]], main: str) -> list[tuple[str, str]]:
