@@ -94,4 +94,5 @@ def test_markdown_has_the_table_and_escapes_responses(report):
     assert "| after | ranking accuracy | response score |" in text
     shown = report["evaluation"]["contextual"]["ranking"]["metrics"]["pair_accuracy"]
     assert f"{shown['value']:.3f} ({shown['low']:.3f} to {shown['high']:.3f})" in text
+    assert "- response score: 1, the grader failed: &lt;oops&gt;" in text
     assert "<script" not in text and "&lt;script" in text and "\\# heading" in text and "\\|" in text

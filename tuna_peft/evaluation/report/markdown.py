@@ -6,7 +6,7 @@ import re
 from html import escape
 from typing import Any
 
-from tuna_peft.evaluation.report.table import stage_table
+from tuna_peft.evaluation.report.table import heading_of, stage_table, tasks_of
 
 SHOWN = 3
 
@@ -19,8 +19,10 @@ def render_markdown(report: dict[str, Any]) -> str:
         texts = [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in cells]
         lines.append(_row([stage, *texts]))
     lines += ["", "In brackets: 95 % intervals, bootstrap over prompts."]
+    if left_out := _left_out(report):
+        lines += ["", "Left out of the scores:", "", *left_out]
     if report["samples"]:
-        lines += ["", "## The same prompts after each stage"]
+        lines += ["", "## The same prompts after each stage" if len(rows) > 1 else "## Responses"]
     for sample in report["samples"][:SHOWN]:
         lines += ["", _quote(sample["prompt"]), ""]
         lines += [f"- {stage}: {_inline(said['text'])}" for stage, said in sample["responses"].items()]
@@ -28,6 +30,16 @@ def render_markdown(report: dict[str, Any]) -> str:
     seed = "" if report["seed"] is None else f"; seed {report['seed']}"
     lines += ["", "## Environment", "", f"{packages}{seed}."]
     return "\n".join(lines) + "\n"
+
+
+def _left_out(report: dict[str, Any]) -> list[str]:
+    """What the scores of a task do not hold, in the last stage that was measured by it."""
+    last = {task: result for results in report["evaluation"].values() for task, result in results.items()}
+    return [
+        f"- {heading_of(report, task)}: {left['count']:,}, {_escaped(left['reason'])}"
+        for task in tasks_of(report)
+        for left in last[task]["excluded"]
+    ]
 
 
 def _row(cells: list[str]) -> str:
