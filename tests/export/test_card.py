@@ -20,7 +20,13 @@ METRIC = {"value": 0.625, "low": 0.6, "high": 0.65, "count": 40}
 REPORT: dict[str, Any] = {
     "evaluation": {
         "base": {"ranking": {"main": "pair_accuracy", "metrics": {"pair_accuracy": {"value": 0.5}}}},
-        "ranking": {"ranking": {"main": "pair_accuracy", "metrics": {"pair_accuracy": METRIC, "mrr": METRIC}}},
+        "ranking": {
+            "ranking": {
+                "main": "pair_accuracy",
+                "metrics": {"pair_accuracy": METRIC, "mrr": METRIC},
+                "excluded": [{"reason": "the line is no JSON", "count": 2, "names": ["a", "b"]}],
+            }
+        },
     },
     "stages": {"ranking": {"steps": 120, "seconds": 36.2, "peak_memory_gib": 0.9}},
     "environment": {"gpu": "NVIDIA T4", "python": "3.11", "packages": {"torch": "2.13"}},
@@ -75,6 +81,7 @@ def test_the_text_has_what_a_stranger_needs(tiny: Tiny, tmp_path: Path) -> None:
     for part in (
         "| `ranking` | 0.625 [0.600, 0.650] |",
         "| `base` | 0.500 |",
+        "- ranking: 2, the line is no JSON",
         "NVIDIA T4",
         "| `ranking` | 120 | 36.2 | 0.9 |",
         "![sft](training/sft.png)",

@@ -54,6 +54,14 @@ def evaluation_tables(release: Release) -> str | None:
         if found
     ]
     text = table(rows) + "\n\nIn brackets: the interval over the prompts, where the run computed one."
+    left_out = [
+        f"- {task}: {left['count']:,}, {left['reason']}"
+        for task, result in (release.report["evaluation"].get(stages[-1]) or {}).items()
+        if isinstance(result, dict)
+        for left in result.get("excluded", ())
+    ]
+    if left_out:
+        text += "\n\nLeft out of the last stage's scores:\n\n" + "\n".join(left_out)
     last = after[stages[-1]]
     details = [
         {"metric": f"{m.task}: {m.metric}", "base": str(after["base"].get(key, "")), f"after {stages[-1]}": str(m)}
