@@ -32,6 +32,7 @@ class Question:
         references: What counts as right, where the benchmark says so.
         group: The benchmark's task that it belongs to.
         record: Whatever else the scorer needs.
+        ids: `prompt` in tokens, once it has been asked: all stages have one tokenizer.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Question:
     references: list[str] = field(default_factory=list)
     group: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    ids: list[int] | None = None
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Session:
 
         Every answer goes into the journal as it ends: interrupted work asks only for what is missing.
         """
-        prompts = [prompt_ids(question.prompt, self.tokenizer) for question in questions]
+        prompts = [self._ids(question) for question in questions]
         room = (self._context() or float("inf")) - max_new_tokens
         fits = [index for index, ids in enumerate(prompts) if len(ids) <= room]
         keys = {index: self._key(prompts[index], max_new_tokens) for index in fits}
@@ -104,6 +106,11 @@ class Session:
         without = [question.id for index, question in enumerate(questions) if index not in keys]
         reason = f"the prompt leaves no room for {max_new_tokens} new tokens in the model's context"
         return answers, [Exclusion.of(reason, without)] if without else []
+
+    def _ids(self, question: Question) -> list[int]:
+        if question.ids is None:
+            question.ids = prompt_ids(question.prompt, self.tokenizer)
+        return question.ids
 
     @cached_property
     def _weights(self) -> str:
