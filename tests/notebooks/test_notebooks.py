@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 SCREEN = 35
 _LISTS = {"path": "builtin:pico-llama/teacher.json", "limit": 24}
 # What stands in for real models, and fewer steps.
@@ -54,7 +55,10 @@ def test_it_is_clean_and_short(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_it_opens_in_colab_and_installs_first(path):
     notebook = read(path)
-    assert f"/blob/main/notebooks/{path.name})" in notebook.cells[0].source
+    [address] = re.findall(r'^Repository = "(https://github.com/.*)"$', PYPROJECT, re.MULTILINE)
+    colab = address.replace("https://", "https://colab.research.google.com/").replace("github.com", "github")
+    assert f"]({colab}/blob/main/notebooks/{path.name})" in notebook.cells[0].source
+    assert re.search(rf'%pip install -q "tuna-peft(\[\w+\])? @ git\+{address}"$', notebook.cells[1].source)
     assert tagged(notebook, "install") == [1] and len(tagged(notebook, "parameters")) == 1
     source = "\n".join(cell.source for cell in notebook.cells)
     assert not re.search(r"bf16\s*=|bfloat16", source), "a T4 has none; dtypes follow the card"
