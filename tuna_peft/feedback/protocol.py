@@ -1,4 +1,4 @@
-"""What a judge is shown and told: the protocol of Tuna's contextual ranking (arXiv 2310.13385, section 2.2).
+"""What a judge is shown and told: the protocol of Tuna's contextual ranking (arXiv 2310.13385).
 
 Decide whether the prompt is open-ended, write a best answer, set duplicates aside, grade on three aspects of 0 to 5,
 rank. Responses are numbered from 0 as they are shown; the judge's own answer has the next number. The reference's
