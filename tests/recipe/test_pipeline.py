@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -158,8 +159,6 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_to_the_same_bytes(straight, f
     class PressCtrlC(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                import signal
-
                 signal.raise_signal(signal.SIGINT)
 
     real = train_stage_module._trainer
@@ -175,10 +174,23 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on_to_the_same_bytes(straight, f
 
 def test_stop_on_request_only_when_requested():
     control = type("Control", (), {"should_save": False, "should_training_stop": False})()
-    stop = StopOnRequest()
-    assert not stop.on_step_end(None, None, control).should_training_stop
+    stop, args = StopOnRequest(), type("Args", (), {"world_size": 1})
+    assert not stop.on_step_end(args, None, control).should_training_stop
     stop.requested = True
-    assert stop.on_step_end(None, None, control).should_save and control.should_training_stop
+    assert stop.on_step_end(args, None, control).should_save and control.should_training_stop
+
+
+def test_a_second_ctrl_c_interrupts_at_once_unless_a_launcher_repeats_the_first(monkeypatch):
+    def press_twice(processes):
+        monkeypatch.setattr(train_stage_module, "world_size", lambda: processes)
+        with train_stage_module._stop_on_ctrl_c(stop := StopOnRequest()):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return stop.requested
+
+    assert press_twice(processes=2)
+    with pytest.raises(KeyboardInterrupt):
+        press_twice(processes=1)
 
 
 def test_a_changed_recipe_is_refused_with_its_keys(straight, files):

@@ -4,8 +4,10 @@ import os
 
 import pytest
 from test_pipeline import files, recipe  # noqa: F401 - files is a fixture
+from typer.testing import CliRunner
 
 from tuna_peft import UserError
+from tuna_peft.cli.app import app
 from tuna_peft.recipe.pipeline import run_recipe
 from tuna_peft.recipe.sharding import Sharding, asked_for_sharding, require_shardable
 
@@ -54,6 +56,12 @@ def test_what_a_run_does_not_do_is_refused_by_name(files, tmp_path, launched, va
     with pytest.raises(UserError, match=named):
         run_recipe(recipe(files), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_for_deepspeed_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "zero.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n")
+    result = CliRunner().invoke(app, ["run", "quickstart", "--launch", str(tmp_path / "zero.yaml")])
+    assert result.exit_code == 2 and "does not work under DeepSpeed" in result.stderr and "fsdp2" in result.stderr
 
 
 def test_an_int8_base_is_refused(files):  # noqa: F811

@@ -17,12 +17,14 @@ def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | N
         Its exit code.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, or it asks for DeepSpeed.
     """
     from tuna_peft.recipe.load import load_recipe
+    from tuna_peft.recipe.sharding import require_supported
     from tuna_peft.recipe.shipped import find_accelerate_config
 
     file = find_accelerate_config(config)
+    require_supported(file)
     load_recipe(recipe, overrides)  # a mistake is said once, and not by every process
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     command += ["-m", "tuna_peft", "run", recipe, *overrides]

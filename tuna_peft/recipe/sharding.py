@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from tuna_peft.errors import UserError
 from tuna_peft.recipe.schema import Recipe
@@ -37,7 +40,7 @@ def asked_for_sharding() -> Sharding | None:
         UserError: DeepSpeed, or settings of FSDP that a run does not do.
     """
     if _is("ACCELERATE_USE_DEEPSPEED"):
-        raise _refusal("DeepSpeed", "Use `--launch fsdp2`, which shards the base, or `--launch ddp`.")
+        raise _no_deepspeed()
     if not _is("ACCELERATE_USE_FSDP"):
         return None
     if os.environ.get("FSDP_VERSION") != "2":
@@ -61,6 +64,17 @@ def asked_for_sharding() -> Sharding | None:
     return sharding
 
 
+def require_supported(configuration: Path) -> None:
+    """Refuses an accelerate configuration for DeepSpeed before accelerate misses its package.
+
+    Raises:
+        UserError: It is one.
+    """
+    values = yaml.safe_load(configuration.read_text(encoding="utf-8"))
+    if isinstance(values, dict) and values.get("distributed_type") == "DEEPSPEED":
+        raise _no_deepspeed()
+
+
 def require_shardable(recipe: Recipe) -> None:
     """Refuses a base whose weights cannot be sharded.
 
@@ -75,6 +89,12 @@ def require_shardable(recipe: Recipe) -> None:
 
 def _is(variable: str, default: str = "false") -> bool:
     return os.environ.get(variable, default).lower() == "true"
+
+
+def _no_deepspeed() -> UserError:
+    """It steps after each backward pass, of which a token budget makes several and not the same number everywhere; and
+    its bf16 casts all floating weights, the frozen adapters of earlier stages included."""
+    return _refusal("DeepSpeed", "Use `--launch fsdp2`, which shards the base, or `--launch ddp`.")
 
 
 def _refusal(what: str, fix: str) -> UserError:

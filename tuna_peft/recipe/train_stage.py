@@ -23,6 +23,7 @@ from tuna_peft.models.checkpointing import checkpoint_activations
 from tuna_peft.models.shards import keep_from_ddp
 from tuna_peft.models.stack import push_adapter, take_over
 from tuna_peft.recipe.measure import Peak
+from tuna_peft.recipe.processes import world_size
 from tuna_peft.recipe.schema import Recipe, Stage
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
 from tuna_peft.training.config import TunaConfig, mixed_precision
@@ -32,6 +33,8 @@ from tuna_peft.training.sft import StackSFTTrainer
 from tuna_peft.training.trainer import TunaTrainer
 
 logger = logging.getLogger("tuna_peft")
+
+_ECHO = 2.0  # seconds in which a launcher has passed on a Ctrl-C
 
 
 def train_stage(
@@ -165,15 +168,23 @@ def _tokens(trainer: StackSFTTrainer | TunaTrainer) -> int | None:
 
 @contextlib.contextmanager
 def _stop_on_ctrl_c(stop: StopOnRequest) -> Iterator[None]:
-    """The first Ctrl-C finishes the step and saves; the second one interrupts at once."""
+    """The first Ctrl-C finishes the step and saves; the second one interrupts at once.
+
+    A launcher passes on the Ctrl-C that its processes have had already; that does not count as a second one.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    asked: float | None = None
+
     def request(signum: int, frame: Any) -> None:
-        stop.requested = True
-        signal.signal(signal.SIGINT, before)
-        print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once) ...", flush=True)
+        nonlocal asked
+        if asked is None:
+            stop.requested, asked = True, time.monotonic()
+            print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once) ...", flush=True)
+        elif world_size() == 1 or time.monotonic() > asked + _ECHO:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, request)
     try:

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
@@ -72,12 +73,15 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 class StopOnRequest(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once `requested` is set (by Ctrl-C)."""
+    """Ends training after the current step, with a checkpoint, once `requested` is set (by Ctrl-C), in any process:
+    one that stopped a step before the others would leave them waiting."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            self.requested = any(gather_object([self.requested]))
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
