@@ -101,6 +101,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     strict = "_system = get_ipython().system\ndef _checked(command):\n    _system(command)\n"
     strict += "    assert not get_ipython().user_ns.get('_exit_code'), command\nget_ipython().system = _checked\n"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(strict))
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    patience = {"timeout": 1800, "startup_timeout": 1800}  # seconds, for busy machines
+    NotebookClient(notebook, **patience, resources={"metadata": {"path": str(tmp_path)}}).execute()
     text = "\n".join(str(output) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
     assert "Traceback" not in text
