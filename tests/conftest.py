@@ -5,6 +5,7 @@ One thread: tiny models gain nothing from more and wait on busy cores.
 
 import gc
 import os
+import sys
 import tempfile
 
 _EMPTY = tempfile.TemporaryDirectory(prefix="tuna-peft-tests-")
@@ -15,6 +16,8 @@ os.environ["HF_HOME"] = _EMPTY.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["COLUMNS"] = "80"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if sys.__stdin__ is None:  # closed by whoever started the tests; IPython asks for its encoding
+    sys.__stdin__ = open(os.devnull)  # noqa: SIM115 - as long as the tests run
 
 
 def pytest_collection_finish():

@@ -10,6 +10,10 @@ from scripted_server import chat, scripted_server
 from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
+from tuna_peft.cli.spending import agree_to
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.server import ServerSettings
+from tuna_peft.feedback.spending import Estimate
 
 KEY = "sk-secret-0123456789abcdef"
 
@@ -61,6 +65,13 @@ def test_money_is_spent_only_with_a_yes(tmp_path):
         assert result.exit_code == 0 and "cost 0.0006" in result.stdout
     result = judge("out.jsonl", "--server", "https://judge.invalid/v1", "--model", "other")
     assert result.exit_code == 2 and "(--price-in and --price-out)" in result.stderr
+
+
+def test_nobody_can_be_asked_without_a_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    server = ServerSettings(base_url="https://judge.invalid/v1", model="m")
+    with pytest.raises(UserError, match="nobody can be asked"):
+        agree_to(Estimate(0, 1, 100, 10, None), server, yes=False)
 
 
 def test_a_program_ranks(tmp_path, monkeypatch):

@@ -35,6 +35,6 @@ def agree_to(estimate: Estimate, server: ServerSettings | None, yes: bool) -> No
     if yes or server is None or estimate.cost == 0 or (estimate.cost is None and server.is_local):
         return
     what = "this may cost money" if estimate.cost is not None else "this may cost money (--price-in and --price-out)"
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise UserError(f"{what}, and nobody can be asked", where=server.base_url, fix="Say --yes.")
     typer.confirm(f"{what}; go on?", abort=True, err=True)
