@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from tuna_peft.errors import UserError
+from tuna_peft.feedback import answering
 from tuna_peft.feedback.answering import MAX_FAILURES_IN_A_ROW, answer_all
 from tuna_peft.feedback.server import NoAnswer
 from tuna_peft.feedback.spending import CostLimitReached
@@ -109,3 +111,26 @@ def test_any_other_error_ends_it_and_keeps_what_was_under_way(journal, in_flight
         answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
     assert all(str(i) in journal for i in range(60))
     assert len(journal) <= 60 + (in_flight or 1)
+
+
+def test_ctrl_c_before_all_threads_have_started_keeps_what_is_under_way(journal, monkeypatch):
+    two_ask, waiting, started = threading.Barrier(3), threading.Event(), []
+
+    class Thread(threading.Thread):
+        def start(self):
+            if len(started) == 2:
+                two_ask.wait(timeout=PATIENCE)
+                raise KeyboardInterrupt
+            started.append(self)
+            super().start()
+
+    def ask(i):
+        two_ask.wait(timeout=PATIENCE)
+        waiting.wait(timeout=PATIENCE)
+        return i
+
+    monkeypatch.setattr(answering, "threading", SimpleNamespace(Thread=Thread, Lock=threading.Lock))
+    monkeypatch.setattr(answering.logger, "warning", lambda message: waiting.set())
+    with pytest.raises(KeyboardInterrupt):
+        answer_all(journal, QUESTIONS, ask, in_flight=4)
+    assert sorted(journal) == ["0", "1"]
