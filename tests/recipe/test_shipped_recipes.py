@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -47,6 +48,23 @@ def test_what_their_heads_and_the_docs_promise_is_what_the_planner_says(capsys):
     from benchmarks import hardware
 
     assert hardware.main(["--check"]) == 0, capsys.readouterr().out + "run: python -m benchmarks.hardware"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "base.model=" in shipped_recipes()[name].read_text()])
+def test_the_other_models_that_its_head_names_fit_its_card(name, monkeypatch):
+    from tuna_peft.planning.gpus import find_gpu
+    from tuna_peft.planning.plan import Device
+    from tuna_peft.recipe.plan import plan_recipe
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    head = shipped_recipes()[name].read_text().partition("\n\n")[0]
+    [card], [listed] = (
+        re.findall(r'--gpu "([^"]+)"$', head, re.MULTILINE),
+        re.findall(r"base\.model=([\w./-]+(?:, [\w./-]+)*)", head),
+    )
+    for model in listed.rstrip(".").split(", "):
+        [plan], _ = plan_recipe(load_recipe(name, [f"base.model={model}"], check=False), [Device.of(find_gpu(card))])
+        assert plan.fits, model
 
 
 def test_recipes_are_found_by_name_and_a_file_wins(tmp_path, monkeypatch):

@@ -150,6 +150,7 @@ KNOWN: dict[str, ModelShape] = {
     "qwen2.5-7b": _shape(3584, 18944, 28, 28, 4, 152064, context=32768),
     "qwen2.5-14b": _shape(5120, 13824, 48, 40, 8, 152064, context=32768),
     "qwen2.5-32b": _shape(5120, 27648, 64, 40, 8, 152064, context=32768),
+    "qwen2.5-72b": _shape(8192, 29568, 80, 64, 8, 152064, context=131072),
     "qwen3-0.6b": _shape(1024, 3072, 28, 16, 8, 151936, head_dim=128, tied=True, qk_norm=True, context=40960),
     "qwen3-1.7b": _shape(2048, 6144, 28, 16, 8, 151936, head_dim=128, tied=True, qk_norm=True, context=40960),
     "qwen3-4b": _shape(2560, 9728, 36, 32, 8, 151936, head_dim=128, tied=True, qk_norm=True, context=40960),
