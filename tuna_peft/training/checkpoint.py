@@ -23,6 +23,14 @@ class StackCheckpoints(Trainer):
     the whole stack with its manifest, and every load fills the top adapter and nothing else.
     """
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(
+                "accelerate's FSDP and DeepSpeed shard, cast or step in ways that a stack does not survive",
+                fix="Launch plain data parallelism; a recipe shards its base under `--launch fsdp2`.",
+            )
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not isinstance(self.model, PeftModel):
             super()._save(output_dir, state_dict)
