@@ -93,7 +93,7 @@ class Lending:
     @contextlib.contextmanager
     def borrow(self, model: torch.nn.Module) -> Iterator[None]:
         """In the first process: inside, every unit that gathers its weights calls the others to gather too."""
-        units = _units(model)
+        units = _units_apart(model)
         hooks = [
             unit.register_forward_pre_hook(self._caller(number, *weight), prepend=True)
             for number, (unit, weight) in enumerate(zip(units, _a_weight_of_each(units), strict=True))
@@ -103,13 +103,12 @@ class Lending:
         finally:
             for hook in hooks:
                 hook.remove()
-            for unit in units:
-                unit.reshard()
+            _units_apart(model)
             self._send(_DONE)
 
     def lend(self, model: torch.nn.Module) -> None:
         """In the others: gathers along until the first process is done."""
-        units = _units(model)
+        units = _units_apart(model)
         while (number := self._send(_DONE)) != _DONE:
             units[number].unshard()
             units[number].reshard()
@@ -128,8 +127,12 @@ class Lending:
         return int(said)
 
 
-def _units(model: torch.nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def _units_apart(model: torch.nn.Module) -> list[Any]:
+    """The units of sharding, in the same order everywhere, each process with its part alone."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.reshard()
+    return units
 
 
 def _a_weight_of_each(units: Sequence[torch.nn.Module]) -> list[tuple[torch.nn.Module, str]]:

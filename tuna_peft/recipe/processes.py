@@ -10,11 +10,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
-import torch
 from accelerate import PartialState
 
-from tuna_peft.models.shards import Lending, is_sharded
+from tuna_peft.models.shards import Lending
 from tuna_peft.recipe.sharding import Sharding, asked_for_sharding
 
 # Others wait for as long as the first one evaluates or merges: much longer than the ten minutes of a usual collective.
@@ -51,21 +51,22 @@ class Processes:
             self._state.wait_for_everyone()
 
     @contextlib.contextmanager
-    def main_first(self, model: torch.nn.Module | None = None) -> Iterator[None]:
+    def main_first(self, model: Any = None) -> Iterator[None]:
         """The first process does what is inside while the others wait; then they do it, with what it made.
 
         Args:
             model: What the first one computes with; if it is sharded, the others gather its weights along with it.
         """
-        lending = self._lending if model is not None and is_sharded(model) else None
-        if not self.main:
-            if lending and model is not None:
+        lending = self._lending if model is not None else None
+        if self.main:
+            with lending.borrow(model) if lending else contextlib.nullcontext():
+                yield
+            self.wait()
+        else:
+            if lending:
                 lending.lend(model)
             self.wait()
-        with lending.borrow(model) if self.main and lending and model is not None else contextlib.nullcontext():
             yield
-        if self.main:
-            self.wait()
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
