@@ -1,5 +1,7 @@
 """A cache that grows in place holds what transformers' own holds, whatever is done to it in between."""
 
+import weakref
+
 import pytest
 import torch
 from families import FAMILIES, make_model
@@ -37,6 +39,14 @@ def test_a_token_is_written_and_nothing_copied():
     for _ in range(_ROOM):
         layer.update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
     assert layer.keys.data_ptr() == place
+
+
+def test_rows_that_leave_take_the_old_room_with_them():
+    layer = GrowingLayer()
+    layer.update(torch.zeros(3, 1, 8, 4), torch.zeros(3, 1, 8, 4))
+    rooms = [weakref.ref(room) for room in layer._rooms]
+    layer.batch_select_indices(torch.tensor([0, 2]))
+    assert [room() for room in rooms] == [None, None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

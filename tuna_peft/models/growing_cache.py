@@ -43,6 +43,11 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (room[..., :end, :] for room in rooms)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows. The old room goes at once: kept until the next token, it would double the whole cache."""
+        self._rooms = None
+        super().batch_select_indices(indices)
+
     @staticmethod
     def _moved(states: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
         room = new.new_empty(*new.shape[:-2], end + _ROOM, new.shape[-1])
