@@ -52,7 +52,8 @@ def run(ablation: Ablation, seed: int) -> dict[str, Any]:
     base = load_base(
         "builtin:pico-llama", device="cpu", quantization_config=make_quantization_config(ablation.quantization)
     )
-    inputs = read_inputs(load_recipe("quickstart"), base.tokenizer, base.model.config)
+    recipe = load_recipe("quickstart", ["stages.contextual.data={path: builtin:pico-llama/judge.json, format: judge}"])
+    inputs = read_inputs(recipe, base.tokenizer, base.model.config)
     torch.manual_seed(seed)
     model: Any = base.model
     for place, stage in enumerate(ablation.stages):
