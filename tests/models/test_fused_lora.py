@@ -47,7 +47,8 @@ def test_equals_peft(base, method, below):
     checkpoint_activations(model, False)
     set_fused(model, False)
     for value, again, expected in zip(ours, recomputed, outputs_and_gradients(model), strict=True):
-        torch.testing.assert_close(value, expected, atol=2e-5, rtol=1e-4)
+        # Sums in another order: up to 7e-6 of the largest value, by the CPU's vector width.
+        torch.testing.assert_close(value, expected, atol=3e-5 * expected.abs().max().item(), rtol=0)
         assert torch.equal(value, again)
 
 
