@@ -28,6 +28,8 @@ class MetaStep(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.tolist and args[0].is_meta:
+            return torch.zeros(args[0].shape).tolist()
         if func in _SCALARS and args[0].is_meta:
             return self.truth if func is torch.Tensor.__bool__ else float(self.truth)
         if func is torch.bincount and args[0].is_meta:

@@ -14,11 +14,11 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import Gemma3TextConfig, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks.measure import Runner
-from benchmarks.shapes import LORA_RANK, TARGETS, build
+from benchmarks.shapes import LORA_RANK, build
 from benchmarks.workloads import Workload as Groups
 from tuna_peft.planning.flops import ranking_flops
 from tuna_peft.planning.memory import Adapter, Precision, activation_bytes
@@ -26,8 +26,14 @@ from tuna_peft.planning.shapes import KNOWN, ModelShape
 from tuna_peft.planning.workload import Row, Workload, packed_pass
 
 PRECISION = Precision("nf4", double_quant=True, compute=2)
-MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-7b", "llama-3.1-8b", "qwen3-8b", "llama-13b", "llama-3.1-70b")
-GROUPS = {"short": Groups("short", 100), "long": Groups("long", 400), "wide": Groups("wide", 60, responses=8)}
+MODELS = (
+    "llama-3.2-1b", "llama-3.2-3b", "llama-7b", "llama-3.1-8b", "qwen3-8b", "llama-13b", "llama-3.1-70b", "gemma-3-1b",
+    "phi-4",
+)  # fmt: skip
+_CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig, "qwen3": Qwen3Config, "gemma3_text": Gemma3TextConfig, "phi3": Phi3Config,
+}  # fmt: skip
+GROUPS = {"short": Groups("short", 100), "long": Groups("long", 400), "brief": Groups("brief", 60, mean=60)}
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,15 @@ def compare(shape: ModelShape, groups: Groups, *, kept: int, name: str, count: i
     figures = runner.count("ours")
     rows = [Row(groups.prompt, (groups.mean,) * groups.responses)]
     batch = packed_pass(rows, count, None)
-    own = Adapter(LORA_RANK, shape.adapter(LORA_RANK, TARGETS), len(TARGETS))
+    own = adapter_of(shape)
     peak = activation_bytes(shape, batch, PRECISION, own, unchecked=kept)
     flops = count * ranking_flops(shape, Workload(tuple(rows), count, ""), own, unchecked=kept)
     return Comparison(name, peak / figures.peak_bytes - 1, flops / figures.flops - 1, figures.peak_bytes)
+
+
+def adapter_of(shape: ModelShape) -> Adapter:
+    """The adapter that `build` puts on every linear layer."""
+    return Adapter(LORA_RANK, shape.adapter(LORA_RANK, "all-linear"), len(shape.linears))
 
 
 def config_of(shape: ModelShape) -> PretrainedConfig:
@@ -93,7 +104,7 @@ def config_of(shape: ModelShape) -> PretrainedConfig:
         "pad_token_id": 0,
         "use_cache": False,
     }
-    return (Qwen3Config if shape.qk_norm else LlamaConfig)(**sizes, attn_implementation="sdpa")
+    return _CONFIGS[shape.family](**sizes, attn_implementation="sdpa")
 
 
 def main(arguments: list[str] | None = None) -> int:

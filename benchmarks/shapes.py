@@ -14,7 +14,8 @@ from tuna_peft.models.checkpointing import checkpoint_activations
 from tuna_peft.models.dequantise import keep_quantised_layout
 
 LORA_RANK = 16
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Of all architectures that are built here: Phi-3 has fewer, wider ones.
+TARGETS = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
 _SHAPES = {

@@ -93,6 +93,7 @@ class _Accelerator:
     """One process. On meta, where no metric has a value, metrics are zeros."""
 
     num_processes = 1
+    parallelism_config = None
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)

@@ -28,9 +28,9 @@ def test_what_fits_is_described_phase_by_phase():
 def test_what_does_not_fit_exits_with_1_and_says_what_to_change():
     result = plan("two-stage", *BIG, "--gpu", "RTX 4090")
     assert result.exit_code == 1
-    assert "It does not fit" in result.stdout and "the cheapest first" in result.stdout
+    assert "It does not fit" in result.stdout and "not enough together" in result.stdout
     assert "stages.contextual.train.max_tokens_per_batch=" in result.stdout
-    assert "take a smaller model. Unchanged it fits on:" in result.stdout
+    assert "Take a smaller model. Unchanged it fits on:" in result.stdout
 
 
 def test_json_holds_the_same_and_all_cards_make_a_table():

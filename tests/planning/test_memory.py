@@ -9,19 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is in the repository, not in the package
 
-from benchmarks import planner  # noqa: E402
-from benchmarks.shapes import LORA_RANK, TARGETS, build  # noqa: E402
+from benchmarks import planner, planner_phases  # noqa: E402
+from benchmarks.shapes import LORA_RANK, build  # noqa: E402
 from tuna_peft.data.collate import RankedCollator  # noqa: E402
+from tuna_peft.models import growing_cache  # noqa: E402
 from tuna_peft.models.logps import CHUNK_ROWS  # noqa: E402
 from tuna_peft.models.prefix import LONG_ROW  # noqa: E402
-from tuna_peft.planning import memory, workload  # noqa: E402
+from tuna_peft.planning import inference, memory, workload  # noqa: E402
 from tuna_peft.planning.memory import Precision, weight_parts  # noqa: E402
 from tuna_peft.planning.shapes import KNOWN, ModelShape  # noqa: E402
 
 SMALL = ModelShape(hidden=512, intermediate=1408, layers=2, heads=8, kv_heads=4, head_dim=64, vocab=1000)
+GEMMA = dataclasses.replace(SMALL, family="gemma3_text", masks=2, tied=True)
+PHI = dataclasses.replace(SMALL, family="phi3")
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -35,12 +40,18 @@ def test_bytes_of_a_4_bit_weight_are_those_of_bitsandbytes(double_quant):
 
 
 def test_parameters_are_those_of_the_model():
-    for shape in (SMALL, dataclasses.replace(SMALL, tied=True), dataclasses.replace(SMALL, qk_norm=True)):
+    for shape in (
+        SMALL,
+        dataclasses.replace(SMALL, tied=True),
+        dataclasses.replace(SMALL, family="qwen3"),
+        GEMMA,
+        PHI,
+    ):
         model = build(planner.config_of(shape), "meta")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         every = sum(parameter.numel() for parameter in model.parameters())
-        assert shape.adapter(LORA_RANK, TARGETS) == trained
-        norms = 2 * shape.head_dim * shape.layers if shape.qk_norm else 0
+        assert shape.adapter(LORA_RANK, "all-linear") == trained
+        norms = 2 * shape.head_dim * shape.layers if shape.head_norms else 0
         assert shape.body + shape.unquantised == every - trained - norms
 
 
@@ -55,6 +66,8 @@ def test_known_shapes_have_the_published_sizes(model, billions):
 
 def test_constants_are_those_of_training():
     assert memory.CHUNK_ROWS == CHUNK_ROWS
+    assert memory.SUPERVISED_TILE == (chunked_logprob.TOKEN_CHUNK_SIZE, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE)
+    assert inference.CACHE_STEP == growing_cache._ROOM + 1
     assert workload.LONG_ROW == LONG_ROW
     assert RankedCollator(0).pad_to_multiple_of == workload.PAD_TO
 
@@ -65,7 +78,16 @@ def test_whole_runs_of_the_published_estimate():
 
 
 @pytest.mark.parametrize(
-    ("model", "kept"), [("llama-3.2-1b", 0), ("llama-3.2-1b", 4), ("llama-7b", 2), ("qwen3-8b", 0), ("qwen3-8b", 4)]
+    ("model", "kept"),
+    [
+        ("llama-3.2-1b", 0),
+        ("llama-3.2-1b", 4),
+        ("llama-7b", 2),
+        ("qwen3-8b", 0),
+        ("qwen3-8b", 4),
+        ("phi-4", 0),
+        ("phi-3-mini", 4),
+    ],
 )
 def test_peak_and_flops_are_those_measured_on_meta(model, kept):
     """Cut to four layers: the whole shapes are for the slow test."""
@@ -73,6 +95,14 @@ def test_peak_and_flops_are_those_measured_on_meta(model, kept):
     assert planner.compare(shape, planner.GROUPS["short"], kept=kept, name=model).holds
 
 
+@pytest.mark.parametrize("model", ["llama-3.2-1b", "phi-3-mini"])
+def test_peaks_of_supervised_steps_scoring_and_generation_are_those_measured_on_meta(model):
+    shape = dataclasses.replace(KNOWN[model], layers=2)
+    for found in planner_phases.compare_phases(shape, name=model, brief=True):
+        assert found.holds, found
+
+
 @pytest.mark.slow
 def test_peak_and_flops_of_whole_shapes_under_every_policy():
     assert planner.main([]) == 0
+    assert planner_phases.main([]) == 0

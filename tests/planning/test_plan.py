@@ -84,6 +84,12 @@ def test_phases_add_up_and_grow_with_what_they_hold():
     assert plan.fits and advise(plan) == []
 
 
+def test_a_base_that_is_here_is_no_download():
+    card = Device.of(find_gpu("A100 80GB"))
+    on_hub, here = (make_plan(dataclasses.replace(run_of(), downloads=on_hub), card).disk for on_hub in (True, False))
+    assert sum(on_hub.values()) - sum(here.values()) == pytest.approx(2 * 6.738e9, rel=1e-3)
+
+
 def test_a_cpu_has_no_hours_and_an_optimiser_of_8_bits_is_smaller():
     on_cpu = make_plan(run_of(), Device("CPU", 500 * GIB, cuda=False))
     assert on_cpu.hours is None and on_cpu.ram == {}
@@ -128,7 +134,8 @@ def test_what_cannot_fit_says_on_which_card_it_would():
 @pytest.mark.parametrize(
     ("text", "name"),
     [("NVIDIA GeForce RTX 4090", "RTX 4090"), ("rtx3060", "RTX 3060 12GB"), ("Tesla T4", "T4"), ("t4", "T4"),
-     ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("NVIDIA H100 80GB HBM3", "H100 80GB"), ("a100", "A100 80GB")],
+     ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("NVIDIA H100 80GB HBM3", "H100 80GB"), ("a100", "A100 80GB"),
+     ("3060", "RTX 3060 12GB")],
 )  # fmt: skip
 def test_cards_go_by_the_names_that_people_and_drivers_use(text, name):
     assert find_gpu(text).name == name
@@ -147,8 +154,15 @@ def test_names_of_cards_are_unique():
 
 
 @pytest.mark.parametrize(
-    "config", [{"model_type": "gpt2"}, {"model_type": "llama"}, {"model_type": "qwen3", "num_experts": 64}]
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "the planner does not know models of type 'gpt2'"),
+        ({"model_type": "llama"}, "has no 'hidden_size'"),
+        ({"model_type": "qwen3_moe", "num_experts": 64}, "'qwen3_moe': experts stay in 16 bits"),
+        ({"model_type": "gemma2"}, "'gemma2': its logits are soft-capped"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "'gemma3': with its vision model"),
+    ],
 )
-def test_layouts_that_the_arithmetic_does_not_cover_are_refused(config):
-    with pytest.raises(UserError, match="the planner does not know|has no 'hidden_size'"):
+def test_layouts_that_the_arithmetic_does_not_cover_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
         ModelShape.from_config(config, "model")

@@ -135,12 +135,13 @@ def _verdict(plan: Plan) -> list[RenderableType]:
     ]
     changes = advise(plan)
     if changes:
-        lines.append(Text("What to change, the cheapest first; each with those before it:"))
+        title = "What to change, the cheapest first; each with those before it:"
+        lines.append(Text(title if changes[-1].fits else "Changes that save memory, and are not enough together:"))
     for change in changes:
         lines.append(Text(f"  {gib(change.peak)}  {change.cost}", style="green" if change.fits else ""))
         lines += [Text(f"               {override}", no_wrap=True) for override in change.overrides]
     if not (changes and changes[-1].fits):
         card = smallest_gpu(plan.run)
         larger = f"Unchanged it fits on: {card}." if card else "No single card of the table holds it."
-        lines.append(Text(f"That is not enough on this device: take a smaller model. {larger}"))
+        lines.append(Text(f"Take a smaller model. {larger}"))
     return lines

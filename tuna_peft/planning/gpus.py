@@ -61,7 +61,7 @@ GPUS = (
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by its name, as people or its driver write it: case, spaces, `NVIDIA` and `GeForce` do not matter.
+    """A GPU by its name, as people or its driver write it: case, spaces, `NVIDIA`, `GeForce` and `RTX` do not matter.
 
     Raises:
         UserError: An unknown one; names the nearest and all others.
@@ -78,4 +78,4 @@ def find_gpu(name: str) -> Gpu:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"nvidia|geforce|tesla|\s|-|_", "", name.lower())
+    return re.sub(r"nvidia|geforce|rtx|tesla|\s|-|_", "", name.lower())

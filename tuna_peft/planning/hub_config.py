@@ -6,6 +6,9 @@ import json
 from importlib import resources
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from tuna_peft.errors import UserError
 from tuna_peft.models.hub_files import hub_file
 from tuna_peft.planning.shapes import ModelShape, known_shape
@@ -31,8 +34,26 @@ def read_shape(model: str, revision: str | None = None) -> tuple[ModelShape, str
     except UserError:
         if (shape := known_shape(model)) is None:
             raise
-        return shape, "the sizes known to this package (its config.json could not be read)"
+        return shape, "those known to this package (its config.json could not be read)"
     return _read(file, model), source
+
+
+def is_on_disk(model: str, revision: str | None = None) -> bool:
+    """Whether all weights are here: in a folder, in the package, or in the Hub's cache."""
+    if model.startswith("builtin:") or Path(model).is_dir():
+        return True
+
+    def cached(name: str) -> str | None:
+        try:
+            found = try_to_load_from_cache(model, name, revision=revision)
+        except HFValidationError:
+            return None
+        return found if isinstance(found, str) else None
+
+    if (index := cached("model.safetensors.index.json")) is None:
+        return cached("model.safetensors") is not None
+    shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    return all(cached(shard) is not None for shard in shards)
 
 
 def _read(file: Path, model: str) -> ModelShape:

@@ -6,6 +6,7 @@ and of all keys of a token, b bytes of the compute type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from tuna_peft.planning.workload import ForwardPass
 
 # Blocks of 64 weights with a scale each: one byte under double quantisation, with an fp32 scale for 256 scales.
 _BLOCK, _SCALES_BLOCK = 64, 256
-CHUNK_ROWS = 256  # of logits at a time, as `training/logps.py` takes them; a test compares the two
+CHUNK_ROWS = 256  # of logits at a time, as `models/logps.py` takes them; a test compares the two
+SUPERVISED_TILE = (4096, 32768)  # tokens and vocabulary at a time in TRL's fused head; a test compares
 
 # Bytes that a trainable parameter's optimiser state takes, by the beginning of its name; AdamW otherwise.
 _OPTIMIZERS = {
@@ -94,12 +96,12 @@ def layer_bytes(
     """What one decoder layer keeps for its backward pass when nothing of it is computed twice."""
     b, hidden, inner = precision.compute, shape.hidden, shape.intermediate
     by_token = (
-        2 * 4 * hidden  # what both norms are given, in fp32
-        + 2 * b * hidden  # what they give to the linear layers, which the adapters keep
+        shape.norms * 4 * hidden  # what the norms are given, in fp32
+        + 2 * b * hidden  # what two of them give to the linear layers, which the adapters keep
         + 4 * shape.heads  # log-sum-exp of the scores
         + 4 * b * inner  # gate, its activation, up, and their product
     )
-    if shape.qk_norm:
+    if shape.head_norms:
         by_token += (4 + b) * (shape.query_size + shape.kv_size)
     for adapter in (*below, *([own] if own else [])):
         by_token += b * adapter.rank * adapter.modules
@@ -112,8 +114,11 @@ def attention_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision)
     """What a layer's attention keeps: queries, keys and values as the kernel is given them, and its output."""
     b, queries = precision.compute, batch.positions * shape.query_size
     if not batch.by_segment:
-        # Keys and values are repeated for each query's head, and every layer makes its own additive mask.
-        return b * (4.0 * queries + batch.rows * batch.width**2)
+        # Keys and values are repeated for each head, and every layer makes its own additive mask. Where nothing is
+        # repeated, values that came out of one matrix with queries and keys keep the whole product.
+        whole = shape.family == "phi3" and shape.heads == shape.kv_heads
+        product = batch.positions * (shape.query_size + shape.kv_size) if whole else 0
+        return b * (4.0 * queries + batch.rows * batch.width**2 + product)
     assert batch.keys is not None
     if precision.flash:
         return b * (2.0 * queries + 2 * batch.keys * shape.kv_size)
@@ -121,8 +126,14 @@ def attention_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision)
     return b * (3.0 * queries + 2 * batch.keys * shape.query_size)
 
 
-def _mask_bytes(batch: ForwardPass) -> float:
-    return 0.0 if batch.by_segment else float(batch.rows * batch.width**2)
+def mask_bytes(shape: ModelShape, batch: ForwardPass) -> float:
+    """Booleans of who sees whom: none by segment, else one mask for each kind of layer."""
+    return 0.0 if batch.by_segment else float(shape.masks * batch.rows * batch.width**2)
+
+
+def dequantised_bytes(shape: ModelShape, precision: Precision) -> float:
+    """The largest matrix, in the type that is computed in."""
+    return 0.0 if precision.method == "none" else float(shape.largest_linear * precision.compute)
 
 
 def activation_bytes(
@@ -132,38 +143,35 @@ def activation_bytes(
     own: Adapter,
     below: Sequence[Adapter] = (),
     unchecked: int = 0,
+    *,
+    supervised: bool = False,
 ) -> float:
     """Most bytes alive in a training step beyond weights, adapters, gradients and optimiser.
 
     Args:
         unchecked: Layers whose activations are kept; those of all others are computed again.
+        supervised: TRL takes the loss, not the ranking trainer.
     """
     b, tokens, hidden = precision.compute, batch.positions, shape.hidden
     layer = layer_bytes(shape, batch, precision, own, below)
     checked = shape.layers - unchecked
     # The residual stream at the entrance of each checked layer, and once more at the end.
-    entrances = (checked + 1) * b * tokens * hidden + _mask_bytes(batch)
+    entrances = (checked + 1) * b * tokens * hidden + mask_bytes(shape, batch)
     kept = entrances + unchecked * layer
     final = (4 + b) * tokens * hidden  # the last norm's input in fp32, and its output
-    head = final + max(chunk_bytes(shape, batch, b) + b * batch.targets * hidden, 2 * b * batch.targets * hidden)
+    if supervised:
+        head = final + supervised_head_bytes(shape, batch, b)
+    else:
+        head = final + max(chunk_bytes(shape, batch, b) + b * batch.targets * hidden, 2 * b * batch.targets * hidden)
     norm = final + 5 * 4 * tokens * hidden  # fp32 gradients inside the last norm
-    # While a layer goes back: its largest matrix in 16 bits again, gradients of the product inside its MLP and of the
-    # residual stream. The last layers are the ones that are kept, and they are gone when the first one is recomputed.
-    weight = shape.largest_linear * b if precision.method != "none" else 0
-    going_back = weight + tokens * b * (shape.intermediate + 2 * hidden)
+    # While a layer goes back: a matrix in 16 bits again, gradients inside its MLP and of the residual stream. That is
+    # behind the product of gate and up; or, where one larger matrix gives both, behind it, when what it gave is gone.
+    # The last layers are the ones that are kept, and they are gone when the first one is recomputed.
+    inner = tokens * b * shape.intermediate
+    down = math.prod(shape.linears["down_proj"]) * b if precision.method != "none" else 0
+    going_back = 2 * b * tokens * hidden + max(down + inner, dequantised_bytes(shape, precision) - 2 * inner)
     recomputed = entrances + layer + going_back if checked else 0
     return max(kept + head, kept + norm, kept + going_back if unchecked else 0, recomputed)
-
-
-def forward_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision) -> float:
-    """Most bytes alive in a pass without gradients, log-probabilities included."""
-    b, tokens, hidden = precision.compute, batch.positions, shape.hidden
-    weight = shape.largest_linear * b if precision.method != "none" else 0
-    stream = tokens * hidden * (2 * b + 4) + _mask_bytes(batch)
-    attention = stream + attention_bytes(shape, batch, precision) + 2 * b * tokens * shape.query_size
-    mlp = stream + 4 * b * tokens * shape.intermediate
-    head = tokens * hidden * (4 + 2 * b) + chunk_bytes(shape, batch, b)
-    return max(attention + weight, mlp + weight, head)
 
 
 def chunk_bytes(shape: ModelShape, batch: ForwardPass, b: int) -> float:
@@ -171,6 +179,7 @@ def chunk_bytes(shape: ModelShape, batch: ForwardPass, b: int) -> float:
     return min(CHUNK_ROWS, batch.targets) * shape.vocab * (4 + b)
 
 
-def cache_bytes(shape: ModelShape, sequences: int, length: int, precision: Precision) -> float:
-    """Keys and values of generation; while they grow, one layer's are there twice."""
-    return 2.0 * precision.compute * shape.kv_size * (shape.layers + 1) * sequences * length
+def supervised_head_bytes(shape: ModelShape, batch: ForwardPass, b: int) -> float:
+    """TRL's fused head going back: the states that carry loss, their gradient in fp32, and a tile of logits."""
+    tile = min(batch.targets, SUPERVISED_TILE[0]) * min(shape.vocab, SUPERVISED_TILE[1])
+    return batch.targets * shape.hidden * (4 + b) + b * tile

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from tuna_peft.planning.flops import decode_hours, forward_flops, hours, ranking_flops, sft_flops
 from tuna_peft.planning.gpus import GIB, Gpu
+from tuna_peft.planning.inference import generation_bytes, scoring_bytes
 from tuna_peft.planning.memory import (
     Adapter,
     Precision,
     activation_bytes,
-    cache_bytes,
-    forward_bytes,
     frozen_parts,
     layer_bytes,
     trainer_parts,
@@ -30,6 +29,8 @@ FRAGMENTATION = 0.08
 USABLE, USABLE_RAM = 0.92, 0.5
 # Python with torch, transformers and the rest, before any model, and what its allocator keeps (the quickstart on CPU).
 PROCESS = 0.8 * GIB
+# Main memory for each parameter of a layer that is merged into 16 bits, measured (`python -m benchmarks.merge`).
+MERGED = 13.7
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,11 @@ class MergeSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run as the arithmetic sees it."""
+    """A run as the arithmetic sees it.
+
+    Attributes:
+        downloads: Whether the base is on the Hub, and not in its cache yet.
+    """
 
     model: str
     shape: ModelShape
@@ -119,6 +124,7 @@ class RunSpec:
     stages: tuple[StageSpec, ...]
     evaluation: EvaluationSpec | None = None
     merge: MergeSpec | None = None
+    downloads: bool = True
 
     def below(self, index: int) -> list[Adapter]:
         """The adapters under stage `index`."""
@@ -248,7 +254,9 @@ def _training(run: RunSpec, index: int, device: Device) -> Phase:
     batch = stage.largest_pass
 
     def activations(batch: ForwardPass, kept: int) -> float:
-        return activation_bytes(shape, batch, run.precision, stage.adapter, below, kept)
+        return activation_bytes(
+            shape, batch, run.precision, stage.adapter, below, kept, supervised=stage.kind == "sft"
+        )
 
     kept = _kept_layers(run, index, device, sum(held.values()))
     moving = activations(batch, kept)
@@ -308,7 +316,7 @@ def _scoring(
 ) -> Phase:
     shape, rows = run.shape, task.workload.rows
     batch = packed_pass(rows, batch_size, None)
-    moving, one = (forward_bytes(shape, it, run.precision) for it in (batch, packed_pass(rows, 1, None)))
+    moving, one = (scoring_bytes(shape, it, run.precision) for it in (batch, packed_pass(rows, 1, None)))
     times = len(run.stages) + 1
     count = task.workload.total * times
     flops = forward_flops(shape, task.workload.tokens * count, task.workload.response_tokens * count)
@@ -330,15 +338,9 @@ def _generation(
 ) -> Phase:
     shape, prompts = run.shape, task.workload
     prompt = max(row.prompt for row in prompts.rows)
-    length = prompt + new
 
     def moving(sequences: int) -> dict[str, float]:
-        fill = ForwardPass(sequences, prompt, sequences, sequences * prompt)
-        cache = cache_bytes(shape, sequences, length, run.precision)
-        return {
-            f"keys and values of {sequences} x {length:,} tokens": cache,
-            "a forward pass over the prompts": forward_bytes(shape, fill, run.precision),
-        }
+        return generation_bytes(shape, run.precision, prompts=sequences, n=1, prompt=prompt, new=new)
 
     most, least = sum(moving(batch_size).values()), sum(moving(1).values())
     times = len(run.stages) + 1
@@ -367,8 +369,10 @@ def _ram(run: RunSpec, device: Device) -> dict[str, float]:
     largest = max(shape.head, shape.largest_linear)
     ram = {"while loading: the largest tensor, 16-bit and as it is stored": PROCESS + 4.0 * largest}
     if run.merge is not None:
-        # One tensor at a time: as it is read, in fp32, and as it is written.
-        ram["merge"] = PROCESS + (2.0 + 4.0 + run.merge.bytes_per_parameter) * largest
+        # One tensor at a time: the embedding as it is, or a linear layer quantised, dequantised and added up.
+        more = max(run.merge.bytes_per_parameter - 2.0, 0.0)
+        copied = run.merge.bytes_per_parameter if more else 0.0
+        ram["merge"] = PROCESS + max((2.0 + copied) * shape.head, (MERGED + more) * shape.largest_linear)
     if not device.cuda:
         ram = {}  # it is all in the phases
     return ram
@@ -379,8 +383,8 @@ def _disk(run: RunSpec) -> dict[str, float]:
     adapters = sum(stage.adapter.parameters for stage in run.stages)
     # A checkpoint holds the whole stack and the optimiser.
     checkpoint = 4.0 * adapters + max(8.0 * stage.adapter.parameters for stage in run.stages)
-    disk = {
-        "the base, 16-bit, in the Hub's cache": 2.0 * parameters,
+    disk = {"the base, 16-bit, downloaded into the Hub's cache": 2.0 * parameters} if run.downloads else {}
+    disk |= {
         "adapters, and the combined one": 2 * 4.0 * adapters,
         "checkpoints: one of each stage, one more while it is written": (len(run.stages) + 1) * checkpoint,
     }

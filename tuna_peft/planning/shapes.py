@@ -8,19 +8,25 @@ from typing import Any
 
 from tuna_peft.errors import UserError
 
-# Decoders of this layout: attention with q, k, v and o, a gated MLP, RMS norms before both.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Decoders whose arithmetic has been compared with what they really take: attention, a gated MLP, RMS norms.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
+# What users will try too, and why there is no plan.
+_REFUSED = {
+    "gemma2": "its logits are soft-capped, which neither plan nor ranking loss covers",
+    "gemma3": "with its vision model it is no causal language model, which `run` refuses too",
+}
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a LLaMA-like decoder.
+    """The sizes of a decoder.
 
     Attributes:
         hidden, intermediate, layers, heads, kv_heads, head_dim, vocab: As in its configuration.
         tied: Head and embedding are one matrix.
-        qk_norm: Queries and keys are normalised by head (Qwen3).
+        family: Its `model_type`, one of `FAMILIES`.
+        masks: Kinds of attention layers (sliding and full), each with a mask of its own.
         context: Longest sequence, None when the configuration names none.
     """
 
@@ -32,7 +38,8 @@ class ModelShape:
     head_dim: int
     vocab: int
     tied: bool = False
-    qk_norm: bool = False
+    family: str = "llama"
+    masks: int = 1
     context: int | None = None
 
     @classmethod
@@ -42,14 +49,16 @@ class ModelShape:
         Raises:
             UserError: A layout that the arithmetic does not cover.
         """
-        config = config.get("text_config") or config
-        family = config.get("model_type")
-        if family not in FAMILIES or any(config.get(key) for key in _MOE_KEYS):
+        family = str(config.get("model_type"))
+        experts = any(config.get(key) for key in _MOE_KEYS)
+        if family not in FAMILIES or experts:
+            reason = "experts stay in 16 bits whatever `quantization` says" if experts else _REFUSED.get(family)
             raise UserError(
-                f"the planner does not know models of type {family!r}",
+                f"the planner does not know models of type {family!r}{f': {reason}' if reason else ''}",
                 where=where,
-                fix=f"It knows {', '.join(FAMILIES)}. `run` trains others too; watch the first steps' memory.",
+                fix=f"It knows {', '.join(FAMILIES)}. Of others, watch the memory of the first steps of `run`.",
             )
+        gemma = family == "gemma3_text"
         try:
             hidden, heads = config["hidden_size"], config["num_attention_heads"]
             return cls(
@@ -58,10 +67,11 @@ class ModelShape:
                 layers=config["num_hidden_layers"],
                 heads=heads,
                 kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or hidden // heads,
+                head_dim=config.get("head_dim") or (256 if gemma else hidden // heads),
                 vocab=config["vocab_size"],
-                tied=bool(config.get("tie_word_embeddings", False)),
-                qk_norm=family == "qwen3",
+                tied=bool(config.get("tie_word_embeddings", gemma)),
+                family=family,
+                masks=len(set(config.get("layer_types") or ())) or (2 if gemma else 1),
                 context=config.get("max_position_embeddings"),
             )
         except KeyError as error:
@@ -70,16 +80,28 @@ class ModelShape:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """`(in, out)` of the linear layers of one decoder layer, by the names that LoRA's `target_modules` uses."""
-        hidden, inner = self.hidden, self.intermediate
-        return {
-            "q_proj": (hidden, self.query_size),
-            "k_proj": (hidden, self.kv_size),
-            "v_proj": (hidden, self.kv_size),
-            "o_proj": (self.query_size, hidden),
-            "gate_proj": (hidden, inner),
-            "up_proj": (hidden, inner),
-            "down_proj": (inner, hidden),
-        }
+        hidden, inner, out = self.hidden, self.intermediate, {"o_proj": (self.query_size, self.hidden)}
+        if self.family == "phi3":
+            out = {
+                "qkv_proj": (hidden, self.query_size + 2 * self.kv_size),
+                **out,
+                "gate_up_proj": (hidden, 2 * inner),
+            }
+        else:
+            queries, keys = (hidden, self.query_size), (hidden, self.kv_size)
+            out = {"q_proj": queries, "k_proj": keys, "v_proj": keys, **out}
+            out |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
+        return {**out, "down_proj": (inner, hidden)}
+
+    @property
+    def norms(self) -> int:
+        """RMS norms of a layer over all of its hidden size."""
+        return 4 if self.family == "gemma3_text" else 2
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether queries and keys are normalised by head."""
+        return self.family in ("qwen3", "gemma3_text")
 
     @property
     def query_size(self) -> int:
@@ -104,7 +126,7 @@ class ModelShape:
     @property
     def unquantised(self) -> int:
         """Parameters outside the body: embedding, head (once when tied), norms."""
-        return self.head * (1 if self.tied else 2) + self.hidden * (2 * self.layers + 1)
+        return self.head * (1 if self.tied else 2) + self.hidden * (self.norms * self.layers + 1)
 
     @property
     def largest_linear(self) -> int:
@@ -151,12 +173,18 @@ KNOWN: dict[str, ModelShape] = {
     "qwen2.5-14b": _shape(5120, 13824, 48, 40, 8, 152064, context=32768),
     "qwen2.5-32b": _shape(5120, 27648, 64, 40, 8, 152064, context=32768),
     "qwen2.5-72b": _shape(8192, 29568, 80, 64, 8, 152064, context=131072),
-    "qwen3-0.6b": _shape(1024, 3072, 28, 16, 8, 151936, head_dim=128, tied=True, qk_norm=True, context=40960),
-    "qwen3-1.7b": _shape(2048, 6144, 28, 16, 8, 151936, head_dim=128, tied=True, qk_norm=True, context=40960),
-    "qwen3-4b": _shape(2560, 9728, 36, 32, 8, 151936, head_dim=128, tied=True, qk_norm=True, context=40960),
-    "qwen3-8b": _shape(4096, 12288, 36, 32, 8, 151936, head_dim=128, qk_norm=True, context=40960),
-    "qwen3-14b": _shape(5120, 17408, 40, 40, 8, 151936, head_dim=128, qk_norm=True, context=40960),
-    "qwen3-32b": _shape(5120, 25600, 64, 64, 8, 151936, head_dim=128, qk_norm=True, context=40960),
+    "gemma-3-1b": _shape(
+        1152, 6912, 26, 4, 1, 262144, head_dim=256, tied=True, family="gemma3_text", masks=2, context=32768
+    ),
+    "phi-4": _shape(5120, 17920, 40, 40, 10, 100352, family="phi3", context=16384),
+    "phi-3.5-mini": _shape(3072, 8192, 32, 32, 32, 32064, family="phi3", context=131072),
+    "phi-3-mini": _shape(3072, 8192, 32, 32, 32, 32064, family="phi3", context=4096),
+    "qwen3-0.6b": _shape(1024, 3072, 28, 16, 8, 151936, head_dim=128, tied=True, family="qwen3", context=40960),
+    "qwen3-1.7b": _shape(2048, 6144, 28, 16, 8, 151936, head_dim=128, tied=True, family="qwen3", context=40960),
+    "qwen3-4b": _shape(2560, 9728, 36, 32, 8, 151936, head_dim=128, tied=True, family="qwen3", context=40960),
+    "qwen3-8b": _shape(4096, 12288, 36, 32, 8, 151936, head_dim=128, family="qwen3", context=40960),
+    "qwen3-14b": _shape(5120, 17408, 40, 40, 8, 151936, head_dim=128, family="qwen3", context=40960),
+    "qwen3-32b": _shape(5120, 25600, 64, 64, 8, 151936, head_dim=128, family="qwen3", context=40960),
 }
 
 

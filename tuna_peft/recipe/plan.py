@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tuna_peft.data.config import DataSource
 from tuna_peft.errors import UserError
 from tuna_peft.planning.gpus import find_gpu
-from tuna_peft.planning.hub_config import read_shape
+from tuna_peft.planning.hub_config import is_on_disk, read_shape
 from tuna_peft.planning.memory import Adapter, Precision
 from tuna_peft.planning.plan import (
     CUDA_CONTEXT,
@@ -140,6 +140,7 @@ def run_spec(
         tuple(_stage(recipe, stage, shape, workloads[stage.name], processes) for stage in recipe.trained()),
         EvaluationSpec(recipe.evaluation.batch_size, tasks) if recipe.evaluation else None,
         MergeSpec(_MERGED_BYTES[merge.dtype]) if merge.enabled else None,
+        downloads=not is_on_disk(recipe.base.model, recipe.base.revision),
     )
 
 

@@ -1,0 +1,77 @@
+"""Bytes of passes without gradients: log-probabilities of given responses, and generation."""
+
+from __future__ import annotations
+
+import math
+
+from tuna_peft.planning.memory import Precision, attention_bytes, chunk_bytes, dequantised_bytes, mask_bytes
+from tuna_peft.planning.shapes import ModelShape
+from tuna_peft.planning.workload import ForwardPass
+
+# Tokens of room that a cache makes at a time (`models/growing_cache.py`), and the token that it is made for.
+CACHE_STEP = 64 + 1
+# Bytes of a logit while a token is drawn: the logits in fp32, and a 64-bit random number through its rounds
+# (`models/generation.py`); with `top_p` the sorted vocabulary beside it. Measured on meta tensors.
+_DRAWN, _DRAWN_BY_TOP_P = 30, 43
+
+
+def forward_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision) -> float:
+    """Most bytes alive inside the layers of a pass."""
+    b, tokens = precision.compute, batch.positions
+    weight = dequantised_bytes(shape, precision)
+    # The model's input, the residual stream, and what a norm gives, with one more while it is made.
+    stream = 4 * b * tokens * shape.hidden + mask_bytes(shape, batch)
+    inner = b * tokens * shape.intermediate
+    # Gate and up beside their matrix; or the activation, up and their product, and the gate where it is one with up.
+    mlp = max(2 * inner + weight, (4 if shape.family == "phi3" else 3) * inner)
+    return stream + max(mlp, attention_bytes(shape, batch, precision))
+
+
+def scoring_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision) -> float:
+    """Most bytes alive while the log-probabilities of responses are taken."""
+    b = precision.compute
+    head = b * (batch.positions + batch.targets) * shape.hidden + chunk_bytes(shape, batch, b)
+    return max(forward_bytes(shape, batch, precision), head)
+
+
+def cache_bytes(shape: ModelShape, sequences: int, tokens: int, precision: Precision) -> float:
+    """Keys and values of one layer."""
+    return 2.0 * precision.compute * shape.kv_size * sequences * tokens
+
+
+def generation_bytes(
+    shape: ModelShape,
+    precision: Precision,
+    *,
+    prompts: int,
+    n: int,
+    prompt: int,
+    new: int,
+    greedy: bool = True,
+    top_p: bool = False,
+) -> dict[str, float]:
+    """Most bytes alive while `n` responses of `new` tokens are written to each of some prompts, by part.
+
+    It is one of two moments: the prompts are read, or the last tokens are written.
+    """
+    b, sequences = precision.compute, prompts * n
+    reading = {
+        f"keys and values of {prompts} x {prompt:,} tokens": shape.layers
+        * cache_bytes(shape, prompts, prompt + CACHE_STEP, precision),
+        "a forward pass over the prompts": max(
+            forward_bytes(shape, ForwardPass(prompts, prompt, prompts, None), precision),
+            b * prompts * (shape.vocab + 2 * prompt * shape.hidden),
+        ),
+    }
+    room = prompt + CACHE_STEP * math.ceil(new / CACHE_STEP)
+    drawn = b if greedy else (_DRAWN_BY_TOP_P if top_p else _DRAWN) + b
+    step = dequantised_bytes(shape, precision) + b * sequences * (3 * shape.intermediate + 4 * shape.hidden)
+    writing = {
+        f"keys and values of {sequences} x {prompt + new:,} tokens": shape.layers
+        * cache_bytes(shape, sequences, room, precision),
+        # A layer's old room, while it moves into a larger one; or one step; or the choice of a token.
+        "the next tokens": max(
+            cache_bytes(shape, sequences, room - CACHE_STEP, precision), step, sequences * shape.vocab * drawn
+        ),
+    }
+    return max(reading, writing, key=lambda parts: sum(parts.values()))
