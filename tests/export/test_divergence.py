@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_llama import Tiny
+from tiny_llama import PROMPTS, Tiny
 
+import tuna_peft.export.check as check_module
 from tuna_peft.errors import UserError
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.divergence import divergence
+from tuna_peft.export.merge import merge_stack
 
 
 class Bigram(torch.nn.Module):
@@ -50,3 +53,20 @@ def test_nothing_to_compare_is_an_error(tiny: Tiny) -> None:
         divergence(model, model, [])
     with pytest.raises(UserError, match="no prompts"):
         check_exports(tiny.stack, [], [[]])
+
+
+@pytest.mark.parametrize(("kilobytes", "places"), [(40, {"disk"}), (330, {"cpu", "disk"})])
+def test_a_merged_model_larger_than_memory_is_measured_from_disk(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kilobytes: int, places: set[str]
+) -> None:
+    """It has 344 kB in the fp32 of the stack."""
+    merged = merge_stack(tiny.stack, tmp_path / "merged", dtype="bfloat16", device="cpu").path
+    (whole,) = check_exports(tiny.stack, [merged], PROMPTS, device="cpu").values()
+    found_at: set[str] = set()
+    monkeypatch.setattr(check_module, "available_ram", lambda: kilobytes * 1000)
+    monkeypatch.setattr(
+        check_module, "keep_quantised_layout", lambda model: found_at.update(model.hf_device_map.values())
+    )
+    (found,) = check_exports(tiny.stack, [merged], PROMPTS, device="cpu").values()
+    assert found == whole and found_at == places
+    assert list(tmp_path.iterdir()) == [merged]

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from peft import PeftModel
 from tiny_llama import write_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+import tuna_peft.recipe.pipeline as pipeline_module
 import tuna_peft.recipe.train_stage as train_stage_module
 from tuna_peft import AdapterStack, UserError
 from tuna_peft.models.base import load_base
+from tuna_peft.recipe.exports import export_stack
 from tuna_peft.recipe.pipeline import run_recipe
 from tuna_peft.recipe.rundir import RunDirectory
 from tuna_peft.recipe.schema import Recipe
@@ -230,6 +233,25 @@ def test_other_quantisations_run(files, tmp_path, method):
     assert report["base"]["quantization"]["method"] == method
     assert report["exports"]["combined"]["divergence"]["kl_mean"] <= 1e-10
     assert torch.isfinite(torch.tensor(report["stages"]["probabilistic"]["train_loss"]))
+
+
+def test_the_model_is_let_go_of_before_exports_are_measured(files, tmp_path, monkeypatch):
+    """A merged model in 16 bits needs the memory that the 4-bit base of training held."""
+    loaded, load = [], pipeline_module.load_base
+
+    def load_and_watch(*args, **kwargs):
+        base = load(*args, **kwargs)
+        loaded.append(weakref.ref(base.model))
+        return base
+
+    def export(run, inputs):
+        assert [model() for model in loaded] == [None]
+        return export_stack(run, inputs)
+
+    monkeypatch.setattr(pipeline_module, "load_base", load_and_watch)
+    monkeypatch.setattr(pipeline_module, "export_stack", export)
+    report = run_recipe(recipe(files), tmp_path / "run")
+    assert len(report["stages"]) == 3 and len(report["exports"]) == 2
 
 
 def test_bad_data_of_a_late_stage_stops_before_anything_trains(files, tmp_path):

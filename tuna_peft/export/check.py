@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.divergence import Divergence, divergence_from, iter_logits
@@ -19,6 +19,11 @@ from tuna_peft.models.base import resolve_device, resolve_dtype
 from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.find_stack import find_stack
 from tuna_peft.models.manifest import read_manifest
+from tuna_peft.models.memory import free_memory
+from tuna_peft.ram import available_ram
+
+# Of the memory that is free, what weights may take; the rest is for activations and logits.
+_WEIGHTS = 0.9
 
 
 def check_exports(
@@ -36,7 +41,8 @@ def check_exports(
 
     Models are held one after the other; the stack's logits stay in memory meanwhile (4 bytes x tokens x vocabulary:
     64 MB for 500 tokens at 32k), so keep the prompts few. Merged models compute in the stack's dtype, so that what
-    differs is what the export rounded.
+    differs is what the export rounded. They are larger than the 4-bit base: layers beyond the GPU's memory wait in
+    main memory, and beyond that on disk.
 
     Args:
         stack_dir: The folder with `stack.json`.
@@ -117,10 +123,26 @@ class Comparison:
     def model(self, folder: Path) -> Divergence:
         """Of a merged model, loaded by plain transformers; lets go of the stack's base."""
         self._base = None
-        gc.collect()  # a PEFT model is full of cycles; the quantised base should go before the next model comes
-        merged: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=self._dtype, trust_remote_code=self._trust_remote_code
-        )
-        keep_quantised_layout(merged)
-        require_exact_dequantisation(merged)
-        return divergence_from(self._logits, merged.to(self._device).eval(), self._batches)
+        free_memory()
+        with tempfile.TemporaryDirectory(prefix=".offload.", dir=folder.parent) as offload:
+            merged: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=self._dtype,
+                trust_remote_code=self._trust_remote_code,
+                offload_folder=offload,
+                **_placement(folder, self._device),
+            )
+            keep_quantised_layout(merged)
+            require_exact_dequantisation(merged)
+            return divergence_from(self._logits, merged.eval(), self._batches)
+
+
+def _placement(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Where a model's layers go, for `from_pretrained`."""
+    if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or device.type not in ("cuda", "cpu"):
+        return {"device_map": {"": device}}  # 4 bits fit where the stack did
+    memory: dict[int | str, int] = {"cpu": int(_WEIGHTS * available_ram())}
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        memory[torch.cuda.current_device() if device.index is None else device.index] = int(_WEIGHTS * free)
+    return {"device_map": "auto", "max_memory": memory}

@@ -65,6 +65,7 @@ def divergence_from(
 @torch.no_grad()
 def iter_logits(model: torch.nn.Module, token_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The model's logits `(batch, seq, vocabulary)`, on the CPU, one batch after the other."""
-    device = next(model.parameters()).device
+    # Weights that wait on the CPU or on disk are meta tensors; their hooks take tokens from anywhere.
+    device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
     for tokens in token_batches:
         yield model(input_ids=tokens.to(device)).logits.cpu()

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +24,7 @@ from tuna_peft.feedback.teacher_server import score_with_server
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
 from tuna_peft.models.base import Base
+from tuna_peft.models.memory import free_memory
 from tuna_peft.models.stack import active_adapters, adapter_names
 from tuna_peft.recipe.encode import encode_source
 from tuna_peft.recipe.feedback_schema import FeedbackSource, StageSample
@@ -158,5 +158,4 @@ def _score(settings: ScoreSettings, rows: list[Record], journal: Journal, device
     try:
         return score_with_model(rows, settings, journal, device=device)
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the teacher's memory, for training
+        free_memory()  # the teacher's, for training

@@ -30,6 +30,7 @@ from tuna_peft.models.base import (
     resolve_dtype,
 )
 from tuna_peft.models.manifest import read_manifest
+from tuna_peft.models.memory import free_memory
 from tuna_peft.models.shards import shard_base
 from tuna_peft.models.stack import adapter_names, drop_adapter, fingerprint, load_adapter
 from tuna_peft.recipe.evaluate import evaluate_stage
@@ -92,6 +93,8 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
                 run.save(FACTS, _facts(recipe, base, inputs))
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate(run, model, base, inputs, stage.name)
+        del model, base
+        free_memory()  # for the exports, which are measured one after the other
         report = _finish(run, inputs) if processes.main else {}
         processes.wait()
         return report

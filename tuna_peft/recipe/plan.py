@@ -22,9 +22,9 @@ from tuna_peft.planning.plan import (
     TaskSpec,
     make_plan,
 )
-from tuna_peft.planning.ram import available_ram
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ASSUMED_HELD_OUT, ASSUMED_RESPONSE, ASSUMED_RESPONSES, Row, Workload
+from tuna_peft.ram import available_ram
 from tuna_peft.recipe.evaluation_schema import RankingTask
 from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.lengths import is_here, source_workload

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
@@ -20,6 +19,7 @@ from trl import SFTConfig
 from tuna_peft.errors import UserError
 from tuna_peft.files import write_json
 from tuna_peft.models.checkpointing import checkpoint_activations
+from tuna_peft.models.memory import free_memory
 from tuna_peft.models.shards import keep_from_ddp
 from tuna_peft.models.stack import push_adapter, take_over
 from tuna_peft.recipe.measure import Peak
@@ -155,8 +155,7 @@ def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftM
     model.disable_input_require_grads()
     model.requires_grad_(False)
     model.eval()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return model
 
 
