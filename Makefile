@@ -61,7 +61,7 @@ $(BIN)/python:
 
 # Stamps: the installation is repeated only when what it depends on has changed.
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) -e ".[gguf]"
 	touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python

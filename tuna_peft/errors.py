@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Something in the user's input is wrong; the message says what, where and what to do.
@@ -18,3 +21,12 @@ class UserError(ValueError):
         self.what, self.where, self.fix = what, where, fix
         message = f"{where}: {what}" if where else what
         super().__init__(f"{message}\n  {fix}" if fix else message)
+
+
+def did_you_mean(name: str, valid: Iterable[str], most: int = 20) -> str:
+    """`Did you mean ...?` with the nearest of `valid`; when none is near, the first `most` of them."""
+    options = list(valid)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+    if near:
+        return f"Did you mean `{near[0]}`?"
+    return f"Valid here: {', '.join(options[:most])}{', ...' if len(options) > most else ''}."

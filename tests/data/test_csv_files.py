@@ -47,8 +47,9 @@ def test_a_table_with_lists_of_different_lengths_becomes_ranked(tmp_path):
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [("9,,", "candidate 1: the score is missing"), ("9,good,", "candidate 1: the score is text, not a number"),
-     ("9,nan,", "not a finite number"), ("9,1,3", "candidate 2: the response is missing")],
+    [("9,,", "candidate 1: the score is missing"), ("9,good,", "candidate 1: the score is the text 'good'"),
+     ('9,"1,5",', "a point, not a comma"), ("9,nan,", "not a finite number"),
+     ("9,1,3", "candidate 2: the response is missing")],
 )  # fmt: skip
 def test_only_a_column_that_is_empty_in_all_respects_is_left_out(tmp_path, scores, message):
     path = tmp_path / "rows.csv"

@@ -90,7 +90,7 @@ BAD = {
     "NaN": (record(["a", "b"], [1, NAN]), "x: line 2, candidate 1", "score is nan"),
     "infinite": (record(["a", "b"], [-INF, 1]), "x: line 2, candidate 0", "score is -inf"),
     "null score": (record(["a", "b"], [1, None]), "x: line 2, candidate 1", "missing (null)"),
-    "text as score": (record(["a", "b"], [1, "2"]), "x: line 2, candidate 1", "score is text, not a number"),
+    "text as score": (record(["a", "b"], [1, "2"]), "x: line 2, candidate 1", "score is the text '2', not a number"),
     "scores not a list": (record(["a", "b"], 1), "x: line 2", "scores are a number, not a list"),
     "fewer scores": (record(["a", "b"], [1]), "x: line 2", "2 responses, but 1 scores"),
     "more ranks": (record(["a", "b"], ranks=[0, 1, 2]), "x: line 2", "2 responses, but 3 ranks"),

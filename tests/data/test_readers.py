@@ -243,12 +243,12 @@ def test_columns_with_a_full_prompt_and_a_dotted_key(jsonl):
     ("columns", "what"),
     [
         ({"completions": "response[].text"}, "`response[].text`: the record has no key `response`"),
-        ({"completions": "responses[].txt"}, "responses[0] has no key `txt`, it has the keys text, judge, ok"),
+        ({"completions": "responses[].txt"}, "responses[0] has no key `txt`"),
         ({"completions": "gold[].text"}, "gold is str, not a list"),
         ({"completions": "q.text"}, "q has no key `text`, it is str"),
         ({"completions": "responses[7].text"}, "responses has 2 entries, none at [7]"),
         ({"completions": "ctx", "scores": "flat"}, "no responses"),
-        ({"completions": "flat", "scores": "flat"}, "score is text"),
+        ({"completions": "flat", "scores": "flat"}, "score is the text"),
         ({"completions": "flat"}, "neither scores nor ranks"),
         ({"scores": "flat"}, "`columns` has no `completions`"),
         ({"completions": "flat", "input": "flat"}, "the input is list, not text"),
@@ -266,8 +266,18 @@ def test_auto_names_the_keys_found_and_the_formats_known(jsonl):
     with pytest.raises(UserError) as caught:
         load(jsonl(NESTED))
     assert "`meta`, `q`, `ctx`, `responses`" in caught.value.what
-    for name in ("ranked", "teacher", "judge", "formatted", "preference", "alpaca", "format: columns"):
+    for name in ("ranked", "teacher", "judge", "formatted", "preference", "alpaca", "`columns: {", "--column"):
         assert name in caught.value.fix
+
+
+@pytest.mark.parametrize(("key", "text"), [("messages", "content"), ("conversations", "value")])
+def test_what_a_chat_log_is_told_to_do_works(jsonl, key, text):
+    path = jsonl({key: [{text: "Name a colour."}, {text: "Blue."}]})
+    with pytest.raises(UserError, match=rf"instruction: {key}\[0\].{text}, completions: {key}\[1\].{text}"):
+        load(path)
+    columns = {"instruction": f"{key}[0].{text}", "completions": f"{key}[1].{text}"}
+    dataset, _ = load_sft(DataSource(path=path, columns=columns), PLAIN)
+    assert dataset[0] == {"id": "line-1", "prompt": "Q: Name a colour.A:", "completion": "Blue."}
 
 
 def test_auto(jsonl):

@@ -83,11 +83,10 @@ def evaluate(
 
 def _settings(recorded: dict[str, Any], tasks: list[str], overrides: list[str]) -> dict[str, Any]:
     """A run's settings, with the tasks that are asked for (and only those) and the overrides laid over them."""
-    from tuna_peft.errors import UserError
+    from tuna_peft.errors import UserError, did_you_mean
     from tuna_peft.recipe.document import Document
     from tuna_peft.recipe.evaluation_schema import TaskSettings
     from tuna_peft.recipe.overrides import apply_overrides
-    from tuna_peft.recipe.problems import did_you_mean
 
     values = copy.deepcopy(recorded)
     before = values.setdefault("tasks", {})

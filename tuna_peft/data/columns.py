@@ -8,6 +8,7 @@ from typing import Any
 from tuna_peft.data.config import Columns
 from tuna_peft.data.ranked import BadRow, Prompt, Record
 from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.errors import did_you_mean
 
 _STEP = re.compile(r"\[(-?\d*)\]|([^.\[\]]+)")
 _FIX = "Correct the path under `columns`, or the record."
@@ -118,8 +119,12 @@ def _key(value: Any, name: str, place: str, path: str, where: str) -> Any:
     if isinstance(value, dict) and name in value:
         return value[name]
     holder = place or "the record"
-    has = f"has the keys {', '.join(value)}" if isinstance(value, dict) else f"is {type(value).__name__}"
-    raise BadRow(f"`{path}`: {holder} has no key `{name}`, it {has}", reason="missing field", where=where, fix=_FIX)
+    what, fix = f"`{path}`: {holder} has no key `{name}`", _FIX
+    if isinstance(value, dict):
+        fix = f"{did_you_mean(name, value)} {_FIX}"
+    else:
+        what += f", it is {type(value).__name__}"
+    raise BadRow(what, reason="missing field", where=where, fix=fix)
 
 
 def _entry(value: Any, index: int, place: str, path: str, where: str) -> Any:

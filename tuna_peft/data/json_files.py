@@ -74,7 +74,8 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"not UTF-8 text: byte 0x{data[offset]:02x} at byte {offset}, line {line}",
             where=str(path),
-            fix=f"Convert it, for example: iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 IN > OUT",
+            fix="Save it as UTF-8 (a spreadsheet: as `CSV UTF-8`), or convert it, for example: "
+            f"iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 IN > OUT",
         ) from None
 
 

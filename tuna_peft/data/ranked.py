@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -225,6 +226,11 @@ def _require_a_pair(given: int, ranks: list[int], where: str) -> None:
 
 
 def _number(value: Any, name: str, where: str) -> float:
+    if isinstance(value, str):
+        fix = "Decimals have a point, not a comma." if re.fullmatch(r"\s*-?\d+,\d+\s*", value) else _FIX_ROW
+        raise BadRow(
+            f"the {name} is the text {value[:40]!r}, not a number", reason=f"bad {name}", where=where, fix=fix
+        )
     if value is None or not isinstance(value, (bool, int, float)):
         what = f"the {name} is missing (null)" if value is None else f"the {name} is {_kind(value)}, not a number"
         raise BadRow(what, reason=f"bad {name}", where=where)

@@ -56,12 +56,8 @@ def choose_format(source: DataSource, first: Record, where: str, *, prompts_only
             fitting += [reads for key, reads in (("prompt", "ranked"), ("instruction", "alpaca")) if key in present]
         name = fitting[0] if fitting else "auto"
     if name == "auto":
-        known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS.values() if format.name != "columns")
         raise UserError(
-            f"no known format has the keys {', '.join(f'`{key}`' for key in first)}",
-            where=where,
-            fix=f"Known are: {known}. For any other shape say `format: columns` and where the parts are, "
-            "for example `columns: {instruction: question, completions: answers[].text, scores: answers[].score}`.",
+            f"no known format has the keys {', '.join(f'`{key}`' for key in first)}", where=where, fix=_unknown(first)
         )
     if source.length_penalty is not None and name != "teacher":
         raise UserError(
@@ -70,6 +66,23 @@ def choose_format(source: DataSource, first: Record, where: str, *, prompts_only
             fix="Remove it; it weighs the log-probabilities of `format: teacher`.",
         )
     return FORMATS[name]
+
+
+def _unknown(first: Record) -> str:
+    """What to do about records of no known format."""
+    for key, text in (("messages", "content"), ("conversations", "value")):
+        if key in first:
+            return (
+                f"Of a chat log say which turns to take, `columns: {{instruction: {key}[0].{text}, completions: "
+                f"{key}[1].{text}}}`: one reply to each prompt is supervised data, or prompts to sample from; "
+                "a ranking takes several replies, with scores."
+            )
+    known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS.values() if format.name != "columns")
+    return (
+        "Say where the parts are: `columns: {instruction: question, completions: answers[].text, scores: "
+        "answers[].score}` in a recipe, `--column instruction=question --column ...` behind a command. "
+        f"Known without are: {known}."
+    )
 
 
 def _field(raw: Record, key: str, where: str) -> Any:

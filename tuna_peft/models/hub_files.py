@@ -55,7 +55,7 @@ def hub_file(model: str, name: str, revision: str | None = None, *, endpoint: st
         raise UserError(
             "there is no such model on the Hub, or it is private",
             where=model,
-            fix="Check `base.model`; for a private model run `hf auth login` first. A local path starts with ./ or /.",
+            fix="Check the name; for a private model run `hf auth login` first. A local path starts with ./ or /.",
         ) from error
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
@@ -65,7 +65,7 @@ def hub_file(model: str, name: str, revision: str | None = None, *, endpoint: st
         return _cached(model, name, revision, error)
     except HFValidationError as error:
         raise UserError(
-            "neither a folder here nor a Hub id (`owner/name`)", where=model, fix="Check `base.model`."
+            "neither a folder here nor a Hub id (`owner/name`)", where=model, fix="Check the name."
         ) from error
     except Exception as error:  # of the HTTP library below, which is another one in each version of huggingface_hub
         return _cached(model, name, revision, error)
@@ -77,7 +77,7 @@ def _cached(model: str, name: str, revision: str | None, error: Exception) -> tu
         raise UserError(
             "the Hub cannot be reached, and the model is not in the cache",
             where=model,
-            fix="Check the network (HF_HUB_OFFLINE, HTTPS_PROXY), or give a folder as `base.model`.",
+            fix="No folder here has this name, either. Check it, or the network (HF_HUB_OFFLINE, HTTPS_PROXY).",
         ) from error
     logger.warning("%s: the Hub cannot be reached; using the copy in the cache", model)
     return Path(cached), CACHE

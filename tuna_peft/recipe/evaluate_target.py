@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tuna_peft.data.config import PromptConfig
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, did_you_mean
 from tuna_peft.evaluation.report.build import FACTS
 from tuna_peft.evaluation.results import TaskResult
 from tuna_peft.evaluation.session import JOURNAL, Session
@@ -24,7 +24,6 @@ from tuna_peft.models.stack import active_adapters
 from tuna_peft.recipe.evaluate import evaluate_stage
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
 from tuna_peft.recipe.measure import environment
-from tuna_peft.recipe.problems import did_you_mean
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.recipe.tasks import read_tasks
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, did_you_mean
 from tuna_peft.recipe.document import Document, KeyPath, read_document
-from tuna_peft.recipe.problems import did_you_mean
 from tuna_peft.recipe.shipped import shipped_recipes
 
 EXTENDS = "extends"

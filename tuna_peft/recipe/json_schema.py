@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import PydanticUserError
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, did_you_mean
 from tuna_peft.recipe.extends import EXTENDS, EXTENDS_HELP
-from tuna_peft.recipe.problems import did_you_mean
 from tuna_peft.recipe.schema import Recipe, StageType
 from tuna_peft.recipe.train_fields import TrainField, train_fields, type_adapter
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from tuna_peft.errors import did_you_mean
 from tuna_peft.recipe.document import Document, KeyPath
 from tuna_peft.recipe.expectations import expected
 from tuna_peft.recipe.extends import EXTENDS, read_recipe
 from tuna_peft.recipe.feedback_schema import FEEDBACK, FILE, FeedbackSource
 from tuna_peft.recipe.overrides import apply_overrides
 from tuna_peft.recipe.paths import missing_paths, resolve_paths
-from tuna_peft.recipe.problems import Problem, did_you_mean, raise_problems
+from tuna_peft.recipe.problems import Problem, raise_problems
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.recipe.shipped import find_recipe
 from tuna_peft.recipe.train_fields import check_train

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, did_you_mean
 from tuna_peft.recipe.document import Document, KeyPath, parse_value
-from tuna_peft.recipe.problems import did_you_mean
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from tuna_peft.data.config import MayBeLocal
+from tuna_peft.errors import did_you_mean
 from tuna_peft.recipe.document import KeyPath
-from tuna_peft.recipe.problems import did_you_mean
 from tuna_peft.recipe.schema import Recipe
 
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuna_peft.errors import UserError
@@ -40,15 +39,6 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     if problems:
         listed = "".join(f"\n  {problem}" for problem in sorted(problems, key=_line))
         raise UserError(f"the recipe has {len(problems)} mistakes:{listed}")
-
-
-def did_you_mean(name: str, valid: Iterable[str], most: int = 20) -> str:
-    """`Did you mean ...?` with the nearest of `valid`; when none is near, the first `most` of them."""
-    options = list(valid)
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-    if near:
-        return f"Did you mean `{near[0]}`?"
-    return f"Valid here: {', '.join(options[:most])}{', ...' if len(options) > most else ''}."
 
 
 def _line(problem: Problem) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import tuna_peft
-from tuna_peft.errors import UserError
-from tuna_peft.recipe.problems import did_you_mean
+from tuna_peft.errors import UserError, did_you_mean
 
 ACCELERATE = "accelerate"  # the folder of configurations that are no recipes
 

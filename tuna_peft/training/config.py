@@ -143,6 +143,8 @@ class TunaConfig(TrainingArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(choices)}")
         self.activation_memory = self._checked_activation_memory()  # type: ignore[assignment]
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and PyTorch warns
         if self.n_gpu > 1 and not self.use_cpu:
             self._n_gpu = 1  # nn.DataParallel cannot split packed rows; several GPUs run under `accelerate launch`
 
