@@ -67,7 +67,7 @@ def hub(monkeypatch, tmp_path):
         ("org/absent", "there is no such model on the Hub", "run `hf auth login`"),
         ("org/empty", "the model has no config.json", "transformers' format"),
         ("org/revision", "the model has no revision 'v9'", "base.revision"),
-        ("not a model", "neither a folder here nor a Hub id", "base.model"),
+        ("not a model", "neither a folder here nor a Hub id", "Check the name"),
     ],
 )
 def test_refusals_say_what_to_do(hub, model, what, fix):
