@@ -130,19 +130,20 @@ class Comparison:
                 dtype=self._dtype,
                 trust_remote_code=self._trust_remote_code,
                 offload_folder=offload,
-                **_placement(folder, self._device),
+                **self._placement(folder),
             )
             keep_quantised_layout(merged)
             require_exact_dequantisation(merged)
             return divergence_from(self._logits, merged.eval(), self._batches)
 
-
-def _placement(folder: Path, device: torch.device) -> dict[str, Any]:
-    """Where a model's layers go, for `from_pretrained`."""
-    if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or device.type not in ("cuda", "cpu"):
-        return {"device_map": {"": device}}  # 4 bits fit where the stack did
-    memory: dict[int | str, int] = {"cpu": int(_WEIGHTS * available_ram())}
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        memory[torch.cuda.current_device() if device.index is None else device.index] = int(_WEIGHTS * free)
-    return {"device_map": "auto", "max_memory": memory}
+    def _placement(self, folder: Path) -> dict[str, Any]:
+        """Where a model's layers go, for `from_pretrained`."""
+        config, device = AutoConfig.from_pretrained(folder, trust_remote_code=self._trust_remote_code), self._device
+        if hasattr(config, "quantization_config") or device.type not in ("cuda", "cpu"):
+            return {"device_map": {"": device}}  # 4 bits fit where the stack did
+        memory: dict[int | str, int] = {}
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            memory[torch.cuda.current_device() if device.index is None else device.index] = int(_WEIGHTS * free)
+        memory["cpu"] = int(_WEIGHTS * available_ram())
+        return {"device_map": "auto", "max_memory": memory}
