@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tuna_peft.errors import UserError
@@ -111,12 +112,12 @@ class Comparison:
 
     def base(self) -> Divergence:
         """Of the base without the stack, for scale."""
-        return divergence_from(self._logits, self._base, self._batches)
+        return self._divergence(self._base, "base")
 
     def adapter(self, folder: Path) -> Divergence:
         """Of a combined adapter on the stack's base, loaded by plain PEFT; not after `model`."""
         combined = PeftModel.from_pretrained(self._base, str(folder)).eval()
-        result = divergence_from(self._logits, combined, self._batches)
+        result = self._divergence(combined, folder.name)
         self._base = combined.unload()
         return result
 
@@ -134,7 +135,11 @@ class Comparison:
             )
             keep_quantised_layout(merged)
             require_exact_dequantisation(merged)
-            return divergence_from(self._logits, merged.eval(), self._batches)
+            return self._divergence(merged.eval(), folder.name)
+
+    def _divergence(self, model: torch.nn.Module, name: str) -> Divergence:
+        batches = tqdm(self._batches, desc=f"measuring {name}", delay=1, leave=False, disable=None)
+        return divergence_from(self._logits, model, batches)
 
     def _placement(self, folder: Path) -> dict[str, Any]:
         """Where a model's layers go, for `from_pretrained`."""
