@@ -12,6 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tuna_peft.errors import UserError
 from tuna_peft.models import find_stack as module
 from tuna_peft.models.adapter_stack import AdapterStack
+from tuna_peft.models.any_model import load_any_model
 from tuna_peft.models.find_stack import find_stack
 
 
@@ -20,6 +21,13 @@ def test_a_folder_and_the_folder_around_it(stack_path: Path, tmp_path: Path) -> 
     shutil.copytree(stack_path, tmp_path / "run" / "stack")
     assert find_stack(tmp_path / "run") == tmp_path / "run" / "stack"
     assert find_stack(tmp_path / "nothing" / "deep" / "down") == tmp_path / "nothing" / "deep" / "down"
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: begun\n")
+    for load in (AdapterStack.from_pretrained, load_any_model):
+        with pytest.raises(UserError, match="no stage of this run has ended yet"):
+            load(str(tmp_path))
 
 
 def test_a_published_stack_is_found_below_its_combined_adapter(

@@ -140,6 +140,27 @@ def test_vicuna_compares_with_the_base_and_the_judge_may_fail_for_some(files, tm
     assert against == [prompt.response for prompt in results["base"]["vicuna"].prompts]
 
 
+def test_vicuna_against_a_later_stage(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("tuna_peft.recipe.tasks.judge_pairs", lambda rows, *args, **kwargs: ([1] * len(rows), None))
+    vicuna = {"path": str(files / "question.jsonl"), "against": "sft", "judge": {"model": "org/judge"},
+              "max_new_tokens": 3}  # fmt: skip
+    alone = evaluate_target(
+        str(files / "stack"), settings(files, vicuna=vicuna), tmp_path / "alone", stages=["base"]
+    )["base"]["vicuna"]  # fmt: skip
+    assert alone.metrics["win_rate"].value is None and len(alone.prompts) == 3
+    assert [(one.reason, one.count) for one in alone.excluded] == [("the stage sft had not answered yet", 3)]
+
+    results = evaluate_target(str(files / "stack"), settings(files, vicuna=vicuna), tmp_path / "all")
+    assert list(results) == ["base", "sft", "ranking"]
+    assert [of_stage["vicuna"].metrics["win_rate"].value for of_stage in results.values()] == [1, None, 1]
+    against = [prompt.details["against"] for prompt in results["base"]["vicuna"].prompts]
+    assert against == [prompt.response for prompt in results["sft"]["vicuna"].prompts]
+
+    with pytest.raises(UserError, match="no file 'sftt', and no stage"):
+        wrong = settings(files, vicuna={**vicuna, "against": "sftt"})
+        evaluate_target(str(files / "stack"), wrong, tmp_path / "wrong", stages=["base"])
+
+
 def test_a_program_that_cannot_judge_a_question_leaves_it_out_by_name(files, tmp_path):
     answers = [{"question_id": i, "text": "w5"} for i in range(2)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))

@@ -33,7 +33,7 @@ def compare(
 
     from tuna_peft.errors import UserError
     from tuna_peft.evaluation.compare import compare_results
-    from tuna_peft.evaluation.results import Metric, number
+    from tuna_peft.evaluation.results import TITLES, Metric, in_percent, number
     from tuna_peft.files import write_json
 
     left, right = _results(first), _results(second)
@@ -44,14 +44,17 @@ def compare(
             fix="Run `tuna-peft evaluate` on both with the same --task.",
         )
     comparisons = [compare_results(left[name], right[name]) for name in common]
-    table = Table("task", "metric", first, second, "difference", "wins", "losses", "ties", title="paired by prompt")
+    table = Table("paired by prompt", "first", "second", "difference", "won/lost/tied")
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for one in comparisons:
         values = one.values or (None, None)
-        cells = [number(value, among=values) for value in values]
-        counts = len(one.wins), len(one.losses), one.ties
-        table.add_row(one.task, one.metric, *cells, *map(str, (one.difference or Metric(None), *counts)))
-    console = Console()
-    console.print(table, crop=False)
+        cells = [number(value, among=values, percent=in_percent(one.task)) for value in values]
+        counts = f"{len(one.wins)}/{len(one.losses)}/{one.ties}"
+        name = TITLES.get(one.task, f"{one.task} {one.metric}")
+        table.add_row(name, *cells, str(one.difference or Metric(None)), counts)
+    typer.echo(f"first   {first}\nsecond  {second}")
+    Console().print(table, crop=False)
     for one in comparisons:
         _print_unpaired(one, first, second)
         for title, pairings in (("win", one.wins), ("loss", one.losses)):

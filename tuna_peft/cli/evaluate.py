@@ -75,7 +75,8 @@ def evaluate(
         prompt=None if template is None else from_options(PromptConfig, {"template": template}),
         loading=Loading(base_model, quantization, device, trust_remote_code),
     )
-    Console().print(results_tables(results), crop=False)
+    console = Console()
+    console.print(results_tables(results, console.width), crop=False)
     typer.echo(f"Every prompt's score: {folder}/evaluation/")
     write_report(folder)
     typer.echo(f"Look at it: {folder}/report.html")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tuna_peft.evaluation.bootstrap import paired_difference
-from tuna_peft.evaluation.results import Metric, PromptResult, TaskResult
+from tuna_peft.evaluation.results import Metric, PromptResult, TaskResult, in_percent
 
 
 @dataclass
@@ -88,6 +88,7 @@ def compare_results(first: TaskResult, second: TaskResult) -> Comparison:
         columns = [[pairing.scores[side] for pairing in pairings] for side in (0, 1)]
         comparison.values = _mean(columns[0], weights), _mean(columns[1], weights)
         comparison.difference = paired_difference(columns[0], columns[1], weights)
+        comparison.difference.percent = in_percent(second.task)
     return comparison
 
 

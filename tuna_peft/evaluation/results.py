@@ -38,12 +38,17 @@ MEANINGS = {
 """What that metric says, by the task's name up to the first hyphen."""
 
 
-def number(value: float | None, *, among: Iterable[float | None] = (), sign: str = "") -> str:
-    """A metric: three decimals for shares, one where it or one of its companions is above 1, as percentages are."""
+def in_percent(task: str) -> bool:
+    """Whether a task's scores go up to 100, not to 1."""
+    return task.partition("-")[0] in ("superni", "lmentry")
+
+
+def number(value: float | None, *, among: Iterable[float | None] = (), sign: str = "", percent: bool = False) -> str:
+    """A metric: one decimal for percentages, and where it or one of its companions is above 1; else three."""
     if value is None:
         return "–"
     largest = max(abs(other) for other in (value, *among) if other is not None)
-    return format(value, f"{sign}.3f" if largest <= 1 else f"{sign}.1f")
+    return format(value, f"{sign}.1f" if percent or largest > 1 else f"{sign}.3f")
 
 
 @dataclass
@@ -55,19 +60,21 @@ class Metric:
         low: Lower end of the 95 % interval (bootstrap over prompts); None where none was taken.
         high: Its upper end.
         count: What the value is a mean over: prompts, or pairs.
+        percent: Whether 100 is the most that it can be; `TaskResult` sets it, by its task.
     """
 
     value: float | None
     low: float | None = None
     high: float | None = None
     count: int = 0
+    percent: bool = False
 
     def __str__(self) -> str:
         """`0.623 [0.601, 0.644]`."""
         if self.low is None or self.high is None:
-            return number(self.value)
+            return number(self.value, percent=self.percent)
         all_three = self.value, self.low, self.high
-        value, low, high = (number(one, among=all_three) for one in all_three)
+        value, low, high = (number(one, among=all_three, percent=self.percent) for one in all_three)
         return f"{value} [{low}, {high}]"
 
 
@@ -143,6 +150,11 @@ class TaskResult:
     excluded: list[Exclusion] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for metrics in (self.metrics, *self.groups.values()):
+            for metric in metrics.values():
+                metric.percent = in_percent(self.task)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tuna_peft.errors import UserError
 from tuna_peft.models.adapter_stack import AdapterStack, quantization_of
 from tuna_peft.models.base import base_identity, load_base, make_quantization_config, resolve_device, resolve_dtype
+from tuna_peft.models.manifest import refuse_begun_run
 from tuna_peft.models.stack import adapter_names, fingerprint
 
 
@@ -61,10 +62,15 @@ def load_any_model(
 
 
 def local_stack(model: str) -> Path | None:
-    """The folder of a stack, of a run's stack, or of a lone adapter (which is refused later, with the reason)."""
+    """The folder of a stack, of a run's stack, or of a lone adapter (which is refused later, with the reason).
+
+    Raises:
+        UserError: A run without a stage that has ended.
+    """
     for folder in (Path(model) / "stack", Path(model)):
         if (folder / "stack.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder
+    refuse_begun_run(Path(model))
     return None
 
 

@@ -96,7 +96,18 @@ def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Ma
     return manifest
 
 
+def refuse_begun_run(folder: Path) -> None:
+    """UserError for the folder of a run that has no stack yet."""
+    if (folder / "recipe.yaml").is_file():
+        raise UserError(
+            "no stage of this run has ended yet",
+            where=str(folder),
+            fix="Go on with it: the same `tuna-peft run` again.",
+        )
+
+
 def _no_manifest(root: Path) -> UserError:
+    refuse_begun_run(root)
     if not (root / "adapter_config.json").is_file():
         return UserError(
             "no stack.json here",

@@ -87,22 +87,28 @@ def evaluate_target(
         if stage not in known:
             raise UserError(f"there is no stage {stage!r}", where=target, fix=did_you_mean(stage, known))
     how = prompt or PromptConfig.model_validate(loaded.prompt or usual_prompt(loaded.tokenizer))
-    data = read_tasks(settings.tasks, how, loaded.tokenizer, loaded.model.config)
+    data = read_tasks(settings.tasks, how, loaded.tokenizer, loaded.model.config, known)
     digest = model_digest(loaded.model)
     _keep_facts(output, target, digest, known, data.counts)
     results: dict[str, dict[str, TaskResult]] = {}
     with Journal(output / JOURNAL) as journal:
-        for number, stage in enumerate(known):
+        for stage in _order(known, settings):
             if stages is not None and stage not in stages:
                 continue
-            adapters = loaded.names[:number]
+            adapters = loaded.names[: known.index(stage)]
             of_stage = {**digest, "adapters": {name: digest["adapters"][name] for name in adapters}}
             with active_adapters(loaded.model, adapters):
                 session = Session(
                     output, stage, of_stage, loaded.model, loaded.tokenizer, journal, settings.batch_size
                 )
                 results[stage] = evaluate_stage(session, data.tasks)
-    return results
+    return {stage: results[stage] for stage in known if stage in results}
+
+
+def _order(known: list[str], settings: EvaluationSettings) -> list[str]:
+    """The stages, first the one whose answers the others' are compared with."""
+    vicuna = settings.tasks.vicuna
+    return sorted(known, key=lambda stage: vicuna is None or stage != vicuna.against)
 
 
 def _keep_facts(

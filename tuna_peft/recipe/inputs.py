@@ -52,7 +52,8 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
             needs_reference=stage.train.get("mle_on") == "reference",
         )  # fmt: skip
     if recipe.evaluation:
-        read = read_tasks(recipe.evaluation.tasks, recipe.prompt, tokenizer, config)
+        names = ["base", *(stage.name for stage in recipe.trained())]
+        read = read_tasks(recipe.evaluation.tasks, recipe.prompt, tokenizer, config, names)
         inputs.ranked, inputs.tasks = read.ranked, read.tasks
         inputs.counts |= {f"evaluation.{task}": counts for task, counts in read.counts.items()}
     return inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from tuna_peft.evaluation.graded import evaluate_graded
 from tuna_peft.evaluation.harness import evaluate_harness, require_harness
 from tuna_peft.evaluation.lmentry.task import evaluate_lmentry, read_lmentry
 from tuna_peft.evaluation.ranking import evaluate_ranking
-from tuna_peft.evaluation.results import FOLDER, TaskResult, load_result
+from tuna_peft.evaluation.results import FOLDER, Exclusion, TaskResult, load_result
 from tuna_peft.evaluation.session import Question, Session
 from tuna_peft.evaluation.superni import evaluate_superni, read_superni, superni_questions
 from tuna_peft.evaluation.vicuna import evaluate_vicuna, read_vicuna_answers, read_vicuna_questions
@@ -74,6 +74,7 @@ def read_tasks(
     prompt: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
+    stages: Sequence[str] = (),
 ) -> TaskData:
     """Reads the data of every task that is given.
 
@@ -81,6 +82,7 @@ def read_tasks(
         prompt: How instructions become prompts.
         tokenizer: Of the model.
         config: Of the model.
+        stages: Names of all that may be measured, `base` among them.
 
     Raises:
         UserError: Data that cannot be used, or a program that is not there.
@@ -95,7 +97,7 @@ def read_tasks(
     if settings.lmentry:
         data.tasks.append(_lmentry(settings.lmentry, prompt))
     if settings.vicuna:
-        data.tasks.append(_vicuna(settings.vicuna, prompt))
+        data.tasks.append(_vicuna(settings.vicuna, prompt, stages))
     if settings.lm_eval:
         data.tasks.append(_lm_eval(settings.lm_eval))
     return data
@@ -166,7 +168,7 @@ def _lmentry(settings: LMentryTask, prompt: PromptConfig) -> Task:
     return Task("lmentry", run, _settings(settings, questions, "max_new_tokens", "first_sentence"))
 
 
-def _vicuna(settings: VicunaTask, prompt: PromptConfig) -> Task:
+def _vicuna(settings: VicunaTask, prompt: PromptConfig, stages: Sequence[str]) -> Task:
     questions, unusable = read_vicuna_questions(Path(settings.path).expanduser(), _template(settings.wrap, prompt))
     file = Path(settings.against).expanduser()
     of_file: dict[str, str] | None = None
@@ -182,12 +184,15 @@ def _vicuna(settings: VicunaTask, prompt: PromptConfig) -> Task:
             journal = session.folder / FOLDER / "judge.jsonl"
             return judge_pairs(rows, judge, journal, description=f"judging ({session.stage})")[0]
 
-        against = of_file
+        against, left_out = of_file, unusable
         if against is None and session.stage != settings.against:
-            against = _answers_of_stage(session.folder, settings.against)
+            against = _answers_of_stage(session.folder, settings.against, stages)
+            if against is None:  # of a stage that is still to come
+                reason = f"the stage {settings.against} had not answered yet"
+                left_out = [*unusable, Exclusion.of(reason, (question.id for question in questions))]
         return evaluate_vicuna(
             session, questions, against=against, judge=compare, max_new_tokens=settings.max_new_tokens,
-            excluded=unusable,
+            excluded=left_out,
         )  # fmt: skip
 
     kept = _settings(settings, questions, "max_new_tokens")
@@ -195,13 +200,15 @@ def _vicuna(settings: VicunaTask, prompt: PromptConfig) -> Task:
     return Task("vicuna", run, {**kept, "against": other, "judge": _judge_name(judge)})
 
 
-def _answers_of_stage(folder: Path, stage: str) -> dict[str, str]:
+def _answers_of_stage(folder: Path, stage: str, known: Sequence[str]) -> dict[str, str] | None:
     result = load_result(folder, stage, "vicuna")
+    if result is None and stage in known:
+        return None
     if result is None:
         raise UserError(
-            f"there is no file {stage!r}, and no stage of that name that has answered before",
+            f"there is no file {stage!r}, and no stage of that name",
             where="evaluation.tasks.vicuna.against",
-            fix="Name a file of answers in FastChat's format, or a stage that comes earlier, such as base.",
+            fix="Name a file of answers in FastChat's format, or a stage, such as base.",
         )
     return {prompt.id: prompt.response for prompt in result.prompts}
 

@@ -55,7 +55,7 @@ def test_the_table_says_what_helped():
     change = {"value": 0.1, "low": 0.02, "high": 0.2}
     assert verdict(change) == "better" and verdict({**change, "low": -0.01}) == "unclear"
     assert verdict({"value": -0.1, "low": -0.2, "high": -0.05}) == "worse"
-    metric = {"value": 41.25, "low": 40.0, "high": 42.5, "count": 3}
+    metric = {"value": 41.25, "low": 40.0, "high": 42.5, "count": 3, "percent": False}
     result = {"main": "rougeL", "metrics": {"rougeL": metric}}
     report = {
         "evaluation": {"base": {"superni": result}, "sft": {}},
@@ -71,3 +71,5 @@ def test_the_table_says_what_helped():
     assert rows[0][1][0].interval == "40.0 to 42.5" and number(None) == "–"
     metric["value"], metric["low"] = 0.9, 0.05
     assert metric_cell(metric).text == "0.9" and metric_cell(metric).interval == "0.1 to 42.5"  # one precision
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "count": 3, "percent": True}
+    assert metric_cell(nothing).text == "0.0" and metric_cell(nothing).interval == "0.0 to 0.0"

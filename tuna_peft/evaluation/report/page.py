@@ -10,7 +10,7 @@ from typing import Any
 from tuna_peft.evaluation.report import figures
 from tuna_peft.evaluation.report.figures import Panel
 from tuna_peft.evaluation.report.table import Cell, after, heading_of, metric_cell, stage_table, tasks_of
-from tuna_peft.evaluation.results import MEANINGS, number
+from tuna_peft.evaluation.results import MEANINGS, in_percent, number
 
 Report = dict[str, Any]
 
@@ -83,7 +83,8 @@ def _cards(report: Report) -> str:
         more += f"; {_count(result['prompts'], 'prompt')}"
         more += ", others are left out (see all metrics)" if result["excluded"] else ""
         meaning = f": {said}" if (said := MEANINGS.get(task.partition("-")[0])) else ""
-        start = f"<small>{number(before['value'], among=(latest['high'],))} → </small>" if first != last else ""
+        from_ = number(before["value"], among=(latest["high"],), percent=latest["percent"])
+        start = f"<small>{from_} → </small>" if first != last else ""
         cards.append(
             f'<div class="card"><div class="name"><b>{escape(heading_of(report, task))}</b>{escape(meaning)}</div>'
             f'<div class="big">{start}{cell.text}</div><div class="more">{escape(more)}</div></div>'
@@ -150,14 +151,15 @@ def _length(report: Report) -> str:
 
 
 def _samples(report: Report) -> str:
-    def score(value: float | None) -> str:
-        return f"<span>{number(value)}</span>" if value is not None else ""
+    def score(value: float | None, task: str) -> str:
+        return f"<span>{number(value, percent=in_percent(task))}</span>" if value is not None else ""
 
     blocks, several = [], len(report["evaluation"]) > 1
     for sample in report["samples"]:
         tag = f'<span class="tag">{escape(_WHY[sample["why"]])}</span>' if several else ""
         answers = "".join(
-            f'<div class="answer"><b><span>{escape(stage)}</span>{score(said["score"])}</b>{_text(said["text"])}</div>'
+            f'<div class="answer"><b><span>{escape(stage)}</span>{score(said["score"], sample["task"])}</b>'
+            f"{_text(said['text'])}</div>"
             for stage, said in sample["responses"].items()
         )
         references = "\n".join(sample["references"])

@@ -71,11 +71,12 @@ def after(stage: str) -> str:
 
 def metric_cell(metric: dict[str, Any]) -> Cell:
     """The value of a metric and its interval, in one precision."""
-    low, high = metric["low"], metric["high"]
-    text = number(metric["value"], among=(low, high))
+    low, high, percent = metric["low"], metric["high"], metric["percent"]
+    text = number(metric["value"], among=(low, high), percent=percent)
     if low is None or high is None:
         return Cell(text)
-    return Cell(text, f"{number(low, among=(high,))} to {number(high, among=(low,))}")
+    low, high = (number(one, among=(low, high), percent=percent) for one in (low, high))
+    return Cell(text, f"{low} to {high}")
 
 
 def verdict(change: dict[str, Any]) -> str:
@@ -94,4 +95,5 @@ def _measured(report: dict[str, Any], stage: str, task: str) -> Cell:
     change = report["changes"].get(stage, {}).get(task)
     if change is None:
         return cell
-    return replace(cell, change=number(change["value"], among=(metric["high"],), sign="+"), verdict=verdict(change))
+    by = number(change["value"], among=(metric["high"],), sign="+", percent=metric["percent"])
+    return replace(cell, change=by, verdict=verdict(change))
