@@ -103,6 +103,7 @@ def install_kernel(monkeypatch):
     def install(kernel):
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         segments.kernel_options.cache_clear()
 
     yield install
@@ -124,7 +125,26 @@ def test_a_kernel_without_scale_and_window_is_left_alone(kernel, there, monkeypa
     install_kernel(kernel)
     if kernel is None:  # before PyTorch 2.10
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert segments.has_one_kernel(torch.device("cuda")) == there
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "there"),
+    [((7, 5), True, False), ((8, 0), True, True), ((8, 9), True, True), ((12, 0), True, True), ((8, 9), False, False)],
+    ids=["T4", "A100", "RTX 4090", "RTX 5090", "RTX 4090 on Windows"],
+)
+def test_which_gpus_have_flash(capability, built, there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     assert segments.has_flash(torch.device("cuda")) == there
+    assert not segments.has_flash(torch.device("cpu"))
+
+
+def test_heads_that_the_variable_length_kernel_refuses(monkeypatch):
+    monkeypatch.setattr(segments, "has_flash", lambda device: True)
+    states = torch.zeros(1, 2, 4, 80, dtype=torch.float16)
+    assert segments._takes_flash(states, 0.0) and not segments._takes_flash(states[..., :36], 0.0)
+    assert not segments._takes_flash(states, 0.1) and not segments._takes_flash(states.float(), 0.0)
 
 
 def test_flash_is_for_16_bits_on_a_gpu_alone():

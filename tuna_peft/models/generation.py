@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.growing_cache import GrowingLayer
+from tuna_peft.models.segments import use_segments
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class _Decoder:
     ):
         self.model, self.tokenizer, self.choose, self.max_new_tokens = model, tokenizer, choose, max_new_tokens
         self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        use_segments(self.causal_lm)  # its SDPA keeps to fast kernels on a GPU without FlashAttention
         self.context = context_of(model)
         self.takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
         ends = getattr(self.causal_lm.generation_config, "eos_token_id", None)

@@ -11,7 +11,7 @@ import torch
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.segments import NAME as SEGMENTS
-from tuna_peft.models.segments import Segments, has_flash, layer_windows, placeholder_mask, use_segments
+from tuna_peft.models.segments import Segments, has_one_kernel, layer_windows, placeholder_mask, use_segments
 
 # From this many tokens a row on, attention goes segment by segment instead of through a dense mask.
 LONG_ROW = 512
@@ -89,7 +89,7 @@ def describe_attention(model: Any, device: torch.device) -> str:
         return "attention: a dense mask, as the model was loaded with eager attention"
     kernel = (
         "FlashAttention's variable-length kernel"
-        if has_flash(device)
-        else "a kernel call for each segment (FlashAttention needs 16 bits, a GPU from Ampere on and PyTorch 2.11)"
+        if has_one_kernel(device)
+        else "a kernel call for each segment (FlashAttention needs 16 bits, Ampere or later, PyTorch 2.11, and Linux)"
     )
     return f"attention: rows of {LONG_ROW} tokens and more by segment, through {kernel}; shorter ones by a dense mask"

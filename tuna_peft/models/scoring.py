@@ -45,7 +45,10 @@ def response_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Re
     logps_R = token_logps(hidden_BTD.flatten(0, 1)[predictors], head, batch["targets"])
     shape = batch["ranks"].shape
     sums = logps_R.new_zeros(shape.numel()).index_add(0, batch["candidates"], logps_R[batch["path"]])
-    lengths = torch.bincount(batch["candidates"], minlength=shape.numel())
+    # `bincount` would make a GPU wait, to learn how many there are.
+    lengths = (
+        batch["ranks"].new_zeros(shape.numel()).index_add(0, batch["candidates"], torch.ones_like(batch["candidates"]))
+    )
     return ResponseLogps(sums.view(shape), lengths.view(shape))
 
 

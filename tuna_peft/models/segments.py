@@ -118,7 +118,7 @@ def segment_attention(
                 f"{module.config.model_type} does not hand keyword arguments to its attention layers",
                 fix="Load the model with attn_implementation='eager'.",
             )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     keys, values = keys[segments.keys], values[segments.keys]
     kinds = getattr(module.config, "layer_types", None)
@@ -129,12 +129,17 @@ def segment_attention(
 
 
 def has_flash(device: torch.device) -> bool:
-    """Whether FlashAttention's variable-length kernel is there: a GPU from Ampere on, and PyTorch 2.11."""
+    """Whether PyTorch's FlashAttention is there: a GPU from Ampere on, and not Windows, whose wheels lack it."""
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] >= 8
-        and {"scale", "window_size"} <= kernel_options()
+        and torch.backends.cuda.is_flash_attention_available()
     )
+
+
+def has_one_kernel(device: torch.device) -> bool:
+    """Whether FlashAttention takes segments of all lengths at once: with PyTorch 2.11."""
+    return has_flash(device) and {"scale", "window_size"} <= kernel_options()
 
 
 @cache
@@ -147,14 +152,27 @@ def kernel_options() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def _suits_flash(query: torch.Tensor) -> bool:
+    """Whether FlashAttention is there for these states: 16-bit, heads of at most 256."""
+    return query.dtype in (torch.float16, torch.bfloat16) and has_flash(query.device) and query.shape[-1] <= 256
+
+
 def _takes_flash(query: torch.Tensor, dropout: float) -> bool:
-    """Whether FlashAttention serves these states: 16-bit, heads of at most 256, no dropout."""
-    return (
-        query.dtype in (torch.float16, torch.bfloat16)
-        and has_flash(query.device)
-        and query.shape[-1] <= 256
-        and not dropout
-    )
+    """Whether its variable-length kernel serves them: heads of a multiple of 8, no dropout."""
+    return _suits_flash(query) and has_one_kernel(query.device) and query.shape[-1] % 8 == 0 and not dropout
+
+
+def _sdpa(module, query, key, value, mask, *settings, **kwargs):
+    """transformers' SDPA, with the causal mask as a tensor where heads share keys on a GPU without FlashAttention.
+
+    Without a mask transformers leaves the sharing to SDPA. Only FlashAttention can do that: elsewhere (a T4, Windows,
+    fp32) SDPA takes its slowest kernel, which holds all scores in fp32 (transformers issue 48633). With a mask,
+    transformers lays the heads out for the memory-efficient kernel.
+    """
+    if mask is None and query.shape[1] > key.shape[1] and query.is_cuda and not _suits_flash(query):
+        queries, keys = query.shape[2], key.shape[2]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
+    return sdpa_attention_forward(module, query, key, value, mask, *settings, **kwargs)
 
 
 def _in_one_kernel(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
@@ -181,7 +199,7 @@ def _one_by_one(module, query, key, value, segments: Segments, window, dropout, 
     for q, k, v in zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), strict=True):
         mask = segments.mask(len(q), len(k), window, q.device)
         states = (part.transpose(0, 1)[None] for part in (q, k, v))
-        output, _ = sdpa_attention_forward(module, *states, mask, dropout, scaling)
+        output, _ = _sdpa(module, *states, mask, dropout, scaling)
         outputs.append(output[0])
     return torch.cat(outputs)
 

@@ -295,7 +295,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
             torch.tensor(counts.pairs, device=scores_BN.device), torch.tensor(counts.prompts, device=scores_BN.device)
         )
         rank_loss = RankingLoss(args.loss_type, args.margin, args.reduction, args.beta)(scores_BN, ranks_BN, step)
-        mle_loss = -logps.sums_BN[inputs["mle"]].sum() / max(counts.mle_tokens, 1)
+        mle_loss = -torch.where(inputs["mle"], logps.sums_BN, 0.0).sum() / max(counts.mle_tokens, 1)
         loss = rank_loss + args.mle_weight * mle_loss
 
         self._record(training, scores_BN.detach(), inputs, rank_loss, mle_loss, counts.prompts)
@@ -310,7 +310,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
         means.add("margin_satisfaction", satisfied, pairs)
         for rank in range(ranks_BN.shape[1]):
             here_BN = ranks_BN == rank
-            means.add(f"scores/rank_{rank}", scores_BN[here_BN].sum(), here_BN.sum())
+            means.add(f"scores/rank_{rank}", torch.where(here_BN, scores_BN, 0.0).sum(), here_BN.sum())
         share = len(ranks_BN) / prompts  # of the step: the shares of all micro-batches and processes add up to one
         means.add("rank_loss", rank_loss, share)
         means.add("mle_loss", mle_loss, share)

@@ -1,0 +1,292 @@
+"""A GPU that computes nothing, for machines without one: shapes, dtypes and devices are those of CUDA, values are not.
+
+PyTorch's fake tensors check what a GPU checks before it computes: all tensors of an operation on one device, in dtypes
+that go together, with autocast's casts. They also refuse whatever makes a GPU wait for the CPU (`item`, boolean
+indices, `nonzero`), except where an answer is played here. A PyTorch built for CPUs lacks the part of CUDA that knows
+which device is current; one that does nothing takes its place, for the whole process: hence a process of its own.
+
+    python played_gpu.py    # prints {case: what went wrong, or ""} as JSON
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import bitsandbytes.functional as bnb
+import numpy
+import torch
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset
+from families import make_model, make_rows
+from peft import LoraConfig
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+from tuna_peft import TunaConfig, TunaTrainer
+from tuna_peft.data.collate import RankedCollator
+from tuna_peft.evaluation.ranking import _scored
+from tuna_peft.models import dequantise, prefix, segments
+from tuna_peft.models.checkpointing import checkpoint_activations
+from tuna_peft.models.generation import stream_responses
+from tuna_peft.models.stack import push_adapter
+from tuna_peft.models.verify import verify_shared_rows
+
+GPU, PLAYED = "cuda:0", "played:0"
+CARDS = {"T4": ((7, 5), torch.float16), "A100": ((8, 0), torch.bfloat16)}
+
+
+class Fake(FakeTensorMode):
+    """As on a machine with a GPU that must not be touched."""
+
+    avoid_device_init = True
+
+
+class Tokens:
+    """What the trainer and generation need of a tokenizer."""
+
+    pad_token_id, eos_token_id = 0, 2
+    model_input_names = ["input_ids"]
+
+    def decode(self, ids, skip_special_tokens):
+        return ""
+
+
+class _Played(_DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return []
+
+
+def install() -> None:
+    """Gives this process a device that is called CUDA."""
+    _setup_privateuseone_for_python_backend("played", backend_module=_Played())
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * 21).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, played = 1, 20  # of c10::DeviceType
+    guards[cuda] = guards[played]
+
+
+@contextmanager
+def card(name: str) -> Iterator[torch.dtype]:
+    """Inside, this GPU is there and new tensors are fake; yields the dtype that a run computes in."""
+    capability, dtype = CARDS[name]
+    with (
+        patch("torch.cuda.is_available", lambda: True),
+        patch("torch.cuda.get_device_capability", lambda device=None: capability),
+        patch("torch.cuda.is_bf16_supported", lambda *_: dtype is torch.bfloat16),
+        patch("torch.backends.cuda.is_flash_attention_available", lambda: True),
+        patch.object(dequantise, "dequantize_module_weight", _dequantised),
+        patch.object(FakeTensor, "tolist", lambda tensor: numpy.full(tensor.shape, 5).tolist()),
+        Fake(),
+    ):
+        yield dtype
+
+
+def _dequantised(layer: Any) -> torch.Tensor:
+    """PEFT knows a 4-bit weight by its class, which no fake tensor can have."""
+    return bnb.dequantize_4bit(layer.weight, layer.weight.quant_state)
+
+
+def like(tensor: torch.Tensor, dtype: torch.dtype | None = None, device: str = "cpu") -> torch.Tensor:
+    """Another one of the same shape, without its numbers."""
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
+
+
+on_gpu = partial(like, device=GPU)
+
+
+def stack() -> torch.nn.Module:
+    """Two adapters on a tiny LLaMA in NF4 whose heads share keys; on the CPU, in fp32."""
+    model = make_model()
+    for module in list(model.model.layers.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Linear):
+                layer = Linear4bit(child.in_features, child.out_features, bias=False, quant_type="nf4")
+                layer.load_state_dict(child.state_dict())
+                setattr(module, name, layer.to("cpu"))
+    model.requires_grad_(False)
+    for name in ("one", "two"):
+        model = push_adapter(model, name, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    return model
+
+
+def moved(model: torch.nn.Module, dtype: torch.dtype, device: str = GPU) -> torch.nn.Module:
+    """The same on the GPU: the base in `dtype`, the adapters in fp32."""
+    on_gpu = partial(like, device=device)
+    adapters = {id(parameter) for name, parameter in model.named_parameters() if "lora" in name}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = on_gpu(buffer)
+        for name, own in module._parameters.items():
+            if own is None:
+                continue
+            state = getattr(own, "quant_state", None)
+            kept = state is not None or id(own) in adapters
+            weight = torch.nn.Parameter(on_gpu(own, None if kept else dtype), requires_grad=own.requires_grad)
+            if state is not None:
+                for part in (state, state.state2):
+                    part.absmax, part.code = on_gpu(part.absmax), on_gpu(part.code)
+                state.offset, state.dtype, module.compute_dtype = on_gpu(state.offset), dtype, dtype
+                weight.quant_state = state
+            module._parameters[name] = weight
+    return model
+
+
+@contextmanager
+def collated(rows: list[dict[str, Any]], by_segment: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """The batch of these rows, which a collator inside makes of any, without its numbers; by segment, long or not."""
+    batch = RankedCollator(0)(rows)
+    lengths = tuple(batch[name].diff().tolist() for name in ("q_offsets", "k_offsets"))
+    with (
+        patch.object(RankedCollator, "__call__", lambda *_: {key: like(value) for key, value in batch.items()}),
+        patch.object(prefix, "LONG_ROW", 1 if by_segment else 10**6),
+        patch.object(segments.Segments, "lengths", lengths),  # for these a GPU is asked
+    ):
+        yield batch
+
+
+def train(name: str, by_segment: bool, mistake: Callable[[], Any] = contextlib.nullcontext) -> None:
+    """The pass forward as `TunaTrainer` does it: autocast, checkpointing, the loss and its metrics."""
+    with step(name, by_segment) as (trainer, model, batch, counts, dtype), mistake():
+        inputs = {key: on_gpu(value) for key, value in batch.items()}
+        with torch.autocast("cuda", dtype):
+            loss = trainer.compute_loss(moved(model, dtype).train(), inputs, num_items_in_batch=counts)
+    require(loss.dtype == torch.float32, f"the loss is in {loss.dtype}")
+
+
+def train_back(name: str, by_segment: bool) -> None:
+    """The pass back. Autograd wants more of CUDA than is played: it runs on a device of another name, which autocast
+    does not know, so the base is in 16 bits and casts nothing."""
+    takes_flash = patch.object(segments, "_takes_flash", lambda *_: name == "A100")
+    with step(name, by_segment) as (trainer, model, batch, counts, dtype), takes_flash:
+        inputs = {key: like(value, device=PLAYED) for key, value in batch.items()}
+        loss = trainer.compute_loss(moved(model, dtype, PLAYED).train(), inputs, num_items_in_batch=counts)
+        loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    require(len(trained) == 28, f"{len(trained)} tensors train")
+    for parameter in trained:
+        require(
+            parameter.grad is not None and parameter.grad.dtype == torch.float32, "GradScaler needs fp32 gradients"
+        )
+        require(str(parameter.grad.device) == PLAYED, f"a gradient is on {parameter.grad.device}")
+
+
+@contextmanager
+def step(name: str, by_segment: bool) -> Iterator[Any]:
+    """A trainer with its model, a batch, what its loss is averaged over; and inside, the GPU with its dtype."""
+    model, rows = stack(), make_rows(3)
+    with tempfile.TemporaryDirectory() as folder:
+        data, args = Dataset.from_list(rows), TunaConfig(folder, use_cpu=True, report_to="none")
+        trainer = TunaTrainer(model, args, train_dataset=data, processing_class=Tokens())
+    checkpoint_activations(model, True, use_reentrant=False, preserve_rng_state=False)
+    with collated(rows, by_segment) as batch:
+        counts = trainer._count([batch])
+        with card(name) as dtype:
+            yield trainer, model, batch, counts, dtype
+
+
+def evaluate(name: str, by_segment: bool) -> None:
+    """The task `ranking`: no autocast, no gradients."""
+    model, rows = stack().eval(), make_rows(3)
+    with collated(rows, by_segment), card(name) as dtype:
+        moved(model, dtype)
+        scored = _scored(model, Tokens(), Dataset.from_list(rows), 3, 1.0, "")
+    require(len(scored) == 3, "rows are missing")
+
+
+def verify(name: str, by_segment: bool) -> None:
+    """The proof before training, inside its autocast."""
+    model, [row] = stack(), make_rows(1)
+    with collated([row], by_segment), card(name) as dtype, patch.object(FakeTensor, "item", lambda tensor: 0.0):
+        moved(model, dtype)
+        with torch.autocast("cuda", dtype):
+            verify_shared_rows(model, row, torch.device(GPU))
+
+
+def generate(name: str) -> None:
+    """Two prompts of one length, two hot samples of each."""
+    model = stack().eval()
+    with card(name) as dtype:
+        moved(model, dtype)
+        prompts, options = [[1, 4, 5], [1, 6, 7]], {"temperature": 0.7, "top_p": 0.9}
+        generated = list(stream_responses(model, Tokens(), prompts, n=2, max_new_tokens=3, **options))
+    require(len(generated) == 2, "prompts are missing")
+
+
+def share_keys(name: str) -> None:
+    """SDPA is left to share key heads where FlashAttention does it, and nowhere else."""
+    asked, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*states, attn_mask=None, enable_gqa=False, **kwargs):
+        asked.append((enable_gqa, attn_mask is not None))
+        return attend(*states, attn_mask=attn_mask, enable_gqa=enable_gqa, **kwargs)
+
+    layer = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    with card(name) as dtype, patch("torch.nn.functional.scaled_dot_product_attention", noted):
+        for queries, made in ((9, dtype), (1, dtype), (9, torch.float32)):
+            query = torch.empty(2, 4, queries, 16, dtype=made, device=GPU)
+            key = torch.empty(2, 2, 9, 16, dtype=made, device=GPU)
+            output, _ = segments.segment_attention(layer, query, key, key, None)
+            require(output.shape == (2, queries, 4, 16), f"attention gives {output.shape}")
+    flash = (name == "A100", name != "A100")
+    require(asked == [flash, flash, (False, True)], f"(shared, masked) on a {name}: {asked}")
+
+
+@contextmanager
+def mask_on_cpu() -> Iterator[None]:
+    """A mistake: the mask of shared rows stays on the CPU."""
+    make = prefix.shared_prefix_mask
+    with patch.object(prefix, "shared_prefix_mask", lambda *layout: make(*layout).cpu()):
+        yield
+
+
+@contextmanager
+def question() -> Iterator[None]:
+    """A mistake: the step asks the GPU for a number."""
+    make = prefix.shared_prefix_mask
+    with patch.object(prefix, "shared_prefix_mask", lambda *layout: make(*layout)[..., : int(layout[0].max())]):
+        yield
+
+
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
+
+
+CASES = {
+    f"{case.__name__} on {name}{' by segment' if by_segment else ''}": partial(case, name, by_segment)
+    for case in (train, train_back, evaluate, verify)
+    for name in CARDS
+    for by_segment in (False, True)
+}
+CASES |= {f"{case.__name__} on {name}": partial(case, name) for case in (generate, share_keys) for name in CARDS}
+MISTAKES = {
+    "FakeTensorDeviceMismatchError": partial(train, "T4", False, mask_on_cpu),
+    "DataDependentOutputException": partial(train, "T4", False, question),
+}
+
+
+def main() -> None:
+    install()
+    results = {}
+    for name, case in {**CASES, **MISTAKES}.items():
+        try:
+            case()
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
