@@ -62,6 +62,16 @@ def test_old_and_missing_packages_fail_with_the_command_that_helps(monkeypatch):
     assert found["trl"].status == "ok"
 
 
+def test_an_old_torchao_is_named_with_the_command_that_helps(monkeypatch):
+    def refuses():
+        raise ImportError("Found an incompatible version of torchao. Found version 0.10.0")
+
+    monkeypatch.setattr("peft.import_utils.is_torchao_available", refuses)
+    [found] = checks.check_torchao()
+    assert (found.name, found.status) == ("torchao", "warning")
+    assert "0.10.0" in found.detail and "pip uninstall torchao" in found.detail
+
+
 @pytest.mark.parametrize(("free", "status"), [(0.1, "fail"), (5, "warning"), (100, "ok")])
 def test_disk(monkeypatch, free, status):
     usage = namedtuple("usage", "total used free")

@@ -36,7 +36,9 @@ class Check:
 
 def run_checks() -> Iterator[Check]:
     """All checks, in order; one that breaks down is itself a finding."""
-    parts: list[Callable[[], list[Check]]] = [check_versions, check_device, check_bitsandbytes, check_disk, check_hub]
+    parts: list[Callable[[], list[Check]]] = [
+        check_versions, check_torchao, check_device, check_bitsandbytes, check_disk, check_hub,
+    ]  # fmt: skip
     for part in parts:
         try:
             yield from part()
@@ -61,6 +63,17 @@ def check_versions() -> list[Check]:
         else:
             checks.append(Check(name, "fail", f"{found}, but {bound.specifier} is needed; run: pip install '{bound}'"))
     return checks
+
+
+def check_torchao() -> list[Check]:
+    """PEFT refuses to make plain LoRA layers beside an old torchao, such as Colab's, though nothing here needs one."""
+    from peft.import_utils import is_torchao_available
+
+    try:
+        is_torchao_available()
+    except ImportError as error:
+        return [Check("torchao", "warning", f"{error}, and peft stops at it; run: pip uninstall torchao")]
+    return []
 
 
 def check_device() -> list[Check]:

@@ -68,10 +68,7 @@ def print_divergence(
 
     logging.disable_progress_bar()
     for path, measured in check_exports(stack, exports, prompts, upto=upto, base_model=base_model).items():
-        typer.echo(
-            f"{path}: KL divergence from the stack: mean {measured.kl_mean:.2e}, largest {measured.kl_max:.2e} nats; "
-            f"same next token in {measured.top1_agreement:.1%} of {measured.tokens:,} tokens"
-        )
+        typer.echo(f"{path}: KL divergence from the stack: {measured}")
 
 
 def print_routes(routes: Iterable[Route]) -> None:

@@ -27,6 +27,12 @@ class Divergence:
     top1_agreement: float
     tokens: int
 
+    def __str__(self) -> str:
+        return (
+            f"mean {self.kl_mean:.2e}, largest {self.kl_max:.2e} nats; "
+            f"same next token in {self.top1_agreement:.1%} of {self.tokens:,} tokens"
+        )
+
 
 def divergence(
     reference_model: torch.nn.Module, other_model: torch.nn.Module, token_batches: Iterable[torch.Tensor]

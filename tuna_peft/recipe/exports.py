@@ -49,8 +49,9 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
         folders = {name: run.path / name for name in exports if name != "gguf"}  # llama.cpp measures those
         measured = check_exports(stack, folders.values(), prompts, dtype=base.dtype, **where)
         for name, folder in folders.items():
-            exports[name]["divergence"] = dataclasses.asdict(measured[str(folder)])
-            logger.info("%s: %s", name, exports[name]["divergence"])
+            found = measured[str(folder)]
+            exports[name]["divergence"] = dataclasses.asdict(found)
+            logger.info("%s: KL divergence from the stack: %s", name, found)
     run.save("exports.json", exports)
     return exports
 

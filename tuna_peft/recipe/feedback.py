@@ -140,16 +140,20 @@ def _rank(
         with Journal(journal_path) as journal:
             judging = Judging(rows, source.judge, journal)
             ahead = judging.estimate()
-            cost = "" if ahead.cost is None else f", for {ahead.cost:.2f} at most"
+            cost = f", for {ahead.cost:.2f} at most" if ahead.cost else ""
             logger.info("judging: %d questions%s; %d have their answer", ahead.requests, cost, ahead.found)
             ranked, judged = judging.records()
-        logger.info("judged %d of %d prompts; left out: %s", judged.ranked, judged.rows, judged.left_out or "none")
+        logger.info("judged %d of %d prompts; left out: %s", judged.ranked, judged.rows, _reasons(judged.left_out))
         return ranked, {"judge": judged.as_dict()}
     assert source.score is not None
     with Journal(journal_path) as journal:
         ranked, scored = _score(source.score, rows, journal, device)
-    logger.info("scored %d of %d prompts; left out: %s", scored.scored, scored.rows, scored.left_out or "none")
+    logger.info("scored %d of %d prompts; left out: %s", scored.scored, scored.rows, _reasons(scored.left_out))
     return ranked, {"score": scored.as_dict()}
+
+
+def _reasons(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} ({reason})" for reason, count in left_out.items()) or "none"
 
 
 def _score(settings: ScoreSettings, rows: list[Record], journal: Journal, device: str) -> Any:
