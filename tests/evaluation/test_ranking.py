@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from tiny_llama import load_tiny, write_base
 
 from tuna_peft.data.load import ranked_dataset
@@ -10,6 +11,7 @@ from tuna_peft.data.ranked import normalise_ranked
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.evaluation.ranking import evaluate_ranking
 from tuna_peft.evaluation.ranking_metrics import kendall_tau_b, ndcg, pairs_of, reciprocal_rank, top1_hit
+from tuna_peft.models import scoring
 
 RIGHT, WRONG = [-1.0, -2.0, -3.0], [-3.0, -2.0, -1.0]
 RANKS = [0, 1, 2]
@@ -76,9 +78,24 @@ def test_batches_do_not_matter_and_prompts_keep_their_order(base, rows):
         assert mine.details["ranks"] == other.details["ranks"]
 
 
-def test_v_is_the_mean_log_probability_of_the_response(base, rows):
-    import torch
+def test_a_batch_that_runs_out_of_memory_goes_on_as_halves(base, rows, monkeypatch):
+    expected = evaluate_ranking(base.model, base.tokenizer, rows)
+    sizes, score = [], scoring.response_logps
 
+    def small(model, batch):
+        sizes.append(len(batch["ranks"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError
+        return score(model, batch)
+
+    monkeypatch.setattr(scoring, "response_logps", small)
+    found = evaluate_ranking(base.model, base.tokenizer, rows)
+    assert sizes == [5, 2, 3, 1, 2]
+    for one, two in zip(expected.prompts, found.prompts, strict=True):
+        assert one.id == two.id and two.details["v"] == pytest.approx(one.details["v"], abs=1e-4)
+
+
+def test_v_is_the_mean_log_probability_of_the_response(base, rows):
     result = evaluate_ranking(base.model, base.tokenizer, rows)
     for row, prompt in zip(rows, result.prompts, strict=True):
         scored = zip(row["completions_ids"], prompt.details["v"], prompt.details["lengths"], strict=True)

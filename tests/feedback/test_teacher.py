@@ -12,12 +12,12 @@ from tiny_llama import RANKING, SFT, load_tiny, stack_on, write_base
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_candidates, load_ranked
 from tuna_peft.errors import UserError
-from tuna_peft.feedback import teacher
 from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.recorded import score_recorded
 from tuna_peft.feedback.teacher import score_rows
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
+from tuna_peft.models import scoring
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ROWS = [
@@ -71,7 +71,7 @@ def test_scores_are_those_of_separate_rows(model, journal, length_penalty):
 def test_batches_and_memory_do_not_matter_and_nothing_is_computed_twice(model, journal, tmp_path, monkeypatch):
     records, _ = score_rows(*model, ROWS, settings(), journal)
     calls = []
-    inner = teacher.response_logps
+    inner = scoring.response_logps
 
     def small(model, batch):
         calls.append(len(batch["ranks"]))
@@ -79,7 +79,7 @@ def test_batches_and_memory_do_not_matter_and_nothing_is_computed_twice(model, j
             raise torch.OutOfMemoryError
         return inner(model, batch)
 
-    monkeypatch.setattr(teacher, "response_logps", small)
+    monkeypatch.setattr(scoring, "response_logps", small)
     with Journal(tmp_path / "other.jsonl") as other:
         again, _ = score_rows(*model, ROWS, settings(), other)
     assert calls == [6, 3, 1, 2, 3, 1, 2]
@@ -91,7 +91,7 @@ def test_batches_and_memory_do_not_matter_and_nothing_is_computed_twice(model, j
         found, report = score_rows(*model, ROWS, settings(length_penalty=0.5), other)  # sums do not depend on it
     assert not calls and report.found == 6 and report.asked == 0 and len(found) == 6
 
-    monkeypatch.setattr(teacher, "response_logps", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    monkeypatch.setattr(scoring, "response_logps", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with Journal(tmp_path / "third.jsonl") as third, pytest.raises(UserError, match="does not fit into memory"):
         score_rows(*model, ROWS[:1], settings(), third)
 

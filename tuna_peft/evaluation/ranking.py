@@ -15,7 +15,7 @@ from tuna_peft.data.collate import RankedCollator
 from tuna_peft.evaluation.bootstrap import mean_metric
 from tuna_peft.evaluation.ranking_metrics import Pair, kendall_tau_b, ndcg, pairs_of, reciprocal_rank, top1_hit
 from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
-from tuna_peft.models.scoring import response_logps
+from tuna_peft.models.scoring import stream_logps
 
 MAIN = "pair_accuracy"
 
@@ -91,7 +91,6 @@ def evaluate_ranking(
     )
 
 
-@torch.no_grad()
 def _scored(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -101,20 +100,18 @@ def _scored(
     description: str,
 ) -> list[tuple[dict[str, Any], list[float], list[int]]]:
     """Each row with v and length of its responses, in the order of the rows."""
-    device = next(model.parameters()).device
-    collate = RankedCollator(int(tokenizer.pad_token_id))
-    scored: list[Any] = [None] * len(rows)
+    encoded = dict(enumerate(rows))
     # Rows of like length share a batch: less padding, the same numbers.
-    lengths = [sum(map(len, completions)) for completions in rows["completions_ids"]]
-    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    for start in tqdm(range(0, len(order), batch_size), desc=description, leave=False):
-        chosen = [rows[i] for i in order[start : start + batch_size]]
-        batch = {key: value.to(device) for key, value in collate(chosen).items()}
-        logps = response_logps(model, batch)
-        of_batch = zip(chosen, logps.normalised(length_penalty).tolist(), logps.lengths_BN.tolist(), strict=True)
-        for i, (row, v, tokens) in zip(order[start : start + batch_size], of_batch, strict=True):
-            count = len(row["ranks"])
-            scored[i] = (row, v[:count], tokens[:count])
+    order = sorted(encoded, key=lambda i: -sum(map(len, encoded[i]["completions_ids"])))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    scored: list[Any] = [None] * len(rows)
+    with tqdm(total=len(rows), desc=description, unit=" prompts", leave=False) as bar:
+        for chosen, logps in stream_logps(model, RankedCollator(int(tokenizer.pad_token_id)), encoded, batches):
+            values = logps.normalised(length_penalty).tolist(), logps.lengths_BN.tolist()
+            for i, v, tokens in zip(chosen, *values, strict=True):
+                count = len(encoded[i]["ranks"])
+                scored[i] = (encoded[i], v[:count], tokens[:count])
+            bar.update(len(chosen))
     return scored
 
 

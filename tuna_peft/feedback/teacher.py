@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.data.ranked import BadRow, Record
-from tuna_peft.errors import UserError
 from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, scored_records
 from tuna_peft.journal import Journal, content_key
 from tuna_peft.models.any_model import load_any_model, model_digest
 from tuna_peft.models.generation import context_of
-from tuna_peft.models.scoring import response_logps
+from tuna_peft.models.scoring import stream_logps
 from tuna_peft.models.verify import verify_shared_rows
 
 
@@ -86,7 +84,6 @@ def score_rows(
     return scored_records(rows, answers, settings.length_penalty, _name(digest), report), report
 
 
-@torch.no_grad()
 def _score(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -95,31 +92,16 @@ def _score(
     journal: Journal,
 ) -> None:
     """Brings sums and lengths of every row into the journal, like lengths together, the longest first."""
-    device = next(model.parameters()).device
-    collate = RankedCollator(tokenizer.pad_token_id or 0)
     if encoded:
         shortest = min(encoded.values(), key=_tokens)
-        verify_shared_rows(model, shortest, device)
-    queue = deque(_batches(encoded, max_tokens))
+        verify_shared_rows(model, shortest, next(model.parameters()).device)
+    collate = RankedCollator(tokenizer.pad_token_id or 0)
     with tqdm(total=len(encoded), desc="scoring", unit=" prompts", leave=False, delay=2, disable=None) as bar:
-        while queue:
-            batch = queue.popleft()
-            try:
-                tensors = {key: value.to(device) for key, value in collate([encoded[key] for key in batch]).items()}
-                found = response_logps(model, tensors)
-            except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
-                    raise UserError(
-                        f"a prompt with its responses ({_tokens(encoded[batch[0]])} tokens) does not fit into memory",
-                        fix="Quantise the teacher, or leave such prompts out.",
-                    ) from error
-                half = len(batch) // 2
-                queue.extendleft([batch[half:], batch[:half]])
-                continue
-            for key, sums, lengths in zip(batch, found.sums_BN.tolist(), found.lengths_BN.tolist(), strict=True):
+        for keys, found in stream_logps(model, collate, encoded, _batches(encoded, max_tokens)):
+            for key, sums, lengths in zip(keys, found.sums_BN.tolist(), found.lengths_BN.tolist(), strict=True):
                 n = len(encoded[key]["completions_ids"])
                 journal.add(key, {"logprobs": sums[:n], "lengths": lengths[:n]})
-            bar.update(len(batch))
+            bar.update(len(keys))
 
 
 def _batches(encoded: dict[str, dict[str, Any]], max_tokens: int) -> list[list[str]]:

@@ -5,12 +5,16 @@ Shape suffixes: B prompts, N responses, T tokens of a row, R predicted tokens (e
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from tuna_peft.data.collate import RankedCollator
+from tuna_peft.errors import UserError
 from tuna_peft.models.logps import require_plain_head, token_logps
 from tuna_peft.models.prefix import model_inputs
 
@@ -50,6 +54,47 @@ def response_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Re
         batch["ranks"].new_zeros(shape.numel()).index_add(0, batch["candidates"], torch.ones_like(batch["candidates"]))
     )
     return ResponseLogps(sums.view(shape), lengths.view(shape))
+
+
+@torch.no_grad()
+def stream_logps(
+    model: torch.nn.Module,
+    collate: RankedCollator,
+    rows: Mapping[Any, dict[str, Any]],
+    batches: Iterable[Sequence[Any]],
+) -> Iterator[tuple[Sequence[Any], ResponseLogps]]:
+    """Scores rows batch by batch, without gradients; a batch that runs out of memory goes on as two halves.
+
+    Args:
+        model: As in `response_logps`.
+        collate: Makes a batch of rows.
+        rows: Encoded rows, by whatever names them.
+        batches: Names of the rows of each batch, the longest rows first: what does not fit into memory fails at once.
+
+    Yields:
+        The names of some rows and what `response_logps` gives for them.
+
+    Raises:
+        UserError: One row alone does not fit into memory.
+    """
+    device = next(model.parameters()).device
+    queue = deque(batches)
+    while queue:
+        names = queue.popleft()
+        try:
+            tensors = {key: value.to(device) for key, value in collate([rows[name] for name in names]).items()}
+            logps = response_logps(model, tensors)
+        except torch.OutOfMemoryError as error:
+            if len(names) == 1:
+                tokens = len(collate.pack(rows[names[0]]).tokens)
+                raise UserError(
+                    f"a prompt with its responses ({tokens} tokens) does not fit into memory",
+                    fix="Quantise the model, or leave such prompts out.",
+                ) from error
+            half = len(names) // 2
+            queue.extendleft([names[half:], names[:half]])
+            continue
+        yield names, logps
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
