@@ -159,8 +159,8 @@ def train(name: str, by_segment: bool, mistake: Callable[[], Any] = contextlib.n
     """The pass forward as `TunaTrainer` does it: autocast, checkpointing, the loss and its metrics."""
     with step(name, by_segment) as (trainer, model, batch, counts, dtype), mistake():
         inputs = {key: on_gpu(value) for key, value in batch.items()}
-        with torch.autocast("cuda", dtype):
-            loss = trainer.compute_loss(moved(model, dtype).train(), inputs, num_items_in_batch=counts)
+        model.forward = torch.autocast("cuda", dtype)(model.forward)  # as accelerate does it
+        loss = trainer.compute_loss(moved(model, dtype).train(), inputs, num_items_in_batch=counts)
     require(loss.dtype == torch.float32, f"the loss is in {loss.dtype}")
 
 

@@ -254,6 +254,31 @@ def test_the_model_is_let_go_of_before_exports_are_measured(files, tmp_path, mon
     assert len(report["stages"]) == 3 and len(report["exports"]) == 2
 
 
+def test_every_stage_trains_in_mixed_precision_and_leaves_nothing_of_it(files, tmp_path, monkeypatch):
+    """The optimizer's states, twice the adapter in fp32, are for the evaluation and the next stage to use."""
+    train, released, autocast, left = train_stage_module.train_stage, train_stage_module._released, [], []
+
+    def watched(model, *args):
+        layer = (model.get_base_model() if isinstance(model, PeftModel) else model).model.layers[0]
+        autocast.append(set())
+        layer.register_forward_pre_hook(lambda *_: autocast[-1].add(torch.is_autocast_enabled("cpu")))
+        return train(model, *args)
+
+    def released_and_watched(trainer, model):
+        optimizer, states = weakref.ref(trainer.optimizer.optimizer), len(trainer.optimizer.state)
+        model = released(trainer, model)
+        left.append((states > 0, optimizer(), "forward" in vars(model) and "autocast" in str(model.forward)))
+        return model
+
+    monkeypatch.setattr(pipeline_module, "train_stage", watched)
+    monkeypatch.setattr(train_stage_module, "_released", released_and_watched)
+    stages = recipe(files).model_dump()["stages"]
+    stages = [{**stage, "train": {**stage["train"], "bf16": True, "max_steps": 1}} for stage in stages]
+    changes = {"evaluation": None, "export": {"combine": False, "merge": {"enabled": False}}, "stages": stages}
+    run_recipe(recipe(files, **changes), tmp_path / "run")
+    assert autocast == [{True}] * 3 and left == [(True, None, False)] * 3
+
+
 def test_bad_data_of_a_late_stage_stops_before_anything_trains(files, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "w1 ", "completions": ["w2"], "scores": [1]}\n')
     stages = [stage.model_dump() for stage in recipe(files).stages]

@@ -150,7 +150,11 @@ def _trainer(
 def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftModel:
     """Takes from the model what this trainer put around it, so that the next one starts from the same."""
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    trainer.accelerator.free_memory()
+    vars(model).pop("_is_accelerate_prepared", None)  # else the next stage would get no autocast
+    # The trainer itself lives until its caller is done; its optimizer's states are twice the adapter in fp32.
+    for holder in (trainer, trainer.callback_handler):
+        holder.optimizer = holder.lr_scheduler = None
+    trainer.accelerator.free_memory()  # collects, and empties the GPU's cache
     checkpoint_activations(model, False)
     model.disable_input_require_grads()
     model.requires_grad_(False)

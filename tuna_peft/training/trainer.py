@@ -246,7 +246,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
         lengths = [len(row["prompt_ids"]) + sum(map(len, row["completions_ids"])) for row in rows]
         long = [length for length in lengths if length >= LONG_ROW]
         chosen = {lengths.index(min(lengths)), *([lengths.index(min(long))] if long else [])}
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # as the model's forward pass has it
             difference = max(verify_shared_rows(model, rows[index], self.args.device) for index in chosen)
         logger.info("shared rows agree with separate rows to %.1e nats a token", difference)
         logger.info(describe_attention(unwrap(model), self.args.device))
