@@ -157,7 +157,9 @@ class _Decoder:
         self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         use_segments(self.causal_lm)  # its SDPA keeps to fast kernels on a GPU without FlashAttention
         self.context = context_of(model)
-        self.takes_positions = "position_ids" in inspect.signature(self.causal_lm.forward).parameters
+        takes = inspect.signature(self.causal_lm.forward).parameters
+        self.takes_positions = "position_ids" in takes
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # the first from transformers 5.24 on
         ends = getattr(self.causal_lm.generation_config, "eos_token_id", None)
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
@@ -222,7 +224,7 @@ class _Decoder:
         # By length, not by id: pad may be EOS.
         seen_PT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         output = self._forward(ids_PT, seen_PT, self._new_cache())
-        return output.past_key_values, output.logits[:, -1], seen_PT
+        return output[self.cache_name], output.logits[:, -1], seen_PT
 
     def _new_cache(self) -> DynamicCache | None:
         """None for models that keep something else than keys and values: they bring their own."""
@@ -233,7 +235,7 @@ class _Decoder:
         return cache
 
     def _forward(self, ids: torch.Tensor, seen: torch.Tensor, cache: Any) -> Any:
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": seen, "past_key_values": cache}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": seen, self.cache_name: cache}
         if self.takes_positions:
             inputs["position_ids"] = (seen.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
         return self.model(**inputs, use_cache=True, logits_to_keep=1)

@@ -12,16 +12,16 @@ from transformers import SchedulerType, TrainingArguments
 @dataclass
 class TunaConfig(TrainingArguments):
     r"""
-    Configuration class for [`TunaTrainer`].
+    Configuration class for `TunaTrainer`.
 
     Holds only the parameters that are specific to Tuna, or whose default differs; for all others see
-    [`~transformers.TrainingArguments`].
+    `transformers.TrainingArguments`.
 
     Parameters:
         > Parameters that control the model
 
         model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for [`tuna_peft.load_base`] (`revision`, `dtype`, `device`, `trust_remote_code`,
+            Keyword arguments for `tuna_peft.load_base` (`revision`, `dtype`, `device`, `trust_remote_code`,
             `attn_implementation`), used when the `model` argument of the trainer is a string.
         adapter_name (`str`, *optional*, defaults to `"tuna"`):
             Name of the adapter made from `peft_config`; on a `PeftModel` it becomes the next of the stack.
@@ -49,7 +49,7 @@ class TunaConfig(TrainingArguments):
         loss_type (`str`, *optional*, defaults to `"hinge"`):
             `"hinge"` is Tuna's loss; `"logistic"` puts SimPO's loss (https://huggingface.co/papers/2405.14734) over
             all pairs of a list; `"list_mle"` is the Plackett-Luce likelihood of the order (ListMLE, Xia et al. 2008).
-            See [`tuna_peft.training.loss.RankingLoss`].
+            See `tuna_peft.training.loss.RankingLoss`.
         beta (`float`, *optional*, defaults to `2.0`):
             Inverse temperature of `"logistic"` and `"list_mle"`.
         margin (`float`, *optional*, defaults to `0.1`):

@@ -11,7 +11,7 @@ from tuna_peft.training.checkpoint import StackCheckpoints
 class StackSFTTrainer(StackCheckpoints, SFTTrainer):
     """TRL's `SFTTrainer` on a `PeftModel`: trains its top adapter, saves and resumes the whole stack.
 
-    Takes the arguments of [`~trl.SFTTrainer`]; `model` is a `PeftModel` made by `push_adapter`.
+    Takes the arguments of `trl.SFTTrainer`; `model` is a `PeftModel` made by `push_adapter`.
     """
 
     def __init__(self, *args, **kwargs):

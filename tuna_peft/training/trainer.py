@@ -80,14 +80,14 @@ class TunaTrainer(StackCheckpoints, Trainer):
     Args:
         model: Path, Hub id or `builtin:` name; or a loaded causal LM; or a `PeftModel`. With a `PeftModel` *and* a
             `peft_config`, the new adapter becomes the next of the stack, on top of frozen ones.
-        args: See [`TunaConfig`].
+        args: See `TunaConfig`.
         train_dataset: Columns `prompt`, `completions` and `scores` (higher is better) or `ranks`; optionally
             `reference` and `id`. Prompts and completions are strings or lists of messages.
         eval_dataset: The same, or a dict of such data sets.
         processing_class: The tokenizer; loaded with the model by default.
         peft_config: The LoRA configuration of the adapter to train.
         quantization_config: For a model given as a string.
-        data_collator, callbacks, optimizers: As for [`~transformers.Trainer`].
+        data_collator: As for `transformers.Trainer`, like `callbacks` and `optimizers`.
 
     Raises:
         UserError: The data cannot be ranked, tokenised or fitted into `max_length`; the model cannot be trained.
