@@ -69,9 +69,9 @@ def _must_be_local(text: str) -> bool:
 
 
 def _nearby(text: str, folders: Sequence[Path]) -> str:
-    """The nearest name where the file was expected, else what lies there."""
+    """The nearest name where the file was expected, else what lies there; if nothing, how to name another."""
     path = Path(text).expanduser()
     parents = dict.fromkeys((folder / path.parent).resolve() for folder in (Path.cwd(), *folders))
     entries = [entry.name for parent in parents if parent.is_dir() for entry in sorted(parent.iterdir())]
     names = [name for name in entries if not name.startswith(".")]
-    return did_you_mean(path.name, names, most=8) if names else "Check the path."
+    return did_you_mean(path.name, names, most=8) if names else "Name yours behind the command, as key=path."
