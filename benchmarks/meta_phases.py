@@ -82,6 +82,15 @@ def generation(model: Any, lengths: Sequence[int], *, n: int, new: int, greedy: 
     return live.peak
 
 
+def logits(model: Any, tokens: int) -> int:
+    """All logits of a text, as the comparison of exports takes them."""
+    model.eval()
+    ids = torch.full((1, tokens), 3, device="meta")
+    with LiveBytes([*_known(model), ids]) as live, torch.no_grad(), meta_step(True):
+        model(input_ids=ids)
+    return live.peak
+
+
 def _known(model: Any) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 

@@ -120,6 +120,13 @@ def build(
     return peft_model.train()
 
 
+def build_plain(config: PretrainedConfig, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A frozen model in 16 bits without adapters, as a teacher or a judge is."""
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.requires_grad_(False).eval()
+
+
 def set_checkpointing(model: PeftModel, on: bool) -> None:
     """Recomputes every layer in the backward pass, or none."""
     checkpoint_activations(model.get_base_model(), on, use_reentrant=False, preserve_rng_state=False)

@@ -92,13 +92,16 @@ def test_whole_runs_of_the_published_estimate():
 def test_peak_and_flops_are_those_measured_on_meta(model, kept):
     """Cut to four layers: the whole shapes are for the slow test."""
     shape = dataclasses.replace(KNOWN[model], layers=4)
-    assert planner.compare(shape, planner.GROUPS["short"], kept=kept, name=model).holds
+    found = planner.step(shape, planner.GROUPS["short"], kept=kept, model=model).compare()
+    assert found.holds, found
 
 
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "phi-3-mini"])
 def test_peaks_of_supervised_steps_scoring_and_generation_are_those_measured_on_meta(model):
+    """And of a teacher and a judge in 16 bits, and of a text's logits."""
     shape = dataclasses.replace(KNOWN[model], layers=2)
-    for found in planner_phases.compare_phases(shape, name=model, brief=True):
+    for case in planner_phases.cases(shape, name=model, brief=True):
+        found = case.compare()
         assert found.holds, found
 
 

@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 
 from tuna_peft.errors import UserError
-from tuna_peft.planning import plan as plan_module
+from tuna_peft.planning import phases as phases_module
 from tuna_peft.planning.advice import advise, smallest_gpu
 from tuna_peft.planning.gpus import GIB, GPUS, find_gpu
 from tuna_peft.planning.memory import Adapter, Precision
-from tuna_peft.planning.plan import Device, EvaluationSpec, MergeSpec, RunSpec, StageSpec, TaskSpec, make_plan
+from tuna_peft.planning.plan import make_plan
 from tuna_peft.planning.shapes import KNOWN, ModelShape
+from tuna_peft.planning.spec import Device, EvaluationSpec, MergeSpec, RunSpec, StageSpec, TaskSpec
 from tuna_peft.planning.workload import Row, Workload, packed_pass, padded_pass
 from tuna_peft.training import activation_memory
 
@@ -110,8 +111,8 @@ def test_activations_are_kept_in_as_many_layers_as_fit():
 
 
 def test_shares_of_memory_are_those_of_training():
-    assert plan_module.USABLE == activation_memory._USABLE
-    assert plan_module.USABLE_RAM == activation_memory._USABLE_RAM
+    assert phases_module.USABLE == activation_memory._USABLE
+    assert phases_module.USABLE_RAM == activation_memory._USABLE_RAM
 
 
 def test_changes_come_cheapest_first_and_only_those_that_help():

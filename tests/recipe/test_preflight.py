@@ -10,7 +10,7 @@ from transformers import GPT2Config
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.errors import UserError
 from tuna_peft.planning.gpus import GIB, find_gpu
-from tuna_peft.planning.plan import Device
+from tuna_peft.planning.spec import Device
 from tuna_peft.planning.workload import Row
 from tuna_peft.recipe import preflight as preflight_module
 from tuna_peft.recipe.inputs import Inputs, read_inputs

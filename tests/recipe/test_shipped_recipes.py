@@ -53,7 +53,7 @@ def test_what_their_heads_and_the_docs_promise_is_what_the_planner_says(capsys):
 @pytest.mark.parametrize("name", [name for name in NAMES if "base.model=" in shipped_recipes()[name].read_text()])
 def test_the_other_models_that_its_head_names_fit_its_card(name, monkeypatch):
     from tuna_peft.planning.gpus import find_gpu
-    from tuna_peft.planning.plan import Device
+    from tuna_peft.planning.spec import Device
     from tuna_peft.recipe.plan import plan_recipe
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

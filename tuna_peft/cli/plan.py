@@ -29,7 +29,7 @@ def plan(
 
     from tuna_peft.cli import plan_output
     from tuna_peft.planning.gpus import GPUS, find_gpu
-    from tuna_peft.planning.plan import Device
+    from tuna_peft.planning.spec import Device
     from tuna_peft.recipe.load import load_recipe
     from tuna_peft.recipe.plan import plan_recipe, this_device
 

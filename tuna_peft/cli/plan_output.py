@@ -12,7 +12,8 @@ from rich.text import Text
 from tuna_peft.planning.advice import advise, smallest_gpu
 from tuna_peft.planning.flops import TRAINING
 from tuna_peft.planning.gpus import GIB
-from tuna_peft.planning.plan import Phase, Plan
+from tuna_peft.planning.phases import Phase
+from tuna_peft.planning.plan import Plan
 
 
 def describe(plan: Plan, source: str) -> RenderableType:
@@ -20,7 +21,7 @@ def describe(plan: Plan, source: str) -> RenderableType:
     run, device = plan.run, plan.device
     lines: list[RenderableType] = [
         Text(f"{run.model} on {device.name} ({gib(device.memory)}); sizes from {source}", style="bold"),
-        *(Text(f"  {stage.name}: {stage.workload.source}") for stage in run.stages),
+        *(Text(f"  {name}: {source}") for name, source in _sources(plan).items()),
         _phases(plan),
         _parts(plan.largest, device.cuda),
     ]
@@ -29,8 +30,9 @@ def describe(plan: Plan, source: str) -> RenderableType:
             whole = max(parts.values()) if title == "main memory" else sum(parts.values())
             lines.append(Text(f"{title}: {gib(whole)}", style="bold"))
             lines += [Text(f"  {gib(size):>11}  {name}") for name, size in parts.items()]
+    lines += [Text(f"not planned: {words}", style="yellow") for words in run.unplanned]
     if plan.hours is not None:
-        lines.append(Text(f"hours: {TRAINING.source}", style="dim"))
+        lines.append(Text(f"hours: every answer as long as it may be, drawn once; {TRAINING.source}", style="dim"))
     return Group(*lines, *_verdict(plan))
 
 
@@ -61,7 +63,8 @@ def as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "peak_bytes": round(plan.peak),
         "hours": plan.hours,
         "utilisation": {"share": TRAINING.share, "source": TRAINING.source},
-        "data": {stage.name: stage.workload.source for stage in plan.run.stages},
+        "data": _sources(plan),
+        "unplanned": list(plan.run.unplanned),
         "phases": [
             {
                 "name": phase.name,
@@ -100,17 +103,22 @@ def hours_text(hours: float | None) -> str:
     return "< 0.1" if hours < 0.1 else f"{hours:,.1f}"
 
 
+def _sources(plan: Plan) -> dict[str, str]:
+    """Where lengths come from, by stage and task."""
+    tasks = plan.run.evaluation.tasks if plan.run.evaluation else {}
+    found = {stage.name: stage.workload.source for stage in plan.run.stages}
+    return found | {f"evaluation.{name}": task.workload.source for name, task in tasks.items()}
+
+
 def _phases(plan: Plan) -> Table:
-    table = Table("phase", title="GiB and time", box=None)
-    for heading in ("needed", "peak", "steps", "Mtok", "PFLOP", "hours"):
-        table.add_column(heading, justify="right")
-    table.columns[0].no_wrap = True
-    table.add_column("layers", no_wrap=True)
+    table = Table(title="GiB and time", box=None, padding=(0, 1, 0, 0))
+    for heading in ("phase", "needed", "peak", "steps", "Mtok", "PFLOP", "hours", ""):
+        table.add_column(heading, justify="left" if heading in ("phase", "") else "right", no_wrap=heading != "")
     for phase in plan.phases:
         table.add_row(
             phase.name, f"{phase.needed / GIB:.2f}", f"{phase.peak / GIB:.2f}",
             "" if phase.steps is None else f"{phase.steps:,}", f"{phase.tokens / 1e6:,.1f}",
-            f"{phase.flops / 1e15:,.1f}", hours_text(phase.hours), phase.note,
+            f"{phase.flops / 1e15:,.0f}", hours_text(phase.hours), phase.note,
         )  # fmt: skip
     return table
 

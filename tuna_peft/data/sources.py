@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,20 @@ def _choose(source: DataSource, sizes: dict[str, int]) -> list[tuple[str, int]]:
             ) from error
         chosen = [(part.splitname, index) for part in parts for index in range(part.from_, part.to)]
     return chosen[: source.limit]
+
+
+def count_selected(source: DataSource, rows: int) -> int:
+    """How many records `split` and `limit` select where every split has so many rows, or as many as slices ask for.
+
+    Raises:
+        UserError: A split that is not possible.
+    """
+    bounds = [int(bound) for bound in re.findall(r"[\[:-](\d+)(?=[:\]])", source.split)]
+    size = max(rows, *bounds, 0)
+    names = {part.partition("[")[0].strip() for part in source.split.split("+")}
+    selected = len(_choose(source, dict.fromkeys(names, size)))
+    # `[20000:]` of 20,000 rows: there must be more.
+    return selected or len(_choose(source, dict.fromkeys(names, size + rows)))
 
 
 def _builtin(path: str) -> Path:

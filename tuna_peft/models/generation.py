@@ -186,6 +186,7 @@ class _Decoder:
         if len(rows) < len(batch):
             cache.batch_select_indices(row_of)
         logits_BV, seen_BT = logits_PV[row_of], seen_PT[row_of]
+        del logits_PV
         keys_B = torch.tensor([sequence.key for sequence in batch], device=device)
         alive = [(sequence, self._room(len(prompts[sequence.prompt])), list[int]()) for sequence in batch]
         for step in itertools.count():
@@ -205,7 +206,8 @@ class _Decoder:
                 cache.batch_select_indices(kept)
                 chosen_B, keys_B, seen_BT = chosen_B[kept], keys_B[kept], seen_BT[kept]
             seen_BT = torch.cat([seen_BT, seen_BT.new_ones(len(alive), 1)], dim=1)
-            logits_BV = self._forward(chosen_B[:, None], seen_BT, cache).logits[:, -1]
+            del logits_BV  # the next ones are as large
+            logits_BV = self._forward(chosen_B[:, None], seen_BT, cache).logits[:, -1]  # noqa: F841 - read above
 
     def generated(self, index: int, samples: list[list[int]]) -> Generated:
         """A prompt's samples as text."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuna_peft.planning.gpus import Gpu
-from tuna_peft.planning.memory import Adapter
+from tuna_peft.planning.memory import Adapter, Precision
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import Workload
 
@@ -74,10 +74,15 @@ def hours(flops: float, gpu: Gpu) -> float:
     return flops / (gpu.tflops * 1e12 * TRAINING.share) / 3600
 
 
-def decode_hours(shape: ModelShape, steps: float, body_bytes: float, gpu: Gpu) -> float:
-    """Time of `steps` generated positions of a batch: each reads the weights and, of a 4-bit base, unpacks them.
+def decode_hours(shape: ModelShape, precision: Precision, steps: float, seen: float, gpu: Gpu) -> float:
+    """Time of `steps` generated positions of a batch, bound by what is read: weights, keys and values.
 
-    Unpacking writes and reads every matrix in 16 bits.
+    Of a 4-bit base every step unpacks all matrices: it writes and reads them in 16 bits.
+
+    Args:
+        seen: Mean tokens whose keys and values a step reads, over the whole batch.
     """
-    unpacked = 4.0 * shape.body if body_bytes < 2.0 * shape.body else 0.0
-    return steps * (body_bytes + 2.0 * shape.head + unpacked) / (gpu.gb_per_second * 1e9) / 3600
+    unpacked = 2.0 * precision.compute * shape.body if precision.method in ("nf4", "fp4") else 0.0
+    weights = shape.body * precision.body + precision.compute * shape.head + unpacked
+    keys = 2.0 * precision.compute * shape.kv_size * shape.layers * seen
+    return steps * (weights + keys) / (gpu.gb_per_second * 1e9) / 3600

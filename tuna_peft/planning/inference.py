@@ -10,17 +10,18 @@ from tuna_peft.planning.workload import ForwardPass
 
 # Tokens of room that a cache makes at a time (`models/growing_cache.py`), and the token that it is made for.
 CACHE_STEP = 64 + 1
-# Bytes of a logit while a token is drawn: the logits in fp32, and a 64-bit random number through its rounds
+# Bytes beside a logit while a token is drawn: the logits in fp32, and a 64-bit random number through its rounds
 # (`models/generation.py`); with `top_p` the sorted vocabulary beside it. Measured on meta tensors.
-_DRAWN, _DRAWN_BY_TOP_P = 30, 43
+_DRAWN, _DRAWN_BY_TOP_P = 28, 41
 
 
 def forward_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision) -> float:
     """Most bytes alive inside the layers of a pass."""
     b, tokens = precision.compute, batch.positions
     weight = dequantised_bytes(shape, precision)
-    # The model's input, the residual stream, and what a norm gives, with one more while it is made.
-    stream = 4 * b * tokens * shape.hidden + mask_bytes(shape, batch)
+    # The model's input, the residual stream, and what a norm gives, with one more while it is made; rotary embeddings
+    # and masks for each kind of layer.
+    stream = b * tokens * (4 * shape.hidden + 2 * shape.masks * shape.head_dim) + mask_bytes(shape, batch)
     inner = b * tokens * shape.intermediate
     # Gate and up beside their matrix; or the activation, up and their product, and the gate where it is one with up.
     mlp = max(2 * inner + weight, (4 if shape.family == "phi3" else 3) * inner)
@@ -34,9 +35,21 @@ def scoring_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision) -
     return max(forward_bytes(shape, batch, precision), head)
 
 
+def logits_bytes(shape: ModelShape, tokens: int, precision: Precision) -> float:
+    """Most bytes alive while a text's logits are all made."""
+    batch = ForwardPass(1, tokens, tokens)
+    return max(forward_bytes(shape, batch, precision), precision.compute * tokens * (shape.vocab + 2 * shape.hidden))
+
+
 def cache_bytes(shape: ModelShape, sequences: int, tokens: int, precision: Precision) -> float:
     """Keys and values of one layer."""
     return 2.0 * precision.compute * shape.kv_size * sequences * tokens
+
+
+def _all_caches(shape: ModelShape, sequences: int, tokens: int, room: int, precision: Precision) -> float:
+    """Keys and values of all layers: those that grow in place have room, sliding ones hold what is there."""
+    growing, sliding = (cache_bytes(shape, sequences, held, precision) for held in (room, tokens))
+    return (shape.layers - shape.sliding) * growing + shape.sliding * sliding
 
 
 def generation_bytes(
@@ -56,8 +69,9 @@ def generation_bytes(
     """
     b, sequences = precision.compute, prompts * n
     reading = {
-        f"keys and values of {prompts} x {prompt:,} tokens": shape.layers
-        * cache_bytes(shape, prompts, prompt + CACHE_STEP, precision),
+        f"keys and values of {prompts} x {prompt:,} tokens": _all_caches(
+            shape, prompts, prompt, prompt + CACHE_STEP, precision
+        ),
         "a forward pass over the prompts": max(
             forward_bytes(shape, ForwardPass(prompts, prompt, prompts, None), precision),
             b * prompts * (shape.vocab + 2 * prompt * shape.hidden),
@@ -67,8 +81,9 @@ def generation_bytes(
     drawn = b if greedy else (_DRAWN_BY_TOP_P if top_p else _DRAWN) + b
     step = dequantised_bytes(shape, precision) + b * sequences * (3 * shape.intermediate + 4 * shape.hidden)
     writing = {
-        f"keys and values of {sequences} x {prompt + new:,} tokens": shape.layers
-        * cache_bytes(shape, sequences, room, precision),
+        f"keys and values of {sequences} x {prompt + new:,} tokens": _all_caches(
+            shape, sequences, min(prompt + new, shape.window or room), room, precision
+        ),
         # A layer's old room, while it moves into a larger one; or one step; or the choice of a token.
         "the next tokens": max(
             cache_bytes(shape, sequences, room - CACHE_STEP, precision), step, sequences * shape.vocab * drawn

@@ -18,6 +18,10 @@ _REFUSED = {
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
+class UnplannedModel(UserError):
+    """A model whose layout the arithmetic does not cover; a run goes on without a plan."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder.
@@ -28,6 +32,7 @@ class ModelShape:
         family: Its `model_type`, one of `FAMILIES`.
         masks: Kinds of attention layers (sliding and full), each with a mask of its own.
         context: Longest sequence, None when the configuration names none.
+        window: Tokens that a sliding layer sees.
     """
 
     hidden: int
@@ -41,19 +46,20 @@ class ModelShape:
     family: str = "llama"
     masks: int = 1
     context: int | None = None
+    window: int | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> ModelShape:
         """The shape in a `config.json`.
 
         Raises:
-            UserError: A layout that the arithmetic does not cover.
+            UnplannedModel: A layout that the arithmetic does not cover.
         """
         family = str(config.get("model_type"))
         experts = any(config.get(key) for key in _MOE_KEYS)
         if family not in FAMILIES or experts:
             reason = "experts stay in 16 bits whatever `quantization` says" if experts else _REFUSED.get(family)
-            raise UserError(
+            raise UnplannedModel(
                 f"the planner does not know models of type {family!r}{f': {reason}' if reason else ''}",
                 where=where,
                 fix=f"It knows {', '.join(FAMILIES)}. Of others, watch the memory of the first steps of `run`.",
@@ -73,9 +79,10 @@ class ModelShape:
                 family=family,
                 masks=len(set(config.get("layer_types") or ())) or (2 if gemma else 1),
                 context=config.get("max_position_embeddings"),
+                window=config.get("sliding_window"),
             )
         except KeyError as error:
-            raise UserError(f"the model's configuration has no {error}", where=where) from error
+            raise UnplannedModel(f"the model's configuration has no {error}", where=where) from error
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -97,6 +104,11 @@ class ModelShape:
     def norms(self) -> int:
         """RMS norms of a layer over all of its hidden size."""
         return 4 if self.family == "gemma3_text" else 2
+
+    @property
+    def sliding(self) -> int:
+        """Layers that see a window and whose cache ends with it: five of six in Gemma 3."""
+        return self.layers - self.layers // 6 if self.family == "gemma3_text" and self.window else 0
 
     @property
     def head_norms(self) -> bool:
@@ -174,7 +186,18 @@ KNOWN: dict[str, ModelShape] = {
     "qwen2.5-32b": _shape(5120, 27648, 64, 40, 8, 152064, context=32768),
     "qwen2.5-72b": _shape(8192, 29568, 80, 64, 8, 152064, context=131072),
     "gemma-3-1b": _shape(
-        1152, 6912, 26, 4, 1, 262144, head_dim=256, tied=True, family="gemma3_text", masks=2, context=32768
+        1152,
+        6912,
+        26,
+        4,
+        1,
+        262144,
+        head_dim=256,
+        tied=True,
+        family="gemma3_text",
+        masks=2,
+        context=32768,
+        window=512,
     ),
     "phi-4": _shape(5120, 17920, 40, 40, 10, 100352, family="phi3", context=16384),
     "phi-3.5-mini": _shape(3072, 8192, 32, 32, 32, 32064, family="phi3", context=131072),

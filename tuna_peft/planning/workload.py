@@ -46,17 +46,30 @@ class Workload:
     source: str
 
     @classmethod
-    def assumed(cls, responses: int, max_length: int | None, total: int) -> Workload:
-        """For data that is not here: `total` rows of typical length."""
+    def assumed(cls, responses: int, max_length: int | None, total: int, how: str = "") -> Workload:
+        """For data that is not here: `total` rows of typical length.
+
+        Args:
+            responses: To each prompt; 0 for prompts alone.
+            how: Where the total comes from, in words.
+        """
         longest = max_length or ASSUMED_PROMPT + ASSUMED_RESPONSE
         prompt = min(ASSUMED_PROMPT, longest // 2)
-        typical = Row(prompt, (min(ASSUMED_RESPONSE, longest - prompt),) * responses)
-        return cls(
-            (typical,),
-            total,
-            f"assumed: {total:,} prompts of {typical.prompt} tokens with {responses} response(s) of "
-            f"{typical.responses[0]}",
-        )
+        source = f"assumed: {total:,} prompts{how} of {prompt} tokens"
+        if not responses:
+            return cls((Row(prompt, (0,)),), total, source)
+        length = min(ASSUMED_RESPONSE, longest - prompt)
+        return cls((Row(prompt, (length,) * responses),), total, f"{source} with {responses} response(s) of {length}")
+
+    @classmethod
+    def of_prompts(cls, total: int, typical: int, longest: int, source: str) -> Workload:
+        """Prompts of which one in a hundred is as long as the longest."""
+        return cls((*(Row(typical, (0,)),) * 99, Row(longest, (0,))), total, source)
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Mean tokens of a prompt."""
+        return sum(row.prompt for row in self.rows) / len(self.rows)
 
     @property
     def tokens(self) -> float:

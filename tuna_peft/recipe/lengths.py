@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuna_peft.data.config import DataSource
+from tuna_peft.data.ranked import Record
+from tuna_peft.data.sources import count_selected
 from tuna_peft.planning.workload import ASSUMED_RESPONSES, ASSUMED_ROWS, Row, Workload
 from tuna_peft.recipe.schema import Overflow, Recipe
 
@@ -14,12 +17,13 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["sft", "ranking", "prompts"]
+Kind = Literal["sft", "ranking", "prompts", "candidates"]
 
 # Rows that a plan tokenises: the longest by characters, and as many spread over the rest.
 LONGEST, SPREAD = 200, 800
 # Without a tokenizer. Alpaca-style English has 3.7 to 4.6 under the vocabularies of LLaMA to Qwen3: fewer is cautious.
 CHARACTERS_PER_TOKEN = 3.5
+_BY_CHARACTERS = f"counted in characters, {CHARACTERS_PER_TOKEN} to a token (no tokenizer here)"
 
 
 def encoded_workload(dataset: datasets.Dataset) -> Workload:
@@ -61,25 +65,23 @@ def source_workload(
 
     Args:
         tokenizer: None counts characters.
-        assumed: Rows of a data set that is not here.
+        assumed: Rows of a data set that is not here, before its slice.
 
     Raises:
         UserError: The file cannot be used.
     """
     if not is_here(source):
-        return Workload.assumed(1 if kind == "sft" else ASSUMED_RESPONSES, max_length, source.limit or assumed)
+        total = count_selected(source, assumed)
+        sliced = "[" in source.split
+        how = f" ({source.split} of {assumed:,})" if sliced and total < assumed else ""
+        responses = {"sft": 1, "prompts": 0}.get(kind, ASSUMED_RESPONSES)
+        return Workload.assumed(responses, max_length, total, how)
 
-    from tuna_peft.data.load import load_prompts, load_ranked, load_sft
+    from tuna_peft.data.load import load_candidates, load_prompts, load_ranked, load_sft
 
-    if kind == "prompts":
-        prompts = [record["prompt"] for record in load_prompts(source, recipe.prompt)[0]]
-        if tokenizer is None:
-            rows = [Row(_tokens(_characters(prompt)), (0,)) for prompt in prompts]
-        else:
-            from tuna_peft.data.texts import prompt_ids
-
-            rows = [Row(len(prompt_ids(prompt, tokenizer)), (0,)) for prompt in _some(prompts)]
-        return Workload(tuple(rows), len(prompts), f"{len(prompts):,} prompts")
+    if kind in ("prompts", "candidates"):
+        read = load_prompts if kind == "prompts" else load_candidates
+        return records_workload(read(source, recipe.prompt)[0], tokenizer)
 
     dataset = (load_sft if kind == "sft" else load_ranked)(source, recipe.prompt)[0]
     chosen = dataset.select(_some(range(len(dataset)), key=lambda index: _characters(dataset[index])))
@@ -96,6 +98,31 @@ def source_workload(
     return dataclasses.replace(workload, total=total, source=f"counted in tokens: {len(dataset):,} rows{part}")
 
 
+def records_workload(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase | None) -> Workload:
+    """The lengths of prompts, with the responses that some of them may have; exact where there are few.
+
+    Args:
+        records: `{"prompt"}` and optional `completions`.
+        tokenizer: None counts characters.
+    """
+    responses = any(record.get("completions") for record in records)
+    note = f"{len(records):,} prompts{' with responses' if responses else ''}"
+    if tokenizer is None:
+        rows = [
+            Row(_in_tokens(record["prompt"]), tuple(map(_in_tokens, record.get("completions") or [""])))
+            for record in records
+        ]
+        return Workload(tuple(rows), len(records), f"{note}, {_BY_CHARACTERS}")
+    from tuna_peft.data.texts import TextTokenizer, prompt_ids
+
+    tokens, rows = TextTokenizer(tokenizer), []
+    for record in _some(records, key=_characters):
+        texts = record.get("completions")
+        lengths = [len(ids) + 1 for ids in tokens(texts, special=False)] if texts else [0]  # EOS is part of it
+        rows.append(Row(len(prompt_ids(record["prompt"], tokenizer)), tuple(lengths)))
+    return Workload(tuple(rows), len(records), note)
+
+
 def _some(items: Any, key: Any = len) -> list[Any]:
     """The longest, and some of the others."""
     if len(items) <= LONGEST + SPREAD:
@@ -109,14 +136,12 @@ def _by_characters(dataset: datasets.Dataset, total: int) -> Workload:
     rows = []
     for record in dataset:
         responses = record.get("completions") or [record["completion"]]
-        lengths = (_tokens(_characters(response)) for response in responses)
-        rows.append(Row(_tokens(_characters(record["prompt"])), tuple(lengths)))
-    note = f"counted in characters, {CHARACTERS_PER_TOKEN} to a token (no tokenizer here): {total:,} rows"
-    return Workload(tuple(rows), total, note)
+        rows.append(Row(_in_tokens(record["prompt"]), tuple(map(_in_tokens, responses))))
+    return Workload(tuple(rows), total, f"{total:,} rows, {_BY_CHARACTERS}")
 
 
-def _tokens(characters: int) -> int:
-    return round(characters / CHARACTERS_PER_TOKEN) + 1
+def _in_tokens(text: Any) -> int:
+    return round(_characters(text) / CHARACTERS_PER_TOKEN) + 1
 
 
 def _characters(part: Any) -> int:

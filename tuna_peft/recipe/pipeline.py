@@ -81,7 +81,8 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         for stage in recipe.trained():
             if stage.name in inputs.prompts:
                 check_feedback(stage, inputs.prompts[stage.name], tokenizer)
-        preflight(recipe, inputs, config, processes.count, sharded=processes.sharding is not None)
+        sharded = processes.sharding is not None
+        preflight(recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer)
         base = _load_base(recipe, processes)
         run.save(FACTS, _facts(recipe, base, inputs))
         model: PreTrainedModel | PeftModel = base.model

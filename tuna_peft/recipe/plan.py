@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from tuna_peft.data.config import DataSource
 from tuna_peft.errors import UserError
+from tuna_peft.feedback.judge_settings import JudgeSettings
 from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.hub_config import is_on_disk, read_shape
 from tuna_peft.planning.memory import Adapter, Precision
-from tuna_peft.planning.plan import (
-    CUDA_CONTEXT,
+from tuna_peft.planning.phases import CUDA_CONTEXT
+from tuna_peft.planning.plan import Plan, make_plan
+from tuna_peft.planning.shapes import ModelShape
+from tuna_peft.planning.spec import (
     Device,
     EvaluationSpec,
+    JudgeSpec,
     MergeSpec,
-    Plan,
     RunSpec,
+    SampleSpec,
     StageSpec,
     TaskSpec,
-    make_plan,
+    TeacherSpec,
 )
-from tuna_peft.planning.shapes import ModelShape
-from tuna_peft.planning.workload import ASSUMED_HELD_OUT, ASSUMED_RESPONSE, ASSUMED_RESPONSES, Row, Workload
+from tuna_peft.planning.workload import Row, Workload
 from tuna_peft.ram import available_ram
-from tuna_peft.recipe.evaluation_schema import RankingTask
+from tuna_peft.recipe.evaluation_schema import VicunaTask
 from tuna_peft.recipe.feedback_schema import FeedbackSource
-from tuna_peft.recipe.lengths import is_here, source_workload
-from tuna_peft.recipe.schema import Recipe, Stage
-from tuna_peft.recipe.train_fields import train_fields
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger("tuna_peft")
+from tuna_peft.recipe.local_models import local_model
+from tuna_peft.recipe.schema import Recipe, Stage, rounds_of
+from tuna_peft.recipe.workloads import questions, read_workloads, stage_value, trained_on
 
 _MERGED_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nf4": 0.6}
 
@@ -80,38 +76,6 @@ def this_device(setting: str = "auto") -> Device:
     return Device(name, free + own, gpu, bf16=torch.cuda.get_device_capability(device)[0] >= 8)
 
 
-def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
-    """The lengths of all data of a recipe, by stage name and under `evaluation.<task>`."""
-    tokenizer = _tokenizer(recipe) if any(map(is_here, recipe.sources().values())) else None
-    workloads = {
-        stage.name: _made_workload(stage.data, recipe, tokenizer)
-        if isinstance(stage.data, FeedbackSource)
-        else source_workload(
-            stage.data, recipe, tokenizer,
-            kind=stage.type, max_length=_longest(stage_value(stage, "max_length"), shape), overflow=stage.overflow,
-        )
-        for stage in recipe.trained()
-    }  # fmt: skip
-    for name, task in _tasks(recipe).items():
-        options: dict[str, Any] = {"kind": "prompts"}
-        if isinstance(task, RankingTask):
-            options = {"kind": "ranking", "max_length": _longest(task.max_length, shape), "overflow": task.overflow}
-        workloads[f"evaluation.{name}"] = source_workload(task, recipe, tokenizer, assumed=ASSUMED_HELD_OUT, **options)
-    return workloads
-
-
-def _made_workload(source: FeedbackSource, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Workload:
-    """Prompts with the longest responses that the run may draw to them; typical ones where they stand in a file."""
-    prompts = source_workload(source.prompts, recipe, tokenizer, kind="prompts")
-    n, longest = ASSUMED_RESPONSES, ASSUMED_RESPONSE
-    if source.sample is not None:
-        n, longest = source.sample.n, source.sample.max_new_tokens
-    elif source.score is not None and source.score.generate is not None:
-        n, longest = source.score.generate.n, source.score.generate.max_tokens
-    rows = tuple(Row(row.prompt, (longest,) * n) for row in prompts.rows)
-    return Workload(rows, prompts.total, f"{prompts.source}, with {n} responses of up to {longest} tokens each")
-
-
 def run_spec(
     recipe: Recipe, shape: ModelShape, workloads: dict[str, Workload], device: Device, processes: int = 1
 ) -> RunSpec:
@@ -121,40 +85,51 @@ def run_spec(
         workloads: As `read_workloads` gives them; a task without one is left out.
         device: Decides what is computed in, and by which attention kernel.
         processes: GPUs that share each step.
+
+    Raises:
+        UserError: A teacher or judge that should run here cannot be found or planned.
     """
     wide = not device.cuda or recipe.base.dtype == "float32"
     quantization = recipe.quantization
     precision = Precision(
         quantization.method, quantization.double_quant, 4 if wide else 2, flash=device.bf16 and not wide
     )
-    merge = recipe.export.merge
-    tasks = {
-        name: TaskSpec(workloads[key], getattr(task, "max_new_tokens", None))
-        for name, task in _tasks(recipe).items()
-        if (key := f"evaluation.{name}") in workloads
-    }
+    export = recipe.export
+    exported = export.merge.enabled or export.combine
     return RunSpec(
         recipe.base.model,
         shape,
         precision,
-        tuple(_stage(recipe, stage, shape, workloads[stage.name], processes) for stage in recipe.trained()),
-        EvaluationSpec(recipe.evaluation.batch_size, tasks) if recipe.evaluation else None,
-        MergeSpec(_MERGED_BYTES[merge.dtype]) if merge.enabled else None,
+        tuple(_stages(recipe, shape, workloads, device, processes)),
+        _evaluation(recipe, workloads, device),
+        MergeSpec(_MERGED_BYTES[export.merge.dtype], tuple(export.gguf)) if export.merge.enabled else None,
+        compared=_compared(workloads, export.divergence_prompts) if exported else (),
         downloads=not is_on_disk(recipe.base.model, recipe.base.revision),
+        unplanned=tuple(_unplanned(recipe)),
     )
 
 
-def _tasks(recipe: Recipe) -> dict[str, DataSource]:
-    """The evaluation's tasks that have data of their own, by name."""
-    given = recipe.evaluation.tasks.given() if recipe.evaluation else {}
-    return {name: task for name, task in given.items() if isinstance(task, DataSource)}
+def _stages(
+    recipe: Recipe, shape: ModelShape, workloads: dict[str, Workload], device: Device, processes: int
+) -> list[StageSpec]:
+    return [
+        _stage(recipe, stage, section.name, shape, workloads[stage.name], device, processes)
+        for section in recipe.stages
+        for stage in rounds_of(section)
+    ]
 
 
-def _stage(recipe: Recipe, stage: Stage, shape: ModelShape, workload: Workload, processes: int) -> StageSpec:
+def _stage(
+    recipe: Recipe, stage: Stage, section: str, shape: ModelShape, workload: Workload, device: Device, processes: int
+) -> StageSpec:
     lora = recipe.lora_of(stage)
     targets = list(shape.linears) if lora.target_modules == "all-linear" else lora.target_modules
     recomputing = stage.train.get("activation_checkpointing", stage.train.get("gradient_checkpointing", True))
     policy = stage_value(stage, "activation_memory") if stage.type == "ranking" else "none"
+    made: dict[str, Any] = {}
+    if isinstance(stage.data, FeedbackSource):
+        made = {"made_of": workload, **_feedback(stage.data, workload, device, f"stages.{section}.data")}
+        workload = trained_on(stage, workload)
     return StageSpec(
         stage.name,
         stage.type,
@@ -169,12 +144,72 @@ def _stage(recipe: Recipe, stage: Stage, shape: ModelShape, workload: Workload, 
         max_steps=stage_value(stage, "max_steps"),
         processes=processes,
         continues=stage.continue_adapter,
+        section=section,
+        **made,
     )
 
 
-def stage_value(stage: Stage, key: str) -> Any:
-    """A field of `train`, or the trainer's default for it."""
-    return stage.train.get(key, train_fields(stage.type)[key].default)
+def _feedback(source: FeedbackSource, rows: Workload, device: Device, key: str) -> dict[str, Any]:
+    """What of it runs here: a server and a program take nothing of this machine's memory."""
+    made: dict[str, Any] = {}
+    if (sample := source.sample) is not None and sample.backend == "transformers":
+        made["sample"] = SampleSpec(
+            sample.n, sample.max_new_tokens, sample.batch_size, sample.top_p < 1,
+            draws=sample.trials if sample.max_similarity <= 1 else 1,
+        )  # fmt: skip
+    if (score := source.score) is not None and (teacher := local_model(score, device, f"{key}.score")) is not None:
+        made["teacher"] = TeacherSpec(teacher, score.max_tokens_per_batch)
+    if source.judge is not None:
+        made["judge"] = _judge(source.judge, rows, device, f"{key}.judge")
+    return made
+
+
+def _judge(settings: JudgeSettings, rows: Workload, device: Device, key: str) -> JudgeSpec | None:
+    model = local_model(settings, device, key)
+    if model is None:
+        return None
+    asked = questions(rows, settings.both_orders, settings.instructions)
+    # An answer that cannot be read is asked for again, and then drawn.
+    greedy = settings.temperature == 0 and settings.attempts == 1
+    return JudgeSpec(model, asked, settings.max_tokens, settings.batch_size, greedy)
+
+
+def _evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) -> EvaluationSpec | None:
+    """The tasks whose lengths are known; each number of Super-NI's shots is one."""
+    if recipe.evaluation is None:
+        return None
+    given, tasks = recipe.evaluation.tasks.given(), {}
+    for key, workload in workloads.items():
+        section, _, name = key.partition(".")
+        if section != "evaluation":
+            continue
+        task: Any = given[name if name in given else "superni"]
+        new = getattr(task, "max_new_tokens", None)
+        judge = None
+        if isinstance(task, VicunaTask):
+            pairs = Workload(
+                tuple(Row(row.prompt, (task.max_new_tokens,) * 2) for row in workload.rows), workload.total, ""
+            )
+            settings = task.judge.model_copy(update={"both_orders": True})
+            judge = _judge(settings, pairs, device, "evaluation.tasks.vicuna.judge")
+        tasks[name] = TaskSpec(workload, new, judge)
+    return EvaluationSpec(recipe.evaluation.batch_size, tasks)
+
+
+def _compared(workloads: dict[str, Workload], count: int) -> tuple[int, ...]:
+    """Tokens of the texts on which exports are compared; the longest of the rows that they may be."""
+    rows = workloads.get("evaluation.ranking", [*workloads.values()][-1]).rows
+    lengths = sorted((row.longest for row in rows), reverse=True)[:count]
+    return tuple(lengths + lengths[-1:] * (count - len(lengths)))
+
+
+def _unplanned(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        sample = stage.data.sample if isinstance(stage.data, FeedbackSource) else None
+        if sample is not None and sample.backend == "vllm":
+            yield f"sampling of {stage.name}: vLLM holds a second copy of the model, and takes what memory is left"
+    if recipe.evaluation is not None and recipe.evaluation.tasks.lm_eval is not None:
+        yield "evaluation of lm_eval: the harness knows how many answers that is"
 
 
 def require_native_bf16(recipe: Recipe, device: str, *, has_bf16: bool) -> None:
@@ -197,20 +232,3 @@ def require_native_bf16(recipe: Recipe, device: str, *, has_bf16: bool) -> None:
                 where=key,
                 fix="Leave the key out: dtypes follow the GPU by themselves (fp16 here, with fp32 adapters).",
             )
-
-
-def _longest(max_length: int | None, shape: ModelShape) -> int | None:
-    return min((length for length in (max_length, shape.context) if length is not None), default=None)
-
-
-def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, where it can be had; a plan goes on without it."""
-    from transformers import AutoTokenizer
-
-    from tuna_peft.models.base import resolve_model_path
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve_model_path(recipe.base.model), revision=recipe.base.revision)
-    except (OSError, ValueError):
-        logger.warning("%s: its tokenizer cannot be read; lengths are counted in characters", recipe.base.model)
-        return None

@@ -5,39 +5,48 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
 from tuna_peft.planning.advice import advise
 from tuna_peft.planning.gpus import GIB
 from tuna_peft.planning.plan import Plan, make_plan
-from tuna_peft.planning.shapes import ModelShape
-from tuna_peft.planning.workload import ASSUMED_RESPONSES, ASSUMED_ROWS, Workload
+from tuna_peft.planning.shapes import ModelShape, UnplannedModel
+from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.inputs import Inputs
-from tuna_peft.recipe.lengths import encoded_workload
+from tuna_peft.recipe.lengths import encoded_workload, records_workload
 from tuna_peft.recipe.plan import require_native_bf16, run_spec, this_device
 from tuna_peft.recipe.schema import Recipe
+from tuna_peft.recipe.workloads import drawn
 
 logger = logging.getLogger("tuna_peft")
 
 
 def preflight(
-    recipe: Recipe, inputs: Inputs, config: PretrainedConfig, processes: int = 1, *, sharded: bool = False
+    recipe: Recipe,
+    inputs: Inputs,
+    config: PretrainedConfig,
+    processes: int = 1,
+    *,
+    sharded: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Plan | None:
     """Says what the run will take; stops it where even its smallest forward passes do not fit.
 
     A peak beyond the memory is a warning only: a ranking step that runs out of memory is split by itself.
 
     Args:
-        inputs: The data, encoded: lengths are exact. A stage whose data is still to be made gets typical ones.
+        inputs: The data, encoded: lengths are exact. Responses that are still to be drawn are as long as they may be.
         config: The model's configuration.
         sharded: The processes share one base; the planner only knows whole ones.
+        tokenizer: For prompts that the run makes rows of; None counts characters.
 
     Returns:
         The plan; None for a model that the planner does not know, or that is sharded.
 
     Raises:
-        UserError: It cannot fit, with what to change; or bf16 is asked of a GPU that has none.
+        UserError: It cannot fit, with what to change; bf16 is asked of a GPU that has none; or there is no such
+            teacher or judge.
     """
     device = this_device(recipe.base.device)
     require_native_bf16(recipe, device.name, has_bf16=device.bf16)
@@ -46,17 +55,17 @@ def preflight(
         return None
     try:
         shape = ModelShape.from_config(config.to_dict(), recipe.base.model)
-    except UserError as error:
+        workloads = {name: encoded_workload(rows) for name, rows in inputs.stages.items()}
+        for stage in recipe.trained():
+            if isinstance(stage.data, FeedbackSource):
+                prompts = records_workload(inputs.prompts[stage.name], tokenizer)
+                workloads[stage.name] = drawn(stage.data, prompts)
+        if inputs.ranked is not None:
+            workloads["evaluation.ranking"] = encoded_workload(inputs.ranked)  # generation finds its batch by itself
+        plan = make_plan(run_spec(recipe, shape, workloads, device, processes), device)
+    except UnplannedModel as error:
         logger.info("no plan: %s", error.what)
         return None
-    workloads = {
-        stage.name: Workload.assumed(ASSUMED_RESPONSES, stage.train.get("max_length", 1024), ASSUMED_ROWS)
-        for stage in recipe.trained()
-    }
-    workloads |= {name: encoded_workload(rows) for name, rows in inputs.stages.items()}
-    if inputs.ranked is not None:
-        workloads["evaluation.ranking"] = encoded_workload(inputs.ranked)  # generation finds its batch by itself
-    plan = make_plan(run_spec(recipe, shape, workloads, device, processes), device)
     worst = max(plan.phases, key=lambda phase: phase.smallest)
     if worst.smallest > device.memory:
         raise UserError(

@@ -1,0 +1,80 @@
+"""Main memory and disk of a run."""
+
+from __future__ import annotations
+
+from tuna_peft.planning.phases import CUDA_CONTEXT, PROCESS
+from tuna_peft.planning.spec import Device, RunSpec
+
+# Main memory for each parameter of a layer that is merged into 16 bits, measured (`python -m benchmarks.merge`).
+MERGED = 13.7
+# Of a GPU that is free, what a merged model's weights may take while it is compared (`export/check.py`; a test).
+ON_GPU = 0.9
+# Bytes of a weight in a GGUF file: blocks of 32, each with a scale and some with an offset, in 16 bits.
+GGUF = {
+    "f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+}  # fmt: skip
+
+
+def gguf_head(kind: str) -> float:
+    """Bytes of a weight of the head (the embedding, where that is the same): 8 bits at least."""
+    return max(GGUF[kind], GGUF["q8_0"])
+
+
+def main_memory(run: RunSpec, device: Device) -> dict[str, float]:
+    """Bytes of main memory that a run on a GPU needs, by what for; on a CPU it is all in the phases."""
+    if not device.cuda:
+        return {}
+    shapes = [run.shape, *(helper.shape for helper in run.helpers)]
+    largest = max(max(shape.head, shape.largest_linear) for shape in shapes)
+    ram = {"while loading: the largest tensor, 16-bit and as it is stored": PROCESS + 4.0 * largest}
+    shape, merge = run.shape, run.merge
+    if merge is not None:
+        # One tensor at a time: the embedding as it is, or a linear layer quantised, dequantised and added up.
+        more = max(merge.bytes_per_parameter - 2.0, 0.0)
+        copied = merge.bytes_per_parameter if more else 0.0
+        ram["merge"] = PROCESS + max((2.0 + copied) * shape.head, (MERGED + more) * shape.largest_linear)
+        for kind in merge.gguf:
+            # A tensor of the merged model, and what becomes of it.
+            before = merge.bytes_per_parameter
+            converted = max(shape.head * (before + gguf_head(kind)), shape.largest_linear * (before + GGUF[kind]))
+            ram[f"GGUF, {kind}"] = PROCESS + converted
+    if run.compared:
+        logits = float(run.precision.compute * shape.vocab * sum(run.compared))
+        ram["comparing exports: the stack's logits"] = PROCESS + logits
+    return ram
+
+
+def disk(run: RunSpec, device: Device) -> dict[str, float]:
+    """Bytes of disk, by what for."""
+    shape = run.shape
+    parameters = shape.body + shape.unquantised
+    trained = [stage.adapter for stage in run.stages]
+    adapters = sum(adapter.parameters for adapter in trained)
+    # A checkpoint holds the whole stack and the optimiser.
+    checkpoint = 4.0 * adapters + max(8.0 * adapter.parameters for adapter in trained)
+    disk = {"the base, 16-bit, downloaded into the Hub's cache": 2.0 * parameters} if run.downloads else {}
+    for helper in run.helpers:
+        if helper.downloads and not (helper.name == run.model and run.downloads):
+            disk[f"{helper.name}, 16-bit, downloaded"] = 2.0 * (helper.shape.body + helper.shape.unquantised)
+    disk |= {
+        "adapters, and the combined one": 2 * 4.0 * adapters,
+        "checkpoints: one of each stage, one more while it is written": (len(run.stages) + 1) * checkpoint,
+    }
+    if run.merge is None:
+        return disk
+    disk["the merged model"] = float(run.merge.bytes_per_parameter * parameters)
+    for kind in run.merge.gguf:
+        disk[f"GGUF, {kind}"] = GGUF[kind] * (parameters - shape.head) + gguf_head(kind) * shape.head
+    beyond = _beyond_the_gpu(run, device)
+    if beyond > 0:
+        disk["of the merged model, while it is compared, what main memory cannot take: at most"] = beyond
+    return disk
+
+
+def _beyond_the_gpu(run: RunSpec, device: Device) -> float:
+    """Bytes of a merged model that no GPU memory is left for when it is compared with the stack."""
+    if not (run.compared and run.merge and run.merge.bytes_per_parameter >= 2.0 and device.cuda):
+        return 0.0
+    whole = float(run.precision.compute * (run.shape.body + run.shape.unquantised))
+    return whole - ON_GPU * (device.memory - CUDA_CONTEXT)
