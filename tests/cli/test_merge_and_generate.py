@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
@@ -10,6 +11,7 @@ from tiny_llama import write_base, write_stack
 from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
+from tuna_peft.cli.generate import _instructions
 
 DTYPES = ("bfloat16", "float16", "float32", "nf4")
 
@@ -107,6 +109,16 @@ def test_prompts_come_from_standard_input_one_a_line(run):
     piped = invoke("generate", run, *options, input="w3 w4\n\nw5\n")
     assert piped.exit_code == 0
     assert len(piped.stdout.splitlines()) == 2
+
+
+def test_at_a_terminal_it_says_what_it_waits_for(monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal("w3 w4\n\n"))
+    assert list(_instructions(None)) == ["w3 w4"]
+    assert "Ctrl-D" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def _instructions(prompt: str | None) -> Iterator[str]:
     if prompt is not None:
         yield prompt
         return
+    if sys.stdin.isatty():
+        typer.echo("One instruction a line; Ctrl-D ends.", err=True)
     for line in sys.stdin:
         if line.strip():
             yield line.strip()
