@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: quickstart test test-slow verify-gguf bench bench-merge docs notebooks lint format clean
+.PHONY: quickstart test test-slow test-deepspeed verify-gguf bench bench-merge docs notebooks lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/tuna-peft run recipes/quickstart.yaml --output runs/quickstart
@@ -16,6 +16,11 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# Two processes under DeepSpeed; where there is a C++ compiler, DeepSpeed builds a part of itself first (a minute).
+test-deepspeed: .venv/installed-dev
+	$(PIP_INSTALL) -e ".[dev,deepspeed]"
+	$(BIN)/python -m pytest -m slow tests/recipe/test_processes.py -k "deepspeed or zero2"
 
 # llama.cpp itself on GGUF files, beside transformers and PEFT; needs Node.js 20. Prints the table of docs/gguf.md.
 verify-gguf: .venv/installed-dev

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 from test_pipeline import STAGES, TRAIN, adapter_bytes, files, recipe  # noqa: F401 - files is a fixture
 from typer.testing import CliRunner
@@ -19,6 +20,9 @@ from tuna_peft.recipe.pipeline import run_recipe
 from tuna_peft.recipe.shipped import find_accelerate_config
 
 HERE = Path(__file__).parent
+needs_deepspeed = pytest.mark.skipif(
+    not is_deepspeed_available(), reason="needs DeepSpeed: `make test-deepspeed` installs it"
+)
 TRAINED = ["sft", "probabilistic"]
 
 
@@ -69,17 +73,28 @@ def adapter(run, stage):
     return run / "stack" / stage / "adapter_model.safetensors"
 
 
-def test_two_processes_train_as_one_with_the_same_prompts_a_step(files, ranked, two, tmp_path):  # noqa: F811
-    run_recipe(of_batch(files, ranked, 4), tmp_path / "one")
+@pytest.fixture(scope="module")
+def one(files, ranked, tmp_path_factory):  # noqa: F811
+    """A run in one process with the same prompts a step."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    run_recipe(of_batch(files, ranked, 4), folder)
+    return folder
+
+
+def assert_trained_alike(run, one):
     for stage in TRAINED:
-        losses = {}
-        for run in (tmp_path / "one", two / "run"):
-            history = json.loads((run / "stages" / stage / "log_history.json").read_text())
-            losses[run.name] = [entry["loss"] for entry in history if "loss" in entry]
-        assert len(losses["one"]) == 4 and losses["run"] == pytest.approx(losses["one"], rel=1e-5)
-        ours, theirs = load_file(adapter(two / "run", stage)), load_file(adapter(tmp_path / "one", stage))
+        losses = []
+        for folder in (run, one):
+            history = json.loads((folder / "stages" / stage / "log_history.json").read_text())
+            losses.append([entry["loss"] for entry in history if "loss" in entry])
+        assert len(losses[1]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+        ours, theirs = load_file(adapter(run, stage)), load_file(adapter(one, stage))
         # Adam divides tiny gradients by their own size, so the last digits of a sum show.
         assert all(torch.allclose(ours[key], theirs[key], atol=2e-3) for key in theirs)
+
+
+def test_two_processes_train_as_one_with_the_same_prompts_a_step(two, one):
+    assert_trained_alike(two / "run", one)
     log = (two / "run" / "run.log").read_text()
     assert log.count("stage probabilistic: ranking on 32 rows") == 1  # one process writes
     assert list(json.loads((two / "run" / "report.json").read_text())["stages"]) == TRAINED
@@ -100,7 +115,20 @@ def test_a_sharded_base_trains_to_the_same_bytes(two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_trains_as_one_process(two, one, tmp_path, stage):
+    config = tmp_path / "zero.yaml"
+    config.write_text(find_accelerate_config("zero2").read_text().replace("zero_stage: 2", f"zero_stage: {stage}"))
+    result = in_two("tuna_peft", "run", two / "recipe.yaml", "--output", tmp_path / "run", "--launch", config)
+    assert result.returncode == 0, result.stderr
+    assert_trained_alike(tmp_path / "run", one)
+    states = list((tmp_path / "run" / "stages").glob("*/checkpoint-4/global_step4/*_optim_states.pt"))
+    assert len(states) == 4  # each process its own, for each stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
 def test_two_processes_resume_to_the_same_bytes(files, ranked, tmp_path, config):  # noqa: F811
     (tmp_path / "two.yaml").write_text(dump_recipe(of_batch(files, ranked, 2, STAGES)))
     command = [config, HERE / "in_processes.py", tmp_path / "two.yaml"]

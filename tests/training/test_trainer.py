@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from families import make_model, make_rows
 from peft import LoraConfig
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from tuna_peft import TunaConfig, TunaTrainer, UserError
 from tuna_peft.models.base import make_quantization_config
@@ -259,18 +259,6 @@ def test_a_checkpoint_is_a_whole_stack(base_folder, tmp_path):
     run.train()
     manifest = json.loads((tmp_path / "checkpoint-1" / "stack.json").read_text())
     assert [entry["name"] for entry in manifest["adapters"]] == ["one", "two"]
-
-
-def test_engines_that_shard_a_stack_are_refused(base_folder, tmp_path, monkeypatch):
-    real = Trainer.create_accelerator_and_postprocess
-
-    def as_under_deepspeed(self):
-        real(self)
-        self.is_deepspeed_enabled = True
-
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", as_under_deepspeed)
-    with pytest.raises(UserError, match="FSDP and DeepSpeed"):
-        trainer(stacked(base_folder), tmp_path, make_rows())
 
 
 def test_a_peft_model_with_a_new_config_becomes_a_stack(base_folder, tmp_path):

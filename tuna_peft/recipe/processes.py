@@ -7,7 +7,6 @@ run's folder, evaluates and exports, while the others wait.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 
 from tuna_peft.models.shards import Lending
-from tuna_peft.recipe.sharding import Sharding, asked_for_sharding
+from tuna_peft.recipe.sharding import Sharding, asked_for_deepspeed, asked_for_sharding, world_size
 
 # Others wait for as long as the first one evaluates or merges: much longer than the ten minutes of a usual collective.
 _PATIENCE = timedelta(days=2)
@@ -38,8 +37,10 @@ class Processes:
 
     def __init__(self, on_cpu: bool = False) -> None:
         asked = asked_for_sharding()
+        # DeepSpeed's engine on a CPU is one on no GPU.
+        options: dict[str, Any] = {"backend": "gloo"} if asked_for_deepspeed(on_cpu) and on_cpu else {"cpu": on_cpu}
         # A single process needs no group, and nothing that would outlive the run.
-        self._state = PartialState(cpu=on_cpu, timeout=_PATIENCE) if world_size() > 1 else None
+        self._state = PartialState(timeout=_PATIENCE, **options) if world_size() > 1 else None
         self.count = self._state.num_processes if self._state else 1
         self.main = self._state is None or self._state.is_main_process
         self.sharding: Sharding | None = asked if self._state else None
@@ -77,8 +78,3 @@ class Processes:
         yield
         for _ in range(rank, self.count):
             self.wait()
-
-
-def world_size() -> int:
-    """Processes that a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,7 +1,8 @@
 """What an accelerate configuration asks of sharding, and what of it a run does.
 
-A run shards by itself (`tuna_peft.models.shards`): accelerate's FSDP would shard the adapters of each stage along with
-the base, and could not take that back for the next stage, for an evaluation, or on a CPU.
+A run shards its base by itself (`tuna_peft.models.shards`): accelerate's FSDP and DeepSpeed's ZeRO-3 would shard the
+adapters of each stage along with it, and could not take that back for the next stage or for an evaluation. ZeRO-1 and
+ZeRO-2 split only what trains; for them DeepSpeed's own engine runs each stage.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
+from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available
 
 from tuna_peft.errors import UserError
 from tuna_peft.recipe.schema import Recipe
@@ -37,10 +40,8 @@ def asked_for_sharding() -> Sharding | None:
     see plain data parallelism.
 
     Raises:
-        UserError: DeepSpeed, or settings of FSDP that a run does not do.
+        UserError: Settings of FSDP that a run does not do.
     """
-    if _is("ACCELERATE_USE_DEEPSPEED"):
-        raise _no_deepspeed()
     if not _is("ACCELERATE_USE_FSDP"):
         return None
     if os.environ.get("FSDP_VERSION") != "2":
@@ -64,15 +65,65 @@ def asked_for_sharding() -> Sharding | None:
     return sharding
 
 
-def require_supported(configuration: Path) -> None:
-    """Refuses an accelerate configuration for DeepSpeed before accelerate misses its package.
+def asked_for_deepspeed(on_cpu: bool) -> bool:
+    """Whether the trainers shall run under DeepSpeed.
+
+    Args:
+        on_cpu: Compute on the CPU. Accelerate must not hear of that: it runs DeepSpeed only where a GPU could be.
 
     Raises:
-        UserError: It is one.
+        UserError: It is not installed; ZeRO-3, or settings that the recipe makes.
+    """
+    if not under_deepspeed():
+        return False
+    if world_size() == 1:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]  # nothing to split
+        return False
+    require_deepspeed()
+    config = DeepSpeedPlugin().deepspeed_config
+    zero = config["zero_optimization"]
+    require_zero_stage(zero.get("stage", 0))
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        raise _refusal("offload_optimizer_device", "Set it to none; more processes hold less of it each.")
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise _refusal(f"`{section}` in DeepSpeed's configuration", "Take it out: `train` of a stage sets it.")
+    if on_cpu:
+        if torch.cuda.is_available():
+            raise _refusal("DeepSpeed on the CPU of a machine with GPUs", "Use `--launch ddp`.")
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+    return True
+
+
+def under_deepspeed() -> bool:
+    """Whether `accelerate launch` had a configuration for DeepSpeed."""
+    return _is("ACCELERATE_USE_DEEPSPEED")
+
+
+def require_supported(configuration: Path) -> None:
+    """Refuses an accelerate configuration that asks for DeepSpeed in vain, before each process would.
+
+    Raises:
+        UserError: It asks for ZeRO-3, or DeepSpeed is not installed.
     """
     values = yaml.safe_load(configuration.read_text(encoding="utf-8"))
     if isinstance(values, dict) and values.get("distributed_type") == "DEEPSPEED":
-        raise _no_deepspeed()
+        require_zero_stage((values.get("deepspeed_config") or {}).get("zero_stage", 2))
+        require_deepspeed()
+
+
+def require_deepspeed() -> None:
+    """Raises UserError where DeepSpeed is not installed."""
+    if not is_deepspeed_available():
+        raise UserError("DeepSpeed is not installed", where="--launch", fix='Run: pip install "tuna-peft[deepspeed]".')
+
+
+def require_zero_stage(stage: int) -> None:
+    """Raises UserError for stages of ZeRO that a run does not do."""
+    if stage not in (1, 2):
+        raise _refusal(
+            f"DeepSpeed with zero_stage: {stage}", "Use `--launch fsdp2` to shard the base, or zero_stage: 2."
+        )
 
 
 def require_shardable(recipe: Recipe) -> None:
@@ -91,11 +142,10 @@ def _is(variable: str, default: str = "false") -> bool:
     return os.environ.get(variable, default).lower() == "true"
 
 
-def _no_deepspeed() -> UserError:
-    """It steps after each backward pass, of which a token budget makes several and not the same number everywhere; and
-    its bf16 casts all floating weights, the frozen adapters of earlier stages included."""
-    return _refusal("DeepSpeed", "Use `--launch fsdp2`, which shards the base, or `--launch ddp`.")
-
-
 def _refusal(what: str, fix: str) -> UserError:
     return UserError(f"a run does not work under {what}", where="--launch", fix=fix)
+
+
+def world_size() -> int:
+    """Processes that a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -23,11 +23,12 @@ from tuna_peft.models.memory import free_memory
 from tuna_peft.models.shards import keep_from_ddp
 from tuna_peft.models.stack import push_adapter, take_over
 from tuna_peft.recipe.measure import Peak
-from tuna_peft.recipe.processes import world_size
 from tuna_peft.recipe.schema import Recipe, Stage
+from tuna_peft.recipe.sharding import under_deepspeed, world_size
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
 from tuna_peft.training.config import TunaConfig, mixed_precision
 from tuna_peft.training.curves import save_curves
+from tuna_peft.training.engines import require_no_loss_scale, require_same_engine
 from tuna_peft.training.progress import StageProgress
 from tuna_peft.training.sft import StackSFTTrainer
 from tuna_peft.training.trainer import TunaTrainer
@@ -77,6 +78,7 @@ def train_stage(
     trainer = _trainer(stacked, config, tokenizer, rows, [stop, progress])
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
+        require_same_engine(checkpoint, config.world_size, deepspeed=trainer.is_deepspeed_enabled)
         logger.info("stage %s goes on from %s", stage.name, checkpoint.name)
     started, peak = time.monotonic(), Peak()
     with _stop_on_ctrl_c(stop), contextlib.closing(progress):
@@ -118,7 +120,8 @@ def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) ->
         "run_name": f"{recipe.name}-{stage.name}",
         "disable_tqdm": True,  # StageProgress shows one bar of its own
         "seed": recipe.seed,
-        "use_cpu": on_cpu,
+        # Accelerate runs DeepSpeed only where a GPU could be.
+        **({"ddp_backend": "gloo"} if on_cpu and under_deepspeed() else {"use_cpu": on_cpu}),
     }
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__:  # its older name warns
         settings.setdefault("activation_checkpointing", settings.pop("gradient_checkpointing", True))
@@ -126,12 +129,15 @@ def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) ->
         settings["bf16"], settings["fp16"] = mixed_precision(on_cpu)
     try:
         if stage.type == "ranking":
-            return TunaConfig(**settings)
-        return SFTConfig(**{"completion_only_loss": True, **settings})
+            config = TunaConfig(**settings)
+        else:
+            config = SFTConfig(**{"completion_only_loss": True, **settings})
     except (ValueError, TypeError) as error:
         raise UserError(
             str(error), where=f"stages.{stage.name}.train", fix="Change these fields in the recipe."
         ) from error
+    require_no_loss_scale(config)
+    return config
 
 
 def _trainer(
@@ -149,12 +155,7 @@ def _trainer(
 
 def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftModel:
     """Takes from the model what this trainer put around it, so that the next one starts from the same."""
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    vars(model).pop("_is_accelerate_prepared", None)  # else the next stage would get no autocast
-    # The trainer itself lives until its caller is done; its optimizer's states are twice the adapter in fp32.
-    for holder in (trainer, trainer.callback_handler):
-        holder.optimizer = holder.lr_scheduler = None
-    trainer.accelerator.free_memory()  # collects, and empties the GPU's cache
+    trainer.release_model(model)
     checkpoint_activations(model, False)
     model.disable_input_require_grads()
     model.requires_grad_(False)

@@ -8,28 +8,21 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from tuna_peft.errors import UserError
 from tuna_peft.files import disk_full_is_a_user_error
 from tuna_peft.models.adapter_stack import write_stack
 from tuna_peft.models.stack import adapter_names, load_adapter_weights, train_top_adapter
+from tuna_peft.training.engines import DataParallel
 
 
-class StackCheckpoints(Trainer):
+class StackCheckpoints(DataParallel):
     """Mixin for trainers of a stack's top adapter; put it before the trainer class.
 
     `Trainer` restores the first active adapter only, so that optimizer states no longer fit; here every save writes
     the whole stack with its manifest, and every load fills the top adapter and nothing else.
     """
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(
-                "accelerate's FSDP and DeepSpeed shard, cast or step in ways that a stack does not survive",
-                fix="Launch plain data parallelism; a recipe shards its base under `--launch fsdp2`.",
-            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not isinstance(self.model, PeftModel):

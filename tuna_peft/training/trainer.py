@@ -253,23 +253,23 @@ class TunaTrainer(StackCheckpoints, Trainer):
         self._verified = True
 
     def _accumulate(self, model, micro_batches: list[dict[str, torch.Tensor]], counts: StepCounts) -> torch.Tensor:
-        if is_sharded(model):
+        if self.exchanges_in_each_pass or is_sharded(model):
             self._keep_pace(model, micro_batches)
         losses = []
         for index, micro_batch in enumerate(micro_batches):
             # Processes exchange gradients once, after the last backward pass.
             last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            with contextlib.nullcontext() if last else self.before_the_last_pass(model):
                 losses.append(super().training_step(model, micro_batch, counts))
         return torch.stack(losses).sum()
 
     def _keep_pace(self, model, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         """Forward and backward passes that count for nothing, up to the number of the process with the most: each
-        pass gathers shards from all processes."""
+        pass gathers shards from all processes, or gives gradients to them."""
         most = max(gather_object([len(micro_batches)]))
         smallest = self._prepare_inputs(micro_batches[-1])
         for _ in range(most - len(micro_batches)):
-            with self.accelerator.no_sync(model):
+            with self.before_the_last_pass(model):
                 with self.compute_loss_context_manager():
                     nothing = response_logps(model, smallest).sums_BN.sum() * 0
                 self.accelerator.backward(nothing)
