@@ -63,7 +63,7 @@ def test_pairs_that_attend_are_counted_by_hand():
 
 def test_steps_follow_from_rows_epochs_and_processes():
     stage = run_of().stages[0]
-    assert stage.steps == 125
+    assert stage.steps == 126 and stage.rows_seen == 2000  # two epochs of 1,000 rows, 62 whole steps and a short one
     assert dataclasses.replace(stage, processes=4).steps == 32
     assert dataclasses.replace(stage, max_steps=7).steps == 7
 

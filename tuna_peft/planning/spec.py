@@ -148,15 +148,17 @@ class StageSpec:
     @property
     def steps(self) -> int:
         """Optimiser steps."""
-        if self.max_steps > 0:
-            return self.max_steps
-        rows = self.batch_size * self.accumulation * self.processes
-        return math.ceil(self.workload.total / rows * self.epochs)
+        return self.max_steps if self.max_steps > 0 else math.ceil(self._steps_of_epoch * self.epochs)
 
     @property
     def rows_seen(self) -> float:
         """Rows computed in the stage, repetitions included."""
-        return float(self.steps * self.batch_size * self.accumulation * self.processes)
+        return self.workload.total * self.steps / self._steps_of_epoch
+
+    @property
+    def _steps_of_epoch(self) -> int:
+        """The last one may be short."""
+        return math.ceil(self.workload.total / (self.batch_size * self.accumulation * self.processes))
 
     @property
     def key(self) -> str:
