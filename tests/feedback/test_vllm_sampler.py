@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from tiny_llama import write_base, write_stack
 
 from tuna_peft.errors import UserError
@@ -55,6 +57,7 @@ def test_a_stack_goes_to_the_engine_as_one_adapter_on_an_nf4_base(vllm, tmp_path
         assert vllm.engine["model"] == base and vllm.engine["quantization"] == "bitsandbytes"
         assert vllm.engine["max_lora_rank"] == 16  # 8 + 4 in the widest module
         records, report = sample_candidates(sampler, prompts, settings, journal)
+    assert "gpu_memory_utilization" not in vllm.engine  # its own default, where nothing else is on the GPU
     assert prompt.template == "alpaca"
     [(asked, params, adapter)] = vllm.batches
     assert [len(one["prompt_token_ids"]) for one in asked] == [2, 2]
@@ -63,6 +66,20 @@ def test_a_stack_goes_to_the_engine_as_one_adapter_on_an_nf4_base(vllm, tmp_path
     assert params[0].seed != params[1].seed
     assert records[0]["completions"] == ["w3", "w4", "w5 w4"]
     assert records[0]["sampling"]["cut"] == [False, False, True] and report.cut == 2
+
+
+@pytest.mark.parametrize(
+    ("free", "share"),
+    [(12, 0.688), (15.5, 0.9), (0.5, 0.0)],
+    ids=["beside a model in training", "nearly empty", "full"],
+)
+def test_it_takes_what_this_process_leaves_of_the_gpu_and_gives_it_back(vllm, free, share, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 16 * 2**30))
+    with open_sampler(write_base(tmp_path / "base"), "vllm") as (sampler, _):
+        assert vllm.engine["gpu_memory_utilization"] == pytest.approx(share, abs=1e-3)
+        engine = weakref.ref(sampler._engine)
+    assert engine() is None
 
 
 def test_what_it_cannot_do_is_said(vllm, tmp_path, monkeypatch):

@@ -8,15 +8,19 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.config import SampleSettings
 from tuna_peft.files import sha256
 from tuna_peft.models.generation import Generated
+from tuna_peft.models.memory import free_memory
 
 # What vLLM allocates adapters for; other ranks are refused.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_CUDA_CONTEXT = 2**30
+"""What vLLM's process takes before it looks at what is free."""
 _CHUNK = 256
 """Prompts given to the engine at once: it schedules them by itself, and they are recorded when all are done."""
 
@@ -57,7 +61,7 @@ class VllmSampler:
                 fix="Install it on a machine with a GPU (pip install vllm), or use `transformers`.",
             ) from error
         self.tokenizer, self._vllm = tokenizer, vllm
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, **_share_of_gpu()}
         if quantized:
             options["quantization"] = "bitsandbytes"
         self._adapter = None
@@ -66,13 +70,18 @@ class VllmSampler:
             from vllm.lora.request import LoRARequest
 
             self._adapter = LoRARequest("stack", 1, str(adapter))
-        self._engine = vllm.LLM(model=base, **options)
+        self._engine: Any = vllm.LLM(model=base, **options)
         self.identity = {
             "backend": "vllm",
             "base": {"model": base, "revision": revision},
             "quantization": "bitsandbytes" if quantized else None,
             "adapters": None if adapter is None else sha256(adapter / "adapter_model.safetensors"),
         }
+
+    def close(self) -> None:
+        """Ends the engine, whose memory on the GPU is for what comes next."""
+        self._engine = None
+        free_memory()  # collects: an engine ends when nobody refers to it
 
     @property
     def context(self) -> int | None:
@@ -114,6 +123,16 @@ class VllmSampler:
     def _text(self, sample: Any) -> str:
         # From its tokens, so that white space and special tokens are treated as by the other backend.
         return self.tokenizer.decode(list(sample.token_ids), skip_special_tokens=True).strip()
+
+
+def _share_of_gpu() -> dict[str, float]:
+    """vLLM wants nine tenths of a GPU for itself and refuses to start where this process, with the model that is in
+    training, leaves it less."""
+    if not torch.cuda.is_initialized():
+        return {}
+    free_memory()
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": round(min(0.9, max(free - _CUDA_CONTEXT, 0) / total), 3)}
 
 
 def _lora_rank(adapter: Path) -> int:

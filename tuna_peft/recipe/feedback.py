@@ -80,6 +80,7 @@ def make_rows(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base,
             rows, report["sample"] = _sample(run, model, base, stage, source.sample, rows)
             write_jsonl(folder / "samples.jsonl", rows)
         rows, ranking = _rank(source, rows, folder / "ranking.journal.jsonl", run.recipe.base.device)
+        free_memory()  # a teacher's or judge's, for training
         report |= ranking
         write_jsonl(folder / "ranked.jsonl", rows)
         run.save(name, report)
@@ -159,7 +160,4 @@ def _reasons(left_out: dict[str, int]) -> str:
 def _score(settings: ScoreSettings, rows: list[Record], journal: Journal, device: str) -> Any:
     if settings.server is not None:
         return score_with_server(rows, settings, journal)
-    try:
-        return score_with_model(rows, settings, journal, device=device)
-    finally:
-        free_memory()  # the teacher's, for training
+    return score_with_model(rows, settings, journal, device=device)

@@ -82,4 +82,7 @@ def vllm_sampler(
             path, tokenizer, adapter=adapter, revision=revision, quantized=quantization == "nf4",
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        yield sampler, PromptConfig.model_validate(prompt or usual_prompt(tokenizer))
+        try:
+            yield sampler, PromptConfig.model_validate(prompt or usual_prompt(tokenizer))
+        finally:
+            sampler.close()
