@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_llama import load_tiny, write_base
-from transformers import BertConfig, BertForSequenceClassification, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, T5Config
 
 from tuna_peft.errors import UserError
 from tuna_peft.models import dequantise
@@ -130,3 +130,21 @@ def test_the_row_check_tells_right_from_wrong(width: int) -> None:
     codes, state = bnb.quantize_4bit(weight, quant_type="nf4")
     error = (bnb.dequantize_4bit(codes, state) - weight).abs().max() / weight.abs().max()
     assert (error < 0.16) == dequantise._dequantises_rows_of(width)
+
+
+@pytest.mark.parametrize("method", ["nf4", "none"])
+def test_weights_go_straight_to_a_gpu(base_path: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **given: object) -> None:
+        raise OSError(f"asked for {given['device_map']} in {given['dtype']}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"asked for \{'': device\(type='cuda'\)\} in torch.float16"):
+        load_base(base_path, quantization_config=make_quantization_config(method))
+
+
+def test_a_gpu_that_is_not_there_is_refused(base_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device cuda: PyTorch sees no GPU here"):
+        load_base(base_path, device="cuda")

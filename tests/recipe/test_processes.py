@@ -144,7 +144,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device() == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert resolve_device() == torch.device("cuda:3")
+    assert resolve_device() == resolve_device("cuda") == torch.device("cuda:3")
     assert resolve_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert resolve_device() == torch.device("cpu")

@@ -115,8 +115,11 @@ def test_a_gpu_is_filled_after_a_first_step_that_recomputes_everything(model, ba
     monkeypatch.setattr(policy, "_budget", lambda device, tokens: budget(gpu, tokens))
     gradients(model, batch)
     assert kept(model) == [False] * LAYERS
+    policy.on_step_end(SimpleNamespace(device=gpu), None, None, optimizer=SimpleNamespace(state={}))  # skipped
+    gradients(model, batch)
+    assert kept(model) == [False] * LAYERS
     with caplog.at_level(logging.INFO, logger="tuna_peft"):
-        policy.on_step_end(SimpleNamespace(device=gpu), None, None)
+        policy.on_step_end(SimpleNamespace(device=gpu), None, None, optimizer=SimpleNamespace(state={0: {}}))
         gradients(model, batch)
     assert kept(model) == [False, False, True, True]  # 6.5 are free, the pass itself takes 4
     assert "2 of 4 layers keep their activations" in caplog.text

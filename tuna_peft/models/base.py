@@ -62,12 +62,23 @@ def model_id(model: PreTrainedModel) -> str:
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` is the GPU when there is one; of several, under a launcher, the one of this process."""
-    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU") != "true" and torch.cuda.is_available():
-        return (
-            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+    """`auto` is the GPU when there is one; under a launcher, `auto` and `cuda` are the GPU of this process.
+
+    Raises:
+        UserError: A GPU is asked for and PyTorch sees none.
+    """
+    there = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if there and os.environ.get("ACCELERATE_USE_CPU") != "true" else "cpu"
+    if device.startswith("cuda") and not there:
+        raise UserError(
+            "PyTorch sees no GPU here",
+            where=f"device {device}",
+            fix="`tuna-peft doctor` says why; `cpu` does without.",
         )
-    return torch.device("cpu" if device == "auto" else device)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device(device)
 
 
 def resolve_dtype(dtype: str = "auto", device: torch.device | None = None) -> torch.dtype:
@@ -139,7 +150,8 @@ def load_base(
             config=config,
             dtype=resolve_dtype(dtype, target),
             quantization_config=quantization_config,
-            device_map={"": target} if quantization_config is not None else None,
+            # Straight to a GPU: a T4's host has less memory than a 7B model in fp16.
+            device_map={"": target} if quantization_config is not None or target.type != "cpu" else None,
             use_safetensors=True,  # pickles run code
             attn_implementation=attn_implementation,
             revision=revision,
@@ -147,8 +159,6 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error
-    if quantization_config is None:
-        loaded.to(target)
     loaded.config.pad_token_id = tokenizer.pad_token_id
     loaded.config.use_cache = False
     keep_quantised_layout(loaded)

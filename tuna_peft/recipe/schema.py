@@ -34,10 +34,17 @@ class BaseSettings(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Holds what is not quantised; `auto` is bf16 where the GPU has it, fp16 else, fp32 on CPU."
     )
-    device: str = Field("auto", description="`auto` (the GPU when there is one), `cpu`, `cuda`, `cuda:1` ...")
+    device: str = Field("auto", description="`auto` (the GPU when there is one), `cpu`, `cuda`.")
     trust_remote_code: bool = Field(
         False, description="Run code that comes with the model. Only for sources you trust."
     )
+
+    @field_validator("device")
+    @classmethod
+    def _first_gpu(cls, device: str) -> str:
+        if device not in ("auto", "cpu", "cuda", "cuda:0"):  # transformers' trainer takes the first
+            raise ValueError("use auto, cpu or cuda; for the second GPU set CUDA_VISIBLE_DEVICES=1 before the command")
+        return device
 
 
 class QuantizationSettings(_Section):

@@ -26,7 +26,7 @@ from tuna_peft.recipe.measure import Peak
 from tuna_peft.recipe.schema import Recipe, Stage
 from tuna_peft.recipe.sharding import under_deepspeed, world_size
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
-from tuna_peft.training.config import TunaConfig, mixed_precision
+from tuna_peft.training.config import TunaConfig, mixed_precision, use_one_gpu
 from tuna_peft.training.curves import save_curves
 from tuna_peft.training.engines import require_no_loss_scale, require_same_engine
 from tuna_peft.training.progress import StageProgress
@@ -132,6 +132,7 @@ def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) ->
             config = TunaConfig(**settings)
         else:
             config = SFTConfig(**{"completion_only_loss": True, **settings})
+            use_one_gpu(config)
     except (ValueError, TypeError) as error:
         raise UserError(
             str(error), where=f"stages.{stage.name}.train", fix="Change these fields in the recipe."

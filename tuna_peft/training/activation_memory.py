@@ -51,9 +51,10 @@ class ActivationMemory(TrainerCallback):
         """Watches the first layer of the model."""
         self.attach(model)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """After the first step it is known what a GPU has left."""
-        if self.setting == "auto" and self._pass_bytes_per_token is None and self._spared_tokens:
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        """After the first step it is known what a GPU has left; after one that fp16's scaler skipped it is not, as the
+        optimizer has no states yet."""
+        if self.setting == "auto" and self._pass_bytes_per_token is None and self._spared_tokens and optimizer.state:
             device = args.device
             self._pass_bytes_per_token = (_peak(device) - self._left) / self._spared_tokens
             self._left = _USABLE * _free(device)

@@ -145,8 +145,7 @@ class TunaConfig(TrainingArguments):
         self.activation_memory = self._checked_activation_memory()  # type: ignore[assignment]
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin for, and PyTorch warns
-        if self.n_gpu > 1 and not self.use_cpu:
-            self._n_gpu = 1  # nn.DataParallel cannot split packed rows; several GPUs run under `accelerate launch`
+        use_one_gpu(self)
 
     def _checked_activation_memory(self) -> str | float:
         value: Any = self.activation_memory
@@ -164,6 +163,13 @@ class TunaConfig(TrainingArguments):
                 )
             return "full"
         return value
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """On a machine with several: `Trainer` would take nn.DataParallel, which cannot split packed rows and which TRL
+    refuses. Several GPUs run under `accelerate launch`."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1
 
 
 def mixed_precision(use_cpu: bool = False) -> tuple[bool, bool]:
