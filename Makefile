@@ -63,6 +63,7 @@ clean:
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
+	@echo "Installing into .venv, without a word until it is done; torch with CUDA is several gigabytes."
 
 # Stamps: the installation is repeated only when what it depends on has changed.
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
