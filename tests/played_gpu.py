@@ -105,13 +105,14 @@ def like(tensor: torch.Tensor, dtype: torch.dtype | None = None, device: str = "
 on_gpu = partial(like, device=GPU)
 
 
-def stack() -> torch.nn.Module:
-    """Two adapters on a tiny LLaMA in NF4 whose heads share keys; on the CPU, in fp32."""
-    model = make_model()
+def stack(family: str = "llama") -> torch.nn.Module:
+    """Two adapters on a tiny model in NF4 whose heads share keys; on the CPU, in fp32."""
+    model = make_model(family)
     for module in list(model.model.layers.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Linear):
-                layer = Linear4bit(child.in_features, child.out_features, bias=False, quant_type="nf4")
+                bias = child.bias is not None
+                layer = Linear4bit(child.in_features, child.out_features, bias=bias, quant_type="nf4")
                 layer.load_state_dict(child.state_dict())
                 setattr(module, name, layer.to("cpu"))
     model.requires_grad_(False)
@@ -155,9 +156,11 @@ def collated(rows: list[dict[str, Any]], by_segment: bool) -> Iterator[dict[str,
         yield batch
 
 
-def train(name: str, by_segment: bool, mistake: Callable[[], Any] = contextlib.nullcontext) -> None:
+def train(
+    name: str, by_segment: bool, family: str = "llama", mistake: Callable[[], Any] = contextlib.nullcontext
+) -> None:
     """The pass forward as `TunaTrainer` does it: autocast, checkpointing, the loss and its metrics."""
-    with step(name, by_segment) as (trainer, model, batch, counts, dtype), mistake():
+    with step(name, by_segment, family) as (trainer, model, batch, counts, dtype), mistake():
         inputs = {key: on_gpu(value) for key, value in batch.items()}
         model.forward = torch.autocast("cuda", dtype)(model.forward)  # as accelerate does it
         loss = trainer.compute_loss(moved(model, dtype).train(), inputs, num_items_in_batch=counts)
@@ -182,9 +185,9 @@ def train_back(name: str, by_segment: bool) -> None:
 
 
 @contextmanager
-def step(name: str, by_segment: bool) -> Iterator[Any]:
+def step(name: str, by_segment: bool, family: str = "llama") -> Iterator[Any]:
     """A trainer with its model, a batch, what its loss is averaged over; and inside, the GPU with its dtype."""
-    model, rows = stack(), make_rows(3)
+    model, rows = stack(family), make_rows(3)
     with tempfile.TemporaryDirectory() as folder:
         data, args = Dataset.from_list(rows), TunaConfig(folder, use_cpu=True, report_to="none")
         trainer = TunaTrainer(model, args, train_dataset=data, processing_class=Tokens())
@@ -270,9 +273,12 @@ CASES = {
     for by_segment in (False, True)
 }
 CASES |= {f"{case.__name__} on {name}": partial(case, name) for case in (generate, share_keys) for name in CARDS}
+CASES |= {
+    f"train {family} on {name}": partial(train, name, True, family) for family in ("qwen2", "gemma3") for name in CARDS
+}
 MISTAKES = {
-    "FakeTensorDeviceMismatchError": partial(train, "T4", False, mask_on_cpu),
-    "DataDependentOutputException": partial(train, "T4", False, question),
+    "FakeTensorDeviceMismatchError": partial(train, "T4", False, mistake=mask_on_cpu),
+    "DataDependentOutputException": partial(train, "T4", False, mistake=question),
 }
 
 

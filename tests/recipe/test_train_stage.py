@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tuna_peft.recipe.load import load_recipe
+from tuna_peft.recipe.measure import Peak
 from tuna_peft.recipe.train_stage import stage_config
 
 
@@ -33,3 +34,13 @@ def test_one_of_two_gpus_in_the_precision_that_it_has(recipe, capability, bf16, 
         assert config.n_gpu == 1 and config.train_batch_size == config.per_device_train_batch_size
         assert (config.bf16, config.fp16) == (bf16, not bf16)
         assert config.dataloader_pin_memory and str(config.device) == "cuda:0"
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(monkeypatch):
+    def touched(*_):
+        raise AssertionError("the GPU was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert Peak(torch.device("cpu")).as_dict()["peak_memory_of"] == "process"

@@ -15,16 +15,18 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate
 
 
 class Peak:
-    """Peak memory since it was made: of the GPU's allocator, or of the whole process on CPU."""
+    """Peak memory since it was made: of a GPU's allocator, or of the whole process on CPU."""
 
-    def __init__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device if device.type == "cuda" else None
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats(self._gpu)
 
     def as_dict(self) -> dict[str, Any]:
         """`peak_memory_gib` and what was measured."""
-        if torch.cuda.is_available():
-            return {"peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3), "peak_memory_of": "cuda"}
+        if self._gpu:
+            peak = torch.cuda.max_memory_allocated(self._gpu)
+            return {"peak_memory_gib": round(peak / 2**30, 3), "peak_memory_of": "cuda"}
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"peak_memory_gib": round(kib / 2**20, 3), "peak_memory_of": "process"}
 

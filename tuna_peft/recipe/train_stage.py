@@ -80,7 +80,7 @@ def train_stage(
     if checkpoint:
         require_same_engine(checkpoint, config.world_size, deepspeed=trainer.is_deepspeed_enabled)
         logger.info("stage %s goes on from %s", stage.name, checkpoint.name)
-    started, peak = time.monotonic(), Peak()
+    started, peak = time.monotonic(), Peak(stacked.device)
     with _stop_on_ctrl_c(stop), contextlib.closing(progress):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = trainer.state.log_history
