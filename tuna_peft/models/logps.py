@@ -12,6 +12,9 @@ from tuna_peft.errors import UserError
 # Rows of logits in memory at a time: 256 rows of a 128k vocabulary are 134 MB in fp32.
 CHUNK_ROWS = 256
 
+# From PyTorch 2.8 on, and on CUDA alone.
+_MM_INTO_FP32 = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+
 
 class _TokenLogps(torch.autograd.Function):
     """log p(target) by row, and with it, from the same logits, its gradient in that row's hidden state.
@@ -39,7 +42,7 @@ class _TokenLogps(torch.autograd.Function):
 
 def _chunk(hidden_RD, weight_VD, bias_V, targets_R, with_slope: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities of some rows, and their gradients; a function of its own so that their logits die with it."""
-    logits = torch.nn.functional.linear(hidden_RD, weight_VD, bias_V).float()
+    logits = _logits(hidden_RD, weight_VD, bias_V)
     chosen = logits.gather(-1, targets_R[:, None])
     # softmax and its normaliser in place: library calls would each make another copy of the chunk.
     highest = logits.amax(-1, keepdim=True)
@@ -52,6 +55,14 @@ def _chunk(hidden_RD, weight_VD, bias_V, targets_R, with_slope: bool) -> tuple[t
     slope = exponentials.div_(-total)
     slope.scatter_add_(-1, targets_R[:, None], torch.ones_like(chosen))
     return logps, slope.to(weight_VD.dtype) @ weight_VD
+
+
+def _logits(hidden_RD, weight_VD, bias_V) -> torch.Tensor:
+    """In fp32, on a GPU without rounding to 16 bits first: bf16 has steps of 1/8 from 16 on, as wide as a margin."""
+    if hidden_RD.is_cuda and hidden_RD.dtype in (torch.float16, torch.bfloat16) and _MM_INTO_FP32:
+        logits = torch.mm(hidden_RD, weight_VD.T, out_dtype=torch.float32)
+        return logits if bias_V is None else logits.add_(bias_V)
+    return torch.nn.functional.linear(hidden_RD, weight_VD, bias_V).float()
 
 
 def token_logps(hidden_RD: torch.Tensor, head: torch.nn.Linear, targets_R: torch.Tensor) -> torch.Tensor:
