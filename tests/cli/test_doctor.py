@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tuna_peft.cli import checks
 from tuna_peft.cli.app import app
 from tuna_peft.cli.checks import Check
+from tuna_peft.models import prefix, scoring
 
 
 def test_this_machine_could_run_and_every_line_has_a_sign():
@@ -20,6 +21,7 @@ def test_this_machine_could_run_and_every_line_has_a_sign():
     assert result.exit_code == 0, result.stdout
     assert all(line[1] in "✓!" for line in result.stdout.splitlines())
     assert " ✓ nf4" in result.stdout
+    assert " ✓ ranking step          on cpu: shared rows agree with separate rows to" in result.stdout
     assert "HF_HUB_OFFLINE is set" in result.stdout  # as it is in every test
 
 
@@ -44,6 +46,29 @@ def test_a_check_that_breaks_down_is_a_failure_with_its_reason(monkeypatch):
     monkeypatch.setattr(checks, "check_bitsandbytes", check_bitsandbytes)
     [found] = [check for check in checks.run_checks() if check.name == "bitsandbytes" and check.status == "fail"]
     assert found.detail == "RuntimeError: no kernel image"
+
+
+class Nothing:
+    """Log-probabilities on which nothing depends."""
+
+    def __init__(self, logps):
+        self.logps = logps
+
+    def normalised(self):
+        return self.logps.normalised() * 0
+
+
+@pytest.mark.parametrize("mistake", ["no mask", "no gradients"])
+def test_a_ranking_step_that_goes_wrong_is_a_failure(mistake, monkeypatch):
+    if mistake == "no mask":
+        everything = prefix.shared_prefix_mask
+        monkeypatch.setattr(prefix, "shared_prefix_mask", lambda *layout: everything(*layout).fill_(True))
+    else:
+        score = scoring.response_logps
+        monkeypatch.setattr(scoring, "response_logps", lambda *given: Nothing(score(*given)))
+    [found] = [check for check in checks.run_checks() if check.name in ("ranking step", "ranking_step")]
+    assert found.status == "fail"
+    assert ("other log-probabilities" if mistake == "no mask" else "gradients on cpu") in found.detail
 
 
 def test_old_and_missing_packages_fail_with_the_command_that_helps(monkeypatch):

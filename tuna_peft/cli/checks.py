@@ -37,7 +37,7 @@ class Check:
 def run_checks() -> Iterator[Check]:
     """All checks, in order; one that breaks down is itself a finding."""
     parts: list[Callable[[], list[Check]]] = [
-        check_versions, check_torchao, check_device, check_bitsandbytes, check_disk, check_hub,
+        check_versions, check_torchao, check_device, check_bitsandbytes, check_ranking_step, check_disk, check_hub,
     ]  # fmt: skip
     for part in parts:
         try:
@@ -125,6 +125,45 @@ def check_bitsandbytes() -> list[Check]:
     return [
         Check("nf4", "ok", f"quantises and dequantises on {device.type} (mean error {error:.3f} of normal weights)")
     ]
+
+
+def check_ranking_step() -> list[Check]:
+    """Scores a short and a long row with the built-in model in 4 bits, trains an adapter on them and generates, on the
+    device and in the precision that a run would use: the kernels of a ranking stage, at the size of a toy."""
+    import torch
+    from peft import LoraConfig
+    from transformers.utils import logging
+
+    from tuna_peft.data.collate import RankedCollator
+    from tuna_peft.models import scoring
+    from tuna_peft.models.base import load_base, make_quantization_config, resolve_device, resolve_dtype
+    from tuna_peft.models.checkpointing import checkpoint_activations
+    from tuna_peft.models.generation import generate_responses
+    from tuna_peft.models.prefix import LONG_ROW, describe_attention
+    from tuna_peft.models.stack import push_adapter
+    from tuna_peft.models.verify import verify_shared_rows
+
+    logging.disable_progress_bar()
+    device, dtype = resolve_device(), resolve_dtype()
+    base = load_base("builtin:pico-llama", quantization_config=make_quantization_config(compute_dtype=dtype))
+    model = push_adapter(base.model, "check", LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.enable_input_require_grads()
+    checkpoint_activations(model, True, use_reentrant=False)
+    difference, draw = 0.0, torch.Generator().manual_seed(0)
+    for length in (8, LONG_ROW // 4):  # of the prompt and of three responses
+        prompt, *responses = torch.randint(10, 1000, (4, length), generator=draw).tolist()
+        row = {"prompt_ids": prompt, "completions_ids": responses, "completion_skips": [0] * 3, "ranks": [0, 1, 2]}
+        batch = {key: value.to(device) for key, value in RankedCollator(0)([row]).items()}
+        with torch.autocast(device.type, dtype, enabled=device.type == "cuda"):
+            difference = max(difference, verify_shared_rows(model, row, device))
+            score = scoring.response_logps(model.train(), batch).normalised().sum()
+        score.backward()
+    gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_B" in name]
+    if not all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in gradients):
+        return [Check("ranking step", "fail", f"gradients on {device.type} in {dtype}: missing, zero or not finite")]
+    generate_responses(model, base.tokenizer, [prompt, prompt[:8]], max_new_tokens=4)
+    agree = f"on {device.type}: shared rows agree with separate rows to {difference:.1e} nats a token"
+    return [Check("ranking step", "ok", f"{agree}; {describe_attention(model, device)}")]
 
 
 def check_disk() -> list[Check]:
