@@ -5,24 +5,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 from transformers import Trainer
 
 from tuna_peft import UserError
-from tuna_peft.training.engines import DataParallel, require_no_loss_scale, require_same_engine
+from tuna_peft.training.engines import DataParallel, require_fitting_deepspeed, require_same_engine
+
+DEFAULTS = {"bf16": False, "fp16": False, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0}
 
 
 def under_deepspeed(monkeypatch, stage, **args):
-    """A trainer for which accelerate has DeepSpeed's configuration, with bf16 as transformers fills it in."""
-    config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": args.get("bf16", False)}}
-    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+    """A trainer under a launcher that was told bf16, and DeepSpeed's configuration as it is in the end."""
+    config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config, get_value=config.get)
 
     def create(self):
+        assert config["bf16"]["enabled"] == self.args.bf16  # else transformers refuses it
         self.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
         self.is_deepspeed_enabled, self.is_fsdp_enabled = True, False
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
     trainer = DataParallel.__new__(DataParallel)
-    trainer.args = SimpleNamespace(**{"bf16": False, "fp16": False, "deepspeed_plugin": plugin, **args})
+    trainer.args = SimpleNamespace(**{**DEFAULTS, "deepspeed_plugin": plugin, **args})
     trainer.create_accelerator_and_postprocess()
     return trainer, config
 
@@ -46,11 +50,31 @@ def test_engines_that_shard_a_stack_are_refused(monkeypatch):
         under_deepspeed(monkeypatch, 3)
 
 
-def test_fp16_is_refused_under_deepspeed_alone():
-    require_no_loss_scale(SimpleNamespace(fp16=True, deepspeed_plugin=None))
-    require_no_loss_scale(SimpleNamespace(fp16=False, deepspeed_plugin=object()))
-    with pytest.raises(UserError, match="loss scale"):
-        require_no_loss_scale(SimpleNamespace(fp16=True, deepspeed_plugin=object()))
+@pytest.mark.parametrize(
+    ("config", "args", "named"),
+    [
+        ({}, {"fp16": True}, "loss scale"),
+        (
+            {"gradient_accumulation_steps": 1},
+            {"gradient_accumulation_steps": 8},
+            "Set gradient_accumulation_steps: auto",
+        ),
+        ({"gradient_clipping": 0.5}, {"max_grad_norm": 1.0}, "Set gradient_clipping: auto"),
+    ],
+)
+def test_what_does_not_go_with_deepspeeds_configuration(config, args, named):
+    plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "auto"})
+    plugin.hf_ds_config.config.update(config)
+    require_fitting_deepspeed(SimpleNamespace(**{**DEFAULTS, **args}, deepspeed_plugin=None))
+    with pytest.raises(UserError, match=named):
+        require_fitting_deepspeed(SimpleNamespace(**{**DEFAULTS, **args}, deepspeed_plugin=plugin))
+
+
+def test_what_goes_with_deepspeeds_configuration():
+    file = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4, "gradient_clipping": "auto"}
+    plugin = DeepSpeedPlugin(hf_ds_config=file)
+    args = {**DEFAULTS, "gradient_accumulation_steps": 4, "max_grad_norm": 0.0}
+    require_fitting_deepspeed(SimpleNamespace(**args, deepspeed_plugin=plugin))
 
 
 def test_a_pass_before_the_last_one_ends_no_step():

@@ -28,7 +28,7 @@ from tuna_peft.recipe.sharding import under_deepspeed, world_size
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
 from tuna_peft.training.config import TunaConfig, mixed_precision, use_one_gpu
 from tuna_peft.training.curves import save_curves
-from tuna_peft.training.engines import require_no_loss_scale, require_same_engine
+from tuna_peft.training.engines import require_fitting_deepspeed, require_same_engine
 from tuna_peft.training.progress import StageProgress
 from tuna_peft.training.sft import StackSFTTrainer
 from tuna_peft.training.trainer import TunaTrainer
@@ -137,7 +137,7 @@ def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) ->
         raise UserError(
             str(error), where=f"stages.{stage.name}.train", fix="Change these fields in the recipe."
         ) from error
-    require_no_loss_scale(config)
+    require_fitting_deepspeed(config)
     return config
 
 

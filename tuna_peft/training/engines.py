@@ -28,6 +28,9 @@ class DataParallel(Trainer):
     model_wrapped: Any
 
     def create_accelerator_and_postprocess(self) -> None:
+        if self.args.deepspeed_plugin is not None:  # the trainer chooses dtypes, whatever the launcher was told
+            casts = {"bf16": {"enabled": self.args.bf16}, "fp16": {"enabled": self.args.fp16}}
+            self.args.deepspeed_plugin.deepspeed_config.update(casts)
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled or self._zero_stage > 2:
             raise UserError(
@@ -44,7 +47,7 @@ class DataParallel(Trainer):
 
     def _prepare_deepspeed(self, config: dict[str, Any]) -> None:
         """Changes DeepSpeed's configuration before its engine is made."""
-        require_no_loss_scale(self.args)
+        require_fitting_deepspeed(self.args)
         if self.args.bf16:  # autocast instead of a cast of all weights, gradients in the dtype of their weights
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         for cast in ("bf16", "fp16"):
@@ -92,17 +95,31 @@ class DataParallel(Trainer):
         self.accelerator.free_memory()  # collects, and empties the GPU's cache
 
 
-def require_no_loss_scale(args: TrainingArguments) -> None:
-    """Refuses fp16 under DeepSpeed.
+def require_fitting_deepspeed(args: TrainingArguments) -> None:
+    """Refuses what DeepSpeed's configuration, if there is one, and that of a trainer cannot do together.
 
     Raises:
-        UserError: Its ZeRO would clip gradients that still have the loss scale in them.
+        UserError: fp16, since its ZeRO would clip gradients that still have the loss scale in them; or the two
+            disagree.
     """
-    if args.fp16 and args.deepspeed_plugin is not None:
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        return
+    if args.fp16:
         raise UserError(
             "DeepSpeed's ZeRO clips gradients before it takes the loss scale of fp16 off",
             fix="Use `--launch ddp`, or bf16 where the GPU has it.",
         )
+    for key, ours in (
+        ("gradient_accumulation_steps", args.gradient_accumulation_steps),
+        ("gradient_clipping", args.max_grad_norm),
+    ):
+        theirs = plugin.get_value(key, "auto")
+        if theirs not in ("auto", ours):
+            raise UserError(
+                f"DeepSpeed's configuration says {key}: {theirs}, where this trainer has {ours}",
+                fix=f"Set {key}: auto there.",
+            )
 
 
 def require_same_engine(checkpoint: Path, world_size: int, *, deepspeed: bool) -> None:
