@@ -55,7 +55,7 @@ def test_the_table_says_what_helped():
     change = {"value": 0.1, "low": 0.02, "high": 0.2}
     assert verdict(change) == "better" and verdict({**change, "low": -0.01}) == "unclear"
     assert verdict({"value": -0.1, "low": -0.2, "high": -0.05}) == "worse"
-    metric = {"value": 41.25, "low": 40.0, "high": 42.5, "count": 3, "percent": False}
+    metric = {"value": 41.25, "low": 40.0, "high": 42.5, "count": 3}
     result = {"main": "rougeL", "metrics": {"rougeL": metric}}
     report = {
         "evaluation": {"base": {"superni": result}, "sft": {}},

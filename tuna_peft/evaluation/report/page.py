@@ -83,7 +83,7 @@ def _cards(report: Report) -> str:
         more += f"; {_count(result['prompts'], 'prompt')}"
         more += ", others are left out (see all metrics)" if result["excluded"] else ""
         meaning = f": {said}" if (said := MEANINGS.get(task.partition("-")[0])) else ""
-        from_ = number(before["value"], among=(latest["high"],), percent=latest["percent"])
+        from_ = number(before["value"], among=(latest["high"],), percent=latest.get("percent", False))
         start = f"<small>{from_} → </small>" if first != last else ""
         cards.append(
             f'<div class="card"><div class="name"><b>{escape(heading_of(report, task))}</b>{escape(meaning)}</div>'

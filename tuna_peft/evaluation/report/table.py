@@ -71,7 +71,8 @@ def after(stage: str) -> str:
 
 def metric_cell(metric: dict[str, Any]) -> Cell:
     """The value of a metric and its interval, in one precision."""
-    low, high, percent = metric["low"], metric["high"], metric["percent"]
+    low, high = metric["low"], metric["high"]
+    percent = metric.get("percent", False)  # the reports of earlier versions have no such key
     text = number(metric["value"], among=(low, high), percent=percent)
     if low is None or high is None:
         return Cell(text)
@@ -95,5 +96,5 @@ def _measured(report: dict[str, Any], stage: str, task: str) -> Cell:
     change = report["changes"].get(stage, {}).get(task)
     if change is None:
         return cell
-    by = number(change["value"], among=(metric["high"],), sign="+", percent=metric["percent"])
+    by = number(change["value"], among=(metric["high"],), sign="+", percent=metric.get("percent", False))
     return replace(cell, change=by, verdict=verdict(change))
