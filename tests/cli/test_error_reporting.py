@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
@@ -37,6 +38,13 @@ def test_a_users_mistake_exits_with_2_and_no_traceback(run):
     result = run(UserError("it is wrong", where="file:3", fix="Mend it."))
     assert result.exit_code == 2
     assert result.stderr == "error: file:3: it is wrong\n  Mend it.\n"
+
+
+def test_a_full_gpu_says_what_saves_memory(run):
+    result = run(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a capacity of"))
+    assert result.exit_code == 2
+    assert "the GPU's memory is full (CUDA out of memory. Tried to allocate 2 GiB.)" in result.stderr
+    assert "halve per_device_train_batch_size" in result.stderr
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

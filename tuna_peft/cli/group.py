@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import sys
 import traceback
 import warnings
 from typing import Any
@@ -66,7 +67,20 @@ def describe_error(error: Exception) -> tuple[str, int]:
     if is_disk_full(error):
         return "the disk is full\n  Free some space and run the command again.", 2
     lines = str(error).strip().splitlines()
+    if is_out_of_memory(error):
+        what = lines[0].partition(" GPU ")[0] if lines else "out of memory"
+        return (
+            f"the GPU's memory is full ({what})\n"
+            "  `tuna-peft plan RECIPE` says what saves memory; in a supervised stage, halve\n"
+            "  per_device_train_batch_size and double gradient_accumulation_steps."
+        ), 2
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}", 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was full; asks no torch that is not loaded."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
