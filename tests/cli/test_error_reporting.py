@@ -44,7 +44,7 @@ def test_a_full_gpu_says_what_saves_memory(run):
     result = run(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a capacity of"))
     assert result.exit_code == 2
     assert "the GPU's memory is full (CUDA out of memory. Tried to allocate 2 GiB.)" in result.stderr
-    assert "halve per_device_train_batch_size" in result.stderr
+    assert "halve\n  per_device_train_batch_size" in result.stderr
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
