@@ -17,7 +17,7 @@ def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | N
         Its exit code.
 
     Raises:
-        UserError: There is no such file, or it asks for DeepSpeed.
+        UserError: There is no such file, or it asks for DeepSpeed in vain.
     """
     from tuna_peft.recipe.load import load_recipe
     from tuna_peft.recipe.sharding import require_supported

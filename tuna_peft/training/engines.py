@@ -72,8 +72,8 @@ class DataParallel(Trainer):
             state._set_sync_gradients(ends_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Under DeepSpeed, without a copy of the whole base: ZeRO-1 and ZeRO-2 leave all weights whole."""
-        if self.is_deepspeed_enabled:
+        """A checkpoint under DeepSpeed without a copy of the whole base: ZeRO-1 and ZeRO-2 leave all weights whole."""
+        if self.is_deepspeed_enabled and _internal_call:
             self._save(output_dir)
         else:
             super().save_model(output_dir, _internal_call)
