@@ -132,8 +132,8 @@ def all_cases(
                 yield step(shape, GROUPS[name], kept=kept, model=model, policy=policy, count=count)
 
 
-def show(cases: Iterable[Case]) -> int:
-    """Measures and prints a line for each; 1 when one does not hold."""
+def measured(cases: Iterable[Case]) -> list[Comparison]:
+    """Measures, and prints a line for each."""
     found = []
     print(f"{'case':62}{'planned GB':>12}{'measured GB':>12}{'peak':>9}{'FLOPs':>9}")
     for case in cases:
@@ -144,7 +144,7 @@ def show(cases: Iterable[Case]) -> int:
             flush=True,
         )
     print(f"{len(found)} cases: {min(one.peak for one in found):+.1%} to {max(one.peak for one in found):+.1%}")
-    return 0 if all(one.holds for one in found) else 1
+    return found
 
 
 def adapter_of(shape: ModelShape) -> Adapter:
@@ -181,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="Cut every model to this many layers.")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    return show(all_cases(options.models, options.groups, options.count, options.layers))
+    found = measured(all_cases(options.models, options.groups, options.count, options.layers))
+    return 0 if all(one.holds for one in found) else 1
 
 
 if __name__ == "__main__":

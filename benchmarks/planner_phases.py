@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import meta_phases
-from benchmarks.planner import PRECISION, Case, adapter_of, config_of, show
+from benchmarks.planner import PRECISION, Case, adapter_of, config_of, measured
 from benchmarks.shapes import build, build_plain
 from benchmarks.workloads import Workload as Groups
 from tuna_peft.planning.flops import sft_flops
@@ -124,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=LAYERS, help="Cut every model to this many layers.")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    return show(all_cases(tuple(options.models), options.layers))
+    found = measured(all_cases(tuple(options.models), options.layers))
+    return 0 if all(one.holds for one in found) else 1
 
 
 if __name__ == "__main__":

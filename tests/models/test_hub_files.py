@@ -3,61 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub.constants
 import pytest
+from refusing_hub import CONFIG, hub  # noqa: F401 - hub is a fixture
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.base import load_base
 from tuna_peft.models.hub_files import hub_file
 from tuna_peft.planning.hub_config import read_shape
-
-COMMIT = "a" * 40
-CONFIG = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "vocab_size": 96,
-}  # fmt: skip
-ANSWERS = {"org/gated": (401, "GatedRepo"), "org/absent": (404, "RepoNotFound"), "org/empty": (404, "EntryNotFound"),
-           "org/revision": (404, "RevisionNotFound")}  # fmt: skip
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Answers requests for `org/fine/resolve/main/config.json`, and refuses as `ANSWERS` says."""
-
-    def do_HEAD(self):
-        model = "/".join(self.path.split("/")[1:3])
-        body = json.dumps(CONFIG).encode()
-        status, code = ANSWERS.get(model, (200, ""))
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        else:
-            self.send_header("ETag", '"etag"')
-            self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(body) if status == 200 else 0))
-        self.end_headers()
-        if self.command == "GET" and status == 200:
-            self.wfile.write(body)
-
-    do_GET = do_HEAD
-
-    def log_message(self, *args):
-        """Silence."""
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The address of such a server; nothing cached."""
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    yield address
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize(
@@ -70,14 +24,14 @@ def hub(monkeypatch, tmp_path):
         ("not a model", "neither a folder here nor a Hub id", "Check the name"),
     ],
 )
-def test_refusals_say_what_to_do(hub, model, what, fix):
+def test_refusals_say_what_to_do(hub, model, what, fix):  # noqa: F811
     with pytest.raises(UserError) as error:
-        hub_file(model, "config.json", "v9", endpoint=hub)
+        hub_file(model, "config.json", "v9")
     assert what in error.value.what and fix in error.value.fix and error.value.where == model
 
 
-def test_without_a_network_the_cache_is_used_and_named(hub, monkeypatch, caplog):
-    assert hub_file("org/fine", "config.json", endpoint=hub)[1] == "the Hub"
+def test_without_a_network_the_cache_is_used_and_named(hub, monkeypatch, caplog):  # noqa: F811
+    assert hub_file("org/fine", "config.json")[1] == "the Hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     file, source = hub_file("org/fine", "config.json")
     assert json.loads(file.read_text()) == CONFIG

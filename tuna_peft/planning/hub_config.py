@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.hub_files import hub_file
 from tuna_peft.planning.shapes import ModelShape, known_shape
+
+logger = logging.getLogger("tuna_peft")
 
 
 def read_shape(model: str, revision: str | None = None) -> tuple[ModelShape, str]:
@@ -31,9 +34,11 @@ def read_shape(model: str, revision: str | None = None) -> tuple[ModelShape, str
         return _read(Path(model) / "config.json", model), "its config.json"
     try:
         file, source = hub_file(model, "config.json", revision)
-    except UserError:
+    except UserError as error:
         if (shape := known_shape(model)) is None:
             raise
+        if isinstance(error.__cause__, RepositoryNotFoundError):  # gated ones are, too
+            logger.warning("a run will stop here: %s", error)
         return shape, "those known to this package (its config.json could not be read)"
     return _read(file, model), source
 
