@@ -7,7 +7,8 @@ again), and runs, each in a process of its own and with the base out of the page
 - `merge`: `merge_stack` onto the dequantised base, NF4 with double quantisation,
 - `merge-original`: the same onto the stored weights,
 - `peft`: PEFT's `merge_and_unload` of both adapters in a 16-bit model held in memory, the usual way; only on demand
-  (`--arms copy merge peft`), because it needs memory for the whole model.
+  (`--arms copy merge peft`), because it needs memory for the whole model,
+- `gguf-TYPE`: the base, as a merged model would be, as a GGUF file with pico-LLaMA's tokenizer; on demand.
 
 `--layers` keeps that many layers of the shape: the peak of a merge depends on the largest tensor, not on their number.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ARMS = ("copy", "merge", "merge-original", "peft")
+GGUF_ARMS = ("gguf-q8_0", "gguf-q4_0", "gguf-f16", "gguf-f32")
 SHARD = 5 * 10**9
 RANK = 16
 
@@ -196,6 +198,8 @@ def _run(arm: str, folder: Path, device: str) -> dict[str, Any]:
         work: Callable[[], object] = lambda: _copy(folder / "base", folder / "out")  # noqa: E731
     elif arm == "peft":
         work = _peft(folder)
+    elif arm in GGUF_ARMS:
+        work = _gguf(folder, arm.removeprefix("gguf-"))
     else:
         from tuna_peft.export.merge import merge_stack
 
@@ -235,6 +239,15 @@ def _peft(folder: Path) -> Callable[[], object]:
     return work
 
 
+def _gguf(folder: Path, kind: str) -> Callable[[], object]:
+    from tuna_peft.export.gguf.model import export_gguf
+    from tuna_peft.models.base import resolve_model_path
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(resolve_model_path("builtin:pico-llama")) / name, folder / "base" / name)
+    return lambda: export_gguf(folder / "base", folder / "out", types=(kind,))
+
+
 def _rss(field: str) -> int:
     """Memory of this process now (`VmRSS`) or at its highest (`VmHWM`), in bytes; Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -263,12 +276,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--shape", choices=["tiny", "small", "7b", "8b", "13b", "70b"], default="7b")
     parser.add_argument("--layers", type=int, help="default: all of the shape")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["copy", "merge", "merge-original"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS + GGUF_ARMS, default=["copy", "merge", "merge-original"])
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="where the merge computes: cpu, cuda ...")
     parser.add_argument("--directory", type=Path, default=Path(), help="the disk to measure (default: here)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--run-arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--run-arm", choices=ARMS + GGUF_ARMS, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is in the repository, not in the package
 
 from benchmarks import merge  # noqa: E402
+from tuna_peft.planning import storage  # noqa: E402
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -35,6 +36,15 @@ def test_arms_write_the_same_model(tmp_path, monkeypatch):
         # PEFT rounds once for each adapter.
         torch.testing.assert_close(written["peft"][name], written["merge-original"][name], rtol=0.02, atol=1e-3)
         assert torch.equal(written["merge-original"][name], stored) is not name.endswith("_proj.weight")
+
+
+def test_a_gguf_file_has_the_planned_size(tmp_path):
+    merge.generate(tmp_path, "small", layers=1)
+    merge._run("gguf-q4_0", tmp_path, "cpu")
+    [file] = (tmp_path / "out").glob("*.gguf")
+    head, layer = 32_000 * 512, 4 * 512 * 512 + 3 * 512 * 1408
+    planned = storage.gguf_head("q4_0") * head + storage.GGUF["q4_0"] * (head + layer)
+    assert planned < file.stat().st_size < planned + 2**20  # and a tokenizer
 
 
 def test_figures_are_printed(capsys):

@@ -121,3 +121,10 @@ def test_a_merged_model_that_the_card_cannot_hold_may_wait_on_disk():
     assert max(phase.needed for phase in small.phases if phase.name == "compare exports") < 11.7 * GIB
     assert small.ram["comparing exports: the stack's logits"] > 16 * 300 * 32000 * 2
     assert storage.ON_GPU == check._WEIGHTS
+
+
+def test_a_comparison_that_decides_is_left_out():
+    run = dataclasses.replace(run_of("llama-3.1-8b", batch_size=1), compared=(60_000,), evaluation=None)
+    plan = make_plan(run, Device.of(find_gpu("RTX 4080")))
+    assert plan.largest.name == "compare exports" and not plan.fits
+    assert advise(plan)[-1].fits and advise(plan)[0].overrides == ("export.divergence_prompts=0",)

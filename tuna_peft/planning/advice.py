@@ -59,6 +59,12 @@ _Candidate = tuple[tuple[str, ...], str, Callable[[RunSpec], RunSpec]]
 
 def _candidates(run: RunSpec, device: Device) -> Iterator[_Candidate]:
     yield from _smaller_batches(run, device)
+    if run.compared:
+        yield (
+            ("export.divergence_prompts=0",),
+            "exports are written, and not compared with the stack",
+            lambda run: replace(run, compared=()),
+        )
     ranking = [stage for stage in run.stages if stage.kind == "ranking"]
     if ranking:
         budget: dict[str, int] = {}

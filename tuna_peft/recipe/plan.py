@@ -95,15 +95,17 @@ def run_spec(
         quantization.method, quantization.double_quant, 4 if wide else 2, flash=device.bf16 and not wide
     )
     export = recipe.export
+    stages = tuple(_stages(recipe, shape, workloads, device, processes))
+    compared = workloads.get("evaluation.ranking", stages[-1].workload)
     exported = export.merge.enabled or export.combine
     return RunSpec(
         recipe.base.model,
         shape,
         precision,
-        tuple(_stages(recipe, shape, workloads, device, processes)),
+        stages,
         _evaluation(recipe, workloads, device),
         MergeSpec(_MERGED_BYTES[export.merge.dtype], tuple(export.gguf)) if export.merge.enabled else None,
-        compared=_compared(workloads, export.divergence_prompts) if exported else (),
+        compared=_longest(compared, export.divergence_prompts) if exported else (),
         downloads=not is_on_disk(recipe.base.model, recipe.base.revision),
         unplanned=tuple(_unplanned(recipe)),
     )
@@ -196,10 +198,10 @@ def _evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) 
     return EvaluationSpec(recipe.evaluation.batch_size, tasks)
 
 
-def _compared(workloads: dict[str, Workload], count: int) -> tuple[int, ...]:
-    """Tokens of the texts on which exports are compared; the longest of the rows that they may be."""
-    rows = workloads.get("evaluation.ranking", [*workloads.values()][-1]).rows
-    lengths = sorted((row.longest for row in rows), reverse=True)[:count]
+def _longest(workload: Workload, count: int) -> tuple[int, ...]:
+    """Tokens of so many texts: the longest, since nothing says which ones it will be."""
+    count = min(count, workload.total)
+    lengths = sorted((row.longest for row in workload.rows), reverse=True)[:count]
     return tuple(lengths + lengths[-1:] * (count - len(lengths)))
 
 
