@@ -143,3 +143,14 @@ def read(recipe):
 
     config, tokenizer = load_config_and_tokenizer(recipe.base.model)
     return config, tokenizer, read_inputs(recipe, tokenizer, config)
+
+
+def test_a_teacher_that_has_done_its_work_may_be_gone(tmp_path):
+    recipe = load_recipe(
+        "quickstart", [contextual(sample=SAMPLE, score={"model": str(tmp_path / "gone")})], check=False
+    )
+    config, tokenizer, inputs = read(recipe)
+    with pytest.raises(UserError, match=r"stages.contextual.data.score.model \(.*gone\): "):
+        preflight(recipe, inputs, config, tokenizer=tokenizer)
+    plan = preflight(recipe, inputs, config, tokenizer=tokenizer, ranked=["contextual"])
+    assert [phase.name for phase in plan.phases if "contextual" in phase.name] == ["train contextual"]

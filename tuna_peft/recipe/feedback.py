@@ -62,6 +62,11 @@ def check_feedback(stage: Stage, rows: list[Record], tokenizer: PreTrainedTokeni
         )
 
 
+def is_ranked(run: RunDirectory, stage: str) -> bool:
+    """Whether the rows of the stage are made."""
+    return run.load(f"stages/{stage}/{REPORT}") is not None
+
+
 def make_rows(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: Stage) -> None:
     """Puts the encoded rows of `stage` into `inputs`, after sampling and ranking them if that is not done yet.
 

@@ -35,7 +35,7 @@ from tuna_peft.models.shards import shard_base
 from tuna_peft.models.stack import adapter_names, drop_adapter, fingerprint, load_adapter
 from tuna_peft.recipe.evaluate import evaluate_stage
 from tuna_peft.recipe.exports import export_stack
-from tuna_peft.recipe.feedback import check_feedback, make_rows
+from tuna_peft.recipe.feedback import check_feedback, is_ranked, make_rows
 from tuna_peft.recipe.inputs import Inputs, read_inputs
 from tuna_peft.recipe.measure import environment
 from tuna_peft.recipe.preflight import preflight
@@ -81,8 +81,8 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         for stage in recipe.trained():
             if stage.name in inputs.prompts:
                 check_feedback(stage, inputs.prompts[stage.name], tokenizer)
-        sharded = processes.sharding is not None
-        preflight(recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer)
+        sharded, ranked = processes.sharding is not None, [name for name in inputs.prompts if is_ranked(run, name)]
+        preflight(recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer, ranked=ranked)
         base = _load_base(recipe, processes)
         run.save(FACTS, _facts(recipe, base, inputs))
         model: PreTrainedModel | PeftModel = base.model

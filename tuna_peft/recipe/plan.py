@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from tuna_peft.errors import UserError
@@ -77,7 +77,12 @@ def this_device(setting: str = "auto") -> Device:
 
 
 def run_spec(
-    recipe: Recipe, shape: ModelShape, workloads: dict[str, Workload], device: Device, processes: int = 1
+    recipe: Recipe,
+    shape: ModelShape,
+    workloads: dict[str, Workload],
+    device: Device,
+    processes: int = 1,
+    ranked: Container[str] = (),
 ) -> RunSpec:
     """What the arithmetic needs of a recipe.
 
@@ -85,6 +90,7 @@ def run_spec(
         workloads: As `read_workloads` gives them; a task without one is left out.
         device: Decides what is computed in, and by which attention kernel.
         processes: GPUs that share each step.
+        ranked: Stages whose rows are made already.
 
     Raises:
         UserError: A teacher or judge that should run here cannot be found or planned.
@@ -95,7 +101,11 @@ def run_spec(
         quantization.method, quantization.double_quant, 4 if wide else 2, flash=device.bf16 and not wide
     )
     export = recipe.export
-    stages = tuple(_stages(recipe, shape, workloads, device, processes))
+    stages = tuple(
+        _stage(recipe, stage, section.name, shape, workloads[stage.name], device, processes, stage.name in ranked)
+        for section in recipe.stages
+        for stage in rounds_of(section)
+    )
     compared = workloads.get("evaluation.ranking", stages[-1].workload)
     exported = export.merge.enabled or export.combine
     return RunSpec(
@@ -111,18 +121,15 @@ def run_spec(
     )
 
 
-def _stages(
-    recipe: Recipe, shape: ModelShape, workloads: dict[str, Workload], device: Device, processes: int
-) -> list[StageSpec]:
-    return [
-        _stage(recipe, stage, section.name, shape, workloads[stage.name], device, processes)
-        for section in recipe.stages
-        for stage in rounds_of(section)
-    ]
-
-
 def _stage(
-    recipe: Recipe, stage: Stage, section: str, shape: ModelShape, workload: Workload, device: Device, processes: int
+    recipe: Recipe,
+    stage: Stage,
+    section: str,
+    shape: ModelShape,
+    workload: Workload,
+    device: Device,
+    processes: int,
+    ranked: bool,
 ) -> StageSpec:
     lora = recipe.lora_of(stage)
     targets = list(shape.linears) if lora.target_modules == "all-linear" else lora.target_modules
@@ -130,7 +137,8 @@ def _stage(
     policy = stage_value(stage, "activation_memory") if stage.type == "ranking" else "none"
     made: dict[str, Any] = {}
     if isinstance(stage.data, FeedbackSource):
-        made = {"made_of": workload, **_feedback(stage.data, workload, device, f"stages.{section}.data")}
+        if not ranked:
+            made = {"made_of": workload, **_feedback(stage.data, workload, device, f"stages.{section}.data")}
         workload = trained_on(stage, workload)
     return StageSpec(
         stage.name,

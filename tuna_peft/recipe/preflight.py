@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ def preflight(
     *,
     sharded: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    ranked: Container[str] = (),
 ) -> Plan | None:
     """Says what the run will take; stops it where even its smallest forward passes do not fit.
 
@@ -40,6 +42,7 @@ def preflight(
         config: The model's configuration.
         sharded: The processes share one base; the planner only knows whole ones.
         tokenizer: For prompts that the run makes rows of; None counts characters.
+        ranked: Stages whose rows a run before this one has made: their teacher or judge is not needed any more.
 
     Returns:
         The plan; None for a model that the planner does not know, or that is sharded.
@@ -62,7 +65,7 @@ def preflight(
                 workloads[stage.name] = drawn(stage.data, prompts)
         if inputs.ranked is not None:
             workloads["evaluation.ranking"] = encoded_workload(inputs.ranked)  # generation finds its batch by itself
-        plan = make_plan(run_spec(recipe, shape, workloads, device, processes), device)
+        plan = make_plan(run_spec(recipe, shape, workloads, device, processes, ranked), device)
     except UnplannedModel as error:
         logger.info("no plan: %s", error.what)
         return None
