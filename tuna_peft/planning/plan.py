@@ -117,4 +117,5 @@ def _comparison(run: RunSpec, device: Device) -> Iterator[Phase]:
         tokens = float(sum(run.compared))
         flops = forward_flops(run.shape, tokens, tokens)
         taken = hours(flops, device.gpu) if device.gpu else None
-        yield passes.phase({f"all logits of {longest:,} tokens": moving}, moving, tokens, flops, taken)
+        # Nothing at least: other texts than the longest may be taken.
+        yield passes.phase({f"all logits of {longest:,} tokens": moving}, 0.0, tokens, flops, taken)

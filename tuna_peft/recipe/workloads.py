@@ -126,10 +126,8 @@ def _benchmark(
     name: str, task: SuperNITask | LMentryTask | VicunaTask, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[tuple[str, Workload]]:
     """The results of a benchmark by name, with the prompts of each."""
-    here, template = (
-        Path(task.path).expanduser(),
-        PromptTemplate(recipe.prompt if task.wrap else PromptConfig(template="none")),
-    )
+    here = Path(task.path).expanduser()
+    template = PromptTemplate(recipe.prompt if task.wrap else PromptConfig(template="none"))
     if isinstance(task, SuperNITask):
         instances = read_superni(here, task.tasks, task.per_task)[0] if here.exists() else []
         for shots in task.shots:
