@@ -19,7 +19,6 @@ from trl import SFTConfig
 from tuna_peft.errors import UserError
 from tuna_peft.files import write_json
 from tuna_peft.models.checkpointing import checkpoint_activations
-from tuna_peft.models.memory import free_memory
 from tuna_peft.models.shards import keep_from_ddp
 from tuna_peft.models.stack import push_adapter, take_over
 from tuna_peft.recipe.measure import Peak
@@ -161,7 +160,6 @@ def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftM
     model.disable_input_require_grads()
     model.requires_grad_(False)
     model.eval()
-    free_memory()
     return model
 
 
