@@ -20,7 +20,7 @@ test-slow: .venv/installed-dev
 # Two processes under DeepSpeed; where there is a C++ compiler, DeepSpeed builds a part of itself first (a minute).
 test-deepspeed: .venv/installed-dev
 	$(PIP_INSTALL) -e ".[dev,deepspeed]"
-	$(BIN)/python -m pytest -m slow tests/recipe/test_processes.py -k "deepspeed or zero2"
+	$(BIN)/python -m pytest -m slow tests/run/test_processes.py -k "deepspeed or zero2"
 
 # llama.cpp itself on GGUF files, beside transformers and PEFT; needs Node.js 20. Prints the table of docs/gguf.md.
 verify-gguf: .venv/installed-dev

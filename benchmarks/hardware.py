@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tuna_peft.cli.plan_output import hours_text
+from tuna_peft.planning.from_recipe import plan_recipe
 from tuna_peft.planning.gpus import GIB, find_gpu
 from tuna_peft.planning.plan import Plan
 from tuna_peft.planning.spec import Device
 from tuna_peft.recipe.load import load_recipe
-from tuna_peft.recipe.plan import plan_recipe
 from tuna_peft.recipe.shipped import shipped_recipes
 
 ROOT = Path(__file__).parents[1]

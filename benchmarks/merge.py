@@ -105,8 +105,8 @@ def generate(folder: Path, shape: str, layers: int | None) -> int:
     from tuna_peft.export.output import require_space
     from tuna_peft.export.safetensors_stream import TensorSpec, write_safetensors
     from tuna_peft.files import write_json
-    from tuna_peft.models.base import safetensors_files, weights_fingerprint
-    from tuna_peft.models.manifest import AdapterEntry, Manifest
+    from tuna_peft.models.base.load import safetensors_files, weights_fingerprint
+    from tuna_peft.models.stack.manifest import AdapterEntry, Manifest
 
     config = config_of(shape)
     config.num_hidden_layers = layers or config.num_hidden_layers
@@ -241,7 +241,7 @@ def _peft(folder: Path) -> Callable[[], object]:
 
 def _gguf(folder: Path, kind: str) -> Callable[[], object]:
     from tuna_peft.export.gguf.model import export_gguf
-    from tuna_peft.models.base import resolve_model_path
+    from tuna_peft.models.base.load import resolve_model_path
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(Path(resolve_model_path("builtin:pico-llama")) / name, folder / "base" / name)
@@ -265,7 +265,7 @@ def _drop_from_page_cache(folder: Path) -> None:
 
 def _largest_tensor(base: Path) -> int:
     from tuna_peft.export.safetensors_stream import SafetensorsReader
-    from tuna_peft.models.base import safetensors_files
+    from tuna_peft.models.base.load import safetensors_files
 
     return max(spec.nbytes for spec in SafetensorsReader(safetensors_files(str(base))).specs.values())
 

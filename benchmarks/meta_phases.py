@@ -25,8 +25,8 @@ from benchmarks.shapes import set_checkpointing
 from benchmarks.trl_pairs import _Accelerator
 from benchmarks.workloads import Group
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.models.generation import _chooser, _Decoder, _Sequence
-from tuna_peft.models.scoring import response_logps
+from tuna_peft.models.forward.scoring import response_logps
+from tuna_peft.models.generation.generate import _chooser, _Decoder, _Sequence
 
 
 def supervised(model: Any, lengths: Sequence[int], *, recompute: bool, targets: int) -> tuple[int, Counted]:

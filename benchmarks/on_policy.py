@@ -18,7 +18,7 @@ from typing import Any
 from tuna_peft.files import write_json, write_text
 from tuna_peft.recipe.dump import dump_recipe
 from tuna_peft.recipe.load import load_recipe
-from tuna_peft.recipe.pipeline import run_recipe
+from tuna_peft.run.pipeline import run_recipe
 
 STAGE = "contextual"
 ARMS = {

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.workloads import Group
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.models import prefix
-from tuna_peft.models.prefix import model_inputs
-from tuna_peft.models.scoring import ResponseLogps, response_logps
+from tuna_peft.models.forward import prefix
+from tuna_peft.models.forward.prefix import model_inputs
+from tuna_peft.models.forward.scoring import ResponseLogps, response_logps
 from tuna_peft.training.loss import tuna_loss
 
 

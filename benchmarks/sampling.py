@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tuna_peft.files import write_json
-from tuna_peft.models.generation import stream_responses
+from tuna_peft.models.generation.generate import stream_responses
 
 GOAL = 0.6
 

@@ -9,9 +9,9 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from tuna_peft.models import fused_lora
-from tuna_peft.models.checkpointing import checkpoint_activations
-from tuna_peft.models.dequantise import keep_quantised_layout
+from tuna_peft.models.base.dequantise import keep_quantised_layout
+from tuna_peft.models.forward import fused_lora
+from tuna_peft.models.forward.checkpointing import checkpoint_activations
 
 LORA_RANK = 16
 # Of all architectures that are built here: Phi-3 has fewer, wider ones.

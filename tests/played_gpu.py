@@ -36,11 +36,12 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 from tuna_peft import TunaConfig, TunaTrainer
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.evaluation.ranking import _scored
-from tuna_peft.models import dequantise, prefix, segments
-from tuna_peft.models.checkpointing import checkpoint_activations
-from tuna_peft.models.generation import stream_responses
-from tuna_peft.models.stack import push_adapter
-from tuna_peft.models.verify import verify_shared_rows
+from tuna_peft.models.base import dequantise
+from tuna_peft.models.forward import prefix, segments
+from tuna_peft.models.forward.checkpointing import checkpoint_activations
+from tuna_peft.models.forward.verify import verify_shared_rows
+from tuna_peft.models.generation.generate import stream_responses
+from tuna_peft.models.stack.adapters import push_adapter
 
 GPU, PLAYED = "cuda:0", "played:0"
 CARDS = {"T4": ((7, 5), torch.float16), "A100": ((8, 0), torch.bfloat16)}

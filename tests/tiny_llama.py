@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tuna_peft.models.adapter_stack import save_stack
-from tuna_peft.models.base import Base, load_base, make_quantization_config
-from tuna_peft.models.stack import push_adapter
+from tuna_peft.models.base.load import Base, load_base, make_quantization_config
+from tuna_peft.models.stack.adapters import push_adapter
+from tuna_peft.models.stack.files import save_stack
 
 VOCABULARY = 96
 PROMPTS = [[(7 * i + 3 * j) % (VOCABULARY - 3) + 3 for j in range(length)] for i, length in enumerate((24, 9, 17))]

@@ -9,11 +9,11 @@ __version__ = "0.1.0"
 
 # Lazy: `import tuna_peft` and `tuna-peft --help` load no torch.
 _EXPORTS = {
-    "AdapterStack": "tuna_peft.models.adapter_stack",
+    "AdapterStack": "tuna_peft.models.stack.files",
     "TunaConfig": "tuna_peft.training.config",
     "TunaTrainer": "tuna_peft.training.trainer",
     "UserError": "tuna_peft.errors",
-    "load_base": "tuna_peft.models.base",
+    "load_base": "tuna_peft.models.base.load",
     "tuna_loss": "tuna_peft.training.loss",
 }
 

@@ -12,7 +12,7 @@ from tuna_peft.errors import UserError
 
 Grader = Callable[[dict[str, Any], str], float]
 
-BUILTIN = {"builtin:pico": "tuna_peft.assets.pico_world.grader:grade"}
+BUILTIN = {"builtin:pico": "tuna_peft.assets.pico_grader:grade"}
 
 
 def load_grader(name: str, where: str) -> Grader:

@@ -14,10 +14,10 @@ from benchmarks.contest.arms import on_lists
 from benchmarks.contest.data import Row
 from benchmarks.contest.start import supervised_lists
 from benchmarks.contest.train import LORA, fit, measured
-from tuna_peft.models.base import load_base, make_quantization_config
-from tuna_peft.models.stack import push_adapter
-from tuna_peft.recipe.inputs import read_inputs
+from tuna_peft.models.base.load import load_base, make_quantization_config
+from tuna_peft.models.stack.adapters import push_adapter
 from tuna_peft.recipe.load import load_recipe
+from tuna_peft.run.inputs import read_inputs
 
 STEPS = {"sft": 80, "probabilistic": 60, "contextual": 60}
 BATCH = {"sft": 16, "probabilistic": 8, "contextual": 8}

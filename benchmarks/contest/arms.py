@@ -14,7 +14,7 @@ from benchmarks.contest import objectives as lists
 from benchmarks.contest import pairs
 from benchmarks.contest.pairs import Objective, best_and_worst
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.models.scoring import response_logps
+from tuna_peft.models.forward.scoring import response_logps
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tuna_peft.assets.pico_world import families, grader, mixtures, styles
-from tuna_peft.assets.pico_world.template import render_prompt
+from pico_world import families, mixtures, styles
+from pico_world.template import render_prompt
+from tuna_peft.assets import pico_grader
 from tuna_peft.data.tokenize import encode_dataset, prompt_ids
 
 Row = dict[str, Any]
@@ -89,7 +90,7 @@ def _judged(task: Any, rng: Random) -> Row:
 
 def _graded(task: Any, mixture: mixtures.Mixture, rng: Random) -> list[Row]:
     texts = [styles.respond(task, style, rng) for style in mixtures.pick_different(mixture, 4, rng)]
-    return [{"text": text, "score": grader.grade(task, text)} for text in dict.fromkeys(texts)]
+    return [{"text": text, "score": pico_grader.grade(task, text)} for text in dict.fromkeys(texts)]
 
 
 def _split(records: list[Row], tokenizer: PreTrainedTokenizerBase) -> Split:

@@ -12,9 +12,9 @@ from benchmarks.contest.arms import on_lists
 from benchmarks.contest.data import Row
 from benchmarks.contest.objectives import nothing
 from benchmarks.contest.train import LORA, trained
-from tuna_peft.models.base import load_base
-from tuna_peft.recipe.inputs import read_inputs
+from tuna_peft.models.base.load import load_base
 from tuna_peft.recipe.load import load_recipe
+from tuna_peft.run.inputs import read_inputs
 
 CACHE = Path("runs/learning")
 STEPS, BATCH, LEARNING_RATE = 120, 32, 1e-3

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.contest.data import Row, Split
 from benchmarks.contest.pairs import Objective
 from benchmarks.flops import counted
-from tuna_peft.assets.pico_world.grader import grade
+from tuna_peft.assets.pico_grader import grade
 from tuna_peft.evaluation.ranking import evaluate_ranking
-from tuna_peft.models.generation import generate_responses
+from tuna_peft.models.generation.generate import generate_responses
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 WARMUP = 0.05

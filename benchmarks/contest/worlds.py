@@ -10,7 +10,7 @@ from benchmarks.contest.start import load_start
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_ranked
 from tuna_peft.data.tokenize import encode_dataset
-from tuna_peft.models.base import load_base
+from tuna_peft.models.base.load import load_base
 
 MAX_LENGTH = 256
 _COLUMNS = {"instruction": "instruction", "completions": "responses[].text", "scores": "responses[].score"}

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is in the repository, not in the package
-
 from benchmarks import accuracy  # noqa: E402
 from benchmarks.planner import Case, Comparison  # noqa: E402
 

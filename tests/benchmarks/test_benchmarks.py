@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is in the repository, not in the package
 
 from benchmarks import adapter_stack, ours, ranking_step, report  # noqa: E402
 from benchmarks.agreement import Disagreement, require_agreement  # noqa: E402

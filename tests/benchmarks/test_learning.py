@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +12,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is in the repository, not in the package
-
 from benchmarks import learning  # noqa: E402
 from benchmarks.contest import data, pairs, table  # noqa: E402
 from benchmarks.contest.arms import ARMS, GRADE_PER_STEP, on_lists  # noqa: E402
 from benchmarks.contest.objectives import ranking  # noqa: E402
 from benchmarks.contest.train import LORA, trained  # noqa: E402
 from benchmarks.contest.worlds import MAX_LENGTH, stories  # noqa: E402
-from tuna_peft.models.base import load_base  # noqa: E402
+from tuna_peft.models.base.load import load_base  # noqa: E402
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tuna_peft.cli import checks
 from tuna_peft.cli.app import app
 from tuna_peft.cli.checks import Check
-from tuna_peft.models import prefix, scoring
+from tuna_peft.models.forward import prefix, scoring
 
 
 def test_this_machine_could_run_and_every_line_has_a_sign():

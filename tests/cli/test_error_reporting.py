@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch):
 
         pipeline = types.ModuleType("pipeline")
         pipeline.run_recipe = run_recipe
-        monkeypatch.setitem(sys.modules, "tuna_peft.recipe.pipeline", pipeline)
+        monkeypatch.setitem(sys.modules, "tuna_peft.run.pipeline", pipeline)
         (tmp_path / "r.yaml").write_text(RECIPE)
         return CliRunner().invoke(app, ["run", str(tmp_path / "r.yaml"), *arguments])
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tuna_peft.cli.app import app
 from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.spec import Device
-from tuna_peft.recipe import preflight
+from tuna_peft.run import preflight
 
 FEEDBACK = {"prompts": {"path": "builtin:pico-llama/prompts.jsonl", "limit": 8}}
 

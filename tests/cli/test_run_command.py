@@ -36,7 +36,7 @@ def calls(tmp_path, monkeypatch):
     noted = []
     pipeline = types.ModuleType("pipeline")
     pipeline.run_recipe = lambda recipe, output: noted.append((recipe, output)) or REPORT
-    monkeypatch.setitem(sys.modules, "tuna_peft.recipe.pipeline", pipeline)
+    monkeypatch.setitem(sys.modules, "tuna_peft.run.pipeline", pipeline)
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(RECIPE)
     return noted

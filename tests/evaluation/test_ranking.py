@@ -11,7 +11,7 @@ from tuna_peft.data.ranked import normalise_ranked
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.evaluation.ranking import evaluate_ranking
 from tuna_peft.evaluation.ranking_metrics import kendall_tau_b, ndcg, pairs_of, reciprocal_rank, top1_hit
-from tuna_peft.models import scoring
+from tuna_peft.models.forward import scoring
 
 RIGHT, WRONG = [-1.0, -2.0, -3.0], [-3.0, -2.0, -1.0]
 RANKS = [0, 1, 2]

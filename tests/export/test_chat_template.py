@@ -16,7 +16,7 @@ from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.export.chat_template import chat_template_of, for_llama_cpp
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.models.base import resolve_model_path
+from tuna_peft.models.base.load import resolve_model_path
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "llama2-7b"
 PROMPTS: dict[str, tuple[dict[str, Any], str]] = {

@@ -26,7 +26,7 @@ from tuna_peft.export.divergence import iter_logits
 from tuna_peft.export.hub import push
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.export.release import Kind
-from tuna_peft.models.adapter_stack import AdapterStack, save_stack
+from tuna_peft.models.stack.files import AdapterStack, save_stack
 
 BASE_ID = "someone/tiny-llama"
 

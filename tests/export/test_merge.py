@@ -21,9 +21,9 @@ from tuna_peft.export.base_weight import dequantised, quantise_4bit, quantised_m
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.divergence import divergence
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.models.adapter_stack import AdapterStack, quantization_of, save_stack
-from tuna_peft.models.base import load_base, make_quantization_config, safetensors_files
-from tuna_peft.models.dequantise import dequantised_weight
+from tuna_peft.models.base.dequantise import dequantised_weight
+from tuna_peft.models.base.load import load_base, make_quantization_config, safetensors_files
+from tuna_peft.models.stack.files import AdapterStack, quantization_of, save_stack
 
 
 def tensors_of(folder: str | Path) -> dict[str, torch.Tensor]:

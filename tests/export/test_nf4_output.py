@@ -15,7 +15,7 @@ from tuna_peft.export.base_weight import quantised_modules
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.models.dequantise import dequantised_weight, keep_quantised_layout
+from tuna_peft.models.base.dequantise import dequantised_weight, keep_quantised_layout
 
 
 @pytest.mark.parametrize("method", ["nf4", "none"])

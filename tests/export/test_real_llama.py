@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.models.adapter_stack import save_stack
+from tuna_peft.models.stack.files import save_stack
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 CHECKPOINT = DATA / "checkpoints" / "stories260K"

@@ -15,7 +15,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import Judging, judge_pairs, judge_rows
 from tuna_peft.feedback.judge_settings import JudgeSettings
 from tuna_peft.journal import Journal
-from tuna_peft.models import any_model
+from tuna_peft.models.base import any_model
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,16 @@ def test_its_position_bias_makes_ties(judge_model, tmp_path):
 def test_an_interrupted_model_forms_the_same_batches(judge_model, tmp_path, monkeypatch, attempts):
     """Half of the questions are known already, and attempts fail at first: what is generated stands where it stood."""
     from tuna_peft.feedback import judges
-    from tuna_peft.models import generation
+    from tuna_peft.models.generation import generate
 
     batches: list[list[list[int]]] = []
-    real = generation.stream_responses
+    real = generate.stream_responses
 
     def watched(model, tokenizer, prompts, *, done, **options):
         batches.append([list(prompt) for prompt in prompts])
         return real(model, tokenizer, prompts, done=done, **options)
 
-    monkeypatch.setattr(generation, "stream_responses", watched)
+    monkeypatch.setattr(generate, "stream_responses", watched)
     picky = judges.why_unreadable
     if attempts == 2:  # no first answer will do
         monkeypatch.setattr(judges, "why_unreadable", lambda *a: "no" if len(batches) % 2 else picky(*a))

@@ -13,7 +13,7 @@ from tuna_peft.feedback.diversity import similarities
 from tuna_peft.feedback.sampling import ModelSampler, sample_candidates
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
-from tuna_peft.models.generation import Generated
+from tuna_peft.models.generation.generate import Generated
 
 
 class Scripted:

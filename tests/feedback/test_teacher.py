@@ -17,7 +17,7 @@ from tuna_peft.feedback.recorded import score_recorded
 from tuna_peft.feedback.teacher import score_rows
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
-from tuna_peft.models import scoring
+from tuna_peft.models.forward import scoring
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ROWS = [

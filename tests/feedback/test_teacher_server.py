@@ -11,7 +11,7 @@ from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.teacher import score_rows
 from tuna_peft.feedback.teacher_server import score_with_server
 from tuna_peft.journal import Journal
-from tuna_peft.models.base import load_base, resolve_model_path
+from tuna_peft.models.base.load import load_base, resolve_model_path
 
 PROMPT = "### Instruction:\nHow many of these are fruits?\n\n### Input:\n{}\n\n### Response:\n"
 ROWS = [

@@ -20,8 +20,8 @@ from tuna_peft.feedback.judge import Judging, judge_rows
 from tuna_peft.feedback.judge_settings import JudgeSettings
 from tuna_peft.feedback.server import Server, ServerSettings, choices, message_text
 from tuna_peft.journal import Journal
-from tuna_peft.models.base import load_base, resolve_model_path
-from tuna_peft.models.generation import generate_responses
+from tuna_peft.models.base.load import load_base, resolve_model_path
+from tuna_peft.models.generation.generate import generate_responses
 
 pytestmark = [
     pytest.mark.slow,

@@ -16,7 +16,7 @@ from tuna_peft.feedback.config import SampleSettings
 from tuna_peft.feedback.sampling import sample_candidates
 from tuna_peft.feedback.vllm_sampler import _lora_rank
 from tuna_peft.journal import Journal
-from tuna_peft.recipe.samplers import open_sampler
+from tuna_peft.run.samplers import open_sampler
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +10,12 @@ from bitsandbytes.functional import quantize_4bit
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is in the repository, not in the package
-
 from benchmarks import planner, planner_phases  # noqa: E402
 from benchmarks.shapes import LORA_RANK, build  # noqa: E402
 from tuna_peft.data.collate import RankedCollator  # noqa: E402
-from tuna_peft.models import growing_cache  # noqa: E402
-from tuna_peft.models.logps import CHUNK_ROWS  # noqa: E402
-from tuna_peft.models.prefix import LONG_ROW  # noqa: E402
+from tuna_peft.models.forward.logps import CHUNK_ROWS  # noqa: E402
+from tuna_peft.models.forward.prefix import LONG_ROW  # noqa: E402
+from tuna_peft.models.generation import growing_cache  # noqa: E402
 from tuna_peft.planning import inference, memory, workload  # noqa: E402
 from tuna_peft.planning.memory import Precision, weight_parts  # noqa: E402
 from tuna_peft.planning.shapes import KNOWN, ModelShape  # noqa: E402

@@ -6,7 +6,7 @@ import pytest
 
 from tuna_peft.errors import UserError
 from tuna_peft.recipe.document import parse_document
-from tuna_peft.recipe.overrides import apply_overrides
+from tuna_peft.recipe.layers import apply_overrides
 
 TEXT = """\
 name: x

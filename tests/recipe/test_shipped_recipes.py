@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -44,7 +42,6 @@ def test_it_opens_with_summary_command_and_hardware(name):
 
 
 def test_what_their_heads_and_the_docs_promise_is_what_the_planner_says(capsys):
-    sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is in the repository, not in the package
     from benchmarks import hardware
 
     assert hardware.main(["--check"]) == 0, capsys.readouterr().out + "run: python -m benchmarks.hardware"
@@ -52,9 +49,9 @@ def test_what_their_heads_and_the_docs_promise_is_what_the_planner_says(capsys):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "base.model=" in shipped_recipes()[name].read_text()])
 def test_the_other_models_that_its_head_names_fit_its_card(name, monkeypatch):
+    from tuna_peft.planning.from_recipe import plan_recipe
     from tuna_peft.planning.gpus import find_gpu
     from tuna_peft.planning.spec import Device
-    from tuna_peft.recipe.plan import plan_recipe
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     head = shipped_recipes()[name].read_text().partition("\n\n")[0]

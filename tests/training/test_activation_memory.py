@@ -10,9 +10,9 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.models.checkpointing import checkpoint_activations
-from tuna_peft.models.scoring import response_logps
-from tuna_peft.models.stack import push_adapter
+from tuna_peft.models.forward.checkpointing import checkpoint_activations
+from tuna_peft.models.forward.scoring import response_logps
+from tuna_peft.models.stack.adapters import push_adapter
 from tuna_peft.recipe.train_fields import check_train
 from tuna_peft.training import activation_memory
 from tuna_peft.training.activation_memory import GIB, ActivationMemory, saved_bytes

@@ -4,7 +4,7 @@ import torch
 from families import make_rows
 
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.models.prefix import shared_prefix_mask
+from tuna_peft.models.forward.prefix import shared_prefix_mask
 
 ROW = {
     "prompt_ids": [1, 5],

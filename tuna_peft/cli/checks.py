@@ -80,7 +80,7 @@ def check_device() -> list[Check]:
     """The GPU, if any, and the dtype that `auto` means on it, with the reason."""
     import torch
 
-    from tuna_peft.models.base import resolve_dtype
+    from tuna_peft.models.base.load import resolve_dtype
 
     if not torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -111,7 +111,7 @@ def check_bitsandbytes() -> list[Check]:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from tuna_peft.models.base import resolve_device
+    from tuna_peft.models.base.load import resolve_device
 
     device = resolve_device()
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(device)
@@ -135,13 +135,13 @@ def check_ranking_step() -> list[Check]:
     from transformers.utils import logging
 
     from tuna_peft.data.collate import RankedCollator
-    from tuna_peft.models import scoring
-    from tuna_peft.models.base import load_base, make_quantization_config, resolve_device, resolve_dtype
-    from tuna_peft.models.checkpointing import checkpoint_activations
-    from tuna_peft.models.generation import generate_responses
-    from tuna_peft.models.prefix import LONG_ROW, describe_attention
-    from tuna_peft.models.stack import push_adapter
-    from tuna_peft.models.verify import verify_shared_rows
+    from tuna_peft.models.base.load import load_base, make_quantization_config, resolve_device, resolve_dtype
+    from tuna_peft.models.forward import scoring
+    from tuna_peft.models.forward.checkpointing import checkpoint_activations
+    from tuna_peft.models.forward.prefix import LONG_ROW, describe_attention
+    from tuna_peft.models.forward.verify import verify_shared_rows
+    from tuna_peft.models.generation.generate import generate_responses
+    from tuna_peft.models.stack.adapters import push_adapter
 
     logging.disable_progress_bar()
     device, dtype = resolve_device(), resolve_dtype()

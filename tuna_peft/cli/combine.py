@@ -27,7 +27,7 @@ def combine(
     """Write a stack of adapters as one, which plain PEFT loads on the base."""
     from tuna_peft.cli.divergence import comparison_prompts, print_divergence
     from tuna_peft.export.combine import COMPRESSION, combine_stack
-    from tuna_peft.models.find_stack import find_stack
+    from tuna_peft.models.stack.find import find_stack
 
     source = find_stack(stack)
     ids = comparison_prompts(source, prompts, base_model)

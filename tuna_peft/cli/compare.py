@@ -68,7 +68,7 @@ def _results(target: str) -> dict[str, Any]:
     """The results of one stage, by task."""
     from tuna_peft.errors import UserError, did_you_mean
     from tuna_peft.evaluation.results import load_results
-    from tuna_peft.recipe.evaluate_target import recipe_of_run
+    from tuna_peft.run.evaluate_target import recipe_of_run
 
     path, at, stage = target, "", ""
     if not Path(target).is_dir():

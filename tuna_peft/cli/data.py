@@ -106,7 +106,7 @@ def load_tokenizer(name: str | None, base: BaseSettings | None = None) -> PreTra
         return None
     from transformers import AutoTokenizer
 
-    from tuna_peft.models.base import resolve_model_path
+    from tuna_peft.models.base.load import resolve_model_path
 
     options = {"revision": base.revision, "trust_remote_code": base.trust_remote_code} if base else {}
     try:

@@ -27,7 +27,7 @@ def divergence(
     prompts: Prompts = None,
 ) -> None:
     """Measure how far combined adapters and merged models are from the live stack, one loaded after the other."""
-    from tuna_peft.models.find_stack import find_stack
+    from tuna_peft.models.stack.find import find_stack
 
     source = find_stack(stack)
     ids = comparison_prompts(source, prompts, base_model)
@@ -50,7 +50,7 @@ def comparison_prompts(stack: Path, data: str | None, base_model: str | None) ->
     from tuna_peft.data.load import load_prompts
     from tuna_peft.data.texts import prompt_ids
     from tuna_peft.export.base_files import locate_base
-    from tuna_peft.models.manifest import read_manifest
+    from tuna_peft.models.stack.manifest import read_manifest
 
     manifest = read_manifest(stack)
     tokenizer = AutoTokenizer.from_pretrained(locate_base(manifest, base_model, stack))

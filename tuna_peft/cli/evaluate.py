@@ -57,8 +57,8 @@ def evaluate(
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.errors import UserError
     from tuna_peft.evaluation.report.write import write_report
-    from tuna_peft.recipe.evaluate_target import Loading, default_output, evaluate_target, settings_of
     from tuna_peft.recipe.evaluation_schema import EvaluationSettings
+    from tuna_peft.run.evaluate_target import Loading, default_output, evaluate_target, settings_of
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("tuna_peft").setLevel(logging.INFO)
@@ -87,7 +87,7 @@ def _settings(recorded: dict[str, Any], tasks: list[str], overrides: list[str]) 
     from tuna_peft.errors import UserError, did_you_mean
     from tuna_peft.recipe.document import Document
     from tuna_peft.recipe.evaluation_schema import TaskSettings
-    from tuna_peft.recipe.overrides import apply_overrides
+    from tuna_peft.recipe.layers import apply_overrides
 
     values = copy.deepcopy(recorded)
     before = values.setdefault("tasks", {})

@@ -46,7 +46,7 @@ def gguf(
     """Write GGUF files for llama.cpp, Ollama and LM Studio, with a Modelfile that has the prompt of training."""
     from tuna_peft.errors import UserError
     from tuna_peft.export.gguf import require_gguf
-    from tuna_peft.models.manifest import MANIFEST
+    from tuna_peft.models.stack.manifest import MANIFEST
 
     require_gguf()
     from tuna_peft.export.gguf.adapter import export_gguf_adapter

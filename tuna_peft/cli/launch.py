@@ -20,8 +20,8 @@ def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | N
         UserError: There is no such file, or it asks for DeepSpeed in vain.
     """
     from tuna_peft.recipe.load import load_recipe
-    from tuna_peft.recipe.sharding import require_supported
     from tuna_peft.recipe.shipped import find_accelerate_config
+    from tuna_peft.run.sharding import require_supported
 
     file = find_accelerate_config(config)
     require_supported(file)

@@ -32,7 +32,7 @@ def merge(
     from tuna_peft.cli.divergence import comparison_prompts, print_divergence, print_routes
     from tuna_peft.export.compare import compare_routes
     from tuna_peft.export.merge import merge_stack
-    from tuna_peft.models.find_stack import find_stack
+    from tuna_peft.models.stack.find import find_stack
 
     source = find_stack(stack)
     ids = comparison_prompts(source, prompts, base_model)

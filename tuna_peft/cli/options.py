@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from tuna_peft.errors import UserError
-from tuna_peft.recipe.expectations import expected
+from tuna_peft.recipe.messages import expected
 
 if TYPE_CHECKING:
     from tuna_peft.data.config import DataSource, PromptConfig

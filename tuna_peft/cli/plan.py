@@ -28,10 +28,10 @@ def plan(
     from rich.console import Console
 
     from tuna_peft.cli import plan_output
+    from tuna_peft.planning.from_recipe import plan_recipe, this_device
     from tuna_peft.planning.gpus import GPUS, find_gpu
     from tuna_peft.planning.spec import Device
     from tuna_peft.recipe.load import load_recipe
-    from tuna_peft.recipe.plan import plan_recipe, this_device
 
     cards = GPUS if gpu == "all" else [find_gpu(gpu)] if gpu else []
     loaded = load_recipe(recipe, overrides or [], missing=True)

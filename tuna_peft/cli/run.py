@@ -40,13 +40,13 @@ def run(
     loaded = load_recipe(recipe, overrides or [])
     folder = output or Path("runs") / loaded.name
     if dry_run:
-        from tuna_peft.recipe.describe import describe_recipe
+        from tuna_peft.run.dry_run import describe_recipe
 
         Console().print(describe_recipe(loaded, folder), soft_wrap=True)
         return
 
     from tuna_peft.cli.summary import run_summary
-    from tuna_peft.recipe.pipeline import run_recipe
+    from tuna_peft.run.pipeline import run_recipe
 
     report = run_recipe(loaded, folder)
     if report:  # of several processes one has it

@@ -59,7 +59,7 @@ def sample(
     from tuna_peft.feedback.sampling import sample_candidates
     from tuna_peft.files import write_jsonl
     from tuna_peft.journal import Journal
-    from tuna_peft.recipe.samplers import open_sampler
+    from tuna_peft.run.samplers import open_sampler
 
     settings = from_options(
         SampleSettings,

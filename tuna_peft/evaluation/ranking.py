@@ -15,7 +15,7 @@ from tuna_peft.data.collate import RankedCollator
 from tuna_peft.evaluation.bootstrap import mean_metric
 from tuna_peft.evaluation.ranking_metrics import Pair, kendall_tau_b, ndcg, pairs_of, reciprocal_rank, top1_hit
 from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
-from tuna_peft.models.scoring import stream_logps
+from tuna_peft.models.forward.scoring import stream_logps
 
 MAIN = "pair_accuracy"
 

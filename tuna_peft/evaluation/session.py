@@ -15,7 +15,7 @@ from tuna_peft.data.ranked import Prompt
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.evaluation.results import Exclusion
 from tuna_peft.journal import Journal, content_key
-from tuna_peft.models.generation import stream_responses
+from tuna_peft.models.generation.generate import stream_responses
 
 JOURNAL = "evaluation/journal.jsonl"
 """Where a run keeps what its stages answered."""
@@ -66,8 +66,8 @@ class Session:
     Attributes:
         folder: Where results are.
         stage: The stage's name.
-        digest: Names the weights that answer, see `tuna_peft.models.any_model.model_digest`: the base and the stage's
-            adapters, from bottom to top. PEFT calls adapters active even where they are disabled.
+        digest: Names the weights that answer, see `tuna_peft.models.base.any_model.model_digest`: the base and the
+            stage's adapters, from bottom to top. PEFT calls adapters active even where they are disabled.
         model: With these adapters active, and no others.
         tokenizer: Its tokenizer.
         journal: Keeps what was generated.

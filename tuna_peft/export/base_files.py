@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from tuna_peft.errors import UserError
 from tuna_peft.export.chat_template import chat_template_of
 from tuna_peft.files import write_json, write_text
-from tuna_peft.models.adapter_stack import require_same_base
-from tuna_peft.models.base import resolve_model_path, safetensors_files, weights_fingerprint
-from tuna_peft.models.manifest import Manifest
+from tuna_peft.models.base.load import resolve_model_path, safetensors_files, weights_fingerprint
+from tuna_peft.models.stack.files import require_same_base
+from tuna_peft.models.stack.manifest import Manifest
 
 # Configuration, generation settings, tokenizer, chat template, custom code, licences: everything but weights.
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.divergence import Divergence, divergence_from, iter_logits
-from tuna_peft.models.adapter_stack import AdapterStack
-from tuna_peft.models.base import resolve_device, resolve_dtype
-from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_dequantisation
-from tuna_peft.models.find_stack import find_stack
-from tuna_peft.models.manifest import read_manifest
-from tuna_peft.models.memory import free_memory
+from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
+from tuna_peft.models.base.load import resolve_device, resolve_dtype
+from tuna_peft.models.base.memory import free_memory
+from tuna_peft.models.stack.files import AdapterStack
+from tuna_peft.models.stack.find import find_stack
+from tuna_peft.models.stack.manifest import read_manifest
 from tuna_peft.ram import available_ram
 
 # Of the memory that is free, what weights may take; the rest is for activations and logits.

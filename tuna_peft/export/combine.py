@@ -16,7 +16,7 @@ from tuna_peft.export.factors import PEFT_PREFIX, StackFactors
 from tuna_peft.export.output import mean_and_max, require_replaceable, require_space, write_record
 from tuna_peft.export.safetensors_stream import TensorSpec, write_safetensors
 from tuna_peft.files import atomic_directory, write_json
-from tuna_peft.models.stack import ADAPTER_WEIGHTS
+from tuna_peft.models.stack.adapters import ADAPTER_WEIGHTS
 
 COMPRESSION = "compression_error.json"
 

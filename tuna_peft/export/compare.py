@@ -15,8 +15,8 @@ from tuna_peft.export.combine import CombineReport, combine_stack
 from tuna_peft.export.divergence import Divergence
 from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.merge import MERGED_DTYPES, MergeReport, merge_stack
-from tuna_peft.models.find_stack import find_stack
-from tuna_peft.models.manifest import read_manifest
+from tuna_peft.models.stack.find import find_stack
+from tuna_peft.models.stack.manifest import read_manifest
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from tuna_peft.errors import UserError
-from tuna_peft.models.find_stack import find_stack
-from tuna_peft.models.manifest import AdapterEntry, Manifest, read_manifest
-from tuna_peft.models.stack import ADAPTER_WEIGHTS, require_stackable
+from tuna_peft.models.stack.adapters import ADAPTER_WEIGHTS, require_stackable
+from tuna_peft.models.stack.find import find_stack
+from tuna_peft.models.stack.manifest import AdapterEntry, Manifest, read_manifest
 
 PEFT_PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"

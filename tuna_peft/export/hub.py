@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from tuna_peft.errors import UserError
 from tuna_peft.export.card import model_card
 from tuna_peft.export.release import Kind, Release, collect_release
-from tuna_peft.models.base import resolve_model_path
+from tuna_peft.models.base.load import resolve_model_path
 
 logger = logging.getLogger("tuna_peft")
 _LICENCE_OF_BUILTIN = "apache-2.0"

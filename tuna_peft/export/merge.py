@@ -32,7 +32,7 @@ from tuna_peft.export.output import (
 )
 from tuna_peft.export.safetensors_stream import write_safetensors
 from tuna_peft.files import write_json
-from tuna_peft.models.base import resolve_device, resolve_dtype
+from tuna_peft.models.base.load import resolve_device, resolve_dtype
 
 MERGED_DTYPES = (*DTYPES, "nf4")
 REQUANTISATION = "requantisation_error.json"

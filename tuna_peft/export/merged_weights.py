@@ -22,7 +22,7 @@ from tuna_peft.export.base_weight import (
 )
 from tuna_peft.export.factors import Factors, StackFactors
 from tuna_peft.export.safetensors_stream import FLOATS, SafetensorsReader, TensorSpec
-from tuna_peft.models.base import safetensors_files
+from tuna_peft.models.base.load import safetensors_files
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

@@ -15,7 +15,7 @@ from typing import Any
 
 from tuna_peft.errors import UserError
 from tuna_peft.files import disk_full_is_a_user_error, replace_directory, write_json
-from tuna_peft.models.manifest import Manifest
+from tuna_peft.models.stack.manifest import Manifest
 
 RECORD = "tuna_export.json"
 PLAN = "plan.json"

@@ -17,8 +17,8 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.base_files import companion_files
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.output import RECORD
-from tuna_peft.models.base import resolve_model_path
-from tuna_peft.models.manifest import ADAPTER_FILES, MANIFEST, read_manifest
+from tuna_peft.models.base.load import resolve_model_path
+from tuna_peft.models.stack.manifest import ADAPTER_FILES, MANIFEST, read_manifest
 
 Kind = Literal["adapters", "merged", "gguf"]
 KINDS: tuple[Kind, ...] = ("adapters", "merged", "gguf")

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.config import SampleSettings
 from tuna_peft.files import sha256
-from tuna_peft.models.generation import Generated
-from tuna_peft.models.memory import free_memory
+from tuna_peft.models.base.memory import free_memory
+from tuna_peft.models.generation.generate import Generated
 
 # What vLLM allocates adapters for; other ranks are refused.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -11,7 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from tuna_peft.errors import UserError
-from tuna_peft.models.hub_files import hub_file
+from tuna_peft.models.base.hub_files import hub_file
 from tuna_peft.planning.shapes import ModelShape, known_shape
 
 logger = logging.getLogger("tuna_peft")

@@ -8,10 +8,10 @@ from tuna_peft.planning.memory import Precision, attention_bytes, chunk_bytes, d
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ForwardPass
 
-# Tokens of room that a cache makes at a time (`models/growing_cache.py`), and the token that it is made for.
+# Tokens of room that a cache makes at a time (`models/generation/growing_cache.py`), and the one it is made for.
 CACHE_STEP = 64 + 1
 # Bytes beside a logit while a token is drawn: the logits in fp32, and a 64-bit random number through its rounds
-# (`models/generation.py`); with `top_p` the sorted vocabulary beside it. Measured on meta tensors.
+# (`models/generation/generate.py`); with `top_p` the sorted vocabulary beside it. Measured on meta tensors.
 _DRAWN, _DRAWN_BY_TOP_P = 28, 41
 
 

@@ -15,7 +15,7 @@ from tuna_peft.planning.workload import ForwardPass
 
 # Blocks of 64 weights with a scale each: one byte under double quantisation, with an fp32 scale for 256 scales.
 _BLOCK, _SCALES_BLOCK = 64, 256
-CHUNK_ROWS = 256  # of logits at a time, as `models/logps.py` takes them; a test compares the two
+CHUNK_ROWS = 256  # of logits at a time, as `models/forward/logps.py` takes them; a test compares the two
 SUPERVISED_TILE = (4096, 32768)  # tokens and vocabulary at a time in TRL's fused head; a test compares
 
 # Bytes that a trainable parameter's optimiser state takes, by the beginning of its name; AdamW otherwise.

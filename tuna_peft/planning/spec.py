@@ -67,7 +67,7 @@ class SampleSpec:
 
     @property
     def prompts_at_once(self) -> int:
-        """As `models/generation.py` fills a batch."""
+        """As `models/generation/generate.py` fills a batch."""
         return max(1, self.batch_size // self.n)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 ASSUMED_PROMPT, ASSUMED_RESPONSE, ASSUMED_RESPONSES = 100, 200, 4
 ASSUMED_ROWS, ASSUMED_HELD_OUT = 10_000, 500
 PAD_TO = 8  # rows are padded to a multiple of this
-LONG_ROW = 512  # as `models/prefix.py` has it; a test compares the two
+LONG_ROW = 512  # as `models/forward/prefix.py` has it; a test compares the two
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ForwardPass:
 
     @property
     def by_segment(self) -> bool:
-        """Whether attention goes segment by segment (see `tuna_peft.models.segments`), not through a dense mask."""
+        """Whether attention is computed segment by segment (`tuna_peft.models.forward.segments`), without a mask."""
         return self.keys is not None and self.width >= LONG_ROW
 
 

@@ -99,7 +99,7 @@ def _item(data: Any, key: str | int) -> Any:
 
 
 def read_document(file: str | Path) -> Document:
-    """Reads one recipe file; what it extends is for `extends.read_recipe` to add.
+    """Reads one recipe file; what it extends is for `layers.read_recipe` to add.
 
     Raises:
         UserError: It cannot be read, is not UTF-8, is no YAML, repeats a key, or does not hold a mapping.

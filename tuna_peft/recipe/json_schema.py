@@ -9,7 +9,7 @@ from pydantic import PydanticUserError
 from pydantic.errors import PydanticInvalidForJsonSchema
 
 from tuna_peft.errors import UserError, did_you_mean
-from tuna_peft.recipe.extends import EXTENDS, EXTENDS_HELP
+from tuna_peft.recipe.layers import EXTENDS, EXTENDS_HELP
 from tuna_peft.recipe.schema import Recipe, StageType
 from tuna_peft.recipe.train_fields import TrainField, train_fields, type_adapter
 

@@ -11,12 +11,10 @@ from pydantic import BaseModel, ValidationError
 
 from tuna_peft.errors import did_you_mean
 from tuna_peft.recipe.document import Document, KeyPath
-from tuna_peft.recipe.expectations import expected
-from tuna_peft.recipe.extends import EXTENDS, read_recipe
 from tuna_peft.recipe.feedback_schema import FEEDBACK, FILE, FeedbackSource
-from tuna_peft.recipe.overrides import apply_overrides
+from tuna_peft.recipe.layers import EXTENDS, apply_overrides, read_recipe
+from tuna_peft.recipe.messages import Problem, expected, raise_problems
 from tuna_peft.recipe.paths import missing_paths, resolve_paths
-from tuna_peft.recipe.problems import Problem, raise_problems
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.recipe.shipped import find_recipe
 from tuna_peft.recipe.train_fields import check_train
@@ -27,7 +25,7 @@ def load_recipe(
 ) -> Recipe:
     """Loads, overrides and checks a recipe.
 
-    A recipe may stand on another, see `extends.read_recipe`. Local paths come out absolute: a relative one is looked
+    A recipe may stand on another, see `layers.read_recipe`. Local paths come out absolute: a relative one is looked
     for in the current directory, then beside the recipe, then beside what it extends.
 
     Args:

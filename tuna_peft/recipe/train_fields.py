@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from tuna_peft.errors import did_you_mean
-from tuna_peft.recipe.expectations import expected
+from tuna_peft.recipe.messages import expected
 from tuna_peft.recipe.schema import StageType
 
 # Fields that a recipe sets elsewhere, or that would work against the run directory. Saying where they went is kinder

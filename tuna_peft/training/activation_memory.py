@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tuna_peft.models.scoring import unwrap
+from tuna_peft.models.forward.scoring import unwrap
 
 GIB = 2**30
 # Of what a GPU has left over: the allocator's blocks never fit perfectly.

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from tuna_peft.errors import UserError
 from tuna_peft.files import disk_full_is_a_user_error
-from tuna_peft.models.adapter_stack import write_stack
-from tuna_peft.models.stack import adapter_names, load_adapter_weights, train_top_adapter
+from tuna_peft.models.stack.adapters import adapter_names, load_adapter_weights, train_top_adapter
+from tuna_peft.models.stack.files import write_stack
 from tuna_peft.training.engines import DataParallel
 
 

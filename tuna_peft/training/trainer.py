@@ -27,14 +27,14 @@ from tuna_peft.data.collate import RankedCollator
 from tuna_peft.data.micro_batches import MicroBatchCollator, halves
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
-from tuna_peft.models.base import load_base
-from tuna_peft.models.dequantise import keep_quantised_layout, require_exact_dequantisation
-from tuna_peft.models.logps import require_plain_head
-from tuna_peft.models.prefix import LONG_ROW, describe_attention
-from tuna_peft.models.scoring import response_logps, unwrap
-from tuna_peft.models.shards import is_sharded
-from tuna_peft.models.stack import push_adapter
-from tuna_peft.models.verify import verify_shared_rows
+from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
+from tuna_peft.models.base.load import load_base
+from tuna_peft.models.base.shards import is_sharded
+from tuna_peft.models.forward.logps import require_plain_head
+from tuna_peft.models.forward.prefix import LONG_ROW, describe_attention
+from tuna_peft.models.forward.scoring import response_logps, unwrap
+from tuna_peft.models.forward.verify import verify_shared_rows
+from tuna_peft.models.stack.adapters import push_adapter
 from tuna_peft.training.activation_memory import ActivationMemory
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
 from tuna_peft.training.config import TunaConfig

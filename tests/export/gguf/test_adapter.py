@@ -18,7 +18,7 @@ from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.gguf.adapter import export_gguf_adapter
 from tuna_peft.export.gguf.tensors import reorder_heads
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.models.stack import save_adapter
+from tuna_peft.models.stack.adapters import save_adapter
 
 NAMES = {
     "blk.{}.attn_q": "model.layers.{}.self_attn.q_proj",

@@ -27,8 +27,8 @@ from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.gguf.adapter import export_gguf_adapter
 from tuna_peft.export.gguf.model import export_gguf
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.models.adapter_stack import save_stack
-from tuna_peft.models.base import resolve_model_path
+from tuna_peft.models.base.load import resolve_model_path
+from tuna_peft.models.stack.files import save_stack
 
 ROOT = Path(__file__).parents[3]
 LLAMA_CPP = Path(os.environ.get("LLAMA_CPP", ROOT / "build" / "llama-cpp"))

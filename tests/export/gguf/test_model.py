@@ -85,7 +85,7 @@ def test_transformers_reads_the_same_tokenizer(tmp_path: Path, family: str) -> N
 
 @pytest.mark.parametrize("source", ["builtin:pico-llama", pytest.param(str(STORIES), marks=stories)])
 def test_real_models(tmp_path: Path, source: str) -> None:
-    from tuna_peft.models.base import resolve_model_path
+    from tuna_peft.models.base.load import resolve_model_path
 
     folder = resolve_model_path(source)
     report = export_gguf(source, tmp_path / "out", types=["f32", "bf16", "q4_0"], name="real")

@@ -17,8 +17,8 @@ from tuna_peft.export.gguf.modelfile import MODELFILE, write_modelfile
 from tuna_peft.export.gguf.tensors import TYPES, GGUFTensor, reorder_heads, tensor_name
 from tuna_peft.export.output import require_replaceable, require_space, write_record
 from tuna_peft.files import atomic_directory
-from tuna_peft.models.base import resolve_model_path
-from tuna_peft.models.manifest import MANIFEST
+from tuna_peft.models.base.load import resolve_model_path
+from tuna_peft.models.stack.manifest import MANIFEST
 
 BASE_FILE = "base.gguf"  # where the Modelfile expects the base: the adapter alone says nothing of its file
 ADAPTER_TYPES = ("f32", "f16")  # a 16-bit B loses less than a 4-bit base does; llama.cpp adds in fp32 either way

@@ -26,7 +26,7 @@ from tuna_peft.export.gguf.tokenizer import write_tokenizer
 from tuna_peft.export.output import RECORD, require_replaceable, require_space
 from tuna_peft.export.safetensors_stream import SafetensorsReader
 from tuna_peft.files import atomic_directory, write_json
-from tuna_peft.models.base import resolve_model_path, safetensors_files
+from tuna_peft.models.base.load import resolve_model_path, safetensors_files
 
 _METADATA = 64 << 20  # allowed for tokenizer and headers when space is checked
 

@@ -1,0 +1,51 @@
+"""Files on the Hub, against a server that answers as the Hub does: what went wrong, and what to do."""
+
+from __future__ import annotations
+
+import json
+
+import huggingface_hub.constants
+import pytest
+from refusing_hub import CONFIG, hub  # noqa: F401 - hub is a fixture
+
+from tuna_peft.errors import UserError
+from tuna_peft.models.base.hub_files import hub_file
+from tuna_peft.models.base.load import load_base
+from tuna_peft.planning.hub_config import read_shape
+
+
+@pytest.mark.parametrize(
+    ("model", "what", "fix"),
+    [
+        ("org/gated", "the model is gated", "run `hf auth login`"),
+        ("org/absent", "there is no such model on the Hub", "run `hf auth login`"),
+        ("org/empty", "the model has no config.json", "transformers' format"),
+        ("org/revision", "the model has no revision 'v9'", "base.revision"),
+        ("not a model", "neither a folder here nor a Hub id", "Check the name"),
+    ],
+)
+def test_refusals_say_what_to_do(hub, model, what, fix):  # noqa: F811
+    with pytest.raises(UserError) as error:
+        hub_file(model, "config.json", "v9")
+    assert what in error.value.what and fix in error.value.fix and error.value.where == model
+
+
+def test_without_a_network_the_cache_is_used_and_named(hub, monkeypatch, caplog):  # noqa: F811
+    assert hub_file("org/fine", "config.json")[1] == "the Hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    file, source = hub_file("org/fine", "config.json")
+    assert json.loads(file.read_text()) == CONFIG
+    assert "no network" in source and "using the copy in the cache" in caplog.text
+    assert read_shape("org/fine")[0].layers == 2
+
+
+def test_without_a_network_and_a_cache_it_is_an_error_unless_the_sizes_are_known():
+    with pytest.raises(UserError, match="the Hub cannot be reached, and the model is not in the cache"):
+        read_shape("org/never-seen")
+    shape, source = read_shape("meta-llama/Llama-3.2-1B-Instruct")
+    assert shape.layers == 16 and "known to this package" in source
+
+
+def test_loading_a_base_gives_the_same_errors():
+    with pytest.raises(UserError, match="the Hub cannot be reached, and the model is not in the cache"):
+        load_base("org/never-seen")

@@ -1,0 +1,85 @@
+"""A shared prompt changes no log-probability: packed rows equal separate rows, in value and in gradient."""
+
+import pytest
+import torch
+from families import FAMILIES, make_model, make_rows
+
+from tuna_peft import UserError
+from tuna_peft.data.collate import RankedCollator
+from tuna_peft.data.micro_batches import halves
+from tuna_peft.models.forward import prefix
+from tuna_peft.models.forward.scoring import response_logps
+
+
+def separate_rows(model, rows):
+    """Summed log-probabilities, one plain forward per response, as the released code computes them."""
+    sums = []
+    for row in rows:
+        for response, skip in zip(row["completions_ids"], row["completion_skips"], strict=True):
+            ids = torch.tensor([row["prompt_ids"] + response])
+            logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            picked = logps.gather(-1, ids[0, 1:, None]).squeeze(-1)
+            sums.append(picked[len(row["prompt_ids"]) - 1 + skip :].sum())
+    return torch.stack(sums)
+
+
+def packed_rows(model, rows, **collator):
+    batch = RankedCollator(pad_token_id=0, **collator)(rows)
+    logps = response_logps(model, batch)
+    return logps.sums_BN[batch["ranks"] >= 0], logps
+
+
+@pytest.mark.parametrize("attention", ["dense mask", "segments", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_separate(family, attention, monkeypatch):
+    monkeypatch.setattr(prefix, "LONG_ROW", 1 if attention == "segments" else 512)
+    model = make_model(family, "eager" if attention == "eager" else "sdpa")
+    rows = make_rows(2) + make_rows(2, vocabulary=3, seed=1)
+    weights = torch.linspace(-1, 1, sum(len(row["ranks"]) for row in rows))
+    gradients, values = [], []
+    for score in (separate_rows, lambda *args: packed_rows(*args)[0]):
+        model.zero_grad()
+        value = score(model, rows)
+        # A weight below the attention, whose gradient passes through every layer; the head's comes from the body.
+        body = model.model.layers[0].self_attn.v_proj.weight
+        (value * weights).sum().backward()
+        values.append(value.detach())
+        gradients.append(body.grad.clone())
+    torch.testing.assert_close(*values, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=2e-5, rtol=1e-4)
+
+
+def test_padding_and_neighbours_do_not_matter():
+    model, rows = make_model(), make_rows(5)
+    together, _ = packed_rows(model, rows)
+    alone = torch.cat([packed_rows(model, [row])[0] for row in rows])
+    wide, _ = packed_rows(model, rows, pad_to_multiple_of=64)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together, wide, atol=1e-5, rtol=1e-5)
+
+
+def test_halves_of_a_batch_hold_the_same_responses():
+    model = make_model()
+    batch = RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(2, vocabulary=3, seed=1))
+    whole = response_logps(model, batch)
+    parts = [response_logps(model, part) for part in halves(batch)]
+    torch.testing.assert_close(torch.cat([p.sums_BN for p in parts]), whole.sums_BN, atol=1e-5, rtol=1e-5)
+    assert torch.equal(torch.cat([p.lengths_BN for p in parts]), whole.lengths_BN)
+
+
+def test_lengths_and_normalisation():
+    rows = make_rows(1, n=(3, 3))
+    _, logps = packed_rows(make_model(), rows)
+    lengths = [
+        len(ids) - skip for ids, skip in zip(rows[0]["completions_ids"], rows[0]["completion_skips"], strict=True)
+    ]
+    assert logps.lengths_BN[0].tolist() == lengths
+    torch.testing.assert_close(logps.normalised(1.0), logps.sums_BN / logps.lengths_BN)
+    torch.testing.assert_close(logps.normalised(0.0), logps.sums_BN)
+
+
+def test_heads_that_are_refused_by_name():
+    model = make_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match="final_logit_softcapping=30"):
+        packed_rows(model, make_rows())

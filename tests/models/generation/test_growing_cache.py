@@ -1,0 +1,62 @@
+"""A cache that grows in place holds what transformers' own holds, whatever is done to it in between."""
+
+import weakref
+
+import pytest
+import torch
+from families import FAMILIES, make_model
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from tuna_peft.models.generation.growing_cache import _ROOM, GrowingLayer
+
+
+def test_it_holds_what_the_dynamic_layer_holds():
+    torch.manual_seed(0)
+    ours, theirs = GrowingLayer(), DynamicLayer()
+
+    def grow(batch, tokens):
+        states = torch.randn(batch, 2, tokens, 4), torch.randn(batch, 2, tokens, 4)
+        for found, expected in zip(ours.update(*states), theirs.update(*states), strict=True):
+            assert torch.equal(found, expected)
+
+    grow(3, 5)
+    for _ in range(_ROOM + 2):  # past the first room
+        grow(3, 1)
+    for layer in (ours, theirs):
+        layer.batch_select_indices(torch.tensor([2, 0, 0, 1]))
+    grow(4, 1)
+    for layer in (ours, theirs):
+        layer.crop(-3)
+    grow(4, 2)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_a_token_is_written_and_nothing_copied():
+    layer = GrowingLayer()
+    layer.update(torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 8, 4))
+    place = layer.keys.data_ptr()
+    for _ in range(_ROOM):
+        layer.update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
+    assert layer.keys.data_ptr() == place
+
+
+def test_rows_that_leave_take_the_old_room_with_them():
+    layer = GrowingLayer()
+    layer.update(torch.zeros(3, 1, 8, 4), torch.zeros(3, 1, 8, 4))
+    rooms = [weakref.ref(room) for room in layer._rooms]
+    layer.batch_select_indices(torch.tensor([0, 2]))
+    assert [room() for room in rooms] == [None, None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_models_give_the_same_logits_with_it(family):
+    model, ids = make_model(family), torch.arange(3, 15)[None]
+    logits = []
+    for layer_type in (DynamicLayer, GrowingLayer):
+        cache = DynamicCache(config=model.config)
+        cache.layers = [layer_type() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        steps = [ids[:, :6], *ids[:, 6:].split(1, dim=1)]
+        logits.append(torch.cat([model(input_ids=step, past_key_values=cache).logits for step in steps], dim=1))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)

@@ -1,0 +1,275 @@
+"""The frozen base: any causal LM, quantised by bitsandbytes or not, with its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+
+from tuna_peft.errors import UserError
+from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
+from tuna_peft.models.base.hub_files import CACHE, hub_file
+
+BUILTIN = {"builtin:pico-llama": "pico_llama"}
+QUANTIZATION_METHODS = ("nf4", "fp4", "int8", "none")
+
+
+@dataclass
+class Base:
+    """A loaded base model and what is needed to find it again.
+
+    Attributes:
+        model: The causal LM, in evaluation mode, every parameter frozen.
+        tokenizer: Its tokenizer; `pad_token` is set (to EOS where the model has none: masks go by length, not by id).
+        identity: `{"model", "revision", "fingerprint"}`, see `base_identity`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: dict[str, Any]
+
+
+def resolve_model_path(model: str) -> str:
+    """Turns `builtin:pico-llama` into its folder inside the package; leaves paths and Hub ids alone."""
+    if model.startswith("builtin:"):
+        if model not in BUILTIN:
+            raise UserError(f"no built-in model {model!r}", fix=f"Known: {', '.join(BUILTIN)}.")
+        return str(resources.files("tuna_peft.assets") / BUILTIN[model])
+    return model
+
+
+def model_id(model: PreTrainedModel) -> str:
+    """What the user would write to load `model` again: a Hub id, a path, or a `builtin:` name."""
+    path = str(model.config._name_or_path)
+    return next((name for name in BUILTIN if Path(path) == Path(resolve_model_path(name))), path)
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """`auto` is the GPU when there is one; under a launcher, `auto` and `cuda` are the GPU of this process.
+
+    Raises:
+        UserError: A GPU is asked for and PyTorch sees none.
+    """
+    there = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if there and os.environ.get("ACCELERATE_USE_CPU") != "true" else "cpu"
+    if device.startswith("cuda") and not there:
+        raise UserError(
+            "PyTorch sees no GPU here",
+            where=f"device {device}",
+            fix="`tuna-peft doctor` says why; `cpu` does without.",
+        )
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str = "auto", device: torch.device | None = None) -> torch.dtype:
+    """The dtype to hold and compute in: bf16 where the GPU has it (Ampere on), fp16 on a T4, fp32 on CPU."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if (device or resolve_device()).type != "cuda":
+        return torch.float32
+    # `is_bf16_supported` counts emulation, which is slow on a T4: ask for the real thing.
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def make_quantization_config(
+    method: str = "nf4",
+    *,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype = torch.float32,
+    storage_dtype: torch.dtype = torch.uint8,
+) -> BitsAndBytesConfig | None:
+    """The bitsandbytes configuration for `nf4`, `fp4`, `int8`; None for `none`.
+
+    `storage_dtype` is what 4-bit codes are stored as: the bits are the same, but only floating ones can be sharded.
+    """
+    if method == "none":
+        return None
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if method not in QUANTIZATION_METHODS:
+        raise UserError(f"unknown quantisation {method!r}", fix=f"Use one of {', '.join(QUANTIZATION_METHODS)}.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=storage_dtype,
+    )
+
+
+def load_base(
+    model: str,
+    *,
+    revision: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    attn_implementation: str = "sdpa",
+) -> Base:
+    """Loads and freezes a base model.
+
+    Embeddings, norms and head stay in `dtype` (16-bit on a GPU): log-probabilities are taken in fp32 chunk by chunk
+    later, so the usual upcast of embedding and head, about 2 GB at a vocabulary of 128k, is not needed.
+
+    Args:
+        model: Hub id, local path, or `builtin:pico-llama`.
+        revision: Branch, tag or commit on the Hub.
+        quantization_config: See `make_quantization_config`; None loads unquantised.
+        dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+
+    Raises:
+        UserError: The model does not exist, cannot be read, or is no decoder-only causal LM.
+    """
+    target = resolve_device(device)
+    config, tokenizer = load_config_and_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_model_path(model),
+            config=config,
+            dtype=resolve_dtype(dtype, target),
+            quantization_config=quantization_config,
+            # Straight to a GPU: a T4's host has less memory than a 7B model in fp16.
+            device_map={"": target} if quantization_config is not None or target.type != "cpu" else None,
+            use_safetensors=True,  # pickles run code
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error
+    loaded.config.pad_token_id = tokenizer.pad_token_id
+    loaded.config.use_cache = False
+    keep_quantised_layout(loaded)
+    require_exact_dequantisation(loaded)
+    loaded.requires_grad_(False)
+    loaded.eval()
+    return Base(loaded, tokenizer, base_identity(loaded))
+
+
+def load_config_and_tokenizer(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """What can be known of a base without its weights.
+
+    Args:
+        model: As in `load_base`, like the others.
+
+    Returns:
+        The configuration, and the tokenizer with a `pad_token` (EOS where it has none).
+
+    Raises:
+        UserError: It does not exist, is gated, cannot be reached or read, or is no decoder-only causal LM.
+    """
+    path = resolve_model_path(model)
+    on_hub = path == model and not Path(path).exists()
+    # Says what is wrong better than what follows, and spares it the wait for a network that is not there.
+    offline = on_hub and hub_file(model, "config.json", revision)[1] == CACHE
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": offline}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        _require_causal_lm(config, model)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the base model {model!r}: {str(error).splitlines()[0]}", fix="Check the path or Hub id."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model!r} has no EOS token", fix="Set `eos_token` in its tokenizer config.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return config, tokenizer
+
+
+def _require_causal_lm(config: Any, model: str) -> None:
+    architectures = config.architectures or []
+    decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.is_encoder_decoder
+    named = not architectures or any("CausalLM" in name or "LMHead" in name for name in architectures)
+    if not (decoder and named) and not hasattr(config, "auto_map"):
+        raise UserError(
+            f"{model!r} is no causal language model (model type {config.model_type}, "
+            f"{architectures or 'no architecture'})",
+            fix="Use a decoder-only model such as LLaMA, Mistral, Qwen or Gemma.",
+        )
+
+
+def base_identity(model: PreTrainedModel) -> dict[str, Any]:
+    """`{"model", "revision", "fingerprint"}`: where a base came from and a digest of its stored weights."""
+    return {
+        "model": model_id(model),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "fingerprint": weights_fingerprint(
+            safetensors_files(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
+        ),
+    }
+
+
+def weights_fingerprint(files: list[str]) -> str | None:
+    """SHA-256 over the first row of every tensor in the safetensors files, before any quantisation or cast.
+
+    A fine-tune or a merge changes those rows; reading them costs milliseconds where a digest of every byte of a 7B
+    model costs a minute. None without files.
+    """
+    from safetensors import safe_open
+
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    rows: dict[str, bytes] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                view = tensors.get_slice(name)
+                row = view[0:1] if view.get_shape() else tensors.get_tensor(name)
+                rows[name] = (
+                    str(tuple(view.get_shape())).encode()
+                    + row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                )
+    for name in sorted(rows):
+        digest.update(name.encode() + rows[name])
+    return digest.hexdigest()
+
+
+def safetensors_files(path: str, revision: str | None = None) -> list[str]:
+    """The weight files of a local or cached model, in the order of their names; empty when it has no safetensors."""
+
+    def find(name: str) -> str | None:
+        return cached_file(
+            path,
+            name,
+            revision=revision,
+            local_files_only=not Path(path).is_dir(),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+
+    if single := find("model.safetensors"):
+        return [single]
+    if index := find("model.safetensors.index.json"):
+        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        return [str(Path(index).parent / shard) for shard in shards]
+    return []

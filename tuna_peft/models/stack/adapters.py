@@ -1,0 +1,227 @@
+"""Adapters stacked on one frozen base: all active, only the top one trained.
+
+PEFT can hold several LoRA adapters in one model; the order of `peft_config` is the order of the stack. Adapter outputs
+add up, so a stack is exact without merging, and evaluation after any stage is a switch of adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from tuna_peft.errors import UserError
+from tuna_peft.models.forward import fused_lora
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+# These initialisations rewrite the base weight, which a quantised or shared base cannot take.
+_BASE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "eva", "orthogonal", "lora_ga")
+
+# Settings of `LoraConfig` that change what an adapter computes.
+_VARIANTS = (
+    "lora_bias",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_bdlora",
+    "monteclora_config",
+    "kasa_config",
+)
+
+
+def adapter_names(model: torch.nn.Module) -> list[str]:
+    """The stack from bottom to top; empty for a model without adapters."""
+    return list(model.peft_config) if isinstance(model, PeftModel) else []
+
+
+def push_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> PeftModel:
+    """Adds `config` as the new top of the stack: the only adapter that trains, in fp32, above frozen active ones.
+
+    Raises:
+        UserError: The name is taken, or the configuration cannot stand on a stack.
+    """
+    require_stackable(config, name)
+    _require_usable_name(model, name)
+    fused_lora.register(config)
+    try:
+        if isinstance(model, PeftModel):
+            stacked = model
+            stacked.add_adapter(name, config)
+        else:
+            stacked = get_peft_model(model, config, adapter_name=name)
+    except ValueError as error:  # no module of the base matches, or a matching one cannot carry LoRA
+        raise UserError(
+            f"adapter {name!r} does not fit this base: {str(error).splitlines()[0]}",
+            fix="Check target_modules and related settings against the module names of the base.",
+        ) from error
+    train_top_adapter(stacked)
+    return stacked
+
+
+def train_top_adapter(model: PeftModel) -> None:
+    """Activates the whole stack and leaves gradients on its top adapter alone."""
+    names = adapter_names(model)
+    _tuner(model).set_adapter(names)  # PeftModel.set_adapter takes one name only
+    if names[:-1]:
+        model.set_requires_grad(names[:-1], False)
+    model.set_requires_grad(names[-1], True)
+
+
+def drop_adapter(model: PeftModel, name: str) -> None:
+    """Takes an adapter out of the stack; the others are active and frozen."""
+    model.delete_adapter(name)
+    _tuner(model).set_adapter(adapter_names(model), inference_mode=True)
+
+
+def take_over(model: PeftModel) -> None:
+    """The top adapter becomes a copy of the one below it, takes its place, and trains."""
+    below, top = adapter_names(model)[-2:]
+    state = get_peft_model_state_dict(model, adapter_name=below, save_embedding_layers=False)
+    set_peft_model_state_dict(model, state, adapter_name=top)
+    drop_adapter(model, below)
+    train_top_adapter(model)
+
+
+@contextlib.contextmanager
+def active_adapters(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator[None]:
+    """Inside, only `names` are active (none: the bare base), without gradients; afterwards all is as before."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    before = list(model.active_adapters)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    try:
+        if names:
+            _tuner(model).set_adapter(list(names), inference_mode=True)
+            yield
+        else:
+            with model.disable_adapter():
+                yield
+    finally:
+        _tuner(model).set_adapter(before, inference_mode=True)
+        for name in trainable:
+            model.get_parameter(name).requires_grad_(True)
+
+
+def save_adapter(model: PeftModel, name: str, folder: Path, base_model: str | None = None) -> None:
+    """Writes one adapter as plain PEFT reads it: `adapter_config.json` and `adapter_model.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # save_embedding_layers=False: "auto" asks the Hub for the base's vocabulary, which fails offline.
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in state.items()},
+        folder / ADAPTER_WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    config = model.peft_config[name]
+    inference_mode, path = config.inference_mode, config.base_model_name_or_path
+    config.inference_mode, config.base_model_name_or_path = True, base_model or path
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode, config.base_model_name_or_path = inference_mode, path
+
+
+def load_adapter(model: PreTrainedModel | PeftModel, name: str, folder: Path) -> PeftModel:
+    """Puts a saved adapter on top of the stack, frozen and active.
+
+    Raises:
+        UserError: Its tensors do not fit this base, by name or by shape: PEFT would skip or half-load them.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # the manifest knows the base by its weights; PEFT warns of another spelling
+    stacked = push_adapter(model, name, config)
+    load_adapter_weights(stacked, name, folder)
+    stacked.set_requires_grad(name, False)
+    stacked.eval()
+    return stacked
+
+
+def load_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
+    """Overwrites the weights of adapter `name` with the saved ones; every tensor must match."""
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    wrong = sorted(set(saved) ^ set(own)) or sorted(key for key in own if own[key].shape != saved[key].shape)
+    if wrong:
+        raise UserError(
+            f"the adapter does not fit this base: {len(wrong)} tensors differ, the first is {wrong[0]}",
+            where=str(folder),
+            fix="Load it on the base it was trained on.",
+        )
+    set_peft_model_state_dict(model, saved, adapter_name=name)
+
+
+def fingerprint(model: PeftModel, name: str) -> str:
+    """SHA-256 over an adapter's tensors in memory, to prove that training above it left it alone."""
+    digest = hashlib.sha256()
+    for key, value in sorted(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_stackable(config: PeftConfig, name: str) -> None:
+    """Refuses what is not plain LoRA, `scaling * B A x` on an untouched base, and says why.
+
+    Raises:
+        UserError: The setting that cannot stand on a stack, by name.
+    """
+    reason = None
+    if not isinstance(config, LoraConfig):
+        reason = f"a stack holds LoRA adapters, not {type(config).__name__}"
+    elif config.use_dora:
+        reason = "DoRA rescales the weight below it, so a stack of them depends on order and cannot be combined"
+    elif config.bias != "none":
+        reason = f"bias={config.bias!r} would train biases of the shared base"
+    elif config.modules_to_save:
+        reason = "modules_to_save would copy and train parts of the shared base"
+    elif variant := next((field for field in _VARIANTS if getattr(config, field, None)), None):
+        reason = f"{variant} makes it more than scaling * B A x, which is all that can be added up and merged"
+    elif isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(
+        _BASE_CHANGING_INITS
+    ):
+        reason = f"init_lora_weights={config.init_lora_weights!r} changes the frozen base below the stack"
+    elif _targets_head(config.target_modules):
+        reason = "LoRA on the head: log-probabilities come from the frozen head's weight, so it would never be used"
+    if reason:
+        raise UserError(f"adapter {name!r} cannot join the stack: {reason}", fix="Use plain LoRA (rsLoRA is fine).")
+
+
+def _tuner(model: PeftModel) -> LoraModel:
+    """PEFT's layer below `PeftModel`, which can activate several adapters at once."""
+    return cast(LoraModel, model.base_model)
+
+
+def _targets_head(target_modules: str | Sequence[str] | None) -> bool:
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, "lm_head") is not None
+    return "lm_head" in (target_modules or ())
+
+
+def _require_usable_name(model: PreTrainedModel | PeftModel, name: str) -> None:
+    if name in adapter_names(model):
+        raise UserError(f"the stack already has an adapter {name!r}", fix="Give the new adapter another name.")
+    # The name becomes a folder, and PEFT cuts it out of parameter names.
+    parts = {part for parameter, _ in model.named_parameters() for part in parameter.split(".")}
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in parts:
+        raise UserError(f"{name!r} cannot name an adapter", fix="Use letters, digits, - and _, and no module's name.")

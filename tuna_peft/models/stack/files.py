@@ -1,0 +1,203 @@
+"""A stack of adapters as one object: load it onto its base, save it with its manifest."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tuna_peft.errors import UserError
+from tuna_peft.files import atomic_directory
+from tuna_peft.models.base.load import Base, base_identity, load_base, resolve_device, resolve_dtype
+from tuna_peft.models.stack.adapters import adapter_names, load_adapter, save_adapter
+from tuna_peft.models.stack.find import find_stack
+from tuna_peft.models.stack.manifest import AdapterEntry, Manifest, read_manifest
+
+
+@dataclass
+class AdapterStack:
+    """A base with its frozen adapters, all active.
+
+    Attributes:
+        model: A `PeftModel`, in evaluation mode (the bare base for an empty stack).
+        tokenizer: The base's tokenizer.
+        prompt: The prompt template of training, as in the manifest.
+        load_dtype: What the base was loaded in for training, as in the manifest; None is what it is loaded in now.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    prompt: dict[str, Any] = field(default_factory=dict)
+    load_dtype: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Adapter names from bottom to top."""
+        return adapter_names(self.model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        upto: str | None = None,
+        base: Base | None = None,
+        base_model: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> AdapterStack:
+        """Loads a stack onto the base and the quantisation it was trained with, and verifies both.
+
+        Args:
+            folder: The folder with `stack.json`, a run's folder, or a Hub id.
+            revision: Branch, tag or commit of a stack on the Hub.
+            upto: Load the stack up to this adapter.
+            base: An already loaded base; by default the manifest's is loaded.
+            base_model: Where that base is now, if it has moved.
+            dtype: `auto` is what suits the device, see `resolve_dtype`; `load_dtype` in the manifest is what the
+                adapters were trained on.
+
+        Raises:
+            UserError: A broken or lone adapter, changed weights, or another base or quantisation than that of
+                training.
+        """
+        folder = find_stack(folder, revision)
+        manifest = read_manifest(folder, upto)
+        if base is None:
+            compute_dtype = resolve_dtype(dtype, resolve_device(device))
+            try:
+                base = load_base(
+                    base_model or manifest.base["model"],
+                    revision=None if base_model else manifest.base["revision"],
+                    quantization_config=_quantization_from(manifest.quantization, compute_dtype),
+                    device=device,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                )
+            except UserError as error:
+                moved = "If the base of this stack has moved, say where it is now (base_model)."
+                fix = f"{error.fix} {moved}" if error.fix else moved
+                raise UserError(error.what, where=error.where, fix=fix) from error
+        require_same_base(base.identity, manifest.base, str(folder))
+        _require_same_quantization(quantization_of(base.model), manifest.quantization, str(folder))
+        model: PreTrainedModel | PeftModel = base.model
+        for entry in manifest.adapters:
+            model = load_adapter(model, entry.name, folder / entry.path)
+        return cls(model, base.tokenizer, manifest.prompt, manifest.load_dtype)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the stack, see `save_stack`."""
+        if not isinstance(self.model, PeftModel):
+            raise UserError("the stack has no adapters to save", where=str(folder))
+        with atomic_directory(folder) as aside:
+            write_stack(self.model, aside, self.prompt, self.load_dtype)
+
+
+def save_stack(model: PeftModel, folder: str | os.PathLike[str], prompt: dict[str, Any] | None = None) -> None:
+    """Replaces `folder` by the whole stack, all at once, see `write_stack`."""
+    with atomic_directory(folder) as aside:
+        write_stack(model, aside, prompt)
+
+
+def write_stack(
+    model: PeftModel, folder: Path, prompt: dict[str, Any] | None = None, load_dtype: str | None = None
+) -> None:
+    """Writes every adapter to `folder/<name>/` and then the manifest to `folder/stack.json`."""
+    base = cast(PreTrainedModel, model.get_base_model())
+    for name in adapter_names(model):
+        save_adapter(model, name, folder / name, base_model=base_identity(base)["model"])
+    _manifest_of(model, folder, prompt, load_dtype).write(folder)
+
+
+def extend_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None = None) -> None:
+    """Adds the top adapter of `model` to the stack in `folder`, whose lower adapters stay untouched on disk.
+
+    The adapter's folder appears at once, and then the manifest that names it.
+    """
+    base, top = cast(PreTrainedModel, model.get_base_model()), adapter_names(model)[-1]
+    with atomic_directory(folder / top) as aside:
+        save_adapter(model, top, aside, base_model=base_identity(base)["model"])
+    _manifest_of(model, folder, prompt).write(folder)
+
+
+def _manifest_of(
+    model: PeftModel, folder: Path, prompt: dict[str, Any] | None, load_dtype: str | None = None
+) -> Manifest:
+    base = cast(PreTrainedModel, model.get_base_model())
+    return Manifest(
+        base_identity(base),
+        quantization_of(base),
+        [AdapterEntry.of(folder, name) for name in adapter_names(model)],
+        prompt or {},
+        # The configuration keeps it where trainers cast parameters afterwards.
+        load_dtype=load_dtype or str(base.config.dtype or base.dtype).removeprefix("torch."),
+    )
+
+
+def quantization_of(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The bitsandbytes settings of a loaded model that change its weights; None when it is not quantised."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    if not isinstance(config, BitsAndBytesConfig):
+        raise UserError(
+            f"the base is quantised by {type(config).__name__}",
+            fix="Stacks are built on bitsandbytes (nf4, fp4, int8) or unquantised bases.",
+        )
+    if config.load_in_8bit:
+        return {"load_in_8bit": True}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": config.bnb_4bit_use_double_quant,
+    }
+
+
+def quantization_method(settings: dict[str, Any] | None) -> str:
+    """What a recipe calls the result of `quantization_of`: `nf4`, `fp4`, `int8` or `none`."""
+    return "none" if settings is None else str(settings.get("bnb_4bit_quant_type", "int8"))
+
+
+def _quantization_from(settings: dict[str, Any] | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    return None if settings is None else BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=compute_dtype)
+
+
+def require_same_base(loaded: dict[str, Any], trained: dict[str, Any], where: str) -> None:
+    """Compares two base identities by the digests of their weights, or by name where a digest is missing.
+
+    Raises:
+        UserError: They differ.
+    """
+    if loaded["fingerprint"] and trained["fingerprint"]:
+        same = loaded["fingerprint"] == trained["fingerprint"]
+    else:
+        same = loaded["model"] == trained["model"]
+    if not same:
+        raise UserError(
+            f"this stack was trained on {trained['model']!r} (revision {trained['revision']}), "
+            f"not on {loaded['model']!r} (revision {loaded['revision']}): the stored weights differ",
+            where=where,
+            fix="Load it on the base it was trained on.",
+        )
+
+
+def _require_same_quantization(loaded: dict[str, Any] | None, trained: dict[str, Any] | None, where: str) -> None:
+    if loaded != trained:
+        raise UserError(
+            f"this stack was trained on a base with {_described(trained)}; the one given has {_described(loaded)}",
+            where=where,
+            fix="Load the base as it was trained on, or leave it out: the manifest says how to load it.",
+        )
+
+
+def _described(quantization: dict[str, Any] | None) -> str:
+    if quantization is None:
+        return "no quantisation"
+    return "quantisation " + ", ".join(f"{key}={value}" for key, value in quantization.items())

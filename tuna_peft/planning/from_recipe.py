@@ -1,0 +1,244 @@
+"""A recipe in the terms of `tuna_peft.planning`."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+from tuna_peft.errors import UserError
+from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.planning.gpus import find_gpu
+from tuna_peft.planning.hub_config import is_on_disk, read_shape
+from tuna_peft.planning.local_models import local_model
+from tuna_peft.planning.memory import Adapter, Precision
+from tuna_peft.planning.phases import CUDA_CONTEXT
+from tuna_peft.planning.plan import Plan, make_plan
+from tuna_peft.planning.shapes import ModelShape
+from tuna_peft.planning.spec import (
+    Device,
+    EvaluationSpec,
+    JudgeSpec,
+    MergeSpec,
+    RunSpec,
+    SampleSpec,
+    StageSpec,
+    TaskSpec,
+    TeacherSpec,
+)
+from tuna_peft.planning.workload import Row, Workload
+from tuna_peft.planning.workloads import questions, read_workloads, stage_value, trained_on
+from tuna_peft.ram import available_ram
+from tuna_peft.recipe.evaluation_schema import VicunaTask
+from tuna_peft.recipe.feedback_schema import FeedbackSource
+from tuna_peft.recipe.schema import Recipe, Stage, rounds_of
+
+_MERGED_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nf4": 0.6}
+
+
+def plan_recipe(recipe: Recipe, devices: Sequence[Device]) -> tuple[list[Plan], str]:
+    """The plans of a recipe on some devices, from the model's configuration and the data that is here; no weights.
+
+    Returns:
+        The plans, and where the model's sizes come from.
+
+    Raises:
+        UserError: No such model, one that cannot be reached or planned, data that cannot be used, bf16 on a single
+            card without it.
+    """
+    if len(devices) == 1:
+        require_native_bf16(recipe, devices[0].name, has_bf16=devices[0].bf16)
+    shape, source = read_shape(recipe.base.model, recipe.base.revision)
+    workloads = read_workloads(recipe, shape)
+    plans = [make_plan(run_spec(recipe, shape, workloads, device), device) for device in devices]
+    return plans, source
+
+
+def this_device(setting: str = "auto") -> Device:
+    """The GPU that a run would use, or this machine's main memory.
+
+    Args:
+        setting: As `base.device`.
+    """
+    import torch
+
+    from tuna_peft.models.base.load import resolve_device
+
+    device = resolve_device(setting)
+    if device.type != "cuda":
+        return Device("CPU", available_ram(), cuda=False)
+    name, (free, _) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
+    try:
+        gpu = find_gpu(name)
+    except UserError:
+        gpu = None
+    # What is free, and what this process holds already, its context included.
+    own = torch.cuda.memory_reserved(device) + CUDA_CONTEXT
+    return Device(name, free + own, gpu, bf16=torch.cuda.get_device_capability(device)[0] >= 8)
+
+
+def run_spec(
+    recipe: Recipe,
+    shape: ModelShape,
+    workloads: dict[str, Workload],
+    device: Device,
+    processes: int = 1,
+    ranked: Container[str] = (),
+) -> RunSpec:
+    """What the arithmetic needs of a recipe.
+
+    Args:
+        workloads: As `read_workloads` gives them; a task without one is left out.
+        device: Decides what is computed in, and by which attention kernel.
+        processes: GPUs that share each step.
+        ranked: Stages whose rows are made already.
+
+    Raises:
+        UserError: A teacher or judge that should run here cannot be found or planned.
+    """
+    wide = not device.cuda or recipe.base.dtype == "float32"
+    quantization = recipe.quantization
+    precision = Precision(
+        quantization.method, quantization.double_quant, 4 if wide else 2, flash=device.bf16 and not wide
+    )
+    export = recipe.export
+    stages = tuple(
+        _stage(recipe, stage, section.name, shape, workloads[stage.name], device, processes, stage.name in ranked)
+        for section in recipe.stages
+        for stage in rounds_of(section)
+    )
+    compared = workloads.get("evaluation.ranking", stages[-1].workload)
+    exported = export.merge.enabled or export.combine
+    return RunSpec(
+        recipe.base.model,
+        shape,
+        precision,
+        stages,
+        _evaluation(recipe, workloads, device),
+        MergeSpec(_MERGED_BYTES[export.merge.dtype], tuple(export.gguf)) if export.merge.enabled else None,
+        compared=_longest(compared, export.divergence_prompts) if exported else (),
+        downloads=not is_on_disk(recipe.base.model, recipe.base.revision),
+        unplanned=tuple(_unplanned(recipe)),
+    )
+
+
+def _stage(
+    recipe: Recipe,
+    stage: Stage,
+    section: str,
+    shape: ModelShape,
+    workload: Workload,
+    device: Device,
+    processes: int,
+    ranked: bool,
+) -> StageSpec:
+    lora = recipe.lora_of(stage)
+    targets = list(shape.linears) if lora.target_modules == "all-linear" else lora.target_modules
+    recomputing = stage.train.get("activation_checkpointing", stage.train.get("gradient_checkpointing", True))
+    policy = stage_value(stage, "activation_memory") if stage.type == "ranking" else "none"
+    made: dict[str, Any] = {}
+    if isinstance(stage.data, FeedbackSource):
+        if not ranked:
+            made = {"made_of": workload, **_feedback(stage.data, workload, device, f"stages.{section}.data")}
+        workload = trained_on(stage, workload)
+    return StageSpec(
+        stage.name,
+        stage.type,
+        workload,
+        Adapter(lora.r, shape.adapter(lora.r, targets), len(targets), lora.dropout),
+        batch_size=stage_value(stage, "per_device_train_batch_size"),
+        accumulation=stage_value(stage, "gradient_accumulation_steps"),
+        max_tokens=stage.train.get("max_tokens_per_batch"),
+        activation_memory=policy if recomputing else "full",
+        optimizer=str(stage_value(stage, "optim")),
+        epochs=stage_value(stage, "num_train_epochs"),
+        max_steps=stage_value(stage, "max_steps"),
+        processes=processes,
+        continues=stage.continue_adapter,
+        section=section,
+        **made,
+    )
+
+
+def _feedback(source: FeedbackSource, rows: Workload, device: Device, key: str) -> dict[str, Any]:
+    """What of it runs here: a server and a program take nothing of this machine's memory."""
+    made: dict[str, Any] = {}
+    if (sample := source.sample) is not None and sample.backend == "transformers":
+        made["sample"] = SampleSpec(
+            sample.n, sample.max_new_tokens, sample.batch_size, sample.top_p < 1,
+            draws=sample.trials if sample.max_similarity <= 1 else 1,
+        )  # fmt: skip
+    if (score := source.score) is not None and (teacher := local_model(score, device, f"{key}.score")) is not None:
+        made["teacher"] = TeacherSpec(teacher, score.max_tokens_per_batch)
+    if source.judge is not None:
+        made["judge"] = _judge(source.judge, rows, device, f"{key}.judge")
+    return made
+
+
+def _judge(settings: JudgeSettings, rows: Workload, device: Device, key: str) -> JudgeSpec | None:
+    model = local_model(settings, device, key)
+    if model is None:
+        return None
+    asked = questions(rows, settings.both_orders, settings.instructions)
+    # An answer that cannot be read is asked for again, and then drawn.
+    greedy = settings.temperature == 0 and settings.attempts == 1
+    return JudgeSpec(model, asked, settings.max_tokens, settings.batch_size, greedy)
+
+
+def _evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) -> EvaluationSpec | None:
+    """The tasks whose lengths are known; each number of Super-NI's shots is one."""
+    if recipe.evaluation is None:
+        return None
+    given, tasks = recipe.evaluation.tasks.given(), {}
+    for key, workload in workloads.items():
+        section, _, name = key.partition(".")
+        if section != "evaluation":
+            continue
+        task: Any = given[name if name in given else "superni"]
+        new = getattr(task, "max_new_tokens", None)
+        judge = None
+        if isinstance(task, VicunaTask):
+            pairs = Workload(
+                tuple(Row(row.prompt, (task.max_new_tokens,) * 2) for row in workload.rows), workload.total, ""
+            )
+            settings = task.judge.model_copy(update={"both_orders": True})
+            judge = _judge(settings, pairs, device, "evaluation.tasks.vicuna.judge")
+        tasks[name] = TaskSpec(workload, new, judge)
+    return EvaluationSpec(recipe.evaluation.batch_size, tasks)
+
+
+def _longest(workload: Workload, count: int) -> tuple[int, ...]:
+    """Tokens of so many texts: the longest, since nothing says which ones it will be."""
+    count = min(count, workload.total)
+    lengths = sorted((row.longest for row in workload.rows), reverse=True)[:count]
+    return tuple(lengths + lengths[-1:] * (count - len(lengths)))
+
+
+def _unplanned(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        sample = stage.data.sample if isinstance(stage.data, FeedbackSource) else None
+        if sample is not None and sample.backend == "vllm":
+            yield f"sampling of {stage.name}: vLLM holds a second copy of the model, and takes what memory is left"
+    if recipe.evaluation is not None and recipe.evaluation.tasks.lm_eval is not None:
+        yield "evaluation of lm_eval: the harness knows how many answers that is"
+
+
+def require_native_bf16(recipe: Recipe, device: str, *, has_bf16: bool) -> None:
+    """Refuses bf16 on a GPU that only emulates it.
+
+    Raises:
+        UserError: Names the first key that asks for it.
+    """
+    if has_bf16:
+        return
+    asked: dict[str, Any] = {
+        "base.dtype": recipe.base.dtype,
+        "quantization.compute_dtype": recipe.quantization.compute_dtype,
+        **{f"stages.{stage.name}.train.bf16": stage.train.get("bf16") for stage in recipe.trained()},
+    }
+    for key, value in asked.items():
+        if value in ("bfloat16", True):
+            raise UserError(
+                f"the {device} has no bf16, and `{key}` asks for it",
+                where=key,
+                fix="Leave the key out: dtypes follow the GPU by themselves (fp16 here, with fp32 adapters).",
+            )

@@ -1,0 +1,88 @@
+"""What draws responses: a loaded model, or a vLLM engine with the stack as one adapter."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.errors import UserError
+from tuna_peft.export.combine import combine_stack
+from tuna_peft.feedback.sampling import ModelSampler, Sampler
+from tuna_peft.feedback.vllm_sampler import VllmSampler
+from tuna_peft.models.base.any_model import load_any_model, local_stack, usual_prompt
+from tuna_peft.models.base.load import resolve_model_path
+from tuna_peft.models.stack.files import quantization_method
+from tuna_peft.models.stack.manifest import read_manifest
+
+
+@contextmanager
+def open_sampler(
+    model: str,
+    backend: str = "transformers",
+    *,
+    upto: str | None = None,
+    base_model: str | None = None,
+    quantization: str = "none",
+    device: str = "auto",
+) -> Iterator[tuple[Sampler, PromptConfig]]:
+    """A sampler for whatever a user calls a model, and the prompt template that it was trained with.
+
+    Args:
+        model: As in `load_any_model`, like all that follows.
+        backend: `transformers` or `vllm`.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    if backend == "vllm":
+        with vllm_sampler(model, upto, base_model, quantization) as opened:
+            yield opened
+        return
+    loaded = load_any_model(model, upto=upto, base_model=base_model, quantization=quantization, device=device)
+    prompt = loaded.prompt or usual_prompt(loaded.tokenizer)
+    yield ModelSampler(loaded.model, loaded.tokenizer), PromptConfig.model_validate(prompt)
+
+
+@contextmanager
+def vllm_sampler(
+    model: str,
+    upto: str | None = None,
+    base_model: str | None = None,
+    quantization: str = "none",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[tuple[Sampler, PromptConfig]]:
+    """As `open_sampler`; the adapter is combined into a temporary folder.
+
+    Raises:
+        UserError: vLLM is not installed or cannot serve this base or adapter.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stack, adapter, prompt = local_stack(model), None, None
+        base = base_model or model
+        if stack is not None:
+            manifest = read_manifest(stack, upto)
+            base, prompt = base_model or manifest.base["model"], manifest.prompt
+            revision = None if base_model else manifest.base["revision"]
+            quantization = quantization_method(manifest.quantization)
+            adapter = Path(folder) / "adapter"
+            combine_stack(stack, adapter, upto=upto)
+        if quantization not in ("none", "nf4"):
+            raise UserError(
+                f"vLLM does not quantise to {quantization}", where=model, fix="Use the backend `transformers`."
+            )
+        path = resolve_model_path(base)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        sampler = VllmSampler(
+            path, tokenizer, adapter=adapter, revision=revision, quantized=quantization == "nf4",
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        try:
+            yield sampler, PromptConfig.model_validate(prompt or usual_prompt(tokenizer))
+        finally:
+            sampler.close()

@@ -1,0 +1,244 @@
+"""The tasks of an evaluation, with their data: read before anything is trained, so that a bad file costs seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.encode import encode_source
+from tuna_peft.data.load import load_prompts, load_ranked
+from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.errors import UserError
+from tuna_peft.evaluation.graded import evaluate_graded
+from tuna_peft.evaluation.harness import evaluate_harness, require_harness
+from tuna_peft.evaluation.lmentry.task import evaluate_lmentry, read_lmentry
+from tuna_peft.evaluation.ranking import evaluate_ranking
+from tuna_peft.evaluation.results import FOLDER, Exclusion, TaskResult, load_result
+from tuna_peft.evaluation.session import Question, Session
+from tuna_peft.evaluation.superni import evaluate_superni, read_superni, superni_questions
+from tuna_peft.evaluation.vicuna import evaluate_vicuna, read_vicuna_answers, read_vicuna_questions
+from tuna_peft.feedback.judge import judge_pairs
+from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.graders import load_grader
+from tuna_peft.journal import content_key
+from tuna_peft.recipe.evaluation_schema import (
+    GradedTask,
+    LMentryTask,
+    LMEvalTask,
+    RankingTask,
+    SuperNITask,
+    TaskSettings,
+    VicunaTask,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to measure, with its data in memory.
+
+    Attributes:
+        name: Of its result.
+        run: Measures it.
+        settings: What its result depends on besides the model.
+    """
+
+    name: str
+    run: Callable[[Session], TaskResult]
+    settings: dict[str, Any]
+
+
+@dataclass
+class TaskData:
+    """What the tasks of an evaluation have read.
+
+    Attributes:
+        tasks: In the order in which they are run.
+        ranked: The rows of `ranking`, None without it.
+        counts: What became of the records of the user's own data, by task.
+    """
+
+    tasks: list[Task] = field(default_factory=list)
+    ranked: Dataset | None = None
+    counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_tasks(
+    settings: TaskSettings,
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    stages: Sequence[str] = (),
+) -> TaskData:
+    """Reads the data of every task that is given.
+
+    Args:
+        prompt: How instructions become prompts.
+        tokenizer: Of the model.
+        config: Of the model.
+        stages: Names of all that may be measured, `base` among them.
+
+    Raises:
+        UserError: Data that cannot be used, or a program that is not there.
+    """
+    data = TaskData()
+    if settings.ranking:
+        data.tasks.append(_ranking(settings.ranking, prompt, tokenizer, config, data))
+    if settings.graded:
+        data.tasks.append(_graded(settings.graded, prompt, data))
+    if settings.superni:
+        data.tasks += _superni(settings.superni, prompt)
+    if settings.lmentry:
+        data.tasks.append(_lmentry(settings.lmentry, prompt))
+    if settings.vicuna:
+        data.tasks.append(_vicuna(settings.vicuna, prompt, stages))
+    if settings.lm_eval:
+        data.tasks.append(_lm_eval(settings.lm_eval))
+    return data
+
+
+def _ranking(
+    settings: RankingTask,
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    data: TaskData,
+) -> Task:
+    rows, data.counts["ranking"] = encode_source(
+        settings, load_ranked, prompt, tokenizer, config, max_length=settings.max_length, overflow=settings.overflow
+    )
+    data.ranked = rows
+
+    def run(session: Session) -> TaskResult:
+        return evaluate_ranking(
+            session.model, session.tokenizer, rows, batch_size=session.batch_size, margin=settings.margin,
+            description=f"ranking ({session.stage})",
+        )  # fmt: skip
+
+    digest = content_key(rows=[[row["prompt_ids"], row["completions_ids"], row["ranks"]] for row in rows])
+    return Task("ranking", run, {"margin": settings.margin, "data": digest})
+
+
+def _graded(settings: GradedTask, prompt: PromptConfig, data: TaskData) -> Task:
+    grader = load_grader(settings.grader, "evaluation.tasks.graded.grader")
+    prompts, read = load_prompts(settings, prompt)
+    data.counts["graded"] = read.as_dict()
+    template = PromptTemplate(prompt)
+    questions = [
+        Question(entry["id"], _text(entry["prompt"], template), entry["prompt"], record=entry["record"])
+        for entry in prompts
+    ]
+    run = partial(evaluate_graded, questions=questions, grade=grader, max_new_tokens=settings.max_new_tokens)
+    return Task("graded", run, _settings(settings, questions, "grader", "max_new_tokens"))
+
+
+def _superni(settings: SuperNITask, prompt: PromptConfig) -> list[Task]:
+    instances, unusable = read_superni(Path(settings.path).expanduser(), settings.tasks, settings.per_task)
+    tasks = []
+    for shots in settings.shots:
+        questions, without_examples = superni_questions(instances, shots, _template(settings.wrap, prompt))
+        if not questions:
+            raise UserError(
+                f"no task has {shots} positive examples",
+                where=settings.path,
+                fix="Lower evaluation.tasks.superni.shots.",
+            )
+        run = partial(
+            evaluate_superni, questions=questions, shots=shots, max_new_tokens=settings.max_new_tokens,
+            excluded=[*unusable, *without_examples],
+        )  # fmt: skip
+        tasks.append(Task(f"superni-{shots}shot", run, _settings(settings, questions, "max_new_tokens")))
+    return tasks
+
+
+def _lmentry(settings: LMentryTask, prompt: PromptConfig) -> Task:
+    template = _template(settings.wrap, prompt)
+    folder = Path(settings.path).expanduser()
+    questions, unusable = read_lmentry(folder, template, settings.tasks, settings.per_template)
+    run = partial(
+        evaluate_lmentry, questions=questions, max_new_tokens=settings.max_new_tokens,
+        first_sentence=settings.first_sentence, excluded=unusable,
+    )  # fmt: skip
+    return Task("lmentry", run, _settings(settings, questions, "max_new_tokens", "first_sentence"))
+
+
+def _vicuna(settings: VicunaTask, prompt: PromptConfig, stages: Sequence[str]) -> Task:
+    questions, unusable = read_vicuna_questions(Path(settings.path).expanduser(), _template(settings.wrap, prompt))
+    file = Path(settings.against).expanduser()
+    of_file: dict[str, str] | None = None
+    if file.is_file():
+        of_file, broken = read_vicuna_answers(file)
+        unusable = [*unusable, *broken]
+    judge = settings.judge.model_copy(update={"on_no_answer": "skip"})  # what has no verdict is named in the result
+    if judge.function is None:  # a program grades each response alone
+        judge.both_orders = True
+
+    def run(session: Session) -> TaskResult:
+        def compare(rows: list[dict[str, Any]]) -> list[int | None]:
+            journal = session.folder / FOLDER / "judge.jsonl"
+            return judge_pairs(rows, judge, journal, description=f"judging ({session.stage})")[0]
+
+        against, left_out = of_file, unusable
+        if against is None and session.stage != settings.against:
+            against = _answers_of_stage(session.folder, settings.against, stages)
+            if against is None:  # of a stage that is still to come
+                reason = f"the stage {settings.against} had not answered yet"
+                left_out = [*unusable, Exclusion.of(reason, (question.id for question in questions))]
+        return evaluate_vicuna(
+            session, questions, against=against, judge=compare, max_new_tokens=settings.max_new_tokens,
+            excluded=left_out,
+        )  # fmt: skip
+
+    kept = _settings(settings, questions, "max_new_tokens")
+    other = settings.against if of_file is None else content_key(answers=of_file)
+    return Task("vicuna", run, {**kept, "against": other, "judge": _judge_name(judge)})
+
+
+def _answers_of_stage(folder: Path, stage: str, known: Sequence[str]) -> dict[str, str] | None:
+    result = load_result(folder, stage, "vicuna")
+    if result is None and stage in known:
+        return None
+    if result is None:
+        raise UserError(
+            f"there is no file {stage!r}, and no stage of that name",
+            where="evaluation.tasks.vicuna.against",
+            fix="Name a file of answers in FastChat's format, or a stage, such as base.",
+        )
+    return {prompt.id: prompt.response for prompt in result.prompts}
+
+
+def _judge_name(judge: JudgeSettings) -> str | None:
+    return judge.server.model if judge.server is not None else judge.model or judge.function
+
+
+def _lm_eval(settings: LMEvalTask) -> Task:
+    folder = settings.include_path
+    if folder is not None and not Path(folder).is_dir():
+        raise UserError(
+            "there is no such folder", where=folder, fix="Correct evaluation.tasks.lm_eval.include_path, or drop it."
+        )
+    require_harness()
+    kept = settings.model_dump()
+    return Task("lm_eval", partial(evaluate_harness, **kept), kept)
+
+
+def _template(wrap: bool, prompt: PromptConfig) -> PromptTemplate:
+    return PromptTemplate(prompt if wrap else PromptConfig(template="none"))
+
+
+def _settings(settings: Any, questions: list[Question], *names: str) -> dict[str, Any]:
+    digest = content_key(questions=[[question.id, question.prompt, question.references] for question in questions])
+    return {**{name: getattr(settings, name) for name in names}, "data": digest}
+
+
+def _text(prompt: Any, template: PromptTemplate) -> str:
+    """Without the template around it."""
+    if isinstance(prompt, str):
+        return template.unwrap(prompt)
+    return "\n\n".join(message["content"] for message in prompt)
