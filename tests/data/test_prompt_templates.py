@@ -56,6 +56,6 @@ def test_an_input_is_never_dropped(template):
 @pytest.mark.parametrize("input", [None, "b\n\na {instruction}"])
 def test_a_prompt_gives_back_what_it_was_made_of(template, input):
     prompts = PromptTemplate(PromptConfig(template=template))
-    made_of = "Sort\nthis." if input is None else f"Sort\nthis.\n\n{input}"
-    assert prompts.unwrap(prompts.render("Sort\nthis.", input)) == made_of
+    prompt_workload = "Sort\nthis." if input is None else f"Sort\nthis.\n\n{input}"
+    assert prompts.unwrap(prompts.render("Sort\nthis.", input)) == prompt_workload
     assert prompts.unwrap("of another template") == "of another template"

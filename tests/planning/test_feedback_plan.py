@@ -27,7 +27,7 @@ ASKED = Workload((Row(1500, (0,)),), 1000, "by hand")
 def making(**how):
     """The second stage of the tests' run makes its rows."""
     sft, rank = run_of().stages
-    return dataclasses.replace(run_of(), stages=(sft, dataclasses.replace(rank, made_of=MADE_OF, **how)))
+    return dataclasses.replace(run_of(), stages=(sft, dataclasses.replace(rank, prompt_workload=MADE_OF, **how)))
 
 
 def phases(run, card="A100 80GB"):

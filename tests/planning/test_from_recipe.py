@@ -36,10 +36,12 @@ def planned(*overrides, recipe="quickstart"):
 def test_sampled_rows_are_as_long_as_they_may_become():
     plan, phases, stages = planned(contextual(sample=SAMPLE, judge={"model": PICO, "include_judge_answer": True}))
     stage = stages["contextual"]
-    assert stage.made_of.total == 20 and {row.responses for row in stage.made_of.rows} == {(40, 40, 40)}
+    assert stage.prompt_workload.total == 20 and {row.responses for row in stage.prompt_workload.rows} == {
+        (40, 40, 40)
+    }
     assert {row.responses for row in stage.workload.rows} == {(40,) * 4}  # and the judge's own
     assert phases["sample contextual"].note == ""  # never drawn again
-    longest = max(row.prompt for row in stage.made_of.rows)
+    longest = max(row.prompt for row in stage.prompt_workload.rows)
     asked = max(row.prompt for row in stage.judge.questions.rows)
     assert longest + 3 * 40 + 400 < asked < longest + 3 * 40 + 1200
     assert not stage.judge.greedy and PICO + ", 16-bit" in phases["judge contextual"].parts
@@ -49,7 +51,7 @@ def test_rows_that_a_teacher_scores_are_those_of_the_file():
     prompts = {"path": "builtin:pico-llama/teacher.json", "limit": 20}
     data = {"prompts": prompts, "score": {"model": PICO, "quantization": "nf4"}}
     _, phases, stages = planned(f"stages.contextual.data={json.dumps(data)}")
-    rows = stages["contextual"].made_of.rows
+    rows = stages["contextual"].prompt_workload.rows
     assert len(rows) == 20 and all(len(row.responses) > 1 and min(row.responses) > 1 for row in rows)
     assert PICO + ", nf4" in phases["score contextual"].parts and "sample contextual" not in phases
 
@@ -60,7 +62,7 @@ def test_no_row_is_longer_than_training_takes():
         contextual(sample={**SAMPLE, "max_new_tokens": 200}, judge={"function": "builtin:pico"}), *limits
     )
     assert max(row.longest for row in stages["contextual"].workload.rows) <= 64
-    assert max(row.longest for row in stages["contextual"].made_of.rows) > 200
+    assert max(row.longest for row in stages["contextual"].prompt_workload.rows) > 200
 
 
 def test_rounds_are_sampled_judged_and_trained_one_after_the_other():
@@ -135,7 +137,7 @@ def test_a_run_knows_its_prompts_in_tokens():
     plan = preflight(recipe, inputs, config, tokenizer=tokenizer)
     [stage] = [stage for stage in plan.run.stages if stage.name == "contextual"]
     *_, stages = planned(contextual(sample=SAMPLE, judge={"function": "builtin:pico"}))
-    assert stage.made_of == stages["contextual"].made_of
+    assert stage.prompt_workload == stages["contextual"].prompt_workload
 
 
 def read(recipe):

@@ -134,7 +134,7 @@ def test_dry_run_and_plan(files, tmp_path):  # noqa: F811
     file.write_text(dump_recipe(continued(files)))
     shown = CliRunner().invoke(app, ["run", str(file), "--dry-run"])
     assert shown.exit_code == 0, shown.stderr
-    assert "on the frozen probabilistic, which goes on from contextual-1 and takes its place" in shown.stdout
+    assert "on the frozen probabilistic, starting from contextual-1, which it replaces" in shown.stdout
     assert "samples 3 responses to each from contextual-1" in shown.stdout
     planned = CliRunner().invoke(app, ["plan", str(file), "--gpu", "t4"])
     assert planned.exit_code == 0 and "train contextual-2" in planned.stdout, planned.output

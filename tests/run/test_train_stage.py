@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tuna_peft.recipe.load import load_recipe
+from tuna_peft.recipe.resolved import resolve_stages
 from tuna_peft.run.measure import Peak
 from tuna_peft.run.train_stage import stage_config
 
@@ -29,7 +30,7 @@ def test_one_of_two_gpus_in_the_precision_that_it_has(recipe, capability, bf16, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: bf16)
     loaded = load_recipe(recipe, missing=True)
-    for stage in loaded.trained():
+    for stage in resolve_stages(loaded):
         config = stage_config(loaded, stage, tmp_path, on_cpu=False)
         assert config.n_gpu == 1 and config.train_batch_size == config.per_device_train_batch_size
         assert (config.bf16, config.fp16) == (bf16, not bf16)

@@ -68,6 +68,7 @@ def _results(target: str) -> dict[str, Any]:
     """The results of one stage, by task."""
     from tuna_peft.errors import UserError, did_you_mean
     from tuna_peft.evaluation.results import load_results
+    from tuna_peft.recipe.resolved import stage_names
     from tuna_peft.run.evaluate_target import recipe_of_run
 
     path, at, stage = target, "", ""
@@ -76,7 +77,7 @@ def _results(target: str) -> dict[str, Any]:
         if not at:
             path = target
     recipe = recipe_of_run(path)
-    order = None if recipe is None else ["base", *(one.name for one in recipe.trained())]
+    order = None if recipe is None else stage_names(recipe)
     results = load_results(Path(path), order)
     if not results:
         raise UserError("there are no results", where=path, fix="Run `tuna-peft evaluate` on it first.")

@@ -47,29 +47,28 @@ def inspect(
         console.print(inspect_file(source, prompt, load_tokenizer(tokenizer), n))
         return
 
-    from tuna_peft.recipe.feedback_schema import FeedbackSource
     from tuna_peft.recipe.load import load_recipe
+    from tuna_peft.recipe.resolved import resolve_stages
 
     recipe = load_recipe(target, check=False)
     names = [entry.name for entry in recipe.stages]
     if stage is not None and stage not in names:
         raise UserError(f"the recipe has no stage `{stage}`", where=target, fix=f"It has: {', '.join(names)}.")
     loaded = load_tokenizer(tokenizer or recipe.base.model, None if tokenizer else recipe.base)
-    for entry in recipe.stages:
-        if stage in (None, entry.name):
-            console.rule(f"stage {entry.name} ({entry.type})")
-            if isinstance(entry.data, FeedbackSource):
-                console.print(inspect_prompts(entry.data.prompts, recipe.prompt, n))
+    for entry in {one.section: one for one in resolve_stages(recipe)}.values():  # rounds share their data
+        if stage in (None, entry.section):
+            console.rule(f"stage {entry.section} ({entry.type})")
+            if entry.feedback:
+                console.print(inspect_prompts(entry.source, recipe.prompt, n))
                 continue
-            limit = entry.train.get("max_length", 1024)
             console.print(
                 inspect_file(
-                    entry.data,
+                    entry.source,
                     recipe.prompt,
                     loaded,
                     n,
                     supervised=entry.type == "sft",
-                    max_length=limit,
+                    max_length=entry.max_length,
                     overflow=entry.overflow,
                 )
             )

@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+# What happens to a response beyond the longest length: stop, truncate it, or skip it.
+Overflow = Literal["error", "cut", "skip"]
+
 FormatName = Literal["auto", "ranked", "teacher", "judge", "formatted", "alpaca", "preference", "columns"]
 
 _PATH = re.compile(r"[^.\[\]]+(\[-?\d*\])*(\.[^.\[\]]+(\[-?\d*\])*)*")

@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.config import DataSource, Overflow, PromptConfig
 from tuna_peft.data.ranked import ReadReport
-from tuna_peft.data.tokenize import Overflow, encode_dataset
+from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
 
 

@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.config import DataSource, Overflow, PromptConfig
 from tuna_peft.data.load import best_alone, load_prompts, read_ranked, source_format
 from tuna_peft.data.ranked import Record
-from tuna_peft.data.tokenize import Overflow, encode_ranked
+from tuna_peft.data.tokenize import encode_ranked
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
+from tuna_peft.data.config import Overflow
 from tuna_peft.data.ranked import BadRow, Record, clean_prompt, clean_response, dense_ranks, normalise_ranked
 from tuna_peft.data.readers import preference_responses
 from tuna_peft.data.texts import TextTokenizer, joint_texts, prompt_ids, prompt_text
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Overflow", "TokenReport", "encode_dataset", "encode_ranked", "encode_sft", "prompt_ids", "prompt_text"]
+__all__ = ["TokenReport", "encode_dataset", "encode_ranked", "encode_sft", "prompt_ids", "prompt_text"]
 
-Overflow = Literal["error", "cut", "skip"]
 _CHUNK = 256  # rows tokenised in one call: enough for the tokenizer's threads, little memory
 
 

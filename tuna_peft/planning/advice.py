@@ -149,7 +149,7 @@ def _smaller_batches(run: RunSpec, device: Device) -> Iterator[_Candidate]:
     scored = [stage for stage in run.stages if stage.teacher]
     if scored:
         most = max(stage.teacher.max_tokens for stage in scored if stage.teacher)
-        longest = max(row.tokens for stage in scored if stage.made_of for row in stage.made_of.rows)
+        longest = max(row.tokens for stage in scored if stage.prompt_workload for row in stage.prompt_workload.rows)
         size, change = _largest(run, device, "score", most, _score_at_once, least=longest)
         settings = _each(scored, lambda stage: f"data.score.max_tokens_per_batch={size}")
         yield settings, "slower scoring, the same scores", change
@@ -192,14 +192,14 @@ def _judge_at_once(run: RunSpec, size: int) -> RunSpec:
 
 def _helpers_in_4_bits(run: RunSpec) -> Iterator[_Candidate]:
     """Teachers and judges."""
-    teachers = [stage for stage in run.stages if stage.teacher and stage.teacher.model.is_wide]
+    teachers = [stage for stage in run.stages if stage.teacher and stage.teacher.model.is_unquantized]
     if teachers:
         yield (
             _each(teachers, lambda stage: "data.score.quantization=nf4"),
             "a teacher in 4 bits: scores that are a little off",
             lambda run: _with_teachers(run, lambda teacher: replace(teacher, model=teacher.model.in_4_bits())),
         )
-    judges = [key for key, judge in _judges(run) if judge.model.is_wide]
+    judges = [key for key, judge in _judges(run) if judge.model.is_unquantized]
     if judges:
         yield (
             tuple(f"{key}.quantization=nf4" for key in judges),

@@ -26,11 +26,12 @@ from tuna_peft.planning.spec import (
     TeacherSpec,
 )
 from tuna_peft.planning.workload import Row, Workload
-from tuna_peft.planning.workloads import questions, read_workloads, stage_value, trained_on
+from tuna_peft.planning.workloads import questions, ranked_workload, read_workloads
 from tuna_peft.ram import available_ram
 from tuna_peft.recipe.evaluation_schema import VicunaTask
 from tuna_peft.recipe.feedback_schema import FeedbackSource
-from tuna_peft.recipe.schema import Recipe, Stage, rounds_of
+from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
+from tuna_peft.recipe.schema import Recipe
 
 _MERGED_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nf4": 0.6}
 
@@ -102,9 +103,8 @@ def run_spec(
     )
     export = recipe.export
     stages = tuple(
-        _stage(recipe, stage, section.name, shape, workloads[stage.name], device, processes, stage.name in ranked)
-        for section in recipe.stages
-        for stage in rounds_of(section)
+        _stage(stage, shape, workloads[stage.name], device, processes, made=stage.name in ranked)
+        for stage in resolve_stages(recipe)
     )
     compared = workloads.get("evaluation.ranking", stages[-1].workload)
     exported = export.merge.enabled or export.combine
@@ -122,45 +122,39 @@ def run_spec(
 
 
 def _stage(
-    recipe: Recipe,
-    stage: Stage,
-    section: str,
-    shape: ModelShape,
-    workload: Workload,
-    device: Device,
-    processes: int,
-    ranked: bool,
+    stage: ResolvedStage, shape: ModelShape, workload: Workload, device: Device, processes: int, *, made: bool
 ) -> StageSpec:
-    lora = recipe.lora_of(stage)
+    """The stage; `made` says that its rows are ranked already."""
+    lora, train = stage.lora, stage.train
     targets = list(shape.linears) if lora.target_modules == "all-linear" else lora.target_modules
-    recomputing = stage.train.get("activation_checkpointing", stage.train.get("gradient_checkpointing", True))
-    policy = stage_value(stage, "activation_memory") if stage.type == "ranking" else "none"
-    made: dict[str, Any] = {}
-    if isinstance(stage.data, FeedbackSource):
-        if not ranked:
-            made = {"made_of": workload, **_feedback(stage.data, workload, device, f"stages.{section}.data")}
-        workload = trained_on(stage, workload)
+    policy = train.get("activation_memory", "none")
+    ranking: dict[str, Any] = {}
+    if stage.feedback is not None:
+        if not made:
+            key = f"{stage.key}.data"
+            ranking = {"prompt_workload": workload, **_ranking_models(stage.feedback, workload, device, key)}
+        workload = ranked_workload(stage, workload)
     return StageSpec(
         stage.name,
         stage.type,
         workload,
         Adapter(lora.r, shape.adapter(lora.r, targets), len(targets), lora.dropout),
-        batch_size=stage_value(stage, "per_device_train_batch_size"),
-        accumulation=stage_value(stage, "gradient_accumulation_steps"),
-        max_tokens=stage.train.get("max_tokens_per_batch"),
-        activation_memory=policy if recomputing else "full",
-        optimizer=str(stage_value(stage, "optim")),
-        epochs=stage_value(stage, "num_train_epochs"),
-        max_steps=stage_value(stage, "max_steps"),
+        batch_size=train["per_device_train_batch_size"],
+        accumulation=train["gradient_accumulation_steps"],
+        max_tokens=train.get("max_tokens_per_batch"),
+        activation_memory=policy if stage.checkpoints_activations else "full",
+        optimizer=str(train["optim"]),
+        epochs=train["num_train_epochs"],
+        max_steps=train["max_steps"],
         processes=processes,
-        continues=stage.continue_adapter,
-        section=section,
-        **made,
+        continues=stage.replaces is not None,
+        section=stage.section,
+        **ranking,
     )
 
 
-def _feedback(source: FeedbackSource, rows: Workload, device: Device, key: str) -> dict[str, Any]:
-    """What of it runs here: a server and a program take nothing of this machine's memory."""
+def _ranking_models(source: FeedbackSource, rows: Workload, device: Device, key: str) -> dict[str, Any]:
+    """The models that sample and rank here; a server and a Python function need no memory of this machine."""
     made: dict[str, Any] = {}
     if (sample := source.sample) is not None and sample.backend == "transformers":
         made["sample"] = SampleSpec(
@@ -215,7 +209,7 @@ def _longest(workload: Workload, count: int) -> tuple[int, ...]:
 
 def _unplanned(recipe: Recipe) -> Iterator[str]:
     for stage in recipe.stages:
-        sample = stage.data.sample if isinstance(stage.data, FeedbackSource) else None
+        sample = stage.feedback.sample if stage.feedback else None
         if sample is not None and sample.backend == "vllm":
             yield f"sampling of {stage.name}: vLLM holds a second copy of the model, and takes what memory is left"
     if recipe.evaluation is not None and recipe.evaluation.tasks.lm_eval is not None:
@@ -233,7 +227,7 @@ def require_native_bf16(recipe: Recipe, device: str, *, has_bf16: bool) -> None:
     asked: dict[str, Any] = {
         "base.dtype": recipe.base.dtype,
         "quantization.compute_dtype": recipe.quantization.compute_dtype,
-        **{f"stages.{stage.name}.train.bf16": stage.train.get("bf16") for stage in recipe.trained()},
+        **{f"stages.{stage.name}.train.bf16": stage.train.get("bf16") for stage in recipe.stages},
     }
     for key, value in asked.items():
         if value in ("bfloat16", True):

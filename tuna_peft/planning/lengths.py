@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tuna_peft.data.config import DataSource
+from tuna_peft.data.config import DataSource, Overflow
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.sources import count_selected
 from tuna_peft.planning.workload import ASSUMED_RESPONSES, ASSUMED_ROWS, Row, Workload
-from tuna_peft.recipe.schema import Overflow, Recipe
+from tuna_peft.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     import datasets

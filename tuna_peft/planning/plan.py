@@ -58,7 +58,7 @@ def make_plan(run: RunSpec, device: Device) -> Plan:
     """Predicts a run."""
     phases: list[Phase] = []
     for index in range(len(run.stages)):
-        phases += [*_feedback(run, index, device), training(run, index, device)]
+        phases += [*_ranking_phases(run, index, device), training(run, index, device)]
     phases += [*_evaluation(run, device), *_comparison(run, device)]
     return Plan(run, device, phases, main_memory(run, device), disk(run, device))
 
@@ -68,21 +68,22 @@ def _held(run: RunSpec, stages: int) -> dict[str, float]:
     return weight_parts(run.shape, run.precision) | frozen_parts(run.stack(stages), run.precision)
 
 
-def _feedback(run: RunSpec, index: int, device: Device) -> Iterator[Phase]:
+def _ranking_phases(run: RunSpec, index: int, device: Device) -> Iterator[Phase]:
     """What the run does to make the rows of a stage: the models that rank are loaded beside its own."""
     stage, held = run.stages[index], _held(run, index)
-    if stage.made_of is None:
+    prompts = stage.prompt_workload
+    if prompts is None:
         return
     if (sample := stage.sample) is not None:
         note = f"1 to {sample.draws} draws" if sample.draws > 1 else ""
         passes = Passes(f"sample {stage.name}", held, run.shape, run.precision, device, note=note)
         yield passes.generation(
-            stage.made_of, sample.new_tokens, sample.prompts_at_once, sample.n, greedy=False, top_p=sample.top_p
+            prompts, sample.new_tokens, sample.prompts_at_once, sample.n, greedy=False, top_p=sample.top_p
         )
     if (teacher := stage.teacher) is not None:
         model = teacher.model
         passes = Passes(f"score {stage.name}", held | model.parts, model.shape, model.precision, device)
-        yield passes.scoring(stage.made_of, stage.made_of.total, teacher.max_tokens)
+        yield passes.scoring(prompts, prompts.total, teacher.max_tokens)
     if stage.judge is not None:
         yield _judging(f"judge {stage.name}", held, stage.judge, device)
 

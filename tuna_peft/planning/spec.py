@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from tuna_peft.planning.gpus import GIB, Gpu
 from tuna_peft.planning.memory import Adapter, Precision, weight_parts
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ForwardPass, Workload, packed_pass, padded_pass
+from tuna_peft.recipe.resolved import steps_per_epoch, total_steps
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class LocalModel:
     downloads: bool = True
 
     @property
-    def is_wide(self) -> bool:
+    def is_unquantized(self) -> bool:
         """Whether it could be quantised; a stack's base stays as it was trained."""
         return self.precision.method == "none" and not self.adapters
 
     def in_4_bits(self) -> LocalModel:
         """Quantised, if it can be."""
-        if not self.is_wide:
+        if not self.is_unquantized:
             return self
         return replace(self, precision=replace(self.precision, method="nf4", double_quant=True))
 
@@ -108,7 +108,7 @@ class StageSpec:
         processes: GPUs that share the work.
         continues: Its adapter takes the place of the one of the stage before.
         section: What the recipe calls it; rounds of a stage share one.
-        made_of: Prompts, with the longest responses, of which the run makes the stage's rows.
+        prompt_workload: Prompts, with the longest responses, of which the run makes the stage's rows.
         sample, teacher, judge: How it makes them, as far as it is done here.
     """
 
@@ -126,7 +126,7 @@ class StageSpec:
     processes: int = 1
     continues: bool = False
     section: str = ""
-    made_of: Workload | None = None
+    prompt_workload: Workload | None = None
     sample: SampleSpec | None = None
     teacher: TeacherSpec | None = None
     judge: JudgeSpec | None = None
@@ -148,17 +148,16 @@ class StageSpec:
     @property
     def steps(self) -> int:
         """Optimiser steps."""
-        return self.max_steps if self.max_steps > 0 else math.ceil(self._steps_of_epoch * self.epochs)
+        return total_steps(self._steps_per_epoch, self.epochs, self.max_steps)
 
     @property
     def rows_seen(self) -> float:
         """Rows computed in the stage, repetitions included."""
-        return self.workload.total * self.steps / self._steps_of_epoch
+        return self.workload.total * self.steps / self._steps_per_epoch
 
     @property
-    def _steps_of_epoch(self) -> int:
-        """The last one may be short."""
-        return math.ceil(self.workload.total / (self.batch_size * self.accumulation * self.processes))
+    def _steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.workload.total, self.batch_size * self.processes, self.accumulation)
 
     @property
     def key(self) -> str:

@@ -19,9 +19,8 @@ from tuna_peft.planning.lengths import CHARACTERS_PER_TOKEN, is_here, records_wo
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ASSUMED_HELD_OUT, Row, Workload
 from tuna_peft.recipe.evaluation_schema import LMentryTask, RankingTask, SuperNITask, VicunaTask
-from tuna_peft.recipe.feedback_schema import FeedbackSource
-from tuna_peft.recipe.schema import Recipe, Stage
-from tuna_peft.recipe.train_fields import train_fields
+from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
+from tuna_peft.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,19 +44,20 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
         UserError: A file that cannot be used.
     """
     tokenizer = _tokenizer(recipe) if any(map(is_here, recipe.sources().values())) else None
-    workloads = {
-        stage.name: _feedback(stage.data, recipe, tokenizer)
-        if isinstance(stage.data, FeedbackSource)
-        else source_workload(
-            stage.data, recipe, tokenizer,
-            kind=stage.type, max_length=_longest(stage_value(stage, "max_length"), shape), overflow=stage.overflow,
-        )
-        for stage in recipe.trained()
-    }  # fmt: skip
+    workloads: dict[str, Workload] = {}
+    for stage in resolve_stages(recipe):
+        options: dict[str, Any] = {"kind": "prompts" if stage.drawn else "candidates"}
+        if stage.feedback is None:
+            options = {
+                "kind": stage.type,
+                "max_length": _longest(stage.max_length, shape),
+                "overflow": stage.overflow,
+            }
+        workloads[stage.name] = prompt_workload(stage, source_workload(stage.source, recipe, tokenizer, **options))
     tasks = recipe.evaluation.tasks.given() if recipe.evaluation else {}
     for name, task in tasks.items():
         if isinstance(task, DataSource):
-            options: dict[str, Any] = {"kind": "prompts"}
+            options = {"kind": "prompts"}
             if isinstance(task, RankingTask):
                 options = {
                     "kind": "ranking",
@@ -72,22 +72,18 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
     return workloads
 
 
-def drawn(source: FeedbackSource, prompts: Workload) -> Workload:
-    """Prompts with the longest responses that are drawn to them; as they are where none are drawn."""
-    if source.sample is not None:
-        n, longest = source.sample.n, source.sample.max_new_tokens
-    elif source.score is not None and source.score.generate is not None:
-        n, longest = source.score.generate.n, source.score.generate.max_tokens
-    else:
-        return prompts
-    rows = tuple(Row(row.prompt, (longest,) * n) for row in prompts.rows)
-    return Workload(rows, prompts.total, f"{prompts.source}, with {n} responses of up to {longest} tokens each")
+def prompt_workload(stage: ResolvedStage, source: Workload) -> Workload:
+    """The data of a stage, with the longest responses that may be generated for each prompt, if any are."""
+    if stage.drawn is None:
+        return source
+    n, longest = stage.drawn
+    rows = tuple(Row(row.prompt, (longest,) * n) for row in source.rows)
+    return Workload(rows, source.total, f"{source.source}, with {n} responses of up to {longest} tokens each")
 
 
-def trained_on(stage: Stage, made_of: Workload) -> Workload:
-    """What the rows of a stage are at most that the run makes of prompts with responses."""
-    assert isinstance(stage.data, FeedbackSource)
-    judge, longest = stage.data.judge, stage_value(stage, "max_length")
+def ranked_workload(stage: ResolvedStage, prompts: Workload) -> Workload:
+    """An upper bound on the training rows that the run makes by ranking the responses to `prompts`."""
+    judge, longest = stage.feedback.judge if stage.feedback else None, stage.max_length
     own = judge is not None and judge.include_judge_answer is True
 
     def within(row: Row) -> Row:
@@ -97,7 +93,7 @@ def trained_on(stage: Stage, made_of: Workload) -> Workload:
         prompt = min(row.prompt, longest - 1)  # what is longer is cut, or its prompt is skipped
         return Row(prompt, tuple(min(response, longest - prompt) for response in responses))
 
-    return dataclasses.replace(made_of, rows=tuple(map(within, made_of.rows)))
+    return dataclasses.replace(prompts, rows=tuple(map(within, prompts.rows)))
 
 
 def questions(rows: Workload, both_orders: bool, guidance: str | None) -> Workload:
@@ -109,17 +105,6 @@ def questions(rows: Workload, both_orders: bool, guidance: str | None) -> Worklo
 
     total = rows.total * (2 if both_orders else 1)
     return Workload(tuple(map(question, rows.rows)), total, f"{total:,} questions")
-
-
-def stage_value(stage: Stage, key: str) -> Any:
-    """A field of `train`, or the trainer's default for it."""
-    return stage.train.get(key, train_fields(stage.type)[key].default)
-
-
-def _feedback(source: FeedbackSource, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Workload:
-    draws = source.sample is not None or (source.score is not None and source.score.generate is not None)
-    kind: Any = "prompts" if draws else "candidates"
-    return drawn(source, source_workload(source.prompts, recipe, tokenizer, kind=kind))
 
 
 def _benchmark(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tuna_peft.data.config import DataSource, MayBeLocal
+from tuna_peft.data.config import DataSource, MayBeLocal, Overflow
 from tuna_peft.feedback.judge_settings import JudgeSettings
-
-Overflow = Literal["error", "cut", "skip"]
 
 
 class RankingTask(DataSource):

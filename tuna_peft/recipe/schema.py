@@ -6,13 +6,12 @@ in `train_fields.py`, which has to import them.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tuna_peft.data.config import MayBeLocal, PromptConfig
-from tuna_peft.recipe.evaluation_schema import EvaluationSettings, Overflow
+from tuna_peft.data.config import DataSource, MayBeLocal, Overflow, PromptConfig
+from tuna_peft.recipe.evaluation_schema import EvaluationSettings
 from tuna_peft.recipe.feedback_schema import FeedbackSource, StageData
 
 StageType = Literal["sft", "ranking"]
@@ -115,6 +114,23 @@ class Stage(_Section):
         default_factory=dict, description="Fields of trl.SFTConfig (sft) or tuna_peft.TunaConfig (ranking)."
     )
 
+    @property
+    def feedback(self) -> FeedbackSource | None:
+        """How the run makes the ranks; None where the data holds them."""
+        return self.data if isinstance(self.data, FeedbackSource) else None
+
+    @property
+    def source(self) -> DataSource:
+        """What is read: the training rows, or the prompts to rank responses for."""
+        return self.data.prompts if isinstance(self.data, FeedbackSource) else self.data
+
+    @property
+    def round_names(self) -> list[str]:
+        """The names of the adapters that the stage trains: its own, or one for each round."""
+        if self.rounds == 1:
+            return [self.name]
+        return [f"{self.name}-{number}" for number in range(1, self.rounds + 1)]
+
     @field_validator("name")
     @classmethod
     def _name_is_free(cls, name: str) -> str:
@@ -124,9 +140,9 @@ class Stage(_Section):
 
     @model_validator(mode="after")
     def _data_suit_the_type(self) -> Stage:
-        if self.type == "sft" and isinstance(self.data, FeedbackSource):
+        if self.type == "sft" and self.feedback is not None:
             raise ValueError("a stage of type `sft` learns from a file; ranks are for `type: ranking`")
-        if self.rounds > 1 and not (isinstance(self.data, FeedbackSource) and self.data.sample):
+        if self.rounds > 1 and not (self.feedback and self.feedback.sample):
             raise ValueError("`rounds` repeats sampling, so its `data` needs `sample`")
         if self.continue_adapter and self.rounds == 1:
             raise ValueError("`continue_adapter` goes on with the adapter of the round before: it needs `rounds` > 1")
@@ -224,70 +240,27 @@ class Recipe(_Section):
     def _samples_come_from_earlier_stages(cls, stages: list[Stage]) -> list[Stage]:
         taken, earlier = ["base"], ["base"]
         for stage in stages:
-            sample = stage.data.sample if isinstance(stage.data, FeedbackSource) else None
+            sample = stage.feedback.sample if stage.feedback else None
             if sample and sample.from_stage is not None and sample.from_stage not in earlier:
                 raise ValueError(
                     f"stage `{stage.name}` samples from `{sample.from_stage}`, which is none of those before it "
                     f"({', '.join(earlier)})"
                 )
-            rounds = [one.name for one in rounds_of(stage)]
-            taken += rounds
-            earlier += rounds[-1:] if stage.continue_adapter else rounds  # only the last is still in the stack
+            taken += stage.round_names
+            # Of rounds that continue one adapter only the last is in the stack at the end.
+            earlier += stage.round_names[-1:] if stage.continue_adapter else stage.round_names
         if twice := sorted({name for name in taken if taken.count(name) > 1}):
             raise ValueError(f"rounds are named by stage and number; given twice: {', '.join(twice)}")
         return stages
-
-    def stage(self, name: str) -> Stage:
-        """The stage called `name`; KeyError when there is none."""
-        for stage in self.trained():
-            if stage.name == name:
-                return stage
-        raise KeyError(name)
-
-    def trained(self) -> list[Stage]:
-        """The stages as they are trained: a stage of several rounds is several, each with a name of its own."""
-        return [one for stage in self.stages for one in rounds_of(stage)]
-
-    def successor(self, stage: Stage) -> str | None:
-        """The round that goes on with the adapter of `stage` and takes its place in the stack, if there is one."""
-        for one, following in pairwise(self.trained()):
-            if one.name == stage.name and following.continue_adapter:
-                return following.name
-        return None
-
-    def lora_of(self, stage: Stage) -> LoraSettings:
-        """The adapter settings of `stage`: the recipe's `lora`, with what the stage says laid over it."""
-        return self.lora.model_copy(update=stage.lora.model_dump(exclude_none=True))
 
     def sources(self) -> dict[tuple[str | int, ...], Any]:
         """Everything in the recipe that has a `path`, data sets and benchmarks, by its path of keys."""
         found: dict[tuple[str | int, ...], Any] = {}
         for index, stage in enumerate(self.stages):
-            if isinstance(stage.data, FeedbackSource):
-                found["stages", index, "data", "prompts"] = stage.data.prompts
-            else:
-                found["stages", index, "data"] = stage.data
+            key = ("stages", index, "data")
+            found[(*key, "prompts") if stage.feedback else key] = stage.source
         if self.evaluation is not None:
             for name, task in self.evaluation.tasks.given().items():
                 if hasattr(task, "path"):
                     found["evaluation", "tasks", name] = task
         return found
-
-
-def rounds_of(stage: Stage) -> list[Stage]:
-    """The stage itself, or one for each of its rounds; all but the first sample from the round before.
-
-    Of a round by itself `continue_adapter` says that it goes on with the adapter of the one before.
-    """
-    if stage.rounds == 1:
-        return [stage]
-    found = []
-    for number in range(1, stage.rounds + 1):
-        goes_on = stage.continue_adapter and number > 1
-        one = stage.model_copy(
-            deep=True, update={"name": f"{stage.name}-{number}", "rounds": 1, "continue_adapter": goes_on}
-        )
-        if number > 1 and isinstance(one.data, FeedbackSource) and one.data.sample:
-            one.data.sample.from_stage = None
-        found.append(one)
-    return found

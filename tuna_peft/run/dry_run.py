@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.load import load_prompts, read_ranked
+from tuna_peft.planning.lengths import is_here
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
-from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.load import load_recipe
-from tuna_peft.recipe.schema import Recipe, Stage
-from tuna_peft.recipe.train_fields import train_fields
+from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
+from tuna_peft.recipe.schema import Recipe
 
 
 def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
@@ -50,23 +48,17 @@ def _steps(recipe: Recipe, output: Path) -> Text:
     if quantization.method in ("nf4", "fp4") and quantization.double_quant:
         stored += ", double quantisation"
     step("base", f"{recipe.base.model}, {stored}")
-    below: list[str] = []
-    for stage in recipe.trained():
+    for stage in resolve_stages(recipe):
         rows = _stage_rows(stage, recipe)
-        steps = None if rows is None else _update_steps(stage, rows)
+        # Packing makes the number of sequences unknown.
+        steps = None if rows is None or stage.train.get("packing") else stage.update_steps(rows)
         step(
             f"stage {stage.name} ({stage.type}): {_state(output, stage)}",
-            _adapter(recipe, stage, below),
-            *(
-                _ranking(stage.data, rows, below)
-                if isinstance(stage.data, FeedbackSource)
-                else [_data(stage.data, rows)]
-            ),
+            _adapter(stage),
+            _data(stage.source, rows),
+            *_ranking(stage),
             f"about {steps:,} update steps" if steps else None,
         )
-        if stage.continue_adapter:
-            below.pop()
-        below.append(stage.name)
     for name, task in (recipe.evaluation.tasks.given() if recipe.evaluation else {}).items():
         data = getattr(task, "path", None)
         if isinstance(task, DataSource):
@@ -82,51 +74,33 @@ def _steps(recipe: Recipe, output: Path) -> Text:
     return text
 
 
-def _adapter(recipe: Recipe, stage: Stage, below: list[str]) -> str:
-    lora = recipe.lora_of(stage)
+def _adapter(stage: ResolvedStage) -> str:
+    lora = stage.lora
     modules = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    frozen = below[:-1] if stage.continue_adapter else below
-    on = f"on the frozen {' + '.join(frozen)}" if frozen else "on the base"
-    goes_on = f", which goes on from {below[-1]} and takes its place" if stage.continue_adapter else ""
-    return f"LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}{goes_on}"
+    on = f"on the frozen {' + '.join(stage.below)}" if stage.below else "on the base"
+    continues = f", starting from {stage.replaces}, which it replaces" if stage.replaces else ""
+    return f"LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}{continues}"
 
 
-def _update_steps(stage: Stage, rows: int) -> int | None:
-    """Updates on one device; None where packing makes the number of sequences unknown."""
-
-    def value(key: str) -> Any:
-        return stage.train.get(key, train_fields(stage.type)[key].default)
-
-    if value("max_steps") > 0:
-        return int(value("max_steps"))
-    if stage.train.get("packing"):
-        return None
-    per_epoch = math.ceil(
-        math.ceil(rows / value("per_device_train_batch_size")) / value("gradient_accumulation_steps")
-    )
-    return math.ceil(per_epoch * value("num_train_epochs"))
+def _stage_rows(stage: ResolvedStage, recipe: Recipe) -> int | None:
+    return _rows(stage.source, recipe, prompts=stage.feedback is not None, pairs=stage.type == "ranking")
 
 
-def _rows(source: DataSource, recipe: Recipe, stage: Stage | None = None, *, prompts: bool = False) -> int | None:
+def _rows(source: DataSource, recipe: Recipe, *, prompts: bool, pairs: bool = True) -> int | None:
     """Usable records; None for a Hub data set, which is not downloaded for a dry run."""
-    if not source.path.startswith("builtin:") and not Path(source.path).exists():
+    if not is_here(source):
         return None
     if prompts:
         return load_prompts(source, recipe.prompt)[1].kept
-    return read_ranked(source, recipe.prompt, pairs=stage is None or stage.type == "ranking")[1].kept
+    return read_ranked(source, recipe.prompt, pairs=pairs)[1].kept
 
 
-def _stage_rows(stage: Stage, recipe: Recipe) -> int | None:
-    if not isinstance(stage.data, FeedbackSource):
-        return _rows(stage.data, recipe, stage)
-    return _rows(stage.data.prompts, recipe, prompts=True)
-
-
-def _ranking(source: FeedbackSource, rows: int | None, below: list[str]) -> Iterator[str]:
-    """Where the ranks come from, step by step."""
-    yield _data(source.prompts, rows)
+def _ranking(stage: ResolvedStage) -> Iterator[str]:
+    """How the run makes the ranks, step by step; nothing where the data holds them."""
+    if (source := stage.feedback) is None:
+        return
     if (sample := source.sample) is not None:
-        model = sample.from_stage or (below[-1] if below else "base")
+        model = stage.samples_from[-1] if stage.samples_from else "base"
         yield (
             f"samples {sample.n} responses to each from {model}, at temperature {sample.temperature:g}, "
             f"{sample.trials} draws at most ({sample.backend})"
@@ -145,7 +119,7 @@ def _data(source: DataSource, rows: int | None) -> str:
     return f"{source.path}{split}: {'on the Hub, not counted' if rows is None else f'{rows:,} rows'}"
 
 
-def _state(output: Path, stage: Stage) -> str:
+def _state(output: Path, stage: ResolvedStage) -> str:
     from tuna_peft.training.checkpoint import latest_checkpoint
 
     folder = output / "stages" / stage.name

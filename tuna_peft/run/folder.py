@@ -136,7 +136,7 @@ class RunDirectory:
         parts = ("evaluation", "stages", "stack")
         return any(path.is_file() for part in parts for path in (self.path / part).rglob("*"))
 
-    def stage(self, name: str) -> Path:
+    def stage_folder(self, name: str) -> Path:
         """The working folder of a stage."""
         folder = self.path / "stages" / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.encode import encode_source
 from tuna_peft.data.load import load_candidates, load_prompts, load_ranked, load_sft
 from tuna_peft.data.ranked import Record
-from tuna_peft.recipe.feedback_schema import FeedbackSource
+from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.tasks import Task, read_tasks
 
@@ -42,29 +43,39 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
         UserError: See `tuna_peft.data.load`, `tuna_peft.data.tokenize` and `tuna_peft.run.tasks`.
     """
     inputs = Inputs()
-    for stage in recipe.trained():
-        if isinstance(stage.data, FeedbackSource):
-            inputs.prompts[stage.name], inputs.counts[stage.name] = _read_prompts(stage.data, recipe)
-            continue
-        inputs.stages[stage.name], inputs.counts[stage.name] = encode_source(
-            stage.data, load_sft if stage.type == "sft" else load_ranked, recipe.prompt, tokenizer, config,
-            max_length=stage.train.get("max_length", 1024), overflow=stage.overflow,
-            needs_reference=stage.train.get("mle_on") == "reference",
-        )  # fmt: skip
+    for stage in resolve_stages(recipe):
+        if stage.feedback is not None:
+            read = load_prompts if stage.drawn else load_candidates
+            inputs.prompts[stage.name], report = read(stage.source, recipe.prompt)
+            inputs.counts[stage.name] = {"prompts": report.as_dict()}
+        else:
+            inputs.stages[stage.name], inputs.counts[stage.name] = encode_rows(
+                stage, stage.source, recipe.prompt, tokenizer, config
+            )
     if recipe.evaluation:
-        names = ["base", *(stage.name for stage in recipe.trained())]
-        read = read_tasks(recipe.evaluation.tasks, recipe.prompt, tokenizer, config, names)
-        inputs.ranked, inputs.tasks = read.ranked, read.tasks
-        inputs.counts |= {f"evaluation.{task}": counts for task, counts in read.counts.items()}
+        read_data = read_tasks(recipe.evaluation.tasks, recipe.prompt, tokenizer, config, stage_names(recipe))
+        inputs.ranked, inputs.tasks = read_data.ranked, read_data.tasks
+        inputs.counts |= {f"evaluation.{task}": counts for task, counts in read_data.counts.items()}
     return inputs
 
 
-def _read_prompts(source: FeedbackSource, recipe: Recipe) -> tuple[list[Record], dict[str, Any]]:
-    """The prompts, or the prompts with their responses where nothing is sampled; and the counts of what was read.
+def encode_rows(
+    stage: ResolvedStage,
+    source: DataSource,
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> tuple[Dataset, dict[str, Any]]:
+    """The training rows of `stage`, read from `source` and encoded as its trainer wants them.
+
+    Returns:
+        The encoded rows, and what became of records and rows.
 
     Raises:
-        UserError: They cannot be read.
+        UserError: See `tuna_peft.data.encode.encode_source`.
     """
-    drawn = source.sample is not None or (source.score is not None and source.score.generate is not None)
-    rows, report = (load_prompts if drawn else load_candidates)(source.prompts, recipe.prompt)
-    return rows, {"prompts": report.as_dict()}
+    load = load_sft if stage.type == "sft" else load_ranked
+    return encode_source(
+        source, load, prompt, tokenizer, config,
+        max_length=stage.max_length, overflow=stage.overflow, needs_reference=stage.needs_reference,
+    )  # fmt: skip

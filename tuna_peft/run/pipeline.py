@@ -30,10 +30,11 @@ from tuna_peft.models.base.load import (
 )
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.base.shards import shard_base
-from tuna_peft.models.stack.adapters import adapter_names, drop_adapter, fingerprint, load_adapter
+from tuna_peft.models.stack.adapters import drop_adapter, fingerprint, load_adapter
 from tuna_peft.models.stack.files import extend_stack
 from tuna_peft.models.stack.manifest import read_manifest
-from tuna_peft.recipe.schema import Recipe, Stage
+from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
+from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.evaluate import evaluate_stage
 from tuna_peft.run.exports import export_stack
 from tuna_peft.run.folder import RunDirectory
@@ -68,8 +69,9 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         require_shardable(recipe)
     with RunDirectory(output, recipe, processes) as run:
         _quieten_libraries()
-        for stage in recipe.trained():
-            stage_config(recipe, stage, run.stage(stage.name), on_cpu=on_cpu)  # fields that do not go together
+        stages = resolve_stages(recipe)
+        for stage in stages:
+            stage_config(recipe, stage, run.stage_folder(stage.name), on_cpu=on_cpu)  # fields that conflict
         if recipe.evaluation and recipe.evaluation.tasks.graded:
             load_grader(recipe.evaluation.tasks.graded.grader, "evaluation.tasks.graded.grader")
         config, tokenizer = load_config_and_tokenizer(
@@ -78,8 +80,8 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         require_exports(recipe, config, tokenizer)
         with processes.main_first():
             inputs = read_inputs(recipe, tokenizer, config)
-        for stage in recipe.trained():
-            if stage.name in inputs.prompts:
+        for stage in stages:
+            if stage.feedback:
                 check_feedback(stage, inputs.prompts[stage.name], tokenizer)
         sharded, ranked = processes.sharding is not None, [name for name in inputs.prompts if is_ranked(run, name)]
         preflight(recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer, ranked=ranked)
@@ -87,8 +89,8 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         run.save(FACTS, _facts(recipe, base, inputs))
         model: PreTrainedModel | PeftModel = base.model
         _evaluate(run, model, base, inputs, "base")
-        for stage in recipe.trained():
-            if stage.name in inputs.prompts:
+        for stage in stages:
+            if stage.feedback:
                 with processes.main_first(model):  # the others find what it made
                     make_rows(run, model, base, inputs, stage)
                 run.save(FACTS, _facts(recipe, base, inputs))
@@ -145,24 +147,23 @@ def _load_base(recipe: Recipe, processes: Processes) -> Base:
 
 
 def _finish_stage(
-    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: Stage
+    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: ResolvedStage
 ) -> PeftModel:
     """The model with the stage's adapter on top: loaded if it was trained before, else trained now."""
-    stack, below = run.path / "stack", adapter_names(model)
-    replaced = below.pop() if stage.continue_adapter else None
+    stack = run.path / "stack"
     if run.load(f"stages/{stage.name}/done.json") is not None:
-        successor = run.recipe.successor(stage)
-        if successor is None or not (stack / successor).exists():  # else the manifest may name that one instead
+        # Once its successor is being written, the manifest may name that one instead.
+        if stage.replaced_by is None or not (stack / stage.replaced_by).exists():
             read_manifest(stack, upto=stage.name)  # verifies hashes
         logger.info("stage %s is done", stage.name)
         loaded = load_adapter(model, stage.name, stack / stage.name)
-        if replaced is not None:
-            drop_adapter(loaded, replaced)
+        if stage.replaces is not None:
+            drop_adapter(loaded, stage.replaces)
         return loaded
-    frozen = {name: fingerprint(model, name) for name in below}
+    frozen = {name: fingerprint(model, name) for name in stage.below}
     logger.info("stage %s: %s on %d rows", stage.name, stage.type, len(inputs.stages[stage.name]))
     trained, summary = train_stage(
-        model, base.tokenizer, inputs.stages[stage.name], run.recipe, stage, run.stage(stage.name)
+        model, base.tokenizer, inputs.stages[stage.name], run.recipe, stage, run.stage_folder(stage.name)
     )
     changed = [name for name, before in frozen.items() if fingerprint(trained, name) != before]
     if changed:
@@ -191,7 +192,7 @@ def _facts(recipe: Recipe, base: Base, inputs: Inputs) -> dict[str, Any]:
         "name": recipe.name,
         "seed": recipe.seed,
         "base": {**base.identity, "quantization": recipe.quantization.model_dump()},
-        "stages": [stage.name for stage in recipe.trained()],
+        "stages": stage_names(recipe)[1:],
         "data": inputs.counts,
         "environment": environment(),
     }

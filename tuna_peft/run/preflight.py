@@ -15,8 +15,8 @@ from tuna_peft.planning.gpus import GIB
 from tuna_peft.planning.lengths import encoded_workload, records_workload
 from tuna_peft.planning.plan import Plan, make_plan
 from tuna_peft.planning.shapes import ModelShape, UnplannedModel
-from tuna_peft.planning.workloads import drawn
-from tuna_peft.recipe.feedback_schema import FeedbackSource
+from tuna_peft.planning.workloads import prompt_workload
+from tuna_peft.recipe.resolved import resolve_stages
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.inputs import Inputs
 
@@ -59,10 +59,10 @@ def preflight(
     try:
         shape = ModelShape.from_config(config.to_dict(), recipe.base.model)
         workloads = {name: encoded_workload(rows) for name, rows in inputs.stages.items()}
-        for stage in recipe.trained():
-            if isinstance(stage.data, FeedbackSource):
+        for stage in resolve_stages(recipe):
+            if stage.feedback:
                 prompts = records_workload(inputs.prompts[stage.name], tokenizer)
-                workloads[stage.name] = drawn(stage.data, prompts)
+                workloads[stage.name] = prompt_workload(stage, prompts)
         if inputs.ranked is not None:
             workloads["evaluation.ranking"] = encoded_workload(inputs.ranked)  # generation finds its batch by itself
         plan = make_plan(run_spec(recipe, shape, workloads, device, processes, ranked), device)

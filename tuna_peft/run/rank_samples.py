@@ -11,8 +11,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import DataSource
-from tuna_peft.data.encode import encode_source
-from tuna_peft.data.load import load_ranked
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError
@@ -26,11 +24,11 @@ from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
 from tuna_peft.models.base.load import Base
 from tuna_peft.models.base.memory import free_memory
-from tuna_peft.models.stack.adapters import active_adapters, adapter_names
+from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.recipe.feedback_schema import FeedbackSource, StageSample
-from tuna_peft.recipe.schema import Stage
+from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.run.folder import RunDirectory
-from tuna_peft.run.inputs import Inputs
+from tuna_peft.run.inputs import Inputs, encode_rows
 from tuna_peft.run.samplers import vllm_sampler
 
 logger = logging.getLogger("tuna_peft")
@@ -38,18 +36,16 @@ logger = logging.getLogger("tuna_peft")
 REPORT = "feedback.json"
 
 
-def check_feedback(stage: Stage, rows: list[Record], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_feedback(stage: ResolvedStage, rows: list[Record], tokenizer: PreTrainedTokenizerBase) -> None:
     """What can be known before anything is trained: the judge is there, and samples will fit.
 
     Raises:
         UserError: No such judge, or a prompt with the longest response is beyond `train.max_length`.
     """
-    source = stage.data
-    assert isinstance(source, FeedbackSource)
-    if source.judge is not None:
+    source, limit = stage.feedback, stage.max_length
+    if source is not None and source.judge is not None:
         make_judge(source.judge)
-    limit = stage.train.get("max_length", 1024)
-    if source.sample is None or stage.overflow != "error" or limit is None:
+    if source is None or source.sample is None or stage.overflow != "error" or limit is None:
         return
     longest = max(len(prompt_ids(row["prompt"], tokenizer)) for row in rows)
     needed = longest + source.sample.max_new_tokens + 1
@@ -57,7 +53,7 @@ def check_feedback(stage: Stage, rows: list[Record], tokenizer: PreTrainedTokeni
         raise UserError(
             f"prompts of up to {longest} tokens with responses of up to {source.sample.max_new_tokens} need {needed}, "
             f"and max_length is {limit}",
-            where=f"stages.{stage.name}",
+            where=stage.key,
             fix="Raise train.max_length, lower data.sample.max_new_tokens, or set overflow to `cut` or `skip`.",
         )
 
@@ -67,7 +63,9 @@ def is_ranked(run: RunDirectory, stage: str) -> bool:
     return run.load(f"stages/{stage}/{REPORT}") is not None
 
 
-def make_rows(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: Stage) -> None:
+def make_rows(
+    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: ResolvedStage
+) -> None:
     """Puts the encoded rows of `stage` into `inputs`, after sampling and ranking them if that is not done yet.
 
     `stages/<name>/` gets `samples.jsonl`, `ranked.jsonl`, the journals of both steps, and `feedback.json` with what
@@ -76,8 +74,8 @@ def make_rows(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base,
     Raises:
         UserError: Nothing is left to rank, or a server gives no answers.
     """
-    source, folder = stage.data, run.stage(stage.name)
-    assert isinstance(source, FeedbackSource)
+    source, folder = stage.feedback, run.stage_folder(stage.name)
+    assert source is not None
     name = f"stages/{stage.name}/{REPORT}"
     if (report := run.load(name)) is None:
         report, rows = {}, inputs.prompts[stage.name]
@@ -92,27 +90,23 @@ def make_rows(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base,
     # A row that fits only nearly is counted: stopping here would lose what was sampled.
     ranked = DataSource(
         path=str(folder / "ranked.jsonl"), format="ranked", on_bad_row="skip",
-        add_reference=source.prompts.add_reference,
+        add_reference=stage.source.add_reference,
     )  # fmt: skip
-    inputs.stages[stage.name], counts = encode_source(
-        ranked, load_ranked, run.recipe.prompt, base.tokenizer, base.model.config,
-        max_length=stage.train.get("max_length", 1024), overflow=stage.overflow,
-        needs_reference=stage.train.get("mle_on") == "reference",
-    )  # fmt: skip
+    inputs.stages[stage.name], counts = encode_rows(
+        stage, ranked, run.recipe.prompt, base.tokenizer, base.model.config
+    )
     inputs.counts[stage.name] |= {**report, "training": counts}
 
 
 def _sample(
-    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, stage: Stage, sample: StageSample,
+    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, stage: ResolvedStage, sample: StageSample,
     prompts: list[Record],
 ) -> tuple[list[Record], dict[str, Any]]:  # fmt: skip
-    names = adapter_names(model)
-    if sample.from_stage is not None:
-        names = [] if sample.from_stage == "base" else names[: names.index(sample.from_stage) + 1]
+    names = list(stage.samples_from)
     logger.info("stage %s: sampling from %s", stage.name, " + ".join(names) or "the base")
     with (
         _sampler(run, model, base, sample, names) as sampler,
-        Journal(run.stage(stage.name) / "samples.journal.jsonl") as journal,
+        Journal(run.stage_folder(stage.name) / "samples.journal.jsonl") as journal,
     ):
         rows, report = sample_candidates(sampler, prompts, sample, journal, seed=f"{run.recipe.seed}/{stage.name}")
     logger.info(

@@ -21,7 +21,8 @@ from tuna_peft.files import write_json
 from tuna_peft.models.base.shards import keep_from_ddp
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.stack.adapters import push_adapter, take_over
-from tuna_peft.recipe.schema import Recipe, Stage
+from tuna_peft.recipe.resolved import ResolvedStage
+from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.measure import Peak
 from tuna_peft.run.sharding import under_deepspeed, world_size
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
@@ -42,7 +43,7 @@ def train_stage(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     recipe: Recipe,
-    stage: Stage,
+    stage: ResolvedStage,
     folder: Path,
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Trains the adapter of `stage` on top of `model`, from the last complete checkpoint in `folder` if there is one.
@@ -60,7 +61,7 @@ def train_stage(
         KeyboardInterrupt: After Ctrl-C, with a checkpoint of the step that was finished.
     """
     set_seed(recipe.seed)  # the adapter's first weights are random
-    lora = recipe.lora_of(stage)
+    lora = stage.lora
     stacked = push_adapter(
         model,
         stage.name,
@@ -69,7 +70,7 @@ def train_stage(
             use_rslora=lora.use_rslora, task_type="CAUSAL_LM",
         ),
     )  # fmt: skip
-    if stage.continue_adapter:
+    if stage.replaces:
         take_over(stacked)
     keep_from_ddp(stacked)
     config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu")
@@ -103,7 +104,7 @@ def train_stage(
     return _released(trainer, stacked), summary
 
 
-def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) -> SFTConfig | TunaConfig:
+def stage_config(recipe: Recipe, stage: ResolvedStage, folder: Path, *, on_cpu: bool) -> SFTConfig | TunaConfig:
     """The trainer's configuration of `stage`.
 
     Raises:
@@ -114,7 +115,7 @@ def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) ->
         "save_total_limit": 1,
         "dataloader_pin_memory": not on_cpu,
         "ddp_find_unused_parameters": False,  # every adapter weight is used, and looking for others costs a pass
-        **stage.train,
+        **stage.given,
         "output_dir": str(folder),
         "run_name": f"{recipe.name}-{stage.name}",
         "disable_tqdm": True,  # StageProgress shows one bar of its own
@@ -133,9 +134,7 @@ def stage_config(recipe: Recipe, stage: Stage, folder: Path, *, on_cpu: bool) ->
             config = SFTConfig(**{"completion_only_loss": True, **settings})
             use_one_gpu(config)
     except (ValueError, TypeError) as error:
-        raise UserError(
-            str(error), where=f"stages.{stage.name}.train", fix="Change these fields in the recipe."
-        ) from error
+        raise UserError(str(error), where=f"{stage.key}.train", fix="Change these fields in the recipe.") from error
     require_fitting_deepspeed(config)
     return config
 

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from transformers import SchedulerType, TrainingArguments
 
+from tuna_peft.data.config import Overflow
+
 
 @dataclass
 class TunaConfig(TrainingArguments):
@@ -77,7 +79,7 @@ class TunaConfig(TrainingArguments):
         default=1024,
         metadata={"help": "Longest prompt plus one response, in tokens. None for no limit."},
     )
-    overflow: Literal["error", "cut", "skip"] = field(
+    overflow: Overflow = field(
         default="error",
         metadata={"help": "What to do with a response that passes `max_length`: 'error', 'cut' or 'skip'."},
     )
