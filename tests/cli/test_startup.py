@@ -34,7 +34,8 @@ def test_help_and_recipes_load_no_slow_library(arguments):
 
 
 def test_importing_the_package_loads_no_torch():
-    code = "import sys, tuna_peft, tuna_peft.recipe.load, tuna_peft.feedback.judge; assert 'torch' not in sys.modules"
+    modules = "tuna_peft, tuna_peft.limits, tuna_peft.recipe.load, tuna_peft.feedback.judge"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

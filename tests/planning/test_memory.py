@@ -12,11 +12,7 @@ from trl.trainer import utils as trl_utils
 
 from benchmarks import planner, planner_phases  # noqa: E402
 from benchmarks.shapes import LORA_RANK, build  # noqa: E402
-from tuna_peft.data.collate import RankedCollator  # noqa: E402
-from tuna_peft.models.forward.logps import CHUNK_ROWS  # noqa: E402
-from tuna_peft.models.forward.prefix import LONG_ROW  # noqa: E402
-from tuna_peft.models.generation import growing_cache  # noqa: E402
-from tuna_peft.planning import inference, memory, workload  # noqa: E402
+from tuna_peft.planning import memory  # noqa: E402
 from tuna_peft.planning.memory import Precision, weight_parts  # noqa: E402
 from tuna_peft.planning.shapes import KNOWN, ModelShape  # noqa: E402
 
@@ -60,12 +56,8 @@ def test_known_shapes_have_the_published_sizes(model, billions):
     assert (shape.body + shape.unquantised) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
-def test_constants_are_those_of_training():
-    assert memory.CHUNK_ROWS == CHUNK_ROWS
+def test_the_tile_of_supervised_logits_is_that_of_trl():
     assert memory.SUPERVISED_TILE == (chunked_logprob.TOKEN_CHUNK_SIZE, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE)
-    assert inference.CACHE_STEP == growing_cache._ROOM + 1
-    assert workload.LONG_ROW == LONG_ROW
-    assert RankedCollator(0).pad_to_multiple_of == workload.PAD_TO
 
 
 def test_whole_runs_of_the_published_estimate():

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 
 from tuna_peft.errors import UserError
-from tuna_peft.planning import phases as phases_module
 from tuna_peft.planning.advice import advise, smallest_gpu
 from tuna_peft.planning.gpus import GIB, GPUS, find_gpu
 from tuna_peft.planning.memory import Adapter, Precision
@@ -15,7 +14,6 @@ from tuna_peft.planning.plan import make_plan
 from tuna_peft.planning.shapes import KNOWN, ModelShape
 from tuna_peft.planning.spec import Device, EvaluationSpec, MergeSpec, RunSpec, StageSpec, TaskSpec
 from tuna_peft.planning.workload import Row, Workload, packed_pass, padded_pass
-from tuna_peft.training import activation_memory
 
 ROWS = Workload((Row(100, (200, 50)), Row(40, (10, 20, 30))), 1000, "by hand")
 
@@ -108,11 +106,6 @@ def test_activations_are_kept_in_as_many_layers_as_fit():
     assert none.flops > some.flops > auto.flops > full.flops
     assert auto.needed == none.needed == none.peak  # what is kept because there is room is not needed
     assert none.note == "keeps 0/32" and full.note == "keeps 32/32"
-
-
-def test_shares_of_memory_are_those_of_training():
-    assert phases_module.USABLE == activation_memory._USABLE
-    assert phases_module.USABLE_RAM == activation_memory._USABLE_RAM
 
 
 def test_changes_come_cheapest_first_and_only_those_that_help():

@@ -9,7 +9,9 @@ from families import make_model, make_rows
 from peft import LoraConfig
 from transformers import HfArgumentParser
 
+from tuna_peft import limits
 from tuna_peft.data.collate import RankedCollator
+from tuna_peft.limits import ACTIVATIONS_ON_GPU
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.forward.scoring import response_logps
 from tuna_peft.models.stack.adapters import push_adapter
@@ -108,7 +110,7 @@ def test_a_gpu_is_filled_after_a_first_step_that_recomputes_everything(model, ba
     size = layer_gib(model, batch) * GIB
     monkeypatch.setattr(activation_memory, "_start_watching", lambda device: 10 * size)
     monkeypatch.setattr(activation_memory, "_peak", lambda device: 14 * size)
-    monkeypatch.setattr(activation_memory, "_free", lambda device: 6.5 / activation_memory._USABLE * size)
+    monkeypatch.setattr(activation_memory, "_free", lambda device: 6.5 / ACTIVATIONS_ON_GPU * size)
     policy = ActivationMemory("auto")
     policy.attach(model)
     budget, gpu = policy._budget, torch.device("cuda")
@@ -123,6 +125,21 @@ def test_a_gpu_is_filled_after_a_first_step_that_recomputes_everything(model, ba
         gradients(model, batch)
     assert kept(model) == [False, False, True, True]  # 6.5 are free, the pass itself takes 4
     assert "2 of 4 layers keep their activations" in caplog.text
+
+
+def test_a_cpu_budget_knows_the_limit_of_the_container(tmp_path, monkeypatch):
+    files = {
+        "proc/meminfo": "MemTotal: 999 kB\nMemAvailable: 64000000 kB\n",
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": "8000\n",
+        "sys/fs/cgroup/memory.current": "5000\n",
+        "sys/fs/cgroup/memory.stat": "anon 4000\nfile 1000\nactive_file 600\ninactive_file 400\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(limits, "_ROOT", tmp_path)
+    assert ActivationMemory("auto")._budget(torch.device("cpu"), tokens=1) == 0.5 * (8000 - 5000 + 1000)
 
 
 def test_out_of_memory_gives_everything_back_once(model, batch):

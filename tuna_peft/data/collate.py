@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from tuna_peft.limits import PAD_TO
+
 # A limit beyond every position: the whole of a segment is visible.
 EVERYTHING = 2**31 - 1
 
@@ -48,7 +50,7 @@ class RankedCollator:
 
     pad_token_id: int
     mle_on: str = "all"
-    pad_to_multiple_of: int = 8
+    pad_to_multiple_of: int = PAD_TO
     share_responses: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from tuna_peft.data.config import DataSource, Overflow, PromptConfig
 from tuna_peft.data.ranked import ReadReport
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
+from tuna_peft.limits import context_length, within_context
 
 
 def encode_source(
@@ -34,8 +35,7 @@ def encode_source(
         UserError: See `tuna_peft.data.load` and `tuna_peft.data.tokenize`; names the file.
     """
     dataset, read = load(source, prompt)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = min((length for length in (max_length, context) if length is not None), default=None)
+    limit = within_context(max_length, context_length(config))
     try:
         encoded, tokens = encode_dataset(
             dataset, tokenizer, max_length=limit, overflow=overflow, on_bad_row=source.on_bad_row,

@@ -15,7 +15,7 @@ from tuna_peft.data.ranked import Prompt
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.evaluation.results import Exclusion
 from tuna_peft.journal import Journal, content_key
-from tuna_peft.models.generation.generate import stream_responses
+from tuna_peft.models.generation.generate import context_of, stream_responses
 
 JOURNAL = "evaluation/journal.jsonl"
 """Where a run keeps what its stages answered."""
@@ -90,7 +90,7 @@ class Session:
         Every answer goes into the journal as it ends: interrupted work asks only for what is missing.
         """
         prompts = [self._ids(question) for question in questions]
-        room = (self._context() or float("inf")) - max_new_tokens
+        room = (context_of(self.model) or float("inf")) - max_new_tokens
         fits = [index for index, ids in enumerate(prompts) if len(ids) <= room]
         keys = {index: self._key(prompts[index], max_new_tokens) for index in fits}
         first = {key: index for index, key in reversed(keys.items())}  # equal prompts are asked once
@@ -116,9 +116,6 @@ class Session:
     def _weights(self) -> str:
         adapters = list(self.digest["adapters"].values())
         return content_key(**{**self.digest, "adapters": adapters}, dtype=str(next(self.model.parameters()).dtype))
-
-    def _context(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def _key(self, ids: list[int], max_new_tokens: int) -> str:
         return content_key(weights=self._weights, prompt=ids, max_new_tokens=max_new_tokens)

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.quantizers import AutoHfQuantizer
 
 from tuna_peft.errors import UserError
+from tuna_peft.limits import QUANTIZATION_BLOCK, SCALES_BLOCK
 
-BLOCK = 64  # weights per scale: what bitsandbytes uses where nothing else is asked for
 _PART = 1 << 14  # blocks quantised at a time: a million weights
 
 
@@ -94,8 +94,8 @@ def quantise_4bit(
     """
     # As rows of one block: blocks run over the whole weight, and some CPU kernels miscount them in other rows (see
     # `require_exact_dequantisation`). Zeros that fill the last block change neither its scale nor its codes.
-    flat, missing = weight.reshape(-1), -weight.numel() % BLOCK
-    blocks = (nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
+    flat, missing = weight.reshape(-1), -weight.numel() % QUANTIZATION_BLOCK
+    blocks = (nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, QUANTIZATION_BLOCK)
     # In parts, because bitsandbytes needs five times the memory of an fp32 weight to quantise it.
     quantise = _quantise_on_cpu if weight.device.type == "cpu" else _quantise
     parts = [quantise(part.to(dtype), quant_type) for part in blocks.split(_PART)]
@@ -105,18 +105,18 @@ def quantise_4bit(
         absmax=scales,
         shape=weight.shape,
         code=bnb.get_4bit_type(quant_type, device=str(weight.device)),
-        blocksize=BLOCK,
+        blocksize=QUANTIZATION_BLOCK,
         quant_type=quant_type,
         dtype=dtype,
     )
     if double_quant:
         state.nested, state.offset = True, scales.mean()
-        state.absmax, state.state2 = bnb.quantize_blockwise(scales - state.offset, blocksize=256)
+        state.absmax, state.state2 = bnb.quantize_blockwise(scales - state.offset, blocksize=SCALES_BLOCK)
     return codes, state
 
 
 def _quantise(blocks: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, state = bnb.quantize_4bit(blocks, blocksize=BLOCK, quant_type=quant_type)
+    codes, state = bnb.quantize_4bit(blocks, blocksize=QUANTIZATION_BLOCK, quant_type=quant_type)
     return codes.view(-1), state.absmax
 
 
@@ -145,14 +145,14 @@ def dequantise_4bit(codes: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
     scales = state.absmax
     if state.nested:
         scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
-    result = torch.empty((scales.numel(), BLOCK), dtype=state.dtype, device=codes.device)
-    rows = zip(codes.split(_PART * BLOCK // 2), scales.split(_PART), result.split(_PART), strict=True)
+    result = torch.empty((scales.numel(), QUANTIZATION_BLOCK), dtype=state.dtype, device=codes.device)
+    rows = zip(codes.split(_PART * QUANTIZATION_BLOCK // 2), scales.split(_PART), result.split(_PART), strict=True)
     for own_codes, own_scales, own_rows in rows:
         part = bnb.QuantState(
             absmax=own_scales,
             shape=own_rows.shape,
             code=state.code,
-            blocksize=BLOCK,
+            blocksize=QUANTIZATION_BLOCK,
             quant_type=state.quant_type,
             dtype=state.dtype,
         )

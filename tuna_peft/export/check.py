@@ -15,16 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.divergence import Divergence, divergence_from, iter_logits
+from tuna_peft.limits import MERGED_WEIGHTS, available_ram
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.load import resolve_device, resolve_dtype
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.stack.files import AdapterStack
 from tuna_peft.models.stack.find import find_stack
 from tuna_peft.models.stack.manifest import read_manifest
-from tuna_peft.ram import available_ram
-
-# Of the memory that is free, what weights may take; the rest is for activations and logits.
-_WEIGHTS = 0.9
 
 
 def check_exports(
@@ -149,6 +146,6 @@ class Comparison:
         memory: dict[int | str, int] = {}
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            memory[torch.cuda.current_device() if device.index is None else device.index] = int(_WEIGHTS * free)
-        memory["cpu"] = int(_WEIGHTS * available_ram())
+            memory[torch.cuda.current_device() if device.index is None else device.index] = int(MERGED_WEIGHTS * free)
+        memory["cpu"] = int(MERGED_WEIGHTS * available_ram())
         return {"device_map": "auto", "max_memory": memory}

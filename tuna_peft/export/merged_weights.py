@@ -12,7 +12,6 @@ from transformers import BitsAndBytesConfig
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.base_weight import (
-    BLOCK,
     dequantise_4bit,
     dequantised,
     quantise_4bit,
@@ -22,6 +21,7 @@ from tuna_peft.export.base_weight import (
 )
 from tuna_peft.export.factors import Factors, StackFactors
 from tuna_peft.export.safetensors_stream import FLOATS, SafetensorsReader, TensorSpec
+from tuna_peft.limits import QUANTIZATION_BLOCK, SCALES_BLOCK
 from tuna_peft.models.base.load import safetensors_files
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -112,9 +112,9 @@ class MergedWeights:
 
     def _specs(self, name: str, stored: TensorSpec) -> dict[str, TensorSpec]:
         if name.removesuffix(".weight") in self._requantised:
-            blocks = -(-math.prod(stored.shape) // BLOCK)
+            blocks = -(-math.prod(stored.shape) // QUANTIZATION_BLOCK)
             return {
-                f"{name}.nested_absmax": TensorSpec("F32", (-(-blocks // 256),)),
+                f"{name}.nested_absmax": TensorSpec("F32", (-(-blocks // SCALES_BLOCK),)),
                 f"{name}.nested_quant_map": TensorSpec("F32", (256,)),
                 f"{name}.quant_map": TensorSpec("F32", (16,)),
                 f"{name}.absmax": TensorSpec("U8", (blocks,)),
@@ -167,6 +167,6 @@ def _sum(weight: torch.Tensor, factors: Factors | None, dtype: torch.dtype) -> t
 
 def _state_bytes(elements: int) -> int:
     """The size of a weight's JSON: it brings all that belongs to the weight to a multiple of eight bytes."""
-    blocks = -(-elements // BLOCK)
-    others = 4 * -(-blocks // 256) + blocks + -(-elements // 2)
+    blocks = -(-elements // QUANTIZATION_BLOCK)
+    others = 4 * -(-blocks // SCALES_BLOCK) + blocks + -(-elements // 2)
     return _STATE_BYTES + -others % 8

@@ -7,6 +7,7 @@ from typing import Any
 
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.limits import available_ram, is_ampere_or_later
 from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.hub_config import is_on_disk, read_shape
 from tuna_peft.planning.local_models import local_model
@@ -27,7 +28,6 @@ from tuna_peft.planning.spec import (
 )
 from tuna_peft.planning.workload import Row, Workload
 from tuna_peft.planning.workloads import questions, ranked_workload, read_workloads
-from tuna_peft.ram import available_ram
 from tuna_peft.recipe.evaluation_schema import VicunaTask
 from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
@@ -74,7 +74,7 @@ def this_device(setting: str = "auto") -> Device:
         gpu = None
     # What is free, and what this process holds already, its context included.
     own = torch.cuda.memory_reserved(device) + CUDA_CONTEXT
-    return Device(name, free + own, gpu, bf16=torch.cuda.get_device_capability(device)[0] >= 8)
+    return Device(name, free + own, gpu, bf16=is_ampere_or_later(torch.cuda.get_device_capability(device)))
 
 
 def run_spec(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+from tuna_peft.limits import CACHE_ROOM
 from tuna_peft.planning.memory import Precision, attention_bytes, chunk_bytes, dequantised_bytes, mask_bytes
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ForwardPass
 
-# Tokens of room that a cache makes at a time (`models/generation/growing_cache.py`), and the one it is made for.
-CACHE_STEP = 64 + 1
+# Tokens by which a cache grows: its room, and the token that it grows for.
+_CACHE_STEP = CACHE_ROOM + 1
 # Bytes beside a logit while a token is drawn: the logits in fp32, and a 64-bit random number through its rounds
 # (`models/generation/generate.py`); with `top_p` the sorted vocabulary beside it. Measured on meta tensors.
 _DRAWN, _DRAWN_BY_TOP_P = 28, 41
@@ -70,14 +71,14 @@ def generation_bytes(
     b, sequences = precision.compute, prompts * n
     reading = {
         f"keys and values of {prompts} x {prompt:,} tokens": _all_caches(
-            shape, prompts, prompt, prompt + CACHE_STEP, precision
+            shape, prompts, prompt, prompt + _CACHE_STEP, precision
         ),
         "a forward pass over the prompts": max(
             forward_bytes(shape, ForwardPass(prompts, prompt, prompts, None), precision),
             b * prompts * (shape.vocab + 2 * prompt * shape.hidden),
         ),
     }
-    room = prompt + CACHE_STEP * math.ceil(new / CACHE_STEP)
+    room = prompt + _CACHE_STEP * math.ceil(new / _CACHE_STEP)
     drawn = b if greedy else (_DRAWN_BY_TOP_P if top_p else _DRAWN) + b
     step = dequantised_bytes(shape, precision) + b * sequences * (3 * shape.intermediate + 4 * shape.hidden)
     writing = {
@@ -86,7 +87,7 @@ def generation_bytes(
         ),
         # A layer's old room, while it moves into a larger one; or one step; or the choice of a token.
         "the next tokens": max(
-            cache_bytes(shape, sequences, room - CACHE_STEP, precision), step, sequences * shape.vocab * drawn
+            cache_bytes(shape, sequences, room - _CACHE_STEP, precision), step, sequences * shape.vocab * drawn
         ),
     }
     return max(reading, writing, key=lambda parts: sum(parts.values()))

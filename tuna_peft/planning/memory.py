@@ -10,12 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tuna_peft.limits import CHUNK_ROWS, QUANTIZATION_BLOCK, SCALES_BLOCK
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ForwardPass
 
-# Blocks of 64 weights with a scale each: one byte under double quantisation, with an fp32 scale for 256 scales.
-_BLOCK, _SCALES_BLOCK = 64, 256
-CHUNK_ROWS = 256  # of logits at a time, as `models/forward/logps.py` takes them; a test compares the two
 SUPERVISED_TILE = (4096, 32768)  # tokens and vocabulary at a time in TRL's fused head; a test compares
 
 # Bytes that a trainable parameter's optimiser state takes, by the beginning of its name; AdamW otherwise.
@@ -48,8 +46,9 @@ class Precision:
             return self.compute
         if self.method == "int8":
             return 1.0  # and a scale for each row: nothing beside it
-        scales = 1 / _BLOCK + 4 / (_BLOCK * _SCALES_BLOCK) if self.double_quant else 4 / _BLOCK
-        return 0.5 + scales
+        # A scale is in fp32; under double quantization one byte, with an fp32 scale for each block of scales.
+        scale = 1 + 4 / SCALES_BLOCK if self.double_quant else 4
+        return 0.5 + scale / QUANTIZATION_BLOCK
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tuna_peft.limits import ACTIVATIONS_IN_RAM, ACTIVATIONS_ON_GPU, activation_policy, response_room
 from tuna_peft.planning.flops import decode_hours, forward_flops, hours, ranking_flops, sft_flops
 from tuna_peft.planning.gpus import GIB
 from tuna_peft.planning.inference import generation_bytes, scoring_bytes
@@ -19,8 +20,6 @@ from tuna_peft.planning.workload import ForwardPass, Workload, packed_pass
 CUDA_CONTEXT = 0.5 * GIB
 # Blocks that the allocator cannot use, as a share of what comes and goes.
 FRAGMENTATION = 0.08
-# Of what is left for kept activations, as `training/activation_memory.py` has it; a test compares them.
-USABLE, USABLE_RAM = 0.92, 0.5
 # Python with torch, transformers and the rest, before any model, and what its allocator keeps (the quickstart on CPU).
 PROCESS = 0.8 * GIB
 
@@ -95,18 +94,18 @@ def training(run: RunSpec, index: int, device: Device) -> Phase:
 def _kept_layers(run: RunSpec, index: int, device: Device, held: float) -> int:
     """Layers that keep their activations in the largest pass, as `training/activation_memory.py` chooses them."""
     stage, below, layers = run.stages[index], run.below(index), run.shape.layers
-    setting, batch = stage.activation_memory, stage.largest_pass
+    setting, batch = activation_policy(stage.activation_memory, stage.processes), stage.largest_pass
     if setting == "full":
         return layers
-    if setting == "none" or (setting == "auto" and stage.processes > 1):
+    if setting == "none":
         return 0
     if setting != "auto":
         budget = float(setting) * GIB
     elif device.cuda:
         recomputing = activation_bytes(run.shape, batch, run.precision, stage.adapter, below)
-        budget = USABLE * (device.memory - CUDA_CONTEXT - held) - recomputing
+        budget = ACTIVATIONS_ON_GPU * (device.memory - CUDA_CONTEXT - held) - recomputing
     else:
-        budget = USABLE_RAM * (device.memory - PROCESS - held)
+        budget = ACTIVATIONS_IN_RAM * (device.memory - PROCESS - held)
     layer = layer_bytes(run.shape, batch, run.precision, stage.adapter, below)
     return max(min(int(budget / layer), layers), 0)
 
@@ -148,7 +147,7 @@ class Passes:
         longest = max(row.prompt for row in workload.rows)
         if context := self.shape.context:  # ends what is written
             longest = min(longest, context - 1)
-        room = min(new, context - longest) if context else new
+        room = response_room(new, longest, context)
 
         def moving(prompts: int, n: int) -> dict[str, float]:
             return generation_bytes(

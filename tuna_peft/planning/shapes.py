@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuna_peft.errors import UserError
+from tuna_peft.limits import context_length
 
 # Decoders whose arithmetic has been compared with what they really take: attention, a gated MLP, RMS norms.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
@@ -78,7 +79,7 @@ class ModelShape:
                 tied=bool(config.get("tie_word_embeddings", gemma)),
                 family=family,
                 masks=len(set(config.get("layer_types") or ())) or (2 if gemma else 1),
-                context=config.get("max_position_embeddings"),
+                context=context_length(config),
                 window=config.get("sliding_window"),
             )
         except KeyError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tuna_peft.limits import prompts_per_batch
 from tuna_peft.planning.gpus import GIB, Gpu
 from tuna_peft.planning.memory import Adapter, Precision, weight_parts
 from tuna_peft.planning.shapes import ModelShape
@@ -67,8 +68,8 @@ class SampleSpec:
 
     @property
     def prompts_at_once(self) -> int:
-        """As `models/generation/generate.py` fills a batch."""
-        return max(1, self.batch_size // self.n)
+        """Prompts in a batch."""
+        return prompts_per_batch(self.batch_size, self.n)
 
 
 @dataclass(frozen=True)

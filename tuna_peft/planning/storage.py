@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from tuna_peft.limits import MERGED_WEIGHTS
 from tuna_peft.planning.phases import CUDA_CONTEXT, PROCESS
 from tuna_peft.planning.spec import Device, RunSpec
 
 # Main memory for each parameter of a layer that is merged into 16 bits, measured (`python -m benchmarks.merge`).
 MERGED = 13.7
-# Of a GPU that is free, what a merged model's weights may take while it is compared (`export/check.py`; a test).
-ON_GPU = 0.9
 # Bytes of a weight in a GGUF file: blocks of 32, each with a scale and some with an offset, in 16 bits.
 GGUF = {
     "f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32,
@@ -77,4 +76,4 @@ def _beyond_the_gpu(run: RunSpec, device: Device) -> float:
     if not (run.compared and run.merge and run.merge.bytes_per_parameter >= 2.0 and device.cuda):
         return 0.0
     whole = float(run.precision.compute * (run.shape.body + run.shape.unquantised))
-    return whole - ON_GPU * (device.memory - CUDA_CONTEXT)
+    return whole - MERGED_WEIGHTS * (device.memory - CUDA_CONTEXT)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tuna_peft.limits import LONG_ROW, PAD_TO
+
 # What stands in for data that is not there yet: short instructions with a few answers each, of the lengths of Alpaca's
 # prompts and of chat models' answers to them.
 ASSUMED_PROMPT, ASSUMED_RESPONSE, ASSUMED_RESPONSES = 100, 200, 4
 ASSUMED_ROWS, ASSUMED_HELD_OUT = 10_000, 500
-PAD_TO = 8  # rows are padded to a multiple of this
-LONG_ROW = 512  # as `models/forward/prefix.py` has it; a test compares the two
 
 
 @dataclass(frozen=True)

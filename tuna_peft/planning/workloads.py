@@ -15,6 +15,7 @@ from tuna_peft.evaluation.session import Question
 from tuna_peft.evaluation.superni import read_superni, superni_questions
 from tuna_peft.evaluation.vicuna import read_vicuna_questions
 from tuna_peft.feedback.protocol import judge_messages
+from tuna_peft.limits import within_context
 from tuna_peft.planning.lengths import CHARACTERS_PER_TOKEN, is_here, records_workload, source_workload
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ASSUMED_HELD_OUT, Row, Workload
@@ -50,7 +51,7 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
         if stage.feedback is None:
             options = {
                 "kind": stage.type,
-                "max_length": _longest(stage.max_length, shape),
+                "max_length": within_context(stage.max_length, shape.context),
                 "overflow": stage.overflow,
             }
         workloads[stage.name] = prompt_workload(stage, source_workload(stage.source, recipe, tokenizer, **options))
@@ -61,7 +62,7 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
             if isinstance(task, RankingTask):
                 options = {
                     "kind": "ranking",
-                    "max_length": _longest(task.max_length, shape),
+                    "max_length": within_context(task.max_length, shape.context),
                     "overflow": task.overflow,
                 }
             found = source_workload(task, recipe, tokenizer, assumed=ASSUMED_HELD_OUT, **options)
@@ -145,10 +146,6 @@ def _with_room(workload: Workload, shape: ModelShape, new: int) -> Workload:
         return workload
     rows = tuple(Row(min(row.prompt, max(shape.context - new, 1)), row.responses) for row in workload.rows)
     return dataclasses.replace(workload, rows=rows)
-
-
-def _longest(max_length: int | None, shape: ModelShape) -> int | None:
-    return min((length for length in (max_length, shape.context) if length is not None), default=None)
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:

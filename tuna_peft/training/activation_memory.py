@@ -11,19 +11,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import psutil
 import torch
 from torch.utils._pytree import tree_iter
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tuna_peft.limits import ACTIVATIONS_IN_RAM, ACTIVATIONS_ON_GPU, activation_policy, available_ram
 from tuna_peft.models.forward.scoring import unwrap
 
 GIB = 2**30
-# Of what a GPU has left over: the allocator's blocks never fit perfectly.
-_USABLE = 0.92
-# Of a computer's free memory, which other programs want too.
-_USABLE_RAM = 0.5
 
 logger = logging.getLogger("tuna_peft")
 
@@ -39,7 +35,7 @@ class ActivationMemory(TrainerCallback):
     """
 
     def __init__(self, setting: str | float, processes: int = 1) -> None:
-        self.setting = "none" if setting == "auto" and processes > 1 else setting
+        self.setting = activation_policy(setting, processes)
         self._layers: list[GradientCheckpointingLayer] = []
         self._hook: Any = None
         self._bytes_per_token, self._widest, self._logged = 0.0, 0, 0
@@ -57,7 +53,7 @@ class ActivationMemory(TrainerCallback):
         if self.setting == "auto" and self._pass_bytes_per_token is None and self._spared_tokens and optimizer.state:
             device = args.device
             self._pass_bytes_per_token = (_peak(device) - self._left) / self._spared_tokens
-            self._left = _USABLE * _free(device)
+            self._left = ACTIVATIONS_ON_GPU * _free(device)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Leaves the model as it was."""
@@ -114,7 +110,7 @@ class ActivationMemory(TrainerCallback):
         if not isinstance(self.setting, str):
             return self.setting * GIB
         if device.type == "cpu":
-            return _USABLE_RAM * psutil.virtual_memory().available
+            return ACTIVATIONS_IN_RAM * available_ram()
         if self._pass_bytes_per_token is None:  # the first step shows what recomputing everything takes
             if not self._spared_tokens:
                 self._left = _start_watching(device)

@@ -9,6 +9,7 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 
 from tuna_peft.data.config import Overflow
+from tuna_peft.limits import is_ampere_or_later
 
 
 @dataclass
@@ -178,5 +179,5 @@ def mixed_precision(use_cpu: bool = False) -> tuple[bool, bool]:
     """`(bf16, fp16)` right for this machine: bf16 from Ampere on, fp16 on a T4, neither on CPU."""
     if use_cpu or not torch.cuda.is_available():
         return False, False
-    has_bf16 = torch.cuda.get_device_capability()[0] >= 8
+    has_bf16 = is_ampere_or_later(torch.cuda.get_device_capability())
     return has_bf16, not has_bf16

@@ -27,11 +27,12 @@ from tuna_peft.data.collate import RankedCollator
 from tuna_peft.data.micro_batches import MicroBatchCollator, halves
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
+from tuna_peft.limits import LONG_ROW, context_length, within_context
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.load import load_base
 from tuna_peft.models.base.shards import is_sharded
 from tuna_peft.models.forward.logps import require_plain_head
-from tuna_peft.models.forward.prefix import LONG_ROW, describe_attention
+from tuna_peft.models.forward.prefix import describe_attention
 from tuna_peft.models.forward.scoring import response_logps, unwrap
 from tuna_peft.models.forward.verify import verify_shared_rows
 from tuna_peft.models.stack.adapters import push_adapter
@@ -138,7 +139,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
             require_trainable(model)
         require_plain_head(model)
 
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(model.config)
         prepare = functools.partial(self._prepare_dataset, tokenizer=processing_class, args=args, context=context)
         if train_dataset is not None:
             train_dataset = prepare(train_dataset)
@@ -180,9 +181,8 @@ class TunaTrainer(StackCheckpoints, Trainer):
     ) -> Dataset:
         if "prompt_ids" in dataset.column_names:
             return dataset
-        max_length = min((length for length in (args.max_length, context) if length is not None), default=None)
         encoded, _ = encode_dataset(
-            dataset, tokenizer, max_length=max_length, overflow=args.overflow,
+            dataset, tokenizer, max_length=within_context(args.max_length, context), overflow=args.overflow,
             needs_reference=args.mle_on == "reference",
         )  # fmt: skip
         return encoded

@@ -8,7 +8,8 @@ from families import FAMILIES, make_model
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tuna_peft.models.generation.growing_cache import _ROOM, GrowingLayer
+from tuna_peft.limits import CACHE_ROOM
+from tuna_peft.models.generation.growing_cache import GrowingLayer
 
 
 def test_it_holds_what_the_dynamic_layer_holds():
@@ -21,7 +22,7 @@ def test_it_holds_what_the_dynamic_layer_holds():
             assert torch.equal(found, expected)
 
     grow(3, 5)
-    for _ in range(_ROOM + 2):  # past the first room
+    for _ in range(CACHE_ROOM + 2):  # past the first room
         grow(3, 1)
     for layer in (ours, theirs):
         layer.batch_select_indices(torch.tensor([2, 0, 0, 1]))
@@ -36,7 +37,7 @@ def test_a_token_is_written_and_nothing_copied():
     layer = GrowingLayer()
     layer.update(torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 8, 4))
     place = layer.keys.data_ptr()
-    for _ in range(_ROOM):
+    for _ in range(CACHE_ROOM):
         layer.update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
     assert layer.keys.data_ptr() == place
 

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import cached_file
 
 from tuna_peft.errors import UserError
+from tuna_peft.limits import is_ampere_or_later
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.hub_files import CACHE, hub_file
 
@@ -87,8 +88,7 @@ def resolve_dtype(dtype: str = "auto", device: torch.device | None = None) -> to
         return getattr(torch, dtype)
     if (device or resolve_device()).type != "cuda":
         return torch.float32
-    # `is_bf16_supported` counts emulation, which is slow on a T4: ask for the real thing.
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if is_ampere_or_later(torch.cuda.get_device_capability(device)) else torch.float16
 
 
 def make_quantization_config(

@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 
 from tuna_peft.errors import UserError
-
-# Rows of logits in memory at a time: 256 rows of a 128k vocabulary are 134 MB in fp32.
-CHUNK_ROWS = 256
+from tuna_peft.limits import CHUNK_ROWS
 
 # From PyTorch 2.8 on, and on CUDA alone.
 _MM_INTO_FP32 = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()

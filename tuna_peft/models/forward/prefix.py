@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from tuna_peft.errors import UserError
+from tuna_peft.limits import LONG_ROW
 from tuna_peft.models.forward.segments import NAME as SEGMENTS
 from tuna_peft.models.forward.segments import Segments, has_one_kernel, layer_windows, placeholder_mask, use_segments
-
-# From this many tokens a row on, attention goes segment by segment instead of through a dense mask.
-LONG_ROW = 512
 
 
 def shared_prefix_mask(

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tuna_peft.errors import UserError
+from tuna_peft.limits import is_ampere_or_later
 
 NAME = "tuna_segments"
 
@@ -132,7 +133,7 @@ def has_flash(device: torch.device) -> bool:
     """Whether PyTorch's FlashAttention is there: a GPU from Ampere on, and not Windows, whose wheels lack it."""
     return (
         device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] >= 8
+        and is_ampere_or_later(torch.cuda.get_device_capability(device))
         and torch.backends.cuda.is_flash_attention_available()
     )
 

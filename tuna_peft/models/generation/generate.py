@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from tuna_peft.errors import UserError
+from tuna_peft.limits import context_length, prompts_per_batch, response_room
 from tuna_peft.models.forward.segments import use_segments
 from tuna_peft.models.generation.growing_cache import GrowingLayer
 
@@ -133,7 +134,7 @@ def stream_responses(
 def context_of(model: torch.nn.Module) -> int | None:
     """Most tokens of a prompt with its response; None where the model's configuration knows no limit."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    return context_length(causal_lm.config)
 
 
 class _Sequence(NamedTuple):
@@ -217,7 +218,7 @@ class _Decoder:
         return Generated(index, texts, [len(ids) for ids in samples], ended)
 
     def _room(self, prompt_tokens: int) -> int:
-        return min(self.max_new_tokens, self.context - prompt_tokens) if self.context else self.max_new_tokens
+        return response_room(self.max_new_tokens, prompt_tokens, self.context)
 
     def _read(self, prompts: list[Sequence[int]], device: torch.device) -> tuple[Any, torch.Tensor, torch.Tensor]:
         """The cache of the prompts, the logits that follow them `(P, V)`, and which places are no padding `(P, T)`."""
@@ -248,7 +249,7 @@ def _batches(
 ) -> Iterator[list[_Sequence]]:
     """Prompts of like length together, the longest first: what does not fit into memory fails at once."""
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for chosen in _parts(order, max(1, batch_size // n)):
+    for chosen in _parts(order, prompts_per_batch(batch_size, n)):
         if not all(index in done for index in chosen):
             yield [_Sequence(i, k, _key(seed, prompts[i], k)) for i in chosen for k in range(n)]
 

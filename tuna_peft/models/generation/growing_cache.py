@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-# Tokens of room that are made at a time.
-_ROOM = 64
+from tuna_peft.limits import CACHE_ROOM
 
 
 class GrowingLayer(DynamicLayer):
@@ -50,7 +49,7 @@ class GrowingLayer(DynamicLayer):
 
     @staticmethod
     def _moved(states: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
-        room = new.new_empty(*new.shape[:-2], end + _ROOM, new.shape[-1])
+        room = new.new_empty(*new.shape[:-2], end + CACHE_ROOM, new.shape[-1])
         if states is not None:
             room[..., : states.shape[-2], :] = states
         return room

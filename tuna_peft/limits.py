@@ -1,0 +1,126 @@
+"""Limits that a run obeys and a plan must know: context, device rules, sizes of allocations, free main memory.
+
+Both `tuna_peft.planning` and the code that runs import them from here, so that a plan cannot differ from the run. No
+torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+# Rows of logits in memory at a time: 256 rows of a 128k vocabulary are 134 MB in fp32.
+CHUNK_ROWS = 256
+# The width of a batch of packed rows is a multiple of this.
+PAD_TO = 8
+# From this many tokens a row on, attention is computed segment by segment instead of with a dense mask.
+LONG_ROW = 512
+# Tokens of free space that a growing key-value cache allocates at a time, beyond the tokens that it has to hold.
+CACHE_ROOM = 64
+# Weights that share a scale in 4-bit quantization, and scales that share one when they are quantized too: the defaults
+# of bitsandbytes.
+QUANTIZATION_BLOCK, SCALES_BLOCK = 64, 256
+# Share of the free memory of a GPU that kept activations may fill: the allocator's blocks never fit perfectly.
+ACTIVATIONS_ON_GPU = 0.92
+# The same of main memory, which other programs need too.
+ACTIVATIONS_IN_RAM = 0.5
+# Share of free memory, on a GPU or in main memory, that the weights of a merged model may fill while it is compared;
+# the rest is for activations and logits.
+MERGED_WEIGHTS = 0.9
+
+# Where the files of the kernel are; tests put other files there.
+_ROOT = Path("/")
+# Files and keys of a control group, versions 1 and 2: limit, memory in use, and the part of it that caches files.
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+_V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
+
+
+def is_ampere_or_later(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability has native bf16 and FlashAttention: Ampere (8.0) or later.
+
+    `torch.cuda.is_bf16_supported` also accepts emulation, which is slow on a T4.
+    """
+    return capability >= (8, 0)
+
+
+def context_length(config: Any) -> int | None:
+    """Maximum tokens of a prompt with its response; None if the configuration names no limit.
+
+    Args:
+        config: A transformers configuration, or the contents of the `config.json` of a text model.
+    """
+    if isinstance(config, Mapping):
+        return config.get("max_position_embeddings")
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def within_context(max_length: int | None, context: int | None) -> int | None:
+    """The smaller limit on the tokens of a sequence; None if neither is given."""
+    return min((length for length in (max_length, context) if length is not None), default=None)
+
+
+def response_room(max_new_tokens: int, prompt_tokens: int, context: int | None) -> int:
+    """Maximum tokens of a response: the context ends it too."""
+    return min(max_new_tokens, context - prompt_tokens) if context else max_new_tokens
+
+
+def prompts_per_batch(batch_size: int, n: int) -> int:
+    """Prompts that are generated for at once when a batch holds `batch_size` responses, `n` of each prompt."""
+    return max(1, batch_size // n)
+
+
+def activation_policy(setting: str | float, processes: int) -> str | float:
+    """The `activation_memory` that applies: `auto` is `none` with several processes, as their choices would differ."""
+    return "none" if setting == "auto" and processes > 1 else setting
+
+
+def available_ram() -> float:
+    """Bytes of main memory that this process can still allocate without swapping.
+
+    It is what the kernel reports as available or, if that is less, what the control groups of the process (a
+    container, a batch job) still allow: the limit minus the memory in use. The file cache is not counted as in use,
+    because the kernel reclaims it.
+    Without the files of Linux it is all of the machine's memory, or 0 on Windows, which reports none to Python.
+    """
+    return min([_available_in_system(), *_available_in_groups()])
+
+
+def _available_in_system() -> float:
+    try:
+        lines = (_ROOT / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        if not hasattr(os, "sysconf"):  # Windows
+            return 0.0
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _available_in_groups() -> Iterator[float]:
+    """What each control group that limits memory still allows: that of this process and those above it."""
+    try:
+        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            mount, names = _ROOT / "sys/fs/cgroup/memory", _V1
+        elif not controllers:
+            mount, names = _ROOT / "sys/fs/cgroup", _V2
+        else:
+            continue
+        # A container may see its own group as the top one whatever the path says: a missing folder is skipped.
+        path = PurePosixPath(group.lstrip("/"))
+        for each in (path, *path.parents):
+            try:
+                yield _available_in_group(mount / each, *names)
+            except (OSError, ValueError):  # no such group here, or its limit is "max"
+                continue
+
+
+def _available_in_group(folder: Path, limit: str, usage: str, cached: tuple[str, ...]) -> float:
+    most, used = (float((folder / name).read_text()) for name in (limit, usage))
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return max(most - used + sum(float(stat.get(key, 0)) for key in cached), 0.0)
