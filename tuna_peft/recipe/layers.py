@@ -118,7 +118,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
             value = parse_value(value_text)
         except UserError as error:
             raise UserError(
-                f"the value is {error.what}", where=where, fix="Quote texts with special signs."
+                f"cannot read the value: {error.what}", where=where, fix="Put text with special characters in quotes."
             ) from error
         _set(document, keys, value, where)
 
