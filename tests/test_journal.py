@@ -110,6 +110,13 @@ def test_one_process_at_a_time(tmp_path):
     Journal(tmp_path / "j.jsonl").close()
 
 
+def test_a_journal_behind_a_link_is_locked_too(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "j.jsonl")
+    with Journal(tmp_path / "link.jsonl") as journal, pytest.raises(UserError, match="in use by another process"):
+        journal.add("a", 1)
+        Journal(tmp_path / "j.jsonl")
+
+
 def test_threads(tmp_path):
     def work(seed):
         for i in range(100):

@@ -1,9 +1,10 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writes files so that a reader never sees half of one, and locks them. All of the package writes through this."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -107,6 +108,48 @@ def write_jsonl(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
     """Writes one JSON value a line (NaN is refused), see `write_text`."""
     lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     write_text(path, "".join(lines))
+
+
+def take_lock(
+    file: int, busy: str, *, where: str | os.PathLike[str], fix: str | None = None, holder: str = ""
+) -> None:
+    """Locks an open file or folder for this process until it is closed or the process ends, even by `kill -9`.
+
+    Args:
+        file: The file descriptor.
+        busy: What to say when another process has the lock; its process id is added where it is known.
+        where: The path to name in errors.
+        fix: What to do when another process has the lock.
+        holder: Its process id if the caller knows it; otherwise Linux is asked.
+
+    Raises:
+        UserError: Another process has the lock, or the file system has no locks.
+    """
+    try:
+        # `flock`, which the kernel releases by itself. Not the package filelock: it names no process id, refuses links
+        # and folders, and falls back to a file that stays behind when a process is killed.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            pid = holder or _lock_holder(file)
+            raise UserError(f"{busy} (process {pid})" if pid else busy, where=str(where), fix=fix) from error
+        raise UserError(
+            f"cannot lock this: {error.strerror}",
+            where=str(where),
+            fix="Its file system has no file locks (a network drive?). Choose a folder on a local disk.",
+        ) from error
+
+
+def _lock_holder(file: int) -> str | None:
+    """The process id that has the lock, by /proc/locks; None where that is silent (macOS, overlay file systems)."""
+    status = os.fstat(file)
+    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError):
+        # A line is "33: FLOCK  ADVISORY  WRITE 17434 fe:00:2146315 0 EOF"
+        for words in map(str.split, Path("/proc/locks").read_text(encoding="ascii").splitlines()):
+            if words[1] == "FLOCK" and words[5] == wanted:
+                return words[4]
+    return None
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

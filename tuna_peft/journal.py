@@ -6,7 +6,6 @@ surrogates included. Work that is killed and started again asks only for the key
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
-from tuna_peft.files import disk_full_is_a_user_error
+from tuna_peft.files import disk_full_is_a_user_error, take_lock
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,8 @@ class Journal:
         self._places: dict[str, tuple[int, int]] = {}  # key -> (offset, length) of its line
         self._end, self._synced = 0, time.monotonic()
         try:
-            self._take_lock()
+            busy, fix = "the journal is in use by another process", "Wait for it to end, or choose another journal."
+            take_lock(self._file, busy, where=self.path, fix=fix)
             self._read()
         except BaseException:
             os.close(self._file)
@@ -132,17 +132,6 @@ class Journal:
     def _sync(self) -> None:
         os.fsync(self._file)
         self._synced = time.monotonic()
-
-    def _take_lock(self) -> None:
-        try:
-            # The kernel lets go of the lock when the process ends, however it ends.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                "the journal is in use by another process",
-                where=str(self.path),
-                fix="Wait for it to end, or choose another journal.",
-            ) from error
 
     def _read(self) -> None:
         """Finds the records, and drops the end of a line that a dying process had begun."""

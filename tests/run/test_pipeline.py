@@ -1,6 +1,7 @@
 """Whole runs on a tiny base: what they leave behind, and that nothing is lost when they are interrupted."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -204,8 +205,9 @@ def test_a_changed_recipe_is_refused_with_its_keys(straight, files):
 
 
 def test_a_folder_in_use_or_of_somebody_else_is_refused(files, tmp_path):
-    with RunDirectory(tmp_path / "run", recipe(files)), pytest.raises(UserError, match="in use by another run"):
+    with RunDirectory(tmp_path / "run", recipe(files)), pytest.raises(UserError) as error:
         run_recipe(recipe(files), tmp_path / "run")
+    assert error.value.what == f"the output directory is in use by another run (process {os.getpid()})"
     with RunDirectory(tmp_path / "run", recipe(files)):
         pass  # released
     (tmp_path / "other").mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
-from tuna_peft.files import disk_full_is_a_user_error, replace_directory, write_json
+from tuna_peft.files import disk_full_is_a_user_error, replace_directory, take_lock, write_json
 from tuna_peft.models.stack.manifest import Manifest
 
 RECORD = "tuna_export.json"
@@ -61,7 +60,7 @@ def resumable_directory(out_dir: str | os.PathLike[str], plan: dict[str, Any]) -
     aside.mkdir(parents=True, exist_ok=True)
     lock = os.open(aside, os.O_RDONLY)
     try:
-        _take(lock, final)
+        take_lock(lock, "another process is writing this export", where=final, fix="Wait for it to end.")
         with disk_full_is_a_user_error(final):
             if not _has_plan(aside, plan):
                 for entry in aside.iterdir():
@@ -82,14 +81,6 @@ def partial_directory(out_dir: str | os.PathLike[str]) -> Path:
     """Where `resumable_directory` keeps what is not finished."""
     final = Path(out_dir).absolute()
     return final.with_name(f".{final.name}.partial")
-
-
-def _take(lock: int, final: Path) -> None:
-    try:
-        # The kernel lets go of it when the process ends, however it ends.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError("another process is writing this export", where=str(final), fix="Wait for it.") from error
 
 
 def _has_plan(aside: Path, plan: dict[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ import yaml
 
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.report.build import FACTS
-from tuna_peft.files import write_json, write_text
+from tuna_peft.files import take_lock, write_json, write_text
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.processes import Processes
@@ -91,18 +90,18 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         assert self._lock is not None
+        self._lock.seek(0)
         try:
-            # The kernel lets go of the lock when the process ends, however it ends.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            raise UserError(
-                f"the output directory is in use by another run (process {holder})",
-                where=str(self.path),
+            take_lock(
+                self._lock.fileno(),
+                "the output directory is in use by another run",
+                where=self.path,
                 fix="Wait for it to end, or choose another --output.",
-            ) from error
+                holder=self._lock.read(20).strip(),  # written below by the run that has the lock
+            )
+        except UserError:
+            self._lock.close()
+            raise
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
