@@ -20,9 +20,9 @@ from pathlib import Path
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.load import load_prompts
 from tuna_peft.data.texts import prompt_ids
-from tuna_peft.models.base.any_model import load_any_model
 from tuna_peft.models.generation.generate import generate_responses
 from tuna_peft.models.stack.adapters import active_adapters
+from tuna_peft.models.stack.any_model import load_any_model
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings, TaskSettings
 from tuna_peft.run.evaluate_target import evaluate_target, recipe_of_run
 

@@ -31,8 +31,8 @@ def generate(
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.data.templates import PromptTemplate
     from tuna_peft.data.texts import prompt_ids
-    from tuna_peft.models.base.any_model import load_any_model, usual_prompt
     from tuna_peft.models.generation.generate import generate_responses
+    from tuna_peft.models.stack.any_model import load_any_model, usual_prompt
 
     logging.disable_progress_bar()
     wanted = None if template is None else from_options(PromptConfig, {"template": template})

@@ -66,7 +66,7 @@ class Session:
     Attributes:
         folder: Where results are.
         stage: The stage's name.
-        digest: Names the weights that answer, see `tuna_peft.models.base.any_model.model_digest`: the base and the
+        digest: Names the weights that answer, see `tuna_peft.models.stack.any_model.model_digest`: the base and the
             stage's adapters, from bottom to top. PEFT calls adapters active even where they are disabled.
         model: With these adapters active, and no others.
         tokenizer: Its tokenizer.

@@ -214,8 +214,8 @@ class LocalJudge:
         After an interruption the batches are the same again, and with them every rounding: what the journal has takes
         its place in them and is passed over.
         """
-        from tuna_peft.models.base.any_model import load_any_model
         from tuna_peft.models.generation.generate import context_of, stream_responses
+        from tuna_peft.models.stack.any_model import load_any_model
 
         outcome = Answering(found=sum(key in journal for key in questions))
         if outcome.found == len(questions):

@@ -14,10 +14,10 @@ from tuna_peft.data.ranked import BadRow, Record
 from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, scored_records
 from tuna_peft.journal import Journal, content_key
-from tuna_peft.models.base.any_model import load_any_model, model_digest
 from tuna_peft.models.forward.scoring import stream_logps
 from tuna_peft.models.forward.verify import verify_shared_rows
 from tuna_peft.models.generation.generate import context_of
+from tuna_peft.models.stack.any_model import load_any_model, model_digest
 
 
 def score_with_model(

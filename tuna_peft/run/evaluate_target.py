@@ -18,8 +18,8 @@ from tuna_peft.evaluation.results import TaskResult
 from tuna_peft.evaluation.session import JOURNAL, Session
 from tuna_peft.files import write_json
 from tuna_peft.journal import Journal
-from tuna_peft.models.base.any_model import load_any_model, local_stack, model_digest, usual_prompt
 from tuna_peft.models.stack.adapters import active_adapters
+from tuna_peft.models.stack.any_model import load_any_model, local_stack, model_digest, usual_prompt
 from tuna_peft.models.stack.files import quantization_method
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
 from tuna_peft.recipe.schema import Recipe
@@ -30,7 +30,7 @@ from tuna_peft.run.tasks import read_tasks
 
 @dataclass(frozen=True)
 class Loading:
-    """How the model is loaded, see `tuna_peft.models.base.any_model.load_any_model`."""
+    """How the model is loaded, see `tuna_peft.models.stack.any_model.load_any_model`."""
 
     base_model: str | None = None
     quantization: str = "none"

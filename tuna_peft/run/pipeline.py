@@ -19,7 +19,6 @@ from tuna_peft.evaluation.report.write import write_report
 from tuna_peft.evaluation.session import JOURNAL, Session
 from tuna_peft.graders import load_grader
 from tuna_peft.journal import Journal
-from tuna_peft.models.base.any_model import model_digest
 from tuna_peft.models.base.load import (
     Base,
     load_base,
@@ -31,6 +30,8 @@ from tuna_peft.models.base.load import (
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.base.shards import shard_base
 from tuna_peft.models.stack.adapters import drop_adapter, fingerprint, load_adapter
+from tuna_peft.models.stack.adapters import adapter_names, drop_adapter, fingerprint, load_adapter
+from tuna_peft.models.stack.any_model import model_digest
 from tuna_peft.models.stack.files import extend_stack
 from tuna_peft.models.stack.manifest import read_manifest
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names

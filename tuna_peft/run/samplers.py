@@ -14,8 +14,8 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.feedback.sampling import ModelSampler, Sampler
 from tuna_peft.feedback.vllm_sampler import VllmSampler
-from tuna_peft.models.base.any_model import load_any_model, local_stack, usual_prompt
 from tuna_peft.models.base.load import resolve_model_path
+from tuna_peft.models.stack.any_model import load_any_model, local_stack, usual_prompt
 from tuna_peft.models.stack.files import quantization_method
 from tuna_peft.models.stack.manifest import read_manifest
 

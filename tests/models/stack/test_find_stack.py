@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from tuna_peft.errors import UserError
-from tuna_peft.models.base.any_model import load_any_model
 from tuna_peft.models.stack import find as module
+from tuna_peft.models.stack.any_model import load_any_model
 from tuna_peft.models.stack.files import AdapterStack
 from tuna_peft.models.stack.find import find_stack
 
