@@ -15,15 +15,26 @@ _HEREDOC = re.compile(r"<<'(\w+)'$")
 
 
 def marked_pages() -> list[str]:
-    """README and docs that have such blocks."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """README, AGENTS and docs that have such blocks."""
+    pages = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
     return [page.relative_to(ROOT).as_posix() for page in pages if _BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
-def commands(page: str) -> list[str]:
-    """The commands of all marked blocks of a page, in order; a continued line or a here-document is one command."""
+IN_REPOSITORY = ": in the repository"
+
+
+def commands(page: str, *, in_repository: bool = False) -> list[str]:
+    """The commands of the marked blocks of a page, in order; a continued line or a here-document is one command.
+
+    Args:
+        page: Its path below the top folder.
+        in_repository: Only those marked `<!-- runnable: in the repository -->`, for people who change the code;
+            otherwise all others.
+    """
     found: list[str] = []
     for block in _BLOCK.finditer((ROOT / page).read_text(encoding="utf-8")):
+        if (block["note"] == IN_REPOSITORY) != in_repository:
+            continue
         lines = iter(block["code"].splitlines())
         for line in lines:
             command = line
