@@ -97,7 +97,7 @@ def test_a_damaged_line_costs_itself_only(tmp_path, caplog):
 )
 def test_another_file_is_left_alone(tmp_path, content):
     (tmp_path / "data.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match="no journal"):
+    with pytest.raises(UserError, match="not a journal"):
         Journal(tmp_path / "data.jsonl")
     assert (tmp_path / "data.jsonl").read_bytes() == content
 

@@ -1,4 +1,4 @@
-"""The one error class for mistakes that a user can mend."""
+"""The error class for mistakes that a user can fix. The whole package raises it, and the command line prints it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something in the user's input is wrong; the message says what, where and what to do.
+    """An error that the user can fix; the message says what is wrong, where, and how to fix it.
 
     The command line prints it without a traceback and exits with code 2.
 
@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 def did_you_mean(name: str, valid: Iterable[str], most: int = 20) -> str:
-    """`Did you mean ...?` with the nearest of `valid`; when none is near, the first `most` of them."""
+    """`Did you mean ...?` with the most similar of `valid`; if none is similar, a list of the first `most` of them."""
     options = list(valid)
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     if near:

@@ -19,9 +19,9 @@ from tuna_peft.errors import UserError
 
 @contextlib.contextmanager
 def disk_full_is_a_user_error(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names a full disk as the reason of whatever failed while something was written to `path`.
+    """Turns an error during writing to `path` into a UserError if the disk is full.
 
-    torch and safetensors report it as errors of their own without a number, so any error counts when nothing is free.
+    torch and safetensors raise their own error types without an errno, so with less than 1 MiB free any error counts.
     """
     try:
         yield
@@ -42,9 +42,9 @@ def _free_bytes(path: str | os.PathLike[str]) -> int:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields an empty directory beside `path`; it becomes `path` on success and is deleted on failure.
+    """Yields an empty directory next to `path`; it is renamed to `path` on success and deleted on failure.
 
-    What `path` held before is deleted only after the new directory stands in its place.
+    The earlier content of `path` is deleted only after the new directory is in place.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def replace_directory(aside: Path, final: Path) -> None:
-    """Puts `aside` in the place of `final`; an interruption leaves one of the two there."""
+    """Replaces the directory `final` with `aside`; after an interruption one of the two exists, whole."""
     if not final.exists():
         os.replace(aside, final)
         return
@@ -78,7 +78,7 @@ def replace_directory(aside: Path, final: Path) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes `data` aside, flushed to disk, and then renames it."""
+    """Writes a temporary file, flushes it to disk and renames it: readers see the old file or the new one, whole."""
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{final.name}.{os.getpid()}")
@@ -95,17 +95,17 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` as UTF-8, see `write_bytes`."""
+    """Writes `text` as UTF-8, atomically; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` as indented JSON (NaN is refused), see `write_text`."""
+    """Writes `value` as indented JSON, atomically; ValueError for NaN and infinity."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
-    """Writes one JSON value a line (NaN is refused), see `write_text`."""
+    """Writes one JSON value per line, atomically; ValueError for NaN and infinity."""
     lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
     write_text(path, "".join(lines))
 

@@ -1,4 +1,4 @@
-"""Programs that grade a response between 0 and 1."""
+"""Loads Python functions that grade a response, for the task `graded` and for function judges."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ BUILTIN = {"builtin:pico": "tuna_peft.assets.pico_grader:grade"}
 
 
 def load_grader(name: str, where: str) -> Grader:
-    """The grader called `builtin:pico` or `module:function`; it takes a prompt's record and a response.
+    """Imports the grader `builtin:pico` or `module:function`; it takes a prompt's record and a response.
 
-    The name is looked up, never evaluated: a module that Python can import, or that lies in the current folder, and a
-    function that it defines.
+    Importing runs the module's code. The module can be installed or in the current folder.
 
     Args:
-        name: As in a recipe.
-        where: The key that it comes from, for the error.
+        name: The name in the recipe.
+        where: The key of the recipe, for the error.
+
+    Returns:
+        A function `(record, response) -> float`, by convention between 0 and 1, higher is better.
 
     Raises:
-        UserError: No such module or function.
+        UserError: There is no such module or function.
     """
     module, _, function = BUILTIN.get(name, name).partition(":")
-    if (here := os.getcwd()) not in sys.path:  # an installed command does not look there; last, so as to hide nothing
+    # The installed command does not search the current folder. Last, so that its files hide no installed module.
+    if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise _no_grader(name, str(error), where) from error
     if not callable(found):
-        raise _no_grader(name, f"{function} is no function", where)
+        raise _no_grader(name, f"{function} is not a function", where)
     return found
 
 
@@ -44,5 +47,5 @@ def _no_grader(name: str, reason: str, where: str) -> UserError:
     return UserError(
         f"no grader {name!r}: {reason}",
         where=where,
-        fix="Write it as `module:function`, importable from here, or use builtin:pico.",
+        fix="Write `module:function` with an installed module or one in the current folder, or use builtin:pico.",
     )

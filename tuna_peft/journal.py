@@ -1,7 +1,7 @@
-"""An append-only file of answers that were paid for, in money or in hours, each under a key made of its question.
+"""The journal: an append-only cache file of answers that cost money or hours, keyed by a hash of the question.
 
-One JSON object per line, `{"key": ..., "value": ...}`, in ASCII: any text survives, control characters and lone
-surrogates included. Work that is killed and started again asks only for the keys that are not there.
+One JSON object per line, `{"key": ..., "value": ...}`, in ASCII, which preserves any text, even control characters and
+lone surrogates. Sampling, scoring, judging and evaluation use it: after a restart only the missing keys are computed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tuna_peft.files import disk_full_is_a_user_error, take_lock
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0
-"""At most this much is lost when the machine, not only the process, dies."""
+"""Seconds between flushes to disk: the most that is lost when the machine fails. A killed process loses nothing."""
 
 
 def content_key(**parts: Any) -> str:
-    """The key of a question: a hash over everything that its answer depends on.
+    """The key of a question: a hash of everything that its answer depends on.
 
     Args:
-        parts: JSON values. The order of names does not matter, here or inside of objects; 1 and 1.0 differ.
+        parts: JSON values. The order of names does not matter, also inside objects; 1 and 1.0 differ.
 
     Returns:
         32 hexadecimal digits.
@@ -42,16 +42,16 @@ def content_key(**parts: Any) -> str:
 
 
 class Journal:
-    """Answers by key, on disk as soon as they are added; safe to use from several threads of one process.
+    """Answers by key, written to the file as soon as they are added; thread-safe within one process.
 
-    Values are read from the file when asked for, so that memory holds only the keys. The first record of a key is
-    the one that counts, for ever: what was made from it stays true.
+    Memory holds only the keys; values are read from the file. The first record of a key is the one that counts. It
+    never changes, so results that were computed from it stay valid.
 
     Args:
-        path: A .jsonl file; it is made if it is not there.
+        path: A .jsonl file; it is created if it does not exist.
 
     Raises:
-        UserError: Another process has it open, or it is some other file.
+        UserError: Another process has it open, or the file is not a journal.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -86,20 +86,20 @@ class Journal:
         return iter(list(self._places))
 
     def __getitem__(self, key: str) -> Any:
-        """The value under `key`, a fresh copy each time; KeyError if there is none."""
+        """The value for `key`, a new copy each time; KeyError if there is none."""
         offset, length = self._places[key]
         return json.loads(os.pread(self._file, length, offset))["value"]
 
     def add(self, key: str, value: Any) -> None:
-        """Appends a record; it survives the death of this process from here on.
+        """Appends a record; after the return it is safe even if this process is killed.
 
         Args:
             key: See `content_key`.
             value: A JSON value.
 
         Raises:
-            KeyError: The key has a value already: it was asked for twice.
-            UserError: The disk is full; what was written before is intact.
+            KeyError: The key has a value already.
+            UserError: The disk is full; earlier records are intact.
         """
         line = json.dumps({"key": key, "value": value}, allow_nan=False).encode("ascii") + b"\n"
         with self._guard:
@@ -112,7 +112,7 @@ class Journal:
                 self._sync()
 
     def close(self) -> None:
-        """Flushes to the disk itself and lets go of the file; harmless when called again."""
+        """Flushes to disk, closes the file and releases the lock; can be called again."""
         with self._guard:
             if self._file >= 0:
                 self._sync()
@@ -134,7 +134,7 @@ class Journal:
         self._synced = time.monotonic()
 
     def _read(self) -> None:
-        """Finds the records, and drops the end of a line that a dying process had begun."""
+        """Reads the keys, and removes an incomplete last line, which a killed process leaves behind."""
         bad: list[int] = []
         with open(self.path, "rb") as source:
             for number, line in enumerate(source, 1):
@@ -148,26 +148,26 @@ class Journal:
                 self._end += len(line)
         if bad and not self._places:
             raise UserError(
-                "this is no journal: none of its lines is a record",
+                "this is not a journal: none of its lines is a record",
                 where=str(self.path),
-                fix="Give the path of a new file, or of a journal that an earlier run began.",
+                fix="Give the path of a new file, or of the journal of an earlier run.",
             )
         if bad:
             logger.warning(
-                "%s: %d lines are damaged (the first is line %d); what they held is asked for again",
+                "%s: %d lines are damaged (the first is line %d); their answers are computed again",
                 self.path, len(bad), bad[0],
             )  # fmt: skip
         torn = os.path.getsize(self.path) - self._end
         if torn and not self._places:
-            # A first line without an end: ours, cut, or the text of somebody else's file.
+            # One line without an end: our first record, incomplete, or another kind of file, which must stay as it is.
             start = os.pread(self._file, 9, 0)
             if not b'{"key": "'.startswith(start[:9]):
-                raise UserError("this is no journal", where=str(self.path), fix="Give the path of a new file.")
+                raise UserError("this is not a journal", where=str(self.path), fix="Give the path of a new file.")
         os.ftruncate(self._file, self._end)
 
 
 def _key_of(line: bytes) -> str | None:
-    """The key of a whole record; None for anything else. No proper beginning of a record parses."""
+    """The key of a complete record, otherwise None. An incomplete record is never valid JSON."""
     if not line.endswith(b"\n"):
         return None
     try:

@@ -100,7 +100,7 @@ def test_validation(tmp_path):
         (["out.json", "--function", "builtin:pico"], "End it in .jsonl"),
         (["--function", "builtin:pico"], "where should the ranked responses go"),
         (["out.jsonl", "--function", "os:sepp"], "no grader 'os:sepp'"),
-        (["out.jsonl", "--function", "os:sep"], "sep is no function"),
+        (["out.jsonl", "--function", "os:sep"], "sep is not a function"),
         (["out.jsonl", "--function", "__import__('os').system('touch pwned')"], "no grader"),
         (["out.jsonl", "--function", "my_judge;x:f"], "no grader"),
         (["out.jsonl", "--model", "m", "--include-judge-answer", "worst"], "include_judge_answer"),

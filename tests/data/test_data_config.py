@@ -28,8 +28,8 @@ def test_every_field_is_described():
         ({"path": "a", "columns": {"completions": "c"}}, "either `prompt`"),
         ({"path": "a", "columns": {"prompt": "p", "input": "i"}}, "`input` goes with `instruction`"),
         ({"path": "a", "columns": {"prompt": "p", "scores": "s", "ranks": "r"}}, "not both"),
-        ({"path": "a", "columns": {"prompt": "p", "completions": "a[.b"}}, "'a[.b' is no path"),
-        ({"path": "a", "columns": {"prompt": "p", "completions": ["a", "b[x]"]}}, "'b[x]' is no path"),
+        ({"path": "a", "columns": {"prompt": "p", "completions": "a[.b"}}, "'a[.b' is not a path"),
+        ({"path": "a", "columns": {"prompt": "p", "completions": ["a", "b[x]"]}}, "'b[x]' is not a path"),
     ],
 )
 def test_refused_sources(values, message):

@@ -111,7 +111,7 @@ BAD = {
     "two messages": (
         record([[{"role": "user", "content": "q"}] * 2, "b"], [1, 2], prompt=[{"role": "user", "content": "q"}]),
         "x: line 2, candidate 0",
-        "2 messages, one is wanted",
+        "2 messages, one is expected",
     ),
     "number as reference": (record(["a", "b"], [1, 2], reference=4), "x: line 2, reference", "found a number"),
 }

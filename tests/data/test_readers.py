@@ -163,7 +163,7 @@ def test_preference(jsonl):
     }
     assert load(jsonl(messages))[0] == [ranked(["x", "y"], [0, 1], prompt=messages["prompt"])]
     whole = {**messages, "chosen": messages["prompt"] + messages["chosen"]}
-    with pytest.raises(UserError, match="candidate 0: a response of 2 messages, one is wanted"):
+    with pytest.raises(UserError, match="candidate 0: a response of 2 messages, one is expected"):
         load(jsonl(whole))
     with pytest.raises(UserError, match="text in some records and messages in others"):
         load(jsonl({"prompt": "p", "chosen": "x", "rejected": "y"}, messages))
@@ -252,7 +252,7 @@ def test_columns_with_a_full_prompt_and_a_dotted_key(jsonl):
         ({"completions": "flat"}, "neither scores nor ranks"),
         ({"scores": "flat"}, "`columns` has no `completions`"),
         ({"completions": "flat", "input": "flat"}, "the input is list, not text"),
-        ({"completions": "flat", "input": "responses[].text"}, "gives a list, one value is wanted"),
+        ({"completions": "flat", "input": "responses[].text"}, "gives a list, but one value is expected"),
     ],
 )
 def test_bad_columns(jsonl, columns, what):

@@ -145,7 +145,7 @@ def test_cut(tokenizer):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("overflow", "what"), [("error", "has no room"), ("cut", "would be cut to nothing")])
+@pytest.mark.parametrize(("overflow", "what"), [("error", "does not fit"), ("cut", "would be truncated to nothing")])
 @pytest.mark.parametrize("max_length", [3, 2])
 def test_nothing_is_cut_to_nothing(tokenizer, overflow, what, max_length):
     with pytest.raises(UserError) as caught:

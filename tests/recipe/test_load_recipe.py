@@ -108,8 +108,8 @@ def test_all_mistakes_are_listed_in_the_order_of_the_file(write):
         f"{file}:12: stages.sft.train.lr_scheduler_type: 'cosin' is not one of its values. Did you mean `cosine`?",
         f"{file}:13: stages.sft.train.seed: this is not set in `train`. Set `seed` at the top of the recipe: "
         "it holds for every stage.",
-        f"{file}:14: stages.sft.train.hub_model_id: this is not set in `train`. Publish the finished run instead; "
-        "a stage is not pushed while it trains.",
+        f"{file}:14: stages.sft.train.hub_model_id: this is not set in `train`. Publish the finished run with "
+        "`push` instead; a stage is not pushed while it trains.",
         "override `seed=abc`: seed: expected an integer, found 'abc' (text).",
     ]
 

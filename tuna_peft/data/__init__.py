@@ -1,1 +1,1 @@
-"""Data: sources -> readers -> ranked type -> prompts -> tokens. Nothing here imports a torch model."""
+"""Data: sources -> readers -> ranked type -> prompts -> tokens. Nothing here imports a model."""

@@ -1,4 +1,4 @@
-"""The general reader: a mapping from the parts of a record to paths such as `responses[].text`."""
+"""Reads records of any shape: the recipe maps each part to a path such as `responses[].text`. Used by `readers`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_responses(raw: Record, columns: Columns, where: str) -> Record:
     completions = many(raw, columns.completions, where)
     scores = None if columns.scores is None else _numbers(many(raw, columns.scores, where))
     ranks = None if columns.ranks is None or best_first else _numbers(many(raw, columns.ranks, where))
-    if isinstance(columns.completions, list):  # a table has as many columns as its longest list of responses
+    if isinstance(columns.completions, list):  # in a table, prompts with fewer responses have empty cells at the end
         absent = {
             index
             for index, text in enumerate(completions)
@@ -53,7 +53,7 @@ def _without(indices: set[int], values: list[Any]) -> list[Any]:
 
 
 def _numbers(values: list[Any]) -> list[Any]:
-    """Texts that spell a number or a truth value as such: a CSV file holds nothing else."""
+    """Converts text that is a number or a boolean, because all values in a CSV file are text."""
     return [_number(value) if isinstance(value, str) else value for value in values]
 
 
@@ -68,7 +68,7 @@ def _number(text: str) -> Any:
 
 
 def render(template: PromptTemplate, instruction: Any, given: Any, where: str) -> Prompt:
-    """The template filled with an instruction and an input, which must be texts."""
+    """The prompt from an instruction and an input; BadRow when one of them is not text."""
     if not isinstance(instruction, str) or not instruction.strip():
         raise BadRow("the instruction is missing or empty", reason="no prompt", where=where)
     if given is not None and not isinstance(given, str):
@@ -80,12 +80,12 @@ def one(raw: Record, path: str, where: str) -> Any:
     """The value at a path without `[]`."""
     values, spread = _follow(raw, path, where)
     if spread:
-        raise BadRow(f"`{path}` gives a list, one value is wanted", reason="wrong type", where=where, fix=_FIX)
+        raise BadRow(f"`{path}` gives a list, but one value is expected", reason="wrong type", where=where, fix=_FIX)
     return values[0]
 
 
 def many(raw: Record, path: str | list[str], where: str) -> list[Any]:
-    """The values at a path (those that `[]` spreads, a list that stands there, or one value), or one for each path."""
+    """The values at a path (those that `[]` selects, the entries of a list, or one value), or one for each path."""
     if isinstance(path, list):
         return [one(raw, single, where) for single in path]
     values, spread = _follow(raw, path, where)
@@ -95,8 +95,8 @@ def many(raw: Record, path: str | list[str], where: str) -> list[Any]:
 
 
 def _follow(raw: Record, path: str, where: str) -> tuple[list[Any], bool]:
-    """All values at a path, and whether the path spreads a list."""
-    if path in raw:  # also a key that has a dot in it
+    """All values at a path, and whether the path contains `[]`."""
+    if path in raw:  # a key may contain a dot
         return [raw[path]], False
     found: list[tuple[str, Any]] = [("", raw)]
     spread = False

@@ -1,6 +1,6 @@
-"""What a recipe says about data: where it is, how to read it, how to make prompts of it.
+"""Settings of data in a recipe: where it is, how to read it, and how its instructions become prompts.
 
-Only pydantic is imported, so that a recipe is checked in milliseconds.
+Imports only pydantic, so that a recipe is checked in milliseconds.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _PATH = re.compile(r"[^.\[\]]+(\[-?\d*\])*(\.[^.\[\]]+(\[-?\d*\])*)*")
 
 
 class Columns(BaseModel):
-    """Where each part of a record lies, for `format: columns`.
+    """The paths of the parts of a record, for `format: columns`.
 
-    A path is a key, with dots into nested objects, `[]` for every entry of a list and `[2]` or `[-1]` for one entry:
+    A path is a key, with dots for nested objects, `[]` for every entry of a list and `[2]` or `[-1]` for one entry:
     `responses[].text`, `messages[-1].content`.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str | None = Field(None, description="Path of the full prompt (text or messages), used as it is.")
+    prompt: str | None = Field(None, description="Path of the full prompt (text or messages); no template is applied.")
     instruction: str | None = Field(None, description="Path of the instruction, which the prompt template wraps.")
     input: str | None = Field(None, description="Path of the input that goes with the instruction; null means none.")
     completions: str | list[str] | None = Field(
@@ -40,10 +40,10 @@ class Columns(BaseModel):
     ranks: str | list[str] | None = Field(
         None,
         description="Path of the ranks, lower is better, equal where tied, null where not ranked; or a list of paths; "
-        "or `best_first`: the responses already stand in order.",
+        "or `best_first`: the responses are in rank order already.",
     )
     reference: str | None = Field(None, description="Path of the data set's original response; null means none.")
-    id: str | None = Field(None, description="Path of the record's id. Without it the place in the file is the id.")
+    id: str | None = Field(None, description="Path of the record's id. Default: its place in the file.")
 
     @field_validator("*")
     @classmethod
@@ -51,7 +51,7 @@ class Columns(BaseModel):
         for path in [value] if isinstance(value, str) else value or []:
             if not _PATH.fullmatch(path):
                 raise ValueError(
-                    f"{path!r} is no path; write for example `responses[].text` or `messages[-1].content`"
+                    f"{path!r} is not a path; write for example `responses[].text` or `messages[-1].content`"
                 )
         return value
 
@@ -68,17 +68,17 @@ class Columns(BaseModel):
 
 @dataclass(frozen=True)
 class MayBeLocal:
-    """Marks a setting that may name something on this machine: a recipe looks for it beside itself, too.
+    """Marks a setting that may be a local path; relative ones are also looked up in the folder of the recipe.
 
     Attributes:
-        only_file: A folder of that name is not meant.
+        only_file: The path must be a file; a folder with that name is ignored.
     """
 
     only_file: bool = False
 
 
 class DataSource(BaseModel):
-    """One data set: where it is and how its records become prompts with ranked responses."""
+    """One data set: its location, and how its records become prompts with ranked responses."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -88,7 +88,7 @@ class DataSource(BaseModel):
         "data set id, or `builtin:pico-llama/<file>` for the data inside the package.",
     )
     format: FormatName = Field(
-        "auto", description="Shape of the records; `auto` tells it from the keys of the first record."
+        "auto", description="Format of the records; `auto` detects it from the keys of the first record."
     )
     name: str | None = Field(None, description="Configuration (subset) of a Hub data set.")
     split: str = Field(
@@ -97,11 +97,11 @@ class DataSource(BaseModel):
         "A file has one split, called `train`.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
-    columns: Columns | None = Field(None, description="Where each part of a record lies, for `format: columns`.")
+    columns: Columns | None = Field(None, description="The paths of the parts of a record, for `format: columns`.")
     add_reference: Literal["best", "worst"] | None = Field(
         None,
         description="Rank the `reference` response above (`best`) or below (`worst`) all others. "
-        "null keeps it apart, for the MLE term alone.",
+        "null: use it only in the SFT loss term (`mle_on: reference`).",
     )
     length_penalty: float | None = Field(
         None,
@@ -112,10 +112,10 @@ class DataSource(BaseModel):
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
-        description="What a record that cannot be used does (no pair, empty response, NaN score ...): `error` stops, "
-        "`skip` leaves it out and counts it in the report.",
+        description="What to do with an invalid record (no pair, empty response, NaN score ...): `error` stops, "
+        "`skip` skips it and counts it in the report.",
     )
-    limit: PositiveInt | None = Field(None, description="Read at most this many records (of the split).")
+    limit: PositiveInt | None = Field(None, description="Maximum number of records to read (from the split).")
 
     @model_validator(mode="after")
     def _columns_match_the_format(self) -> DataSource:
@@ -127,15 +127,15 @@ class DataSource(BaseModel):
 
 
 class PromptConfig(BaseModel):
-    """How an instruction and its input become the prompt."""
+    """How an instruction and its input become a prompt."""
 
     model_config = ConfigDict(extra="forbid")
 
     template: str = Field(
         "alpaca",
         description="`alpaca`, `chat` (the tokenizer's own chat template), `none` (the instruction is already a full "
-        "prompt), or a text with `{instruction}` and, if wanted, `{input}` in it. Data whose field is called "
-        "`prompt`, and judge or formatted data, hold full prompts and are used as they are.",
+        "prompt), or a text that contains `{instruction}` and optionally `{input}`. No template is applied to data "
+        "with a `prompt` field, nor to the judge and formatted formats: they contain full prompts.",
     )
     template_no_input: str | None = Field(
         None, description="For a template text: the text to use, with `{instruction}`, when the input is empty."

@@ -14,19 +14,19 @@ from tuna_peft.errors import UserError
 
 
 def convert(source: DataSource, prompt: PromptConfig, out_path: str | os.PathLike[str]) -> ReadReport:
-    """Reads a source and writes it as JSONL or Parquet, by the ending of `out_path`; the file appears whole or not.
+    """Reads a source and writes it atomically as JSONL or Parquet, by the extension of `out_path`.
 
     Reading it back with `format: ranked` gives the same records.
 
     Raises:
-        UserError: The ending is another one, `out_path` is the source itself, or as `load_ranked`.
+        UserError: The extension is not known, `out_path` is the source itself, or see `load_ranked`.
     """
     out = Path(out_path)
     if out.suffix not in (".jsonl", ".parquet"):
         raise UserError(
-            f"cannot write {out.suffix or 'a file without ending'}",
+            f"cannot write {out.suffix or 'a file without an extension'}",
             where=str(out),
-            fix="End it in .jsonl or .parquet.",
+            fix="Use the extension .jsonl or .parquet.",
         )
     if out.exists() and Path(source.path).exists() and out.samefile(source.path):
         raise UserError("this is the source itself", where=str(out), fix="Write to another file.")

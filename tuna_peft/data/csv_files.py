@@ -1,4 +1,4 @@
-"""CSV and TSV files with a header, read so that every fault is named with its line."""
+"""Reads CSV and TSV files with a header; every error names its line. Used by `sources`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from tuna_peft.data.json_files import read_text
 from tuna_peft.errors import UserError
 
-_DELIMITERS = ",;\t"  # spreadsheets of many languages write semicolons into .csv
+_DELIMITERS = ",;\t"  # in many languages, spreadsheets write .csv files with semicolons
 
 
 def read_csv_rows(path: Path) -> list[tuple[int, Any]]:
-    """The rows below the header, each with the number of the line where it begins (the header is line 1).
+    """The rows after the header, each with the number of its first line (the header is line 1).
 
-    Values are text; an empty cell is None. The delimiter is the one of comma, semicolon and tab that the header has
-    most of.
+    Values are text; an empty cell is None. The delimiter (comma, semicolon or tab) is detected from the header.
 
     Raises:
-        UserError: The file is empty, not UTF-8, has no usable header, or a row with more or fewer cells than it.
+        UserError: The file is empty or not UTF-8, has no usable header, or a row has another number of
+            cells.
     """
     text = read_text(path)
     header_line = text.lstrip("\n\r").partition("\n")[0]
@@ -37,7 +37,7 @@ def read_csv_rows(path: Path) -> list[tuple[int, Any]]:
         raise UserError(
             f"not valid CSV: {error}",
             where=f"{path}: line {line}",
-            fix='Cells with commas, line breaks or quotes stand in double quotes, a quote inside is written "".',
+            fix='Put cells with commas, line breaks or quotes in double quotes, and write a quote inside them as "".',
         ) from None
     if not rows:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
@@ -45,14 +45,15 @@ def read_csv_rows(path: Path) -> list[tuple[int, Any]]:
     names = [name.strip() for name in names]
     if twice := sorted({name or "(empty)" for name in names if not name or names.count(name) > 1}):
         raise UserError(
-            f"the header needs a name of its own for each column; not so: {', '.join(twice)}", where=f"{path}: line 1"
+            f"each column of the header needs a different name; missing or repeated: {', '.join(twice)}",
+            where=f"{path}: line 1",
         )
     for number, cells in records:
         if len(cells) != len(names):
             raise UserError(
                 f"{len(cells)} cells, but the header has {len(names)}",
                 where=f"{path}: line {number}",
-                fix="A cell with a comma or line break in it stands in double quotes.",
+                fix="Put cells that contain a comma or a line break in double quotes.",
             )
     return [
         (number, {name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)})

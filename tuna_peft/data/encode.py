@@ -1,4 +1,4 @@
-"""A data set of a recipe, read and turned into tokens."""
+"""Reads a data set of a recipe and tokenizes it, for training stages and for the evaluation task `ranking`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def encode_source(
     overflow: Overflow,
     needs_reference: bool = False,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """Reads `source` with `load` and encodes it, within `max_length` and the context of the model of `config`.
+    """Reads `source` with `load` and encodes it, within `max_length` and the context length of the model.
 
     Returns:
-        The encoded rows, and what became of records and rows.
+        The encoded rows, and the counts of records and rows that were read, kept, merged and skipped.
 
     Raises:
-        UserError: See `tuna_peft.data.load` and `tuna_peft.data.tokenize`; names the file.
+        UserError: See `tuna_peft.data.load` and `tuna_peft.data.tokenize`; the message names the file.
     """
     dataset, read = load(source, prompt)
     limit = within_context(max_length, context_length(config))

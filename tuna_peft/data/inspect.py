@@ -1,4 +1,4 @@
-"""Shows what the model will see: candidates in rank order, and which of their tokens carry loss."""
+"""Shows what the model will see, for `data inspect`: responses in rank order, and which of their tokens carry loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NO_LOSS = "dim"
-_LOSS = ("green", "bold green")  # alternating, so that the tokens can be told apart
+_LOSS = ("green", "bold green")  # alternating, so that token boundaries are visible
 _LEGEND = Text.assemble(
     ("no loss (prompt)", _NO_LOSS),
     " | ",
@@ -41,14 +41,14 @@ def inspect_file(
     max_length: int | None = None,
     overflow: Overflow = "error",
 ) -> RenderableType:
-    """Reads a source as a stage would, and renders its counts and its first `n` prompts.
+    """Reads a source like a stage does, and renders its counts and its first `n` prompts.
 
     Args:
         source: What to read.
-        prompt: How prompts are made.
-        tokenizer: Without one, texts are shown in place of tokens.
+        prompt: The prompt template.
+        tokenizer: None shows text instead of tokens.
         n: Number of prompts to show.
-        supervised: Shows what an `sft` stage sees, the best response alone; None: for Alpaca files, which have one.
+        supervised: Show only the best response, as an `sft` stage does. None: true for Alpaca files, which have one.
         max_length: As in `encode_ranked`.
         overflow: As in `encode_ranked`.
 
@@ -77,10 +77,10 @@ def inspect_prompts(source: DataSource, prompt: PromptConfig, n: int = 3) -> Ren
     """
     prompts, report = load_prompts(source, prompt)
     summary = (
-        f"{source.path}: {report.read} records read, {report.kept} prompts; their responses are made in the run, "
+        f"{source.path}: {report.read} records read, {report.kept} prompts; their responses are generated during the "
+        "run, which saves them in stages/<stage>/ranked.jsonl"
     )
-    note = "which keeps them in stages/<stage>/ranked.jsonl"
-    return Group(Text(summary + note), *(_panel(row["id"], _record_prompt(row), []) for row in prompts[:n]))
+    return Group(Text(summary), *(_panel(row["id"], _record_prompt(row), []) for row in prompts[:n]))
 
 
 def render_ranked(
@@ -91,11 +91,11 @@ def render_ranked(
     max_length: int | None = None,
     overflow: Overflow = "error",
 ) -> RenderableType:
-    """Renders `n` prompts with all their candidates, best first.
+    """Renders `n` prompts with all their responses, best first.
 
     Args:
         records: Normalised records (or a data set of them), or rows from `encode_ranked`.
-        tokenizer: Needed for encoded rows; without it records show texts in place of tokens.
+        tokenizer: Required for encoded rows; None shows the text of records instead of tokens.
         n: Number of prompts to show.
         max_length: As in `encode_ranked`, for records.
         overflow: As in `encode_ranked`, for records.
@@ -112,7 +112,7 @@ def render_ranked(
             where = f"id {record['id']}"
             row = encode_ranked(record, tokenizer, max_length=max_length, overflow=overflow, where=where)
         if row is None:
-            what = f"left out: longer than max_length {max_length}"
+            what = f"skipped: longer than max_length {max_length}"
             panels.append(_panel(record["id"], Text(what, style="yellow"), []))
         else:
             panels.append(_panel(row["id"], _row_prompt(row, tokenizer), _row_candidates(row, tokenizer)))
@@ -171,10 +171,10 @@ def _scores(row: dict[str, Any]) -> list[float | None]:
 
 
 def _pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of every token; a character of several tokens is given to its last one."""
+    """The text of each token; a character that consists of several tokens belongs to the last one."""
     pieces, start = [], 0
     for stop in range(1, len(ids) + 1):
-        # A few tokens of context, because a decoder drops the space before the first word.
+        # Decoded with a few tokens before it, because a decoder drops the space before the first word.
         context = max(0, start - 4)
         before, after = (_decode(ids[context:end], tokenizer) for end in (start, stop))
         piece = after[len(before) :]

@@ -1,4 +1,4 @@
-"""JSON and JSONL files, read so that every fault is named with its place."""
+"""Reads JSON and JSONL files; every error names its place. Used by `sources`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from tuna_peft.errors import UserError
 
-_CUT_FIX = "The file was cut, perhaps by an interrupted copy or download: get it again, or delete what is incomplete."
+_CUT_FIX = "The file is incomplete, perhaps after an interrupted copy: get it again, or delete the incomplete record."
 
 
 def read_json_units(path: Path) -> tuple[str, list[tuple[int, Any]]]:
-    """The records of a JSON list, or the lines of a JSONL file, whatever the file's name ends in.
+    """The records of a JSON list, or the lines of a JSONL file; the content decides, not the extension.
 
     Returns:
-        What the units are called (`record` or `line`) and the units, each with its number from 1. Lines are still
-        text (blank ones left out), to be given to `parse_line`: a slice of a big file need not parse all of it.
+        The kind of unit (`record` or `line`) and the units, each with its number from 1. Lines are still text, without
+        blank ones, for `parse_line`: with `limit` or a slice only the selected lines are parsed.
 
     Raises:
-        UserError: The file is empty, not UTF-8, not JSON, cut, or neither a list nor lines of objects.
+        UserError: The file is empty, incomplete, not UTF-8, not JSON, or neither a list nor lines of objects.
     """
     text = read_text(path)
     if not text.strip():
@@ -29,7 +29,7 @@ def read_json_units(path: Path) -> tuple[str, list[tuple[int, Any]]]:
         try:
             return "record", list(enumerate(json.loads(text), 1))
         except json.JSONDecodeError as error:
-            raise _fault_in_list(path, text, error) from None
+            raise _error_in_list(path, text, error) from None
         except RecursionError:
             raise UserError("the JSON is nested too deeply", where=str(path)) from None
     if path.suffix != ".jsonl":
@@ -40,7 +40,7 @@ def read_json_units(path: Path) -> tuple[str, list[tuple[int, Any]]]:
 
 
 def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
-    """One line of JSONL; `last` says that no other line follows, so that a fault may mean that the file was cut."""
+    """Parses one line of JSONL; with `last`, the last line, an error may mean that the file is incomplete."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -59,7 +59,7 @@ def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """A file's text without its byte order mark; UserError with the place where it is not UTF-8."""
+    """The text of a file without its byte order mark; UserError with the place of the first byte that is not UTF-8."""
     data = path.read_bytes()
     start = 3 if data.startswith(b"\xef\xbb\xbf") else 0  # the byte order mark that some editors write
     try:
@@ -80,11 +80,11 @@ def read_text(path: Path) -> str:
 
 
 def _refuse_one_object(path: Path, text: str) -> None:
-    """Lets JSONL under another name pass; a single JSON value is of the wrong shape."""
+    """Raises UserError for a single JSON value; returns for JSONL with another extension."""
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
-        return  # several lines of JSON, or a fault that parse_line will name
+        return  # several lines of JSON, or an error that parse_line will report
     found = f"one object with the keys {_some(value)}" if isinstance(value, dict) else "a single value"
     raise UserError(
         f"the file holds {found}, not a list of records",
@@ -93,10 +93,10 @@ def _refuse_one_object(path: Path, text: str) -> None:
     )
 
 
-def _fault_in_list(path: Path, text: str, error: json.JSONDecodeError) -> UserError:
-    """Names the record that is at fault, which it finds by parsing the list again, one record at a time."""
+def _error_in_list(path: Path, text: str, error: json.JSONDecodeError) -> UserError:
+    """The error with the number of the invalid record, found by parsing the list again, one record at a time."""
     decoder, number, position = json.JSONDecoder(), 0, text.index("[") + 1
-    with contextlib.suppress(json.JSONDecodeError):  # at error.pos again, inside of a record
+    with contextlib.suppress(json.JSONDecodeError):  # raised again at error.pos, inside the invalid record
         while True:
             while position < error.pos and text[position] in " \t\r\n,":
                 position += 1
@@ -104,7 +104,7 @@ def _fault_in_list(path: Path, text: str, error: json.JSONDecodeError) -> UserEr
                 break
             number += 1
             _, position = decoder.raw_decode(text, position)
-    # People seek in bytes, Python counts characters.
+    # Editors and `head -c` count bytes, Python counts characters.
     place = f"line {error.lineno}, byte {len(text[: error.pos].encode('utf-8', 'surrogatepass'))}"
     if error.pos >= len(text.rstrip()) or not text.rstrip().endswith("]"):
         what = f"the file ends in the middle of the list, in or after record {number} ({place})"

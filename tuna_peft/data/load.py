@@ -1,4 +1,4 @@
-"""From a source in a recipe to a data set: ranked, supervised, or prompts alone."""
+"""Reads a source of a recipe: as ranked data, as supervised data, or as prompts. Stages and commands start here."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def load_ranked(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Data
 
     Returns:
         A data set with the columns `id`, `prompt`, `completions`, `scores`, `ranks`, `reference` (the ranked type),
-        and the counts of what was read.
+        and the counts.
 
     Raises:
-        UserError: The source cannot be read, a record cannot be used (unless `on_bad_row` is `skip`), or none is left.
+        UserError: The source cannot be read, a record is invalid (unless `on_bad_row` is `skip`), or none is left.
     """
     records, report = read_ranked(source, prompt)
     return ranked_dataset(records), report
 
 
 def load_sft(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Dataset, ReadReport]:
-    """Reads prompts with one response each; of ranked responses the best one.
+    """Reads prompts with one response each: where there are several, the best one.
 
     Returns:
         A data set in TRL's prompt-completion type (`id`, `prompt`, `completion`; lists of messages with `template:
         chat`), and the counts of what was read.
 
     Raises:
-        UserError: As `load_ranked`, though a single response, or tied ones, will do here.
+        UserError: See `load_ranked`, but one response, or tied ones, are enough.
     """
     import datasets
 
@@ -73,28 +73,28 @@ def load_sft(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Dataset
 
 
 def load_prompts(source: DataSource, prompt: PromptConfig) -> tuple[list[Record], ReadReport]:
-    """Reads prompts alone, from any format; the records need no responses.
+    """Reads only the prompts, from any format; the records need no responses.
 
     Returns:
         A list of `{"id", "prompt", "reference", "record"}` (`reference` is the response that came with the prompt, or
-        None; `record` is the raw one), and the counts of what was read.
+        None; `record` is the raw one), and the counts.
 
     Raises:
-        UserError: As `load_ranked`.
+        UserError: See `load_ranked`.
     """
     return _read_unranked(source, prompt, "Reading prompts", _prompt_alone)
 
 
 def load_candidates(source: DataSource, prompt: PromptConfig) -> tuple[list[Record], ReadReport]:
-    """Reads responses that are still to be scored or judged, from any format; ranks and scores are not looked at.
+    """Reads responses that are to be scored or judged, from any format; existing ranks and scores are ignored.
 
     Returns:
         A list of `{"id", "prompt", "completions", "reference", "record"}`, the completions in the order of the file
-        with exact duplicates merged, and the counts of what was read. `record` is the record that the prompt came
-        from: the raw one, or what the file has under `record`, as samples do.
+        with exact duplicates merged, and the counts. `record` is the record that the prompt came from: the raw one, or
+        its `record` key, which files of samples have.
 
     Raises:
-        UserError: As `load_ranked`, though a single response will do here.
+        UserError: See `load_ranked`, but one response is enough.
     """
     return _read_unranked(source, prompt, "Reading responses", _with_responses)
 
@@ -125,12 +125,12 @@ def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True)
 
 
 def source_format(source: DataSource) -> str:
-    """The name of the format that the source has, or that its first record shows."""
+    """The name of the source's format, detected from its first record where it is `auto`."""
     return _format(source, read_records(source.model_copy(update={"limit": 1}))).name
 
 
 def best_alone(record: Record) -> Record:
-    """A normalised record with its best response and nothing else, as supervision uses it."""
+    """A normalised record with only its best response, as supervised stages use it."""
     scores = record["scores"]
     return {
         **record,
@@ -183,7 +183,7 @@ def _read_unranked(
 def _prompt_alone(raw: Record, where: str, format: Format, source: DataSource, prompt: Prompt) -> tuple[Record, int]:
     try:
         found = format.responses(raw, source, where)
-    except BadRow:  # a prompt without responses is all that is wanted
+    except BadRow:  # responses are optional here
         found = {"reference": None}
     reference = found["completions"][0] if format.name == "alpaca" and "completions" in found else found["reference"]
     if not isinstance(reference, str) or not reference.strip():
@@ -216,7 +216,7 @@ def _read_one(
     record = {"id": identity, "prompt": prompt, **format.responses(raw, source, where)}
     if source.add_reference is None:
         return normalise(record, where, pairs=pairs)
-    # Whether there is a pair is known only after the reference has joined the others.
+    # The reference can make the only pair, so pairs are required after it is added.
     first = normalise(record, where, pairs=False)
     second = normalise(add_reference(first.record, source.add_reference, where), where, pairs=pairs)
     return Normalised(second.record, first.merged + second.merged, first.omitted)
@@ -239,7 +239,7 @@ def _require_some(report: ReadReport, source: DataSource) -> None:
         raise UserError(
             f"none of the {report.read} records can be used ({reasons})",
             where=source.path,
-            fix="Check `format` and `columns`; with `on_bad_row: error` the first bad record is named.",
+            fix="Check `format` and `columns`; with `on_bad_row: error` the message names the first invalid record.",
         )
 
 
@@ -250,5 +250,5 @@ def _messages() -> Any:
 
 
 def _progress(records: RawRecords, what: str) -> Any:
-    # Shown only on a terminal, and only for reads that last.
+    # Shown only on a terminal, and only after two seconds.
     return tqdm(records, desc=what, unit=" records", delay=2, disable=None, leave=False)

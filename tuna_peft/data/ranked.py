@@ -1,10 +1,10 @@
-"""The ranked data set type: the one record shape that everything downstream reads.
+"""The ranked data set type. Every reader produces it, and everything after the readers uses it.
 
     {"id": str, "prompt": str or messages, "completions": [str], "scores": [float] or None, "ranks": [int],
      "reference": str or None}
 
-Completions stand best first; ranks are dense (0, 1, 1, 2) and equal where responses are tied. Candidates are counted
-from 0, in the order of the file.
+Completions are in rank order, best first. Ranks are dense (0, 1, 1, 2) and equal where responses are tied. In errors,
+"candidate 0" is the first response in the order of the file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tuna_peft.errors import UserError
 Prompt = str | list[dict[str, str]]
 Record = dict[str, Any]
 
-_FIX_ROW = "Correct the record, or leave such records out (in a recipe: `on_bad_row: skip`)."
+_FIX_ROW = "Correct the record, or skip such records (in a recipe: `on_bad_row: skip`)."
 
 
 class BadRow(UserError):
-    """A record that cannot be used, though the file is sound: it may be skipped and counted under `reason`."""
+    """An invalid record in a valid file; it can be skipped, and is then counted under `reason`."""
 
     def __init__(self, what: str, *, reason: str, where: str | None = None, fix: str = _FIX_ROW):
         super().__init__(what, where=where, fix=fix)
@@ -33,14 +33,14 @@ class BadRow(UserError):
 
 @dataclasses.dataclass
 class ReadReport:
-    """What became of the records of a source.
+    """Counts of the records of a source.
 
     Args:
         read: Records read.
         kept: Records kept.
-        skipped: Number of records left out, by reason.
-        duplicates_merged: Responses of kept records that repeated another one word for word.
-        omitted: Responses of kept records that their ranking did not mention (judge data).
+        skipped: Number of skipped records, by reason.
+        duplicates_merged: Responses of kept records that were identical to another one.
+        omitted: Responses of kept records that the ranking does not mention (judge data); they are dropped.
     """
 
     read: int = 0
@@ -56,7 +56,7 @@ class ReadReport:
 
 @dataclasses.dataclass
 class Normalised:
-    """A normalised record, and how many of its responses were merged into a twin or left out as not ranked."""
+    """A normalised record, and how many responses were merged as duplicates or dropped as not ranked."""
 
     record: Record
     merged: int
@@ -64,7 +64,7 @@ class Normalised:
 
 
 def normalise_ranked(record: Record, where: str) -> Record:
-    """Checks a ranked record and brings it into its one form; idempotent.
+    """Checks a ranked record and converts it to the ranked type; idempotent.
 
     Args:
         record: `prompt`, `completions` (texts, or lists of one assistant message), `scores` (higher is better) or
@@ -75,13 +75,13 @@ def normalise_ranked(record: Record, where: str) -> Record:
         A new record of the ranked type, best first, exact duplicates merged under the best of their ranks.
 
     Raises:
-        BadRow: Says what is wrong, where, and with which candidate.
+        BadRow: The record is invalid; the message names the place and the candidate.
     """
     return normalise(record, where).record
 
 
 def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
-    """As `normalise_ranked`, with counts; `pairs=False` accepts records without a pair: one response, or all tied."""
+    """Like `normalise_ranked`, with counts; `pairs=False` accepts one response, or only tied ones."""
     prompt = clean_prompt(record.get("prompt"), where)
     completions = record.get("completions")
     if completions is not None and (isinstance(completions, str) or not isinstance(completions, Sequence)):
@@ -97,7 +97,7 @@ def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
     ranked = sorted((key, index) for index, key in enumerate(keys) if key is not None)
     kept: list[int] = []
     seen: set[str] = set()
-    for _, index in ranked:  # best first and stable, so the first of several twins has the best rank
+    for _, index in ranked:  # best first and stable, so the first of several duplicates has the best rank
         if texts[index] not in seen:
             seen.add(texts[index])
             kept.append(index)
@@ -124,7 +124,7 @@ def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
 def add_reference(record: Record, place: str, where: str) -> Record:
     """A normalised record with its reference ranked above (`place="best"`) or below (`"worst"`) all others.
 
-    Where there are scores, the reference is given the best one plus 1, or the worst one minus 1.
+    If there are scores, the score of the reference is the best one plus 1, or the worst one minus 1.
 
     Raises:
         BadRow: The record has no reference.
@@ -148,7 +148,7 @@ def dense_ranks(keys: Sequence[Any]) -> list[int]:
 
 
 def clean_prompt(prompt: Any, where: str) -> Prompt:
-    """The prompt as a text or as `{"role", "content"}` messages; BadRow if it is missing, blank or something else."""
+    """The prompt as text or as `{"role", "content"}` messages; BadRow if it is missing, blank or of another type."""
     if isinstance(prompt, str):
         _check_unicode(prompt, f"{where}, prompt")
         if prompt.strip():
@@ -163,7 +163,7 @@ def clean_prompt(prompt: Any, where: str) -> Prompt:
 
 
 def clean_response(response: Any, prompt: Prompt, where: str) -> str:
-    """The response as a text; BadRow if it is missing, blank, or a message after a prompt that is text."""
+    """The response as text; BadRow if it is missing, blank, or a message although the prompt is text."""
     if response is None:
         raise BadRow("the response is missing (null)", reason="empty response", where=where)
     if not isinstance(response, str) and isinstance(prompt, str):
@@ -244,7 +244,7 @@ def _content(text: Any, where: str) -> str:
     if not isinstance(text, str) and isinstance(text, Sequence):
         if len(text) != 1:
             raise BadRow(
-                f"a response of {len(text)} messages, one is wanted",
+                f"a response of {len(text)} messages, one is expected",
                 reason="wrong type",
                 where=where,
                 fix="Keep the last message; the ones before it belong to the prompt.",
@@ -264,7 +264,7 @@ def _role(message: Any, where: str) -> str:
 
 
 def _check_unicode(text: str, where: str) -> None:
-    # JSON can spell half a surrogate pair ("\ud83d"); neither Arrow nor a tokenizer can hold it.
+    # JSON can contain half a surrogate pair ("\ud83d"); neither Arrow nor tokenizers accept it.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
-"""One reader for each record shape; every one gives the ranked type, which `normalise` then checks and sorts.
+"""One reader for each data format; `load` calls it, and `ranked.normalise` then checks and sorts the responses.
 
-A reader keeps the candidates in the order of the file, so that errors can name them by their index in it.
+A reader keeps the responses in the order of the file, so that errors can name them by their index in it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tuna_peft.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A record shape.
+    """A data format: how to recognize and read its records.
 
     Args:
-        name: As in a recipe.
-        keys: What a record of this shape has, for people.
-        matches: Whether a record (without its null values) has this shape.
+        name: Its name in recipes.
+        keys: The keys of its records, for error messages.
+        matches: Whether a record (without its null values) has this format.
         prompt: (raw, source, template, where) -> (id or None, prompt).
         responses: (raw, source, where) -> completions, scores, ranks and reference, in the order of the file.
     """
@@ -37,16 +37,16 @@ class Format:
 
 
 def choose_format(source: DataSource, first: Record, where: str, *, prompts_only: bool = False) -> Format:
-    """The format that the source names, or, for `auto`, the one that the keys of its first record show.
+    """The format that the source names, or, for `auto`, the one detected from the keys of its first record.
 
     Args:
         source: Has `format` and `columns`.
         first: The first record.
-        where: Its place.
-        prompts_only: Records with a `prompt` or an `instruction` and no responses will do.
+        where: Its place, for errors.
+        prompts_only: Accept records with a `prompt` or an `instruction` and no responses.
 
     Raises:
-        UserError: The keys fit no format, or `length_penalty` is given for a format that has no use for it.
+        UserError: The keys match no format, or `length_penalty` is given for a format that does not use it.
     """
     name: str = "columns" if source.columns is not None else source.format
     if name == "auto":
@@ -63,25 +63,25 @@ def choose_format(source: DataSource, first: Record, where: str, *, prompts_only
         raise UserError(
             f"`length_penalty` has no effect on data in the `{name}` format",
             where=source.path,
-            fix="Remove it; it weighs the log-probabilities of `format: teacher`.",
+            fix="Remove it; it applies to the log-probabilities of `format: teacher`.",
         )
     return FORMATS[name]
 
 
 def _unknown(first: Record) -> str:
-    """What to do about records of no known format."""
+    """The fix for records of no known format."""
     for key, text in (("messages", "content"), ("conversations", "value")):
         if key in first:
             return (
-                f"Of a chat log say which turns to take, `columns: {{instruction: {key}[0].{text}, completions: "
-                f"{key}[1].{text}}}`: one reply to each prompt is supervised data, or prompts to sample from; "
-                "a ranking takes several replies, with scores."
+                f"For a chat log say which turns to use, `columns: {{instruction: {key}[0].{text}, completions: "
+                f"{key}[1].{text}}}`. With one reply per prompt it can be supervised data, or prompts to sample from; "
+                "ranking needs several replies per prompt, with scores."
             )
     known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS.values() if format.name != "columns")
     return (
-        "Say where the parts are: `columns: {instruction: question, completions: answers[].text, scores: "
-        "answers[].score}` in a recipe, `--column instruction=question --column ...` behind a command. "
-        f"Known without are: {known}."
+        "Name the columns: `columns: {instruction: question, completions: answers[].text, scores: "
+        "answers[].score}` in a recipe, `--column instruction=question --column ...` after a command. "
+        f"Known formats: {known}."
     )
 
 
@@ -112,7 +112,7 @@ def _finite(value: Any, name: str, where: str) -> float:
 
 
 def _full_prompt(key: str) -> Callable[[Record, DataSource, PromptTemplate, str], tuple[Any, Any]]:
-    """Reads a field that is a prompt already; no template is put around it."""
+    """Reads a field that is a full prompt; no template is applied."""
     return lambda raw, source, template, where: (raw.get("id"), raw.get(key))
 
 
@@ -198,7 +198,7 @@ def _judge_responses(raw: Record, source: DataSource, where: str) -> Record:
         if ranks[index] is not None:
             raise BadRow(f"the rank names response {index} twice", reason="bad rank", where=where)
         ranks[index] = place
-    # normalise() merges what repeats a ranked response and leaves out, and counts, what is not ranked.
+    # normalise() merges duplicates of ranked responses, and drops and counts the others that are not ranked.
     return {"completions": responses, "scores": None, "ranks": ranks, "reference": None}
 
 
@@ -224,12 +224,12 @@ def _alpaca_responses(raw: Record, source: DataSource, where: str) -> Record:
 
 
 def preference_responses(raw: Record, source: DataSource | None, where: str) -> Record:
-    """`chosen` above `rejected`; also what the trainer reads when it is given TRL's preference type."""
+    """`chosen` before `rejected`; also used by the trainer for data sets of TRL's preference type."""
     completions = [_field(raw, "chosen", where), _field(raw, "rejected", where)]
     return {"completions": completions, "scores": None, "ranks": [0, 1], "reference": None}
 
 
-# columns: wherever the recipe says
+# columns: the paths in the recipe
 
 
 def _columns(source: DataSource) -> columns.Columns:

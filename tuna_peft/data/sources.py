@@ -1,4 +1,4 @@
-"""Opens files, saved data sets, Hub data sets and the package's own data, as one list of raw records."""
+"""Reads files, saved data sets, Hub data sets and the package's own data as a list of raw records. Used by `load`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_records(source: DataSource) -> RawRecords:
     data sets from 0 (`id[train]: row 7`), as `dataset[7]` does.
 
     Raises:
-        UserError: There is no such source, or it cannot be read; says where and what to do.
+        UserError: There is no such source, or it cannot be read.
     """
     builtin = source.path.startswith("builtin:")
     path = _builtin(source.path) if builtin else Path(source.path).expanduser()
@@ -59,9 +59,9 @@ def _read_local(path: Path, source: DataSource) -> RawRecords:
         raise _missing(path)
     if path.suffix not in _SUFFIXES:
         raise UserError(
-            f"unknown kind of file: {path.suffix or 'no ending'}",
+            f"unknown kind of file: {path.suffix or 'no extension'}",
             where=str(path),
-            fix=f"Readable are {', '.join(_SUFFIXES)}; convert it, or rename it if it is one of these.",
+            fix=f"Known kinds: {', '.join(_SUFFIXES)}. Convert it, or rename it if it is one of these.",
         )
     try:
         if path.suffix == ".parquet":
@@ -91,7 +91,7 @@ def _read_parquet(path: Path, source: DataSource) -> RawRecords:
         raise UserError(
             f"not a readable Parquet file: {_first_line(error)}",
             where=str(path),
-            fix="It may be cut or of another kind: get it again, or check the ending of its name.",
+            fix="It may be incomplete or of another kind: get it again, or check its extension.",
         ) from error
     if table.num_rows == 0:
         raise UserError("the file has no rows", where=str(path), fix="Check that what wrote it had finished.")
@@ -105,14 +105,14 @@ def _read_saved(path: Path, source: DataSource) -> RawRecords:
 
     try:
         saved = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever datasets and Arrow raise: the directory is not what it should be
+    except Exception as error:  # datasets and Arrow raise many types; each means that this is not a saved data set
         raise UserError(
             f"not a directory from `datasets.save_to_disk`: {_first_line(error)}",
             where=str(path),
             fix="Point `path` at a file in it, or save it again with `dataset.save_to_disk`.",
         ) from error
     if isinstance(saved, datasets.Dataset):
-        # One data set answers to `train`, as a file does, and to the name of the split that it was saved from.
+        # One data set is the split `train`, like a file, and also the split that it was saved from.
         splits = {name: saved for name in ("train", str(saved.split or "train"))}
     else:
         splits = dict(saved)
@@ -130,7 +130,7 @@ def _read_hub(source: DataSource) -> RawRecords:
 
     try:
         dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except Exception as error:  # huggingface_hub, datasets, requests and Arrow each have their own
+    except Exception as error:  # huggingface_hub, datasets, requests and Arrow each raise their own types
         raise _hub_error(source, error) from error
     if source.limit is not None:
         dataset = dataset.select(range(min(source.limit, len(dataset))))
@@ -138,7 +138,7 @@ def _read_hub(source: DataSource) -> RawRecords:
 
 
 def _choose(source: DataSource, sizes: dict[str, int]) -> list[tuple[str, int]]:
-    """Split name and row index of what `split` and `limit` select, with the rounding of `datasets`.
+    """Split name and row index of the records that `split` and `limit` select, rounded like `datasets` does.
 
     Args:
         source: Has `split` and `limit`.
@@ -162,16 +162,18 @@ def _choose(source: DataSource, sizes: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def count_selected(source: DataSource, rows: int) -> int:
-    """How many records `split` and `limit` select where every split has so many rows, or as many as slices ask for.
+    """The number of records that `split` and `limit` select, for planning without the data.
+
+    Every split is assumed to have `rows` rows, or more if a slice refers to more.
 
     Raises:
-        UserError: A split that is not possible.
+        UserError: The split is not possible.
     """
     bounds = [int(bound) for bound in re.findall(r"[\[:-](\d+)(?=[:\]])", source.split)]
     size = max(rows, *bounds, 0)
     names = {part.partition("[")[0].strip() for part in source.split.split("+")}
     selected = len(_choose(source, dict.fromkeys(names, size)))
-    # `[20000:]` of 20,000 rows: there must be more.
+    # `[20000:]` with 20,000 rows selects none, so the split must have more: assume `rows` more.
     return selected or len(_choose(source, dict.fromkeys(names, size + rows)))
 
 

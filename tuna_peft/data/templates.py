@@ -1,4 +1,4 @@
-"""Prompt templates: from an instruction and its input to a prompt."""
+"""Prompt templates: they turn an instruction and its input into a prompt. Used by `readers`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ALPACA_NO_INPUT = (
 
 
 class PromptTemplate:
-    """Renders instructions into prompts, as a `PromptConfig` says.
+    """Renders instructions as prompts, with the template of a `PromptConfig`.
 
     Attributes:
-        with_input: The text around `{instruction}` and `{input}`.
-        no_input: The text around `{instruction}` where there is no input.
+        with_input: The template with `{instruction}` and `{input}`.
+        no_input: The template with `{instruction}` for records without an input.
     """
 
     def __init__(self, config: PromptConfig):
@@ -39,15 +39,15 @@ class PromptTemplate:
             self.no_input = config.template_no_input or config.template
 
     def render(self, instruction: str, input: str | None = None, where: str | None = None) -> Prompt:
-        """The prompt: a text, or for `chat` a list with one user message.
+        """The prompt: text, or for `chat` a list with one user message.
 
         Args:
-            instruction: What to do.
-            input: What to do it with; None, empty and blank all mean that there is none.
+            instruction: The task.
+            input: The input of the task; None, empty and blank text all mean that there is none.
             where: The record's place, for the error.
 
         Raises:
-            BadRow: There is an input, and the template would drop it.
+            BadRow: There is an input, but the template has no `{input}`.
         """
         if self.name == "chat":
             content = f"{instruction}\n\n{input}" if input and input.strip() else instruction
@@ -56,15 +56,15 @@ class PromptTemplate:
             return _fill(self.no_input, instruction, "")
         if "{input}" not in self.with_input:
             raise BadRow(
-                "the record has an input, and the prompt template has no {input} to hold it",
-                reason="input without a place in the template",
+                "the record has an input, but the prompt template has no {input}",
+                reason="input without {input} in the template",
                 where=where,
                 fix="Add {input} to the template, or use `template: alpaca`.",
             )
         return _fill(self.with_input, instruction, input)
 
     def unwrap(self, prompt: str) -> str:
-        """What `render` was given, instruction and input with a blank line between; another text as it is."""
+        """The inverse of `render`: instruction and input with a blank line between; other text stays unchanged."""
         for template in (self.with_input, self.no_input):
             around = re.split(r"\{instruction\}|\{input\}", template)
             if match := re.fullmatch("(.*)".join(map(re.escape, around)), prompt, re.DOTALL):

@@ -1,9 +1,9 @@
-"""Joint tokenisation: prompt and response are one text, split where its tokens differ from those of the prompt alone.
+"""Joint tokenization: prompt and response are tokenized as one text and split where the tokens of the prompt end.
 
-Tokenising the two apart and joining the ids gives sequences that the model never sees in use ("_Hello" becomes "_"
-and "Hello"). So every response is tokenised behind its prompt. The row keeps the longest prefix that the prompt alone
-and all of its joint sequences share, once, as `prompt_ids`; a response whose own boundary comes later keeps the rest
-of the prompt at its head, without loss (`completion_skips`).
+Tokenizing them separately gives sequences that the model never sees in use ("_Hello" becomes "_" and "Hello"). With
+joint tokenization the last tokens of the prompt can depend on the response. `prompt_ids` is therefore the longest
+prefix that the tokens of the prompt and of all prompt + response texts share. A response whose own boundary is later
+starts with the rest of the prompt, which carries no loss (`completion_skips` tokens).
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenReport", "encode_dataset", "encode_ranked", "encode_sft", "prompt_ids", "prompt_text"]
 
-_CHUNK = 256  # rows tokenised in one call: enough for the tokenizer's threads, little memory
+_CHUNK = 256  # rows per call of the tokenizer: enough for its threads, little memory
 
 
 @dataclasses.dataclass
 class TokenReport:
-    """What became of the rows of a data set when they were tokenised.
+    """Counts of a tokenized data set.
 
     Args:
-        rows: Rows given.
-        kept: Rows kept.
-        responses_cut: Responses cut to `max_length` (reference responses among them).
-        responses_dropped: Responses left out as too long (reference responses among them).
-        prompt_tokens: Tokens of the prompts, each counted once.
-        response_tokens: Tokens that carry loss, the reference responses apart.
-        longest: Tokens of the longest prompt with one response.
+        rows: Number of input rows.
+        kept: Number of rows kept.
+        responses_cut: Responses truncated to `max_length`, including reference responses.
+        responses_dropped: Responses skipped because they are too long, including reference responses.
+        prompt_tokens: Number of prompt tokens, each prompt counted once.
+        response_tokens: Number of tokens that carry loss, without reference responses.
+        longest: Length of the longest prompt with one response, in tokens.
     """
 
     rows: int = 0
@@ -53,7 +53,7 @@ class TokenReport:
     longest: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """The counts as plain JSON values, with the number of rows left out."""
+        """The counts as plain JSON values, with the number of skipped rows."""
         return {**dataclasses.asdict(self), "rows_dropped": self.rows - self.kept}
 
 
@@ -67,26 +67,27 @@ def encode_ranked(
     where: str = "row",
     report: TokenReport | None = None,
 ) -> dict[str, Any] | None:
-    """Tokenises one normalised record.
+    """Tokenizes one normalised record.
 
     Args:
-        record: Of the ranked type, see `normalise_ranked`.
-        tokenizer: Has an EOS token; it ends every response.
-        max_length: The most tokens of the prompt with one response, EOS included; None for no limit.
-        overflow: What happens above it: `error`; `cut` cuts the end of the response (EOS with it); `skip` leaves the
-            response out, and the row when it then has no pair, or its prompt alone is too long.
-        needs_reference: A record without a reference response is an error (for the MLE term on the reference), and a
-            row is left out with its reference.
+        record: A record of the ranked type, see `normalise_ranked`.
+        tokenizer: It must have an EOS token, which ends every response.
+        max_length: Maximum length of the prompt with one response in tokens, including EOS; None: no limit.
+        overflow: What to do with longer ones: `error`; `cut` truncates the response, including its EOS; `skip` skips
+            the response, and the row if no pair is left or the prompt is too long by itself.
+        needs_reference: A record without a reference response is an error (for the SFT loss term on the reference),
+            and a row is skipped if its reference is.
         where: The row's place, for errors.
-        report: Is added to.
+        report: The counts to add to.
 
     Returns:
-        None for a row that is left out, else `id`; `prompt_ids`; `completions_ids`, N lists; `completion_skips`, for
-        each the number of leading tokens that carry no loss; `ranks`; `scores`; `reference_ids` and `reference_skip`,
-        None without a reference. `prompt_ids + completions_ids[k]` is the joint tokenisation of response k.
+        None for a skipped row, otherwise `id`; `prompt_ids`; `completions_ids`, N lists; `completion_skips`, for each
+        the number of leading tokens that carry no loss; `ranks`; `scores`; `reference_ids` and `reference_skip`, None
+        without a reference. `prompt_ids + completions_ids[k]` is the joint tokenization of response k.
 
     Raises:
-        UserError: A response or a prompt is too long, or `cut` leaves nothing of a response; names row and candidate.
+        UserError: A response or a prompt is too long, or `cut` would truncate a response to nothing; the message names
+            row and candidate.
     """
     encoder = _Encoder(tokenizer, max_length, overflow, needs_reference, TokenReport() if report is None else report)
     return encoder.encode([record], [where])[0]
@@ -101,12 +102,12 @@ def encode_sft(
     where: str = "row",
     report: TokenReport | None = None,
 ) -> dict[str, Any] | None:
-    """Tokenises one record of TRL's prompt-completion type; arguments and errors as `encode_ranked`.
+    """Tokenizes one record of TRL's prompt-completion type; for arguments and errors see `encode_ranked`.
 
     Returns:
-        None for a row that is left out, else `id`; `input_ids`; `completion_mask`, 1 on the response and its EOS; and
-        `labels`, the same in the form that TRL's `SFTTrainer` takes as it is (it heeds the mask of tokenised data
-        only with `completion_only_loss=True`, which is not its default there).
+        None for a skipped row, otherwise `id`; `input_ids`; `completion_mask`, 1 on the response and its EOS; and
+        `labels`, -100 on the prompt. TRL's `SFTTrainer` uses `labels` unchanged; for tokenized data it applies the
+        mask only with `completion_only_loss=True`, which is not its default.
     """
     encoder = _Encoder(tokenizer, max_length, overflow, False, TokenReport() if report is None else report)
     row = encoder.encode([_sft_as_ranked(record, where)], [where])[0]
@@ -122,22 +123,21 @@ def encode_dataset(
     needs_reference: bool = False,
     on_bad_row: Literal["error", "skip"] = "error",
 ) -> tuple[datasets.Dataset, TokenReport]:
-    """Tokenises a whole data set; equal input gives equal output.
+    """Tokenizes a whole data set; deterministic.
 
     Args:
-        dataset: The ranked type (checked and normalised here, so a user's own will do), TRL's preference type, or
-            TRL's prompt-completion type.
-        tokenizer: As in `encode_ranked`, like the arguments that follow.
-        max_length: See there.
-        overflow: See there.
-        needs_reference: See there.
-        on_bad_row: `skip` leaves out a row that would be an error, and counts it among the dropped ones.
+        dataset: The ranked type (checked and normalised here), TRL's preference type, or TRL's prompt-completion type.
+        tokenizer: See `encode_ranked`.
+        max_length: See `encode_ranked`.
+        overflow: See `encode_ranked`.
+        needs_reference: See `encode_ranked`.
+        on_bad_row: `skip` skips a row that would be an error, and counts it.
 
     Returns:
         A data set with the rows of `encode_ranked` or `encode_sft`, and the counts.
 
     Raises:
-        UserError: A row cannot be used, or none is left.
+        UserError: A row is invalid, or none is left.
     """
     import datasets
 
@@ -146,13 +146,13 @@ def encode_dataset(
     if not sft and not ({"prompt", "completions"} <= columns or {"prompt", "chosen", "rejected"} <= columns):
         raise UserError(
             f"the data set has the columns {', '.join(dataset.column_names)}",
-            fix="Wanted are prompt, completions and scores or ranks (ranked); prompt, chosen and rejected "
+            fix="Expected are prompt, completions and scores or ranks (ranked); prompt, chosen and rejected "
             "(preference); or prompt and completion (supervised).",
         )
     report = TokenReport()
     encoder = _Encoder(tokenizer, max_length, overflow, needs_reference, report, on_bad_row)
     encoded: list[dict[str, Any]] = []
-    progress = tqdm(total=len(dataset), desc="Tokenising", unit=" rows", delay=2, disable=None, leave=False)
+    progress = tqdm(total=len(dataset), desc="Tokenizing", unit=" rows", delay=2, disable=None, leave=False)
     for chunk in _chunks(enumerate(dataset)):
         places = [f"row {index}" + (f" (id {row['id']})" if row.get("id") else "") for index, row in chunk]
         as_ranked = _sft_as_ranked if sft else _as_ranked
@@ -172,7 +172,7 @@ def encode_dataset(
 
 
 class _Encoder:
-    """Encodes records with one set of options; for the arguments see `encode_ranked`."""
+    """Encodes records with the same options; for the arguments see `encode_ranked`."""
 
     def __init__(
         self,
@@ -189,13 +189,13 @@ class _Encoder:
         self.on_bad_row = on_bad_row
 
     def encode(self, records: list[Record], places: list[str]) -> list[dict[str, Any] | None]:
-        """One row or None for each record; all texts go through the tokenizer in one call."""
+        """One row or None for each record; all texts are tokenized in one call."""
         texts: list[list[str]] = []
         for record, where in zip(records, places, strict=True):
             reference = record["reference"]
             responses = [*record["completions"], *([] if reference is None else [reference])]
             texts.append(joint_texts(record["prompt"], responses, self.tokenizer, where))
-        special = isinstance(records[0]["prompt"], str)  # prompts of one data set are of one kind
+        special = isinstance(records[0]["prompt"], str)  # the prompts of a data set are all text or all messages
         ids = iter(self.tokens(list(chain.from_iterable(texts)), special=special))
         return [
             self._row(record, list(islice(ids, len(of_record))), where)
@@ -211,7 +211,7 @@ class _Encoder:
             return None
 
     def _assemble(self, record: Record, ids: list[list[int]], where: str) -> dict[str, Any] | None:
-        """The row from the tokens of the prompt alone, of the prompt with each response, and with the reference."""
+        """The row from the tokens of the prompt, of the prompt with each response, and with the reference."""
         self.report.rows += 1
         if record["reference"] is None and self.needs_reference:
             raise BadRow("there is no reference response", reason="no reference", where=where)
@@ -258,7 +258,7 @@ class _Encoder:
                 fix="Lengthen the prompt, or use a tokenizer that adds BOS.",
             )
         for seq, boundary, name in zip(joint, shared, names, strict=False):
-            if boundary == len(seq):  # only where a template or the tokenizer drops all of the response
+            if boundary == len(seq):  # a chat template or the tokenizer dropped the whole response
                 raise BadRow("the response has no tokens", reason="empty response", where=name)
 
     def _prompt_fits(self, prompt: list[int], where: str) -> bool:
@@ -266,23 +266,23 @@ class _Encoder:
             return True
         if self.overflow == "skip":
             return False
-        lost = "would be cut to nothing" if self.overflow == "cut" else "has no room"
+        lost = "would be truncated to nothing" if self.overflow == "cut" else "does not fit"
         raise BadRow(
             f"the prompt has {len(prompt)} tokens and max_length is {self.max_length}: candidate 0 {lost}",
             reason="prompt too long",
             where=where,
-            fix=f"Raise max_length above {len(prompt)}, shorten the prompt, or leave such rows out: overflow policy "
+            fix=f"Raise max_length above {len(prompt)}, shorten the prompt, or skip such rows: overflow policy "
             "`skip`, or `on_bad_row: skip` for its data.",
         )
 
     def _fit(self, seq: list[int], boundary: int, where: str) -> list[int] | None:
-        """The joint sequence within `max_length`, or None where it is left out."""
+        """The joint sequence within `max_length`, or None where it is skipped."""
         if self.max_length is None or len(seq) <= self.max_length:
             return seq
         if self.overflow == "skip":
             self.report.responses_dropped += 1
             return None
-        # A prompt that fits leaves at least one token of every response, as no boundary lies behind its end.
+        # The prompt is shorter than max_length, and no boundary is after its end: at least one token is left.
         if self.overflow == "cut":
             self.report.responses_cut += 1
             return seq[: self.max_length]
@@ -290,7 +290,7 @@ class _Encoder:
             f"too long: prompt {boundary} + response {len(seq) - boundary} tokens, max_length is {self.max_length}",
             reason="response too long",
             where=where,
-            fix=f"Raise max_length to {len(seq)}, or set the overflow policy to `cut` (the end of the response) "
+            fix=f"Raise max_length to {len(seq)}, or set the overflow policy to `cut` (truncate the response) "
             "or `skip`.",
         )
 

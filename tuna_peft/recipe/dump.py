@@ -1,4 +1,4 @@
-"""A recipe written out in full, and what differs between two."""
+"""Writes a recipe with all its defaults, for the run's folder, and lists the differences between two recipes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tuna_peft.recipe.schema import Recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML with every default written out; `load_recipe` gives an equal recipe back.
+    """YAML with every default written out; `load_recipe` reads it back as an equal recipe.
 
-    Keys that are null are left out: null is their default everywhere in the schema.
+    Null keys are omitted, because null is the default of every key that may be null.
     """
     data = recipe.model_dump(mode="json", exclude_none=True)
     return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
-    """`stages.sft.train.learning_rate: 0.001 -> 0.002` for every key that differs; empty when none does."""
+    """A line such as `stages.sft.train.learning_rate: 0.001 -> 0.002` for every key that differs."""
     before, after = _flat(old), _flat(new)
     changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
     return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in changed]

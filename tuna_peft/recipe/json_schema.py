@@ -1,4 +1,4 @@
-"""The JSON schema of a recipe, for editors, with the help of the trainers' fields."""
+"""The JSON schema of recipes, for editors and for `tuna-peft schema`, with the trainers' fields and their help."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TRAIN: dict[StageType, str] = {"sft": SFT_TRAIN, "ranking": RANKING_TRAIN}
 
 
 def recipe_json_schema() -> dict[str, Any]:
-    """JSON schema, draft 2020-12; which fields `train` takes follows from the stage's `type`. Imports torch."""
+    """JSON schema, draft 2020-12; the fields of `train` depend on the stage's `type`. Imports torch."""
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"][EXTENDS] = {"type": "string", "description": EXTENDS_HELP}
@@ -43,13 +43,13 @@ def recipe_json_schema() -> dict[str, Any]:
 
 
 def field_help(dotted: str) -> str:
-    """The help of one key, such as `lora.r` or `stages.train.margin`; the name or type of a stage may stand between.
+    """The help of a key, such as `lora.r`, `stages.train.margin` or, with a stage name, `stages.sft.train.max_steps`.
 
     Raises:
-        UserError: There is no such key; names the nearest.
+        UserError: There is no such key; the message names the most similar one.
     """
     schema = recipe_json_schema()
-    nodes, keys, above = {"": schema}, dotted.split("."), ""  # a key of `train` can be in both kinds of stage
+    nodes, keys, above = {"": schema}, dotted.split("."), ""  # `train` has two schemas, one for each type of stage
     while keys:
         key = keys.pop(0)
         described = {
@@ -93,7 +93,7 @@ def _field_schema(field: TrainField, definitions: dict[str, Any]) -> dict[str, A
 
 
 def _targets(node: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """The objects that a property leads to, through `$ref`, unions and lists; none when it is a plain value."""
+    """The object schemas that a property refers to, through `$ref`, unions and lists; none for a plain value."""
     if "$ref" in node:
         return [schema["$defs"][node["$ref"].rpartition("/")[2]]]
     inner = [*node.get("anyOf", ()), *node.get("oneOf", ()), *([node["items"]] if "items" in node else [])]

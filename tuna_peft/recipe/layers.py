@@ -1,4 +1,4 @@
-"""The layers of a recipe: what it `extends`, itself, and `a.b.c=value` from the command line on top."""
+"""Merges the layers of a recipe: the recipe it `extends`, its own keys, then overrides (`a.b.c=value`)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tuna_peft.recipe.shipped import shipped_recipes
 
 EXTENDS = "extends"
 EXTENDS_HELP = (
-    "The recipe that this one is laid over: a path relative to this file, or the name of a shipped recipe. Mappings "
-    "are merged key by key, stages by their name; every other value replaces the inherited one."
+    "The recipe to start from: a path relative to this file, or the name of a shipped recipe. Mappings are merged key "
+    "by key and stages by name; every other value replaces the inherited one."
 )
 
 
 def read_recipe(file: Path) -> Document:
-    """Reads a recipe file and, below it, what it extends; every key keeps the file and line that it comes from.
+    """Reads a recipe file and the recipes it extends, merged; every key keeps its file and line.
 
     Raises:
-        UserError: See `read_document`; what is extended does not exist, or extends itself.
+        UserError: See `read_document`; or the extended recipe does not exist, or extends itself.
     """
     return _read(file, ())
 
@@ -38,7 +38,7 @@ def _read(file: Path, above: tuple[Path, ...]) -> Document:
         chain = " -> ".join(path.name for path in (*above, parent))
         raise UserError(f"the recipe extends itself: {chain}", where=where, fix=f"Remove this `{EXTENDS}`.")
     below = _read(parent, above)
-    _lay_over(below, document, (), ())
+    _merge_mapping(below, document, (), ())
     below.folders = list(dict.fromkeys([*document.folders, *below.folders]))
     return below
 
@@ -52,34 +52,34 @@ def _find(name: str, folder: Path, where: str) -> Path:
     if (shipped := known.get(name.removesuffix(".yaml"))) is not None:
         return shipped
     raise UserError(
-        f"there is no recipe {name!r} beside this one, nor of that name in the package",
+        f"there is no recipe {name!r} next to this file, and none with that name in the package",
         where=where,
         fix=did_you_mean(name.removesuffix(".yaml"), known),
     )
 
 
-def _lay_over(below: Document, over: Document, path: KeyPath, over_path: KeyPath) -> None:
-    """Merges the mapping of `over` at `over_path` into the one of `below` at `path`, in place."""
+def _merge_mapping(below: Document, over: Document, path: KeyPath, over_path: KeyPath) -> None:
+    """Merges the mapping at `over_path` of `over` into the one at `path` of `below`, in place."""
     data, new = _at(below.data, path), _at(over.data, over_path)
     for key, value in new.items():
         here, there = (*path, key), (*over_path, key)
         if isinstance(value, dict) and isinstance(data.get(key), dict):
             below.places[here] = over.place(there)
-            _lay_over(below, over, here, there)
+            _merge_mapping(below, over, here, there)
         elif here == ("stages",) and isinstance(value, list) and isinstance(data.get(key), list):
-            _lay_over_stages(below, over)
+            _merge_stages(below, over)
         else:
             _replace(below, over, here, there)
 
 
-def _lay_over_stages(below: Document, over: Document) -> None:
+def _merge_stages(below: Document, over: Document) -> None:
     stages = below.data["stages"]
     names = [stage.get("name") if isinstance(stage, dict) else None for stage in stages]
     for index, stage in enumerate(over.data["stages"]):
         there = ("stages", index)
         name = stage.get("name") if isinstance(stage, dict) else None
         if name is not None and name in names:
-            _lay_over(below, over, ("stages", names.index(name)), there)
+            _merge_mapping(below, over, ("stages", names.index(name)), there)
         else:
             stages.append(None)
             _replace(below, over, ("stages", len(stages) - 1), there)
@@ -100,13 +100,13 @@ def _at(data: Any, path: KeyPath) -> Any:
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
-    """Lays `overrides` over `document`, in order, in place.
+    """Applies `overrides` to `document`, in order, in place.
 
     Stages are addressed by name (`stages.sft.train.learning_rate=1e-5`) or by index. Values are YAML; a mapping
-    replaces the whole sub-tree. Whether the last key exists is for the schema to say, which then names the override.
+    replaces the whole subtree. Unknown keys are found later, by the schema; the error then names the override.
 
     Raises:
-        UserError: No `=`, a value that is no YAML, an unknown stage, or a key below something that has no keys.
+        UserError: No `=`, a value that is not YAML, an unknown stage, or a key below a value that has no keys.
     """
     for text in overrides:
         where = f"override `{text}`"
@@ -134,12 +134,12 @@ def _set(document: Document, keys: list[str], value: Any, where: str) -> None:
             step = key
         else:
             parent = ".".join(keys[:position])
-            raise UserError(f"`{parent}` is {data!r}, which has no keys below it", where=where, fix=f"Set `{parent}`.")
+            raise UserError(f"`{parent}` is {data!r}, which has no keys", where=where, fix=f"Set `{parent}`.")
         path = (*path, step)
         if last:
             data[step] = value
         elif isinstance(data, dict) and data.get(key) is None:
-            data[key] = {}  # an absent or null section comes into being with its first key
+            data[key] = {}  # setting its first key creates an absent or null section
             document.places[path] = where
         data = data[step]
     _forget_below(document, path)
@@ -159,6 +159,6 @@ def _index(data: list[Any], key: str, parent: str, where: str) -> int:
 
 
 def _forget_below(document: Document, path: KeyPath) -> None:
-    """The lines below a replaced sub-tree no longer hold."""
+    """Removes the places of keys below `path`, which was replaced."""
     for old in [known for known in document.places if known[: len(path)] == path]:
         del document.places[old]

@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a checked `Recipe`."""
+"""Loads a YAML file with overrides as a checked `Recipe`; every command that takes a recipe calls `load_recipe`."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def load_recipe(
 ) -> Recipe:
     """Loads, overrides and checks a recipe.
 
-    A recipe may stand on another, see `layers.read_recipe`. Local paths come out absolute: a relative one is looked
-    for in the current directory, then beside the recipe, then beside what it extends.
+    A recipe may extend another, see `layers.read_recipe`. Local paths become absolute: relative ones are looked up in
+    the current directory, then in the folder of the recipe, then in the folders of the recipes it extends.
 
     Args:
         recipe: A file, or the name of a shipped recipe.
         overrides: `a.b.c=value`, see `apply_overrides`.
-        check: Check also what takes seconds or the disk: the fields of every stage's `train` against the trainers'
-            configurations (imports torch), and that local paths exist.
-        missing: Local paths need not exist: the data is still to come.
+        check: Also run the slower checks: the fields of every stage's `train` against the trainers' configurations
+            (imports torch), and that local paths exist.
+        missing: Local paths need not exist (the data will be created later).
 
     Raises:
-        UserError: Everything that is wrong, each with file and line or override, dotted key, what was expected.
+        UserError: All mistakes, each with file and line or override, dotted key, and what was expected.
     """
     document = read_recipe(find_recipe(recipe))
     apply_overrides(document, overrides)
     try:
-        # strict: YAML has types of its own, so "8" in quotes is a text and no rank
+        # strict: YAML is typed, so "8" in quotes is text and must not become a number
         loaded = Recipe.model_validate(document.data, strict=True)
     except ValidationError as error:
         problems = _schema_problems(error, document)
@@ -57,7 +57,7 @@ def load_recipe(
 
 
 def _train_problems(document: Document) -> list[Problem]:
-    """Looks at the plain data, so that a recipe with other mistakes still gets all of them listed."""
+    """Checks the plain data, so that these mistakes are listed even if the recipe has others as well."""
     problems = []
     stages = document.data.get("stages")
     for index, stage in enumerate(stages if isinstance(stages, list) else []):
@@ -94,7 +94,7 @@ def _explain(entries: list[Any], path: KeyPath) -> tuple[str, str | None]:
 
 
 def _real_path(entry: Any, data: Any) -> KeyPath:
-    """The part of an error's location that are keys of the recipe; pydantic adds the names of union members."""
+    """The keys of the recipe in an error's location, without the names of union members that pydantic adds."""
     path: list[str | int] = []
     for key in entry["loc"]:
         if key in (FILE, FEEDBACK):
@@ -110,7 +110,7 @@ def _real_path(entry: Any, data: Any) -> KeyPath:
 
 
 def _valid_keys(path: KeyPath, loc: tuple[str | int, ...]) -> list[str]:
-    """The keys that the schema has at `path`, an error's location `loc` without the names of union members."""
+    """The valid keys at `path`; `loc` is the error's whole location, with the names of union members."""
     models: list[Any] = [Recipe]
     for key in path:
         if isinstance(key, str):
@@ -122,7 +122,7 @@ def _valid_keys(path: KeyPath, loc: tuple[str | int, ...]) -> list[str]:
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Any]:
-    """A model's fields by their keys in a recipe."""
+    """The fields of a model by their names in recipes."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 

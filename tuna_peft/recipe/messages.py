@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in the words of a recipe; collected, so that one command shows all of it."""
+"""Error messages for recipes: plain words for pydantic's errors, collected so that one command lists all mistakes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _PLAINER = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake.
+    """One mistake in a recipe.
 
     Args:
-        where: `file:line`, or the override that brought it.
-        key: The dotted key, stages by name.
+        where: `file:line`, or the override that caused it.
+        key: The dotted key, with stages by name.
         what: What is wrong and what was expected.
-        fix: The nearest valid key or another remedy.
+        fix: The most similar valid key, or another fix.
     """
 
     where: str
@@ -43,7 +43,7 @@ class Problem:
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
-    """Raises one `UserError` that lists them all, in the order of the file; does nothing when there are none."""
+    """Raises one `UserError` that lists all problems in the order of the file; returns if there are none."""
     if len(problems) == 1:
         only = problems[0]
         where = f"{only.where}: {only.key}" if only.key else only.where
@@ -59,7 +59,7 @@ def _line(problem: Problem) -> int:
 
 
 def expected(errors: Sequence[Any], value: Any) -> str:
-    """One sentence for the errors about one value; a union gives one error per alternative, joined by "or"."""
+    """One sentence for all errors about one value; the alternatives of a union are joined with "or"."""
     messages = list(dict.fromkeys(_message(error) for error in errors))
     wishes = [message.removeprefix("expected ") for message in messages if message.startswith("expected ")]
     others = [message for message in messages if not message.startswith("expected ")]
@@ -69,7 +69,7 @@ def expected(errors: Sequence[Any], value: Any) -> str:
 
 
 def found(value: Any) -> str:
-    """`'abc' (text)`, shortened."""
+    """A value and its type for a message, shortened: `'abc' (text)`."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     kind = next((name for type_, name in _KINDS if isinstance(value, type_)), type(value).__name__)

@@ -1,4 +1,4 @@
-"""Where the local files of a recipe are."""
+"""Resolves the local paths of a recipe and finds missing ones, for `load`."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def resolve_paths(recipe: Recipe, folders: Sequence[Path]) -> None:
-    """Makes every local path in `recipe` absolute, in place: found in the current directory, else in `folders`.
+    """Makes every local path in `recipe` absolute, in place: looked up in the current directory, then in `folders`.
 
-    Absolute, because a run is resumed from anywhere, and what is written into its folder must still name the same
-    data. What is found nowhere stays as it is: it may be a Hub id.
+    A run can be resumed from another directory, and the recipe in its folder must still name the same data. A path
+    that is not found stays unchanged, because it may be a Hub id.
     """
     for _, section, name, kind in _named(recipe):
         setattr(section, name, _resolve(getattr(section, name), kind, folders))
 
 
 def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str, str]]:
-    """`(path of keys, what, fix)` for everything that can only be a local file and does not exist."""
+    """`(path of keys, what, fix)` for every value that can only be a local path and does not exist."""
     for path, section, name, _ in _named(recipe):
         text = getattr(section, name)
         if _must_be_local(text) and not Path(text).expanduser().exists():
             yield (
                 path,
-                f"there is no file or folder {text!r} here or beside the recipe ({', '.join(map(str, folders))}).",
+                f"there is no file or folder {text!r} here or next to the recipe ({', '.join(map(str, folders))}).",
                 _nearby(text, folders),
             )
 
 
 def _named(section: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, BaseModel, str, MayBeLocal]]:
-    """Every field that names something which may be local: its path of keys, the section, its name there, its mark."""
+    """Every field marked `MayBeLocal` that is set: its path of keys, its section, its name there, its mark."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if value is None:
@@ -69,9 +69,9 @@ def _must_be_local(text: str) -> bool:
 
 
 def _nearby(text: str, folders: Sequence[Path]) -> str:
-    """The nearest name where the file was expected, else what lies there; if nothing, how to name another."""
+    """The most similar name in the folders where the file was expected, or a list of the files there."""
     path = Path(text).expanduser()
     parents = dict.fromkeys((folder / path.parent).resolve() for folder in (Path.cwd(), *folders))
     entries = [entry.name for parent in parents if parent.is_dir() for entry in sorted(parent.iterdir())]
     names = [name for name in entries if not name.startswith(".")]
-    return did_you_mean(path.name, names, most=8) if names else "Name yours behind the command, as key=path."
+    return did_you_mean(path.name, names, most=8) if names else "Give its path after the command, as key=path."

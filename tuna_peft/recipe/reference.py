@@ -1,4 +1,4 @@
-"""The recipe's keys as a page of Markdown, made from the schema: `docs/recipe-reference.md`."""
+"""Writes `docs/recipe-reference.md`, the reference page of all recipe keys, from the JSON schema."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tuna_peft.recipe.json_schema import RANKING_TRAIN, SFT_TRAIN, recipe_json_s
 _HEAD = """\
 # Recipes, key by key
 
-One YAML file says what a run does. Every key is here with its type, its default and what it means; a key that is not
-here is an error that names the nearest one. `tuna-peft schema` prints the JSON schema, which gives editors completion;
-`tuna-peft schema --field lora.r` prints one key. On the command line a key is written with dots, and a stage goes by
-its name: `stages.contextual.train.margin=0.2`.
+A recipe is one YAML file that describes a run. This page lists every key with its type, its default and its meaning.
+Any other key is an error. `tuna-peft schema` prints the JSON schema, for completion in editors;
+`tuna-peft schema --field lora.r` prints the help of one key. On the command line, a key has dots and stage names:
+`stages.contextual.train.margin=0.2`.
 
 This page is generated: `tuna-peft schema --markdown > docs/recipe-reference.md`.
 """
 
 _TRAIN = """\
-All fields of [`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) as well;
-these are Tuna's own, or have another default.
+These fields are specific to tuna_peft or have another default here. All fields of
+[`TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) are accepted as well.
 """
 
 _SFT = """\
@@ -32,7 +32,7 @@ The fields of [`trl.SFTConfig`](https://huggingface.co/docs/trl/sft_trainer), wi
 
 
 def recipe_reference() -> str:
-    """The page. Imports torch: the fields of `train` belong to the trainers' configurations."""
+    """The page in Markdown. Imports torch, because the fields of `train` come from the trainers' configurations."""
     schema = recipe_json_schema()
     titles = _titles(schema)
     parts = [_HEAD]
@@ -63,14 +63,14 @@ def _own_train_fields() -> set[str]:
 
 
 def _titles(schema: dict[str, Any]) -> dict[str, str]:
-    """Where each object stands, by the name of its definition (the recipe's is ""), depth first, each once."""
+    """The heading of each object, by the name of its definition ("" for the recipe), depth first, each once."""
     found: dict[str, str] = {}
 
     def visit(path: str, name: str) -> None:
         if name in found:
             return
         definition = schema["$defs"][name] if name else schema
-        # Two kinds of object can stand in one place: the second goes by its first key.
+        # A key may accept two kinds of object; the heading of the second one contains its first key.
         found[name] = f"{path}, with {next(iter(definition['properties']))}" if path in found.values() else path
         if name in (SFT_TRAIN, RANKING_TRAIN):
             return
@@ -98,7 +98,7 @@ def _references(node: dict[str, Any]) -> Iterator[str]:
 
 
 def _anchor(title: str) -> str:
-    """What GitHub and Python-Markdown both make of a heading."""
+    """The anchor of a heading, the same in GitHub and Python-Markdown."""
     return re.sub(r"[^\w\s-]", "", title.lower()).replace(" ", "-")
 
 
@@ -112,7 +112,7 @@ def _kind(node: dict[str, Any], titles: dict[str, str]) -> str:
         return _kind(node["allOf"][0], titles)
     if "const" in node:
         return f"`{node['const']}`"
-    if len(node.get("enum", ())) in range(1, 9):  # transformers' schedulers are more, in each version others
+    if len(node.get("enum", ())) in range(1, 9):  # longer lists (transformers' schedulers) change between versions
         return ", ".join(f"`{value}`" for value in node["enum"])
     kind = node.get("type", "any")
     if kind == "array":

@@ -1,4 +1,4 @@
-"""The recipes that come with the package."""
+"""Finds the recipes that come with the package. `recipes list`, `load` and `extends` use this."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import tuna_peft
 from tuna_peft.errors import UserError, did_you_mean
 
-ACCELERATE = "accelerate"  # the folder of configurations that are no recipes
+ACCELERATE = "accelerate"  # the folder of accelerate's configurations, which are not recipes
 
 
 def recipes_folder() -> Path:
-    """`tuna_peft/recipes` in an installed wheel, `recipes` beside the package in a checkout or editable install."""
+    """`tuna_peft/recipes` in an installed wheel, `recipes` next to the package in a checkout or editable install."""
     package = Path(tuna_peft.__file__).parent
     for folder in (package / "recipes", package.parent / "recipes"):
         if folder.is_dir():
@@ -20,7 +20,7 @@ def recipes_folder() -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name to file, in alphabetical order; those in a folder go by `folder/name`."""
+    """The files by name, in alphabetical order; the name of a recipe in a folder is `folder/name`."""
     folder = recipes_folder()
     return {
         file.relative_to(folder).with_suffix("").as_posix(): file
@@ -30,10 +30,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_accelerate_config(config: str | Path) -> Path:
-    """A configuration for `accelerate launch`: a file, or the name of one of those that come with the package.
+    """A configuration for `accelerate launch`: a file, or the name of one that comes with the package.
 
     Raises:
-        UserError: There is neither.
+        UserError: There is no such file or name.
     """
     path = Path(config).expanduser()
     known = {file.stem: file for file in sorted((recipes_folder() / ACCELERATE).glob("*.yaml"))}
@@ -43,12 +43,12 @@ def find_accelerate_config(config: str | Path) -> Path:
         return known[str(config)]
     raise UserError(
         "there is no such accelerate configuration", where=str(config),
-        fix=f"Shipped ones go by name: {', '.join(known)}; `accelerate config --config_file FILE` makes others.",
+        fix=f"Shipped ones: {', '.join(known)}. To make another: `accelerate config --config_file FILE`.",
     )  # fmt: skip
 
 
 def shipped_recipe(name: str) -> Path:
-    """The file of a shipped recipe; UserError with the nearest name when there is none."""
+    """The file of a shipped recipe; UserError with the most similar name if there is none."""
     known = shipped_recipes()
     stem = name.removesuffix(".yaml")
     if stem not in known:
@@ -63,10 +63,10 @@ def summary(file: Path) -> str:
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """A recipe given as a file or as the name of a shipped one; a file of that name wins.
+    """The recipe with this path or, if there is no such file, the shipped recipe with this name.
 
     Raises:
-        UserError: There is neither.
+        UserError: There is no such file or name.
     """
     path = Path(recipe).expanduser()
     if path.is_file():
@@ -75,4 +75,5 @@ def find_recipe(recipe: str | Path) -> Path:
     if name in shipped_recipes():
         return shipped_recipes()[name]
     known = did_you_mean(path.stem, shipped_recipes())
-    raise UserError("there is no such recipe file", where=name, fix=f"Shipped recipes go by name. {known}")
+    fix = f"Give a file or the name of a shipped recipe. {known}"
+    raise UserError("there is no such recipe file", where=name, fix=fix)

@@ -1,7 +1,7 @@
-"""The keys of a stage's `train`: fields of `trl.SFTConfig` or `tuna_peft.TunaConfig`.
+"""The keys of a stage's `train`: the fields of `trl.SFTConfig` or `tuna_peft.TunaConfig`.
 
-Their definition is theirs, so it is read from the dataclasses; importing them brings torch, seconds rather than
-milliseconds, which is why the schema itself does not.
+They are read from these dataclasses, so that every version of trl has its own fields. Importing the dataclasses loads
+torch, which takes seconds; the schema of recipes does not import them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from tuna_peft.errors import did_you_mean
 from tuna_peft.recipe.messages import expected
 from tuna_peft.recipe.schema import StageType
 
-# Fields that a recipe sets elsewhere, or that would work against the run directory. Saying where they went is kinder
-# than accepting and ignoring them.
+# Fields that a recipe sets elsewhere, or that conflict with the run's folder. Each is an error that says what to set
+# instead, because an ignored key would be a silent mistake.
 SET_ELSEWHERE = {
     "output_dir": "It is the run's folder: `--output`.",
-    "run_name": "It is made of the recipe's `name` and the stage's.",
+    "run_name": "It consists of the recipe's `name` and the stage's.",
     "seed": "Set `seed` at the top of the recipe: it holds for every stage.",
     "adapter_name": "The adapter has the stage's `name`.",
     "overflow": "Set the stage's `overflow`.",
-    "eval_strategy": "The recipe's `evaluation` measures before the first stage and after each.",
-    "eval_on_start": "The recipe's `evaluation` measures before the first stage and after each.",
-    "resume_from_checkpoint": "Running the same command again resumes by itself.",
+    "eval_strategy": "Set the recipe's `evaluation`, which runs before the first stage and after each.",
+    "eval_on_start": "Set the recipe's `evaluation`, which runs before the first stage and after each.",
+    "resume_from_checkpoint": "Run the same command again to resume.",
     "load_best_model_at_end": "It keeps only one adapter of a stack.",
-    "save_only_model": "A run resumes from optimizer state too.",
+    "save_only_model": "Resuming a run needs the optimizer state.",
     "use_cpu": "Set `base.device: cpu`.",
     "model_init_kwargs": "Set `base`.",
     "trust_remote_code": "Set `base.trust_remote_code`.",
@@ -39,17 +39,17 @@ SET_ELSEWHERE = {
     "dataset_text_field": "Set the stage's `data`.",
     "dataset_kwargs": "Set the stage's `data`.",
     "chat_template_path": "Set `prompt.template`.",
-    "eos_token": "It is the tokenizer's.",
-    "pad_token": "It is the tokenizer's.",
+    "eos_token": "It comes from the tokenizer.",
+    "pad_token": "It comes from the tokenizer.",
     "do_train": "Every stage trains.",
     "do_eval": "Set the recipe's `evaluation`.",
     "do_predict": "Set the recipe's `evaluation`.",
     "local_rank": "The launcher sets it.",
     "parallelism_config": "A run uses one GPU.",
 }
-# Declared by the one type that argument parsers take; a recipe may say more.
+# Fields with a narrower annotation in the dataclass, because argument parsers accept only one type.
 _WIDER: dict[str, Any] = {"activation_memory": str | float}
-_HUB = "Publish the finished run instead; a stage is not pushed while it trains."
+_HUB = "Publish the finished run with `push` instead; a stage is not pushed while it trains."
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class TrainField:
     Args:
         name: Its key in `train`.
         annotation: Its type.
-        default: Its default, None also where it is made by a factory.
+        default: Its default; None also for a default factory.
         help: Its `metadata["help"]`.
-        choices: The texts that it takes; empty when free.
+        choices: The valid texts; empty if any text is valid.
     """
 
     name: str
@@ -73,7 +73,7 @@ class TrainField:
 
 @cache
 def train_fields(stage_type: StageType) -> dict[str, TrainField]:
-    """The fields that `train` of such a stage takes, by name. Imports trl or the trainer, and with them torch."""
+    """The fields of `train` in a stage of this type, by name. Imports trl or the trainer, and with them torch."""
     config = _config_class(stage_type)
     hints = typing.get_type_hints(config)
     fields = {}
@@ -91,7 +91,7 @@ def train_fields(stage_type: StageType) -> dict[str, TrainField]:
 
 
 def check_train(stage_type: StageType, train: dict[str, Any]) -> list[tuple[str, str, str | None]]:
-    """`(key, what, fix)` for every key of `train` that is unknown, set elsewhere, or has a wrong value."""
+    """`(key, what, fix)` for every key of `train` that is unknown, is set elsewhere, or has an invalid value."""
     fields = train_fields(stage_type)
     found: list[tuple[str, str, str | None]] = []
     for key, value in train.items():
@@ -109,12 +109,12 @@ def check_train(stage_type: StageType, train: dict[str, Any]) -> list[tuple[str,
 
 
 def elsewhere(key: str) -> str | None:
-    """Where a field that `train` does not take is set; None for all others."""
+    """What to set instead of a field that `train` does not accept; None for all other fields."""
     return _HUB if key == "push_to_hub" or key.startswith("hub_") else SET_ELSEWHERE.get(key)
 
 
 def type_adapter(annotation: Any) -> TypeAdapter[Any]:
-    """Pydantic's view of a field's type. Raises PydanticUserError when the type brings a configuration of its own."""
+    """Pydantic's validator for a field's type; PydanticUserError if the type has its own pydantic configuration."""
     return TypeAdapter(annotation, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
 
 
