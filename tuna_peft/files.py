@@ -141,7 +141,7 @@ def take_lock(
 
 
 def _lock_holder(file: int) -> str | None:
-    """The process id that has the lock, by /proc/locks; None where that is silent (macOS, overlay file systems)."""
+    """The process id that has the lock, from /proc/locks; None if it is not there (macOS, overlay file systems)."""
     status = os.fstat(file)
     wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     with contextlib.suppress(OSError):

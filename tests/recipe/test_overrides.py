@@ -61,6 +61,7 @@ def test_an_overridden_key_is_placed_at_its_override():
         ("lora.r=!!int x", "override `lora.r=!!int x`: cannot read the value: 'x' is not a value of type int"),
         ("stages.tow.train.x=1", "the recipe has no stage `tow`\n  Did you mean `two`?"),
         ("stages.7.train.x=1", "the recipe has no stage `7`\n  Valid here: one, two."),
+        (f"stages.{'9' * 5000}.x=1", "the recipe has no stage `999"),
         ("name.x=1", "`name` is 'x', which has no keys"),
     ],
 )

@@ -150,7 +150,7 @@ def _index(data: list[Any], key: str, parent: str, where: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in data]
     if key in names:
         return names.index(key)
-    if key.isdecimal() and int(key) < len(data):
+    if key in map(str, range(len(data))):
         return int(key)
     known = [str(name) for name in names if name is not None]
     if parent == "stages":
