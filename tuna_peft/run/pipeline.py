@@ -30,7 +30,6 @@ from tuna_peft.models.base.load import (
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.base.shards import shard_base
 from tuna_peft.models.stack.adapters import drop_adapter, fingerprint, load_adapter
-from tuna_peft.models.stack.adapters import adapter_names, drop_adapter, fingerprint, load_adapter
 from tuna_peft.models.stack.any_model import model_digest
 from tuna_peft.models.stack.files import extend_stack
 from tuna_peft.models.stack.manifest import read_manifest
