@@ -203,7 +203,7 @@ def _run(arm: str, folder: Path, device: str) -> dict[str, Any]:
     else:
         from tuna_peft.export.merge import merge_stack
 
-        base = "original" if arm == "merge-original" else "dequantised"
+        base = "original" if arm == "merge-original" else "dequantized"
         work = lambda: merge_stack(folder / "stack", folder / "out", base=base, device=device)  # type: ignore[arg-type]  # noqa: E731
     before, start, start_cpu = _rss("VmRSS"), time.perf_counter(), time.process_time()
     work()

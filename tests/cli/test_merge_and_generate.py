@@ -77,13 +77,13 @@ def test_compare_measures_every_route_and_keeps_the_one_asked_for(run, tmp_path)
         "base without the stack",
         "adapter, rank 12",
         "adapter, rank 6",
-        *(f"{base}, {dtype}" for base in ("dequantised", "original") for dtype in DTYPES),
+        *(f"{base}, {dtype}" for base in ("dequantized", "original") for dtype in DTYPES),
     ]
     mean = {row[0]: float(row[2]) for row in rows}
     assert mean["adapter, rank 12"] <= 1e-10
-    assert mean["dequantised, float32"] <= 1e-10
-    assert mean["dequantised, float32"] < mean["dequantised, float16"] < mean["dequantised, bfloat16"]
-    assert mean["dequantised, bfloat16"] < mean["original, float32"]
+    assert mean["dequantized, float32"] <= 1e-10
+    assert mean["dequantized, float32"] < mean["dequantized, float16"] < mean["dequantized, bfloat16"]
+    assert mean["dequantized, bfloat16"] < mean["original, float32"]
     assert mean["adapter, rank 6"] < mean["base without the stack"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "prompts.jsonl"]
 
@@ -92,7 +92,7 @@ def test_merge_a_run_and_generate_from_stack_and_merged_model(run, tmp_path):
     merged = tmp_path / "merged"
     result = invoke("merge", run, merged, "--dtype", "float32")
     assert result.exit_code == 0, result.stderr
-    assert f"wrote {merged}: sft + ranking merged into the dequantised base, float32" in result.stdout
+    assert f"wrote {merged}: sft + ranking merged into the dequantized base, float32" in result.stdout
 
     question = ["w3 w4 w5", "--input", "w6", "--max-new-tokens", "5", "--template", "{instruction} {input}"]
     from_stack = invoke("generate", run, *question)

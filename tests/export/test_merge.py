@@ -75,6 +75,15 @@ def test_the_original_route_starts_from_the_stored_weights(tiny: Tiny, tmp_path:
         torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6, msg=name)
 
 
+def test_the_british_name_of_the_dequantized_base_is_accepted(tiny: Tiny, tmp_path: Path) -> None:
+    reports = [
+        merge_stack(tiny.stack, tmp_path / base, dtype="float32", base=base) for base in ("dequantised", "dequantized")
+    ]
+    assert [report.base for report in reports] == ["dequantized", "dequantized"]
+    weights = [(report.path / "model.safetensors").read_bytes() for report in reports]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits_are_the_fp32_merge_rounded_once(tiny: Tiny, tmp_path: Path, dtype: str) -> None:
     merge_stack(tiny.stack, tmp_path / "full", dtype="float32")

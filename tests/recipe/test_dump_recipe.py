@@ -54,3 +54,13 @@ def test_stages_are_compared_by_name(recipe_file):
     assert diff_recipes(old, new) == [
         "order of stages: ['sft', 'probabilistic'] -> ['probabilistic', 'sft']",
     ]
+
+
+def test_both_spellings_of_a_value_are_one(recipe_file):
+    """Recipes and run folders of earlier versions say `dequantised`."""
+    british, american = (
+        load_recipe(recipe_file, [f"export.merge.base={spelling}"], check=False)
+        for spelling in ("dequantised", "dequantized")
+    )
+    assert british == american and diff_recipes(british, american) == []
+    assert "base: dequantized" in dump_recipe(british)

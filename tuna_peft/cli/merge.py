@@ -16,8 +16,8 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32, or nf4.")] = "bfloat16",
     base: Annotated[
-        str, typer.Option("--base", help="Add to the dequantised weights of training, or to the original ones.")
-    ] = "dequantised",
+        str, typer.Option("--base", help="Add to the dequantized weights of training, or to the original ones.")
+    ] = "dequantized",
     upto: Annotated[
         str | None, typer.Option("--upto", help="Merge the stack up to this stage.", show_default="all")
     ] = None,

@@ -24,7 +24,7 @@ class Route:
     """One way out.
 
     Attributes:
-        name: What is written, for example `dequantised, bfloat16`.
+        name: What is written, for example `dequantized, bfloat16`.
         nbytes: Size of its weights; None for the base alone and for a closed route.
         divergence: From the live stack; None where the route is closed.
         reason: Why it is closed.
@@ -66,7 +66,7 @@ def compare_routes(
         write = partial(combine_stack, source, upto=upto, rank=rank)
         yield _measured(name, work_dir, write, comparison.adapter)
     quantised = read_manifest(source).quantization is not None
-    for base in ("dequantised", "original") if quantised else ("original",):
+    for base in ("dequantized", "original") if quantised else ("original",):
         for dtype in MERGED_DTYPES:
             merge = partial(merge_stack, base=base, dtype=dtype, upto=upto, base_model=base_model, device=device)
             yield _measured(f"{base}, {dtype}", work_dir, partial(merge, source), comparison.model)

@@ -45,7 +45,7 @@ class MergeReport:
     Attributes:
         path: The model's folder.
         adapters: Names from the bottom of the stack to its top.
-        base: `dequantised` or `original`.
+        base: `dequantized` or `original`.
         dtype: Output dtype, or `nf4`.
         tensors: Number of tensors written.
         merged: Number of modules that took a part of the stack.
@@ -74,7 +74,7 @@ def merge_stack(
     out_dir: str | os.PathLike[str],
     *,
     dtype: str = "bfloat16",
-    base: Literal["dequantised", "original"] = "dequantised",
+    base: Literal["dequantized", "dequantised", "original"] = "dequantized",
     upto: str | None = None,
     base_model: str | None = None,
     max_shard_size: str | int = "5GB",
@@ -91,8 +91,8 @@ def merge_stack(
         stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
         out_dir: Appears whole or not at all; an earlier export there is replaced.
         dtype: `bfloat16`, `float16`, `float32`, or `nf4`: quantised again, in the form that transformers loads.
-        base: `dequantised` adds the stack to the weights that it was trained on (for an unquantised base: in the
-            dtype of training), `original` to the stored ones.
+        base: `dequantized` adds the stack to the weights that it was trained on (for an unquantised base: in the
+            dtype of training), `original` to the stored ones; `dequantised` is accepted too.
         upto: Merge the stack up to this adapter.
         base_model: Where the base is now, if it has moved.
         max_shard_size: Largest size of a weights file, for example `5GB`.
@@ -107,8 +107,10 @@ def merge_stack(
     start = time.perf_counter()
     if dtype not in MERGED_DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", fix=f"Use one of {', '.join(MERGED_DTYPES)}.")
-    if base not in ("dequantised", "original"):
-        raise UserError(f"unknown base {base!r}", fix="Use dequantised or original.")
+    if base == "dequantised":  # the name of the value in earlier versions
+        base = "dequantized"
+    if base not in ("dequantized", "original"):
+        raise UserError(f"unknown base {base!r}", fix="Use dequantized or original.")
     factors = StackFactors(stack_dir, upto)
     manifest = factors.manifest
     folder = locate_base(manifest, base_model, factors.folder)

@@ -37,7 +37,7 @@ class MergedWeights:
     Args:
         folder: The base.
         factors: The stack.
-        base: `dequantised` or `original`, see `merge_stack`.
+        base: `dequantized` or `original`, see `merge_stack`.
         dtype: `bfloat16`, `float16`, `float32` or `nf4`.
         load_dtype: What the base was loaded in for training.
         device: Where to quantise and add.
@@ -65,7 +65,7 @@ class MergedWeights:
     ):
         self._source = SafetensorsReader(safetensors_files(str(folder)))
         self._factors, self._device, self._load_dtype = factors, device, load_dtype
-        self._as_trained = base == "dequantised"
+        self._as_trained = base == "dequantized"
         self._quantization = factors.manifest.quantization if self._as_trained else None
         model = skeleton(folder, self._quantization, trust_remote_code=trust_remote_code)
         self._quantised = quantised_modules(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from tuna_peft.data.config import DataSource, MayBeLocal, Overflow, PromptConfig
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
@@ -149,6 +149,16 @@ class Stage(_Section):
         return self
 
 
+# Earlier versions wrote `dequantised` into recipes and run folders.
+MergeBase = Annotated[
+    Literal["dequantized", "original"],
+    BeforeValidator(
+        lambda value: "dequantized" if value == "dequantised" else value,
+        json_schema_input_type=Literal["dequantized", "dequantised", "original"],
+    ),
+]
+
+
 class MergeSettings(_Section):
     """The merged model."""
 
@@ -156,9 +166,10 @@ class MergeSettings(_Section):
     dtype: Literal["bfloat16", "float16", "float32", "nf4"] = Field(
         "bfloat16", description="Dtype of the merged weights; `nf4` quantises them again."
     )
-    base: Literal["dequantised", "original"] = Field(
-        "dequantised",
-        description="Add the adapters to the quantised weights they were trained on, or to the original.",
+    base: MergeBase = Field(
+        "dequantized",
+        description="The weights to add the adapters to: the quantized ones that the adapters were trained on "
+        "(`dequantized`, or in British spelling `dequantised`), or those of the original checkpoint.",
     )
 
 
