@@ -24,7 +24,7 @@ from tuna_peft.models.generation.generate import generate_responses
 from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.models.stack.any_model import load_any_model
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings, TaskSettings
-from tuna_peft.run.evaluate_target import evaluate_target, recipe_of_run
+from tuna_peft.run.evaluate import evaluate_target, recipe_of_run
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from tiny_llama import write_base, write_stack
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.harness import table_as_result
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
-from tuna_peft.run.evaluate_target import evaluate_target
+from tuna_peft.run.evaluate import evaluate_target
 
 FOUND = {
     "results": {

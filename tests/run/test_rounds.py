@@ -17,7 +17,7 @@ from tuna_peft.models.generation.generate import stream_responses
 from tuna_peft.models.stack.adapters import adapter_names, fingerprint, load_adapter
 from tuna_peft.recipe.dump import dump_recipe
 from tuna_peft.run import pipeline, rank_samples
-from tuna_peft.run.evaluate_target import evaluate_target
+from tuna_peft.run.evaluate import evaluate_target
 from tuna_peft.run.folder import RunDirectory
 from tuna_peft.run.pipeline import run_recipe
 

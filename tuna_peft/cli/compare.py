@@ -69,7 +69,7 @@ def _results(target: str) -> dict[str, Any]:
     from tuna_peft.errors import UserError, did_you_mean
     from tuna_peft.evaluation.results import load_results
     from tuna_peft.recipe.resolved import stage_names
-    from tuna_peft.run.evaluate_target import recipe_of_run
+    from tuna_peft.run.evaluate import recipe_of_run
 
     path, at, stage = target, "", ""
     if not Path(target).is_dir():

@@ -58,12 +58,12 @@ def evaluate(
     from tuna_peft.errors import UserError
     from tuna_peft.evaluation.report.write import write_report
     from tuna_peft.recipe.evaluation_schema import EvaluationSettings
-    from tuna_peft.run.evaluate_target import Loading, default_output, evaluate_target, settings_of
+    from tuna_peft.run.evaluate import Loading, default_output, evaluate_target, settings_of_run
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("tuna_peft").setLevel(logging.INFO)
     logging.getLogger("tuna_peft").addHandler(logging.StreamHandler())
-    settings = from_options(EvaluationSettings, _settings(settings_of(model), task or [], overrides or []))
+    settings = from_options(EvaluationSettings, _settings(settings_of_run(model), task or [], overrides or []))
     if not settings.tasks.given():
         raise UserError("there is nothing to evaluate", fix="Name a task: --task ranking=held-out.jsonl.")
     folder = output or default_output(model)

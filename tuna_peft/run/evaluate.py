@@ -1,27 +1,48 @@
-"""Runs the tasks of an evaluation on one stage after the other, each once."""
+"""Measures models with the tasks of an evaluation: the stages of a run, or any other model.
+
+`evaluate_stage` is called by a run (`tuna_peft.run.pipeline`) before the first stage and after each. `evaluate_target`
+is what `tuna-peft evaluate` calls: it loads a finished run, a stack or a single model, and evaluates its stages.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from tuna_peft.errors import UserError
+import yaml
+
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.errors import UserError, did_you_mean
+from tuna_peft.evaluation.report.build import FACTS
 from tuna_peft.evaluation.results import TaskResult, load_result, save_result
-from tuna_peft.evaluation.session import Session
-from tuna_peft.run.tasks import Task
+from tuna_peft.evaluation.session import JOURNAL, Session
+from tuna_peft.files import write_json
+from tuna_peft.journal import Journal
+from tuna_peft.models.stack.any_model import load_any_model, local_stack, model_digest, usual_prompt
+from tuna_peft.models.stack.adapters import active_adapters
+from tuna_peft.models.stack.files import quantization_method
+from tuna_peft.recipe.evaluation_schema import EvaluationSettings
+from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.measure import environment
+from tuna_peft.run.tasks import Task, read_tasks
 
 logger = logging.getLogger("tuna_peft")
 
 
 def evaluate_stage(session: Session, tasks: Sequence[Task]) -> dict[str, TaskResult]:
-    """Runs each task, unless the session's folder has its result, and saves it.
+    """Runs each task whose result the session's folder does not have yet, and saves its result there.
 
     Returns:
-        The results by task.
+        The results by task, new and old.
 
     Raises:
-        UserError: The folder has a result of the same name that comes from other data or settings.
+        UserError: The folder has a result of the same name that was measured on other data or with other settings.
     """
     results = {}
     for task in tasks:
@@ -39,14 +60,140 @@ def evaluate_stage(session: Session, tasks: Sequence[Task]) -> dict[str, TaskRes
             result = task.run(session)
             result.settings, result.seconds = task.settings, round(time.monotonic() - started, 2)
             save_result(session.folder, session.stage, result)
-            logger.info("%s: %s", session.stage, describe(result))
+            logger.info("%s: %s", session.stage, _describe(result))
         results[task.name] = result
     return results
 
 
-def describe(result: TaskResult) -> str:
-    """The main metric in a line, and what was left out."""
+def _describe(result: TaskResult) -> str:
+    """One line for the log: the main metric, and how many prompts were skipped."""
     metric = result.metrics[result.main]
-    shown = "nothing to count" if metric.value is None else str(metric)
-    left_out = "".join(f"; left out: {one.count} ({one.reason})" for one in result.excluded)
-    return f"{result.task} {result.main} {shown} over {metric.count:,}{left_out}"
+    value = "no value" if metric.value is None else str(metric)
+    skipped = "".join(f"; skipped: {one.count} ({one.reason})" for one in result.excluded)
+    return f"{result.task} {result.main} {value} over {metric.count:,}{skipped}"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the model is loaded, see `tuna_peft.models.stack.any_model.load_any_model`."""
+
+    base_model: str | None = None
+    quantization: str = "none"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+def evaluate_target(
+    target: str,
+    settings: EvaluationSettings,
+    output: Path,
+    *,
+    stages: Sequence[str] | None = None,
+    prompt: PromptConfig | None = None,
+    loading: Loading = Loading(),
+) -> dict[str, dict[str, TaskResult]]:
+    """Evaluates a stack, `base` and every stage, switching adapters on one loaded base; or evaluates a single model.
+
+    Args:
+        target: A run's folder, a stack, a merged model, a Hub id or `builtin:pico-llama`.
+        settings: What to measure.
+        output: The folder for `evaluation/<stage>/<task>.json` and for `run.json`, which a report needs. Results that
+            are there already are not measured again.
+        stages: The stages to evaluate, `base` among them; None evaluates all. A single model is the stage `model`.
+        prompt: The prompt template; None is the one of training.
+        loading: How to load the model.
+
+    Returns:
+        Results by stage and task.
+
+    Raises:
+        UserError: No such model, stage, data or Python function, or `output` holds the results of another model.
+    """
+    is_stack = local_stack(target) is not None
+    loaded = load_any_model(
+        target, base_model=loading.base_model, quantization=loading.quantization, device=loading.device,
+        trust_remote_code=loading.trust_remote_code,
+    )  # fmt: skip
+    known = ["base", *loaded.names] if is_stack else ["model"]
+    for stage in stages or ():
+        if stage not in known:
+            raise UserError(f"there is no stage {stage!r}", where=target, fix=did_you_mean(stage, known))
+    template = prompt or PromptConfig.model_validate(loaded.prompt or usual_prompt(loaded.tokenizer))
+    data = read_tasks(settings.tasks, template, loaded.tokenizer, loaded.model.config, known)
+    digest = model_digest(loaded.model)
+    _save_facts(output, target, digest, known, data.counts)
+    results: dict[str, dict[str, TaskResult]] = {}
+    with Journal(output / JOURNAL) as journal:
+        for stage in _evaluation_order(known, settings):
+            if stages is not None and stage not in stages:
+                continue
+            adapters = loaded.names[: known.index(stage)]
+            stage_digest = {**digest, "adapters": {name: digest["adapters"][name] for name in adapters}}
+            with active_adapters(loaded.model, adapters):
+                session = Session(
+                    output, stage, stage_digest, loaded.model, loaded.tokenizer, journal, settings.batch_size
+                )
+                results[stage] = evaluate_stage(session, data.tasks)
+    return {stage: results[stage] for stage in known if stage in results}
+
+
+def recipe_of_run(target: str) -> Recipe | None:
+    """The recipe in a run's folder; None where `target` is anything else."""
+    file = Path(target) / "recipe.yaml"
+    return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def settings_of_run(target: str) -> dict[str, Any]:
+    """The section `evaluation` of a run's recipe, as plain values; empty where `target` is anything else."""
+    recipe = recipe_of_run(target)
+    return recipe.evaluation.model_dump(exclude_none=True) if recipe and recipe.evaluation else {}
+
+
+def default_output(target: str) -> Path:
+    """The folder for results: a run's own, or one below `runs` for any other model."""
+    if recipe_of_run(target) is not None:
+        return Path(target)
+    return Path("runs") / f"evaluation-{re.sub(r'[^A-Za-z0-9._-]+', '-', target.strip('/.'))}"
+
+
+def _evaluation_order(known: list[str], settings: EvaluationSettings) -> list[str]:
+    """The stages, beginning with the one that Vicuna QA compares the others with: its responses must exist first."""
+    vicuna = settings.tasks.vicuna
+    return sorted(known, key=lambda stage: vicuna is None or stage != vicuna.against)
+
+
+def _save_facts(
+    output: Path, target: str, digest: dict[str, Any], stages: list[str], counts: dict[str, dict[str, Any]]
+) -> None:
+    """Writes `run.json`, from which the report takes what was evaluated; a training run has written its own.
+
+    Raises:
+        UserError: `output` has the results of other weights.
+    """
+    facts = {
+        "name": f"evaluation of {Path(target).resolve().name if Path(target).exists() else target}",
+        "seed": None,
+        "base": {**digest["base"], "quantization": {"method": quantization_method(digest["quantization"])}},
+        "adapters": digest["adapters"],
+        "stages": [],
+        "evaluated": stages,
+        "data": {f"evaluation.{task}": of_task for task, of_task in counts.items()},
+        "environment": environment(),
+    }
+    if (output / FACTS).is_file():
+        before = json.loads((output / FACTS).read_text(encoding="utf-8"))
+        stack = local_stack(target)
+        if "evaluated" not in before and stack is not None and stack.resolve() == (output / "stack").resolve():
+            return
+        if _weights(before) != _weights(facts):
+            raise UserError(
+                f"the folder is of another model: {before['name']}", where=str(output), fix="Choose another --output."
+            )
+        facts["data"] = {**before["data"], **facts["data"]}
+    write_json(output / FACTS, facts)
+
+
+def _weights(facts: dict[str, Any]) -> list[Any]:
+    """What identifies the evaluated weights."""
+    base = facts["base"]
+    return [base["fingerprint"] or base["model"], base["quantization"]["method"], facts.get("adapters")]

@@ -1,4 +1,8 @@
-"""Runs a recipe: base, stages, evaluation, export; goes on where an interrupted run stopped."""
+"""A run from beginning to end: check and read everything, load the base, train stage by stage, export.
+
+`tuna-peft run` calls `run_recipe`. Each step saves its result in the run's folder (`tuna_peft.run.folder`) and is
+skipped if the result is there already, so the same call resumes an interrupted run.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +40,12 @@ from tuna_peft.models.stack.manifest import read_manifest
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.evaluate import evaluate_stage
-from tuna_peft.run.exports import export_stack
+from tuna_peft.run.exports import export_stack, publish, require_exports
 from tuna_peft.run.folder import RunDirectory
 from tuna_peft.run.inputs import Inputs, read_inputs
 from tuna_peft.run.measure import environment
 from tuna_peft.run.preflight import preflight
 from tuna_peft.run.processes import Processes
-from tuna_peft.run.publish import publish, require_exports
 from tuna_peft.run.rank_samples import check_feedback, is_ranked, make_rows
 from tuna_peft.run.sharding import require_shardable
 from tuna_peft.run.train_stage import stage_config, train_stage
@@ -51,79 +54,91 @@ logger = logging.getLogger("tuna_peft")
 
 
 def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
-    """Runs `recipe` in the folder `output`, or what of it is not done there yet.
+    """Runs `recipe` in the folder `output`, or what is not done there yet.
 
-    Under a launcher every process calls this, see `tuna_peft.run.processes`.
+    Under a launcher (`accelerate launch`, `torchrun`) every process calls this, see `tuna_peft.run.processes`.
 
     Returns:
-        The report, as written to `output/report.json`, see `tuna_peft.evaluation.report.build`; in all but the first
-        process an empty one.
+        The report, as written to `output/report.json`, see `tuna_peft.evaluation.report.build`. In all processes but
+        the first one it is empty.
 
     Raises:
-        UserError: Bad data, model or output folder; before anything is trained where it can be known.
-        KeyboardInterrupt: Ctrl-C; the same call goes on later.
+        UserError: The data, the model or the output folder cannot be used. Whatever can be checked without the model's
+            weights is checked before any of them is loaded.
+        KeyboardInterrupt: After Ctrl-C; the same call resumes the run.
     """
     on_cpu = resolve_device(recipe.base.device).type == "cpu"
     processes = Processes(on_cpu)
     if processes.sharding:
         require_shardable(recipe)
     with RunDirectory(output, recipe, processes) as run:
-        _quieten_libraries()
+        _quiet_libraries()
         stages = resolve_stages(recipe)
-        for stage in stages:
-            stage_config(recipe, stage, run.stage_folder(stage.name), on_cpu=on_cpu)  # fields that conflict
-        if recipe.evaluation and recipe.evaluation.tasks.graded:
-            load_grader(recipe.evaluation.tasks.graded.grader, "evaluation.tasks.graded.grader")
-        config, tokenizer = load_config_and_tokenizer(
-            recipe.base.model, revision=recipe.base.revision, trust_remote_code=recipe.base.trust_remote_code
-        )
-        require_exports(recipe, config, tokenizer)
-        with processes.main_first():
-            inputs = read_inputs(recipe, tokenizer, config)
-        for stage in stages:
-            if stage.feedback:
-                check_feedback(stage, inputs.prompts[stage.name], tokenizer)
-        sharded, ranked = processes.sharding is not None, [name for name in inputs.prompts if is_ranked(run, name)]
-        preflight(recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer, ranked=ranked)
+        inputs = _check_and_read(run, stages, on_cpu)
         base = _load_base(recipe, processes)
         run.save(FACTS, _facts(recipe, base, inputs))
+
         model: PreTrainedModel | PeftModel = base.model
         _evaluate(run, model, base, inputs, "base")
         for stage in stages:
             if stage.feedback:
-                with processes.main_first(model):  # the others find what it made
+                with processes.main_first(model):  # the first process samples and ranks, the others read its files
                     make_rows(run, model, base, inputs, stage)
-                run.save(FACTS, _facts(recipe, base, inputs))
+                run.save(FACTS, _facts(recipe, base, inputs))  # with the counts of the new rows
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate(run, model, base, inputs, stage.name)
+
         del model, base
-        free_memory()  # for the exports, which are measured one after the other
-        report = _finish(run, inputs) if processes.main else {}
+        free_memory()  # an export is as large as the base, and is loaded to be measured
+        report: dict[str, Any] = {}
+        if processes.main:
+            export_stack(run, inputs)
+            report = write_report(run.path)
+            publish(run)
         processes.wait()
         return report
 
 
-def _finish(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
-    """What the first process does when all stages are trained."""
-    export_stack(run, inputs)
-    report = write_report(run.path)
-    publish(run)
-    return report
-
-
-def _quieten_libraries() -> None:
-    """Their bars and warnings would bury ours; warnings still go to run.log."""
+def _quiet_libraries() -> None:
+    """Switches off progress bars and warnings of the libraries, which would hide ours; run.log keeps the warnings."""
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_default_handler()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 
+def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool) -> Inputs:
+    """Everything that can fail without the model's weights, so that a mistake costs seconds and not hours.
+
+    Returns:
+        All data of the recipe, encoded.
+    """
+    recipe, processes = run.recipe, run.processes
+    for stage in stages:
+        stage_config(recipe, stage, run.stage_folder(stage.name), on_cpu=on_cpu)  # raises if its fields conflict
+    if recipe.evaluation and recipe.evaluation.tasks.graded:
+        load_grader(recipe.evaluation.tasks.graded.grader, "evaluation.tasks.graded.grader")
+    config, tokenizer = load_config_and_tokenizer(
+        recipe.base.model, revision=recipe.base.revision, trust_remote_code=recipe.base.trust_remote_code
+    )
+    require_exports(recipe, config, tokenizer)
+    with processes.main_first():  # the first process downloads, the others read its cache
+        inputs = read_inputs(recipe, tokenizer, config)
+    for stage in stages:
+        if stage.feedback:
+            check_feedback(stage, inputs.prompts[stage.name], tokenizer)
+    ranked = [name for name in inputs.prompts if is_ranked(run, name)]
+    sharded = processes.sharding is not None
+    preflight(recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer, ranked=ranked)
+    return inputs
+
+
 def _load_base(recipe: Recipe, processes: Processes) -> Base:
+    """The base model, frozen; if the processes share one base, each keeps only its shard."""
     settings, quantization, sharding = recipe.base, recipe.quantization, processes.sharding
     device = resolve_device(settings.device)
-    held = resolve_dtype(settings.dtype, device)
-    compute = held if quantization.compute_dtype == "auto" else resolve_dtype(quantization.compute_dtype)
+    dtype = resolve_dtype(settings.dtype, device)
+    compute_dtype = dtype if quantization.compute_dtype == "auto" else resolve_dtype(quantization.compute_dtype)
     mesh = init_device_mesh(device.type, (processes.count,)) if sharding else None
     logger.info("loading %s, %s", settings.model, quantization.method)
     with processes.in_turn() if sharding and sharding.in_turn else contextlib.nullcontext():
@@ -133,11 +148,11 @@ def _load_base(recipe: Recipe, processes: Processes) -> Base:
             quantization_config=make_quantization_config(
                 quantization.method,
                 double_quant=quantization.double_quant,
-                compute_dtype=compute,
-                storage_dtype=compute if sharding else torch.uint8,
+                compute_dtype=compute_dtype,
+                storage_dtype=compute_dtype if sharding else torch.uint8,  # FSDP2 shards floating-point tensors only
             ),
-            dtype=str(held).removeprefix("torch."),
-            device="cpu" if sharding else str(device),  # no GPU may hold the whole
+            dtype=str(dtype).removeprefix("torch."),
+            device="cpu" if sharding else str(device),  # the whole base may be too large for one GPU
             trust_remote_code=settings.trust_remote_code,
         )
         if sharding and mesh:
@@ -149,33 +164,38 @@ def _load_base(recipe: Recipe, processes: Processes) -> Base:
 def _finish_stage(
     run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: ResolvedStage
 ) -> PeftModel:
-    """The model with the stage's adapter on top: loaded if it was trained before, else trained now."""
+    """The model with the stage's adapter on top: loaded if the stage is finished, otherwise trained now.
+
+    Raises:
+        UserError: A finished stage's files were changed: their hashes differ from those in `stack.json`.
+    """
     stack = run.path / "stack"
     if run.load(f"stages/{stage.name}/done.json") is not None:
-        # Once its successor is being written, the manifest may name that one instead.
+        # When a later round has taken this one's place, `stack.json` may name that one instead.
         if stage.replaced_by is None or not (stack / stage.replaced_by).exists():
-            read_manifest(stack, upto=stage.name)  # verifies hashes
+            read_manifest(stack, upto=stage.name)  # verifies the hashes
         logger.info("stage %s is done", stage.name)
         loaded = load_adapter(model, stage.name, stack / stage.name)
         if stage.replaces is not None:
             drop_adapter(loaded, stage.replaces)
         return loaded
-    frozen = {name: fingerprint(model, name) for name in stage.below}
-    logger.info("stage %s: %s on %d rows", stage.name, stage.type, len(inputs.stages[stage.name]))
-    trained, summary = train_stage(
-        model, base.tokenizer, inputs.stages[stage.name], run.recipe, stage, run.stage_folder(stage.name)
-    )
-    changed = [name for name, before in frozen.items() if fingerprint(trained, name) != before]
+    rows = inputs.stages[stage.name]
+    before = {name: fingerprint(model, name) for name in stage.below}
+    logger.info("stage %s: %s on %d rows", stage.name, stage.type, len(rows))
+    trained, summary = train_stage(model, base.tokenizer, rows, run.recipe, stage, run.stage_folder(stage.name))
+    # The results of earlier stages hold only if training left their adapters as they were.
+    changed = [name for name, hashed in before.items() if fingerprint(trained, name) != hashed]
     if changed:
         raise RuntimeError(f"stage {stage.name} changed the frozen adapters {changed}")
     if run.processes.main:
         extend_stack(trained, stack, run.recipe.prompt.model_dump())
-        run.save(f"stages/{stage.name}/done.json", summary)
+        run.save(f"stages/{stage.name}/done.json", summary)  # last: the stage counts as finished from here on
     run.processes.wait()
     return trained
 
 
 def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: str) -> None:
+    """Runs the recipe's tasks on `model` in the first process; the others wait, and lend it their shards."""
     settings = run.recipe.evaluation
     with run.processes.main_first(model):
         if settings and inputs.tasks and run.processes.main:
@@ -187,7 +207,7 @@ def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base,
 
 
 def _facts(recipe: Recipe, base: Base, inputs: Inputs) -> dict[str, Any]:
-    """What the report says of a run beside what its stages leave behind."""
+    """`run.json`: what the report says about the run besides the results of its stages."""
     return {
         "name": recipe.name,
         "seed": recipe.seed,

@@ -34,7 +34,7 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
     """The report of the run in `folder`, finished or not, or of the evaluation of another model.
 
     Args:
-        folder: See `tuna_peft.run.folder`, or what `tuna_peft.run.evaluate_target` wrote.
+        folder: See `tuna_peft.run.folder`, or what `tuna_peft.run.evaluate` wrote.
         prompts: Ids of the prompts to show with every stage's response; by default a choice is made.
 
     Returns:

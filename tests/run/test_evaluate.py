@@ -9,7 +9,7 @@ import pytest
 from tiny_llama import write_base, write_stack
 from typer.testing import CliRunner
 
-import tuna_peft.run.evaluate_target as module
+import tuna_peft.run.evaluate as module
 from tuna_peft import AdapterStack
 from tuna_peft.cli.app import app
 from tuna_peft.data.texts import prompt_ids
@@ -21,7 +21,7 @@ from tuna_peft.models.generation.generate import generate_responses
 from tuna_peft.models.stack import files as stack_files
 from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
-from tuna_peft.run.evaluate_target import evaluate_target
+from tuna_peft.run.evaluate import evaluate_target
 
 
 def grade(record, response):
@@ -49,7 +49,7 @@ def files(tmp_path_factory):
 
 def settings(files, **tasks):
     data = {"path": str(files / "ranked.jsonl")}
-    given = {"ranking": data, "graded": {**data, "grader": "test_evaluate_target:grade", "max_new_tokens": 3}}
+    given = {"ranking": data, "graded": {**data, "grader": "test_evaluate:grade", "max_new_tokens": 3}}
     return EvaluationSettings.model_validate({"tasks": tasks or given, "batch_size": 4})
 
 
@@ -165,7 +165,7 @@ def test_a_program_that_cannot_judge_a_question_leaves_it_out_by_name(files, tmp
     answers = [{"question_id": i, "text": "w5"} for i in range(2)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     vicuna = {"path": str(files / "question.jsonl"), "against": str(tmp_path / "answers.jsonl"),
-              "judge": {"function": "test_evaluate_target:judge"}, "max_new_tokens": 3}  # fmt: skip
+              "judge": {"function": "test_evaluate:judge"}, "max_new_tokens": 3}  # fmt: skip
     results = evaluate_target(str(files / "stack"), settings(files, vicuna=vicuna), tmp_path, stages=["sft"])
     result = results["sft"]["vicuna"]
     assert result.metrics["win_rate"].count == 1 and len(result.prompts) == 3
@@ -244,5 +244,5 @@ def test_a_folder_of_the_harness_s_tasks_that_is_not_there(files, tmp_path):
 
 
 def test_a_run_knows_its_own_settings(tmp_path):
-    assert module.settings_of(str(tmp_path)) == {}
+    assert module.settings_of_run(str(tmp_path)) == {}
     assert module.default_output("org/Model-7B") == Path("runs/evaluation-org-Model-7B")
