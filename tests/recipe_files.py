@@ -38,7 +38,7 @@ evaluation:
 
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
-    """A sound recipe and the data file that it names, beside it."""
+    """A valid recipe, with its data file beside it."""
     rows = [{"prompt": f"p{i}", "completions": ["good", "bad"], "scores": [1.0, 0.0]} for i in range(3)]
     (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = tmp_path / "small.yaml"
@@ -48,7 +48,7 @@ def recipe_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str], Path]:
-    """Writes a recipe of any content."""
+    """A function that writes a recipe file with the given text."""
 
     def write_recipe(text: str) -> Path:
         file = tmp_path / "r.yaml"

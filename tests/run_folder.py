@@ -1,4 +1,4 @@
-"""A run's folder as `tuna-peft run` leaves it, with results drawn at random and responses that mean harm."""
+"""A run's folder like one of `tuna-peft run`, with random results and responses that try to inject HTML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tuna_peft.evaluation.results import Exclusion, PromptResult, TaskResult, sa
 
 STAGES = ["sft", "probabilistic", "contextual"]
 HARM = "</pre><script>console.error('ran')</script><img src=x onerror=console.error(1)> & \"quotes\" | # heading"
-LONG = "a" * 300  # nothing to break it at
+LONG = "a" * 300  # no place for a line break
 PROMPTS = 40
 
 
@@ -27,7 +27,7 @@ def write_run(folder, stages=STAGES, finished=3):
 
 
 def write_evaluation(folder):
-    """What `tuna-peft evaluate MODEL` leaves behind."""
+    """A folder like one of `tuna-peft evaluate MODEL`."""
     for result in (ranking(0), graded(0)):
         save_result(folder, "model", result)
     write(folder / "run.json", {**facts([]), "seed": None, "adapters": {}, "evaluated": ["model"]})

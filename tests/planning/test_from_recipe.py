@@ -117,7 +117,7 @@ def test_a_teacher_of_an_unknown_layout_is_refused_by_plan_and_no_reason_to_stop
     config, tokenizer, inputs = read(recipe)
     with caplog.at_level("INFO"):
         assert preflight(recipe, inputs, config, tokenizer=tokenizer) is None
-    assert "no plan: the planner does not know models of type 'gpt2'" in caplog.text
+    assert "no memory plan: the planner does not know models of type 'gpt2'" in caplog.text
 
 
 def test_a_teacher_that_does_not_fit_beside_the_base_is_refused_before_training(monkeypatch):

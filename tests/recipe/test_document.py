@@ -1,4 +1,4 @@
-"""YAML as recipes read it: typed scalars, places, and what is refused."""
+"""Reading YAML for recipes: types of scalars, line numbers, and what is rejected."""
 
 from __future__ import annotations
 

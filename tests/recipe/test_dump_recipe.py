@@ -1,4 +1,4 @@
-"""The resolved recipe in a run's folder, and what differs from it."""
+"""The recipe as written into a run's folder, and its differences from another one."""
 
 from __future__ import annotations
 

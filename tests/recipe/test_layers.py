@@ -1,4 +1,4 @@
-"""`extends`: what is merged, what is replaced, and that every mistake is named where it was written."""
+"""`extends`: what is merged and what is replaced, and that errors name the file and line of the mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading: what a sound recipe becomes, and that every mistake is named with line, key and remedy."""
+"""Loading a recipe: the result, and that every mistake is reported with its line, key and fix."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_lone_mistake_says_what_where_and_how_to_mend_it(recipe_file):
     [
         ("stages.probabilistic.train.reduction=gap_men", "Did you mean `gap_mean`?"),
         ("stages.probabilistic.train.margin=true", "expected a number, found true"),
-        ("stages.probabilistic.name=sft", "each stage needs a name of its own; given twice: sft"),
+        ("stages.probabilistic.name=sft", "each stage needs a different name; given twice: sft"),
         ("stages.sft.name=default", "a stage cannot be called `default`"),
         ("stages.sft.name=Stage One", "expected text that matches"),
         ("stages=[]", "stages: expected at least one entry"),

@@ -1,4 +1,4 @@
-"""Overrides on the command line."""
+"""Overrides of recipe keys on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages resolved once: names, adapters below, samples, defaults, and the trainer's own count of steps."""
+"""Resolved stages: names, adapters below, the model to sample from, defaults, and the trainer's number of steps."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_what_is_generated():
     scored = {"name": "d", "type": "ranking", "data": {"prompts": FILE, "score": generate}}
     given = {"name": "e", "type": "ranking", "data": {"prompts": FILE, "judge": JUDGE}}
     stages = resolve_stages(recipe(ranked("a"), sampled("c"), scored, given))
-    assert [stage.drawn for stage in stages] == [None, (3, 7), (5, 9), None]
+    assert [stage.generated for stage in stages] == [None, (3, 7), (5, 9), None]
 
 
 def test_the_stage_overrides_lora_and_the_trainer_fills_in_its_defaults():
@@ -75,7 +75,7 @@ def test_the_stage_overrides_lora_and_the_trainer_fills_in_its_defaults():
     assert (first.lora.r, first.lora.alpha, second.lora.r) == (4, 32, 16)
     assert (first.max_length, second.max_length) == (12, TunaConfig.__dataclass_fields__["max_length"].default)
     assert (first.needs_reference, second.needs_reference) == (False, True)
-    assert second.train["margin"] == 0.1 and "margin" not in second.given
+    assert second.train["margin"] == 0.1 and "margin" not in second.train_overrides
     assert (first.checkpoints_activations, second.checkpoints_activations) == (True, True)
     off = resolve_stages(recipe(ranked("a", train={"gradient_checkpointing": False})))
     assert not off[0].checkpoints_activations

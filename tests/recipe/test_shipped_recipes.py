@@ -1,4 +1,4 @@
-"""Every recipe in the repository: it loads, and its opening comment says what a user needs."""
+"""Every shipped recipe loads, and its opening comment says what a user needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = sorted(shipped_recipes())
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_loads_with_every_check(name, tmp_path):
-    """Data that is the user's to give is given; everything else is as shipped."""
+    """With data in the places that a user fills in; everything else is as shipped."""
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], "scores": [1, 0]}) + "\n")
     as_shipped = load_recipe(name, check=False)

@@ -1,4 +1,4 @@
-"""A run that a launcher starts in several processes: `in_processes.py RECIPE OUTPUT [crash after so many steps]`."""
+"""One process of a run under a launcher: `in_processes.py RECIPE OUTPUT [STEPS]`; crashes after STEPS steps."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`--dry-run`."""
+"""`tuna-peft run --dry-run`: the description of what a run would do."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def test_the_resolved_recipe_and_what_each_stage_would_do(recipe_file, tmp_path)
     recipe = load_recipe(recipe_file)
     text = described(recipe, tmp_path / "run")
     assert dump_recipe(recipe).splitlines()[0] in text
-    assert "builtin:pico-llama, nf4, double quantisation" in text
+    assert "builtin:pico-llama, nf4, double quantization" in text
     assert "stage sft (sft): trains\n  LoRA r=4 alpha=32 (all-linear) on the base\n" in text
     assert "LoRA r=16 alpha=32 (all-linear) on the frozen sft" in text
     assert "ranked.jsonl: 3 rows" in text and "ranked.jsonl: 2 rows" in text  # the second stage has a limit
-    assert "about 4 update steps" in text  # 3 rows in batches of 2, twice
-    assert "task ranking, of the base and after each stage" in text
+    assert "about 4 optimizer steps" in text  # 3 rows in batches of 2, twice
+    assert "task ranking, before the first stage and after each stage" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -54,8 +54,8 @@ def test_what_is_done_already_and_another_recipe(recipe_file, tmp_path):
     (run / "stages" / "sft" / "done.json").write_text(json.dumps({}))
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
     text = described(recipe, run)
-    assert "stage sft (sft): finished, kept" in text
+    assert "stage sft (sft): finished, will be skipped" in text
     assert "stage probabilistic (ranking): resumes from checkpoint-7" in text
-    assert "would be refused" not in text
+    assert "would be rejected" not in text
     text = described(load_recipe(recipe_file, ["seed=5"]), run)
-    assert "would be refused" in text and "seed: 0 -> 5" in text
+    assert "would be rejected" in text and "seed: 0 -> 5" in text

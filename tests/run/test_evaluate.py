@@ -1,4 +1,4 @@
-"""Every stage on one loaded base, results that are kept, and what is asked of a user."""
+"""Evaluation of every stage on one loaded base: cached results, wrong inputs, and the commands."""
 
 import json
 import shutil
@@ -79,13 +79,13 @@ def test_one_load_serves_all_stages_and_each_is_what_it_would_be_alone(files, ev
     assert saved["sft"]["graded"] == results["sft"]["graded"]
 
 
-def test_what_is_there_is_not_measured_again(files, evaluated, monkeypatch):
+def test_saved_results_are_not_measured_again(files, evaluated, monkeypatch):
     output, before = evaluated
     monkeypatch.setattr(session_module, "stream_responses", lambda *args, **kwargs: pytest.fail("generated again"))
     assert evaluate_target(str(files / "stack"), settings(files), output) == before
 
 
-def test_an_interrupted_task_asks_only_for_what_is_missing(files, evaluated, tmp_path, monkeypatch):
+def test_an_interrupted_task_generates_only_missing_responses(files, evaluated, tmp_path, monkeypatch):
     real, spoken = session_module.stream_responses, []
 
     def dies(*args, **kwargs):
@@ -161,7 +161,7 @@ def test_vicuna_against_a_later_stage(files, tmp_path, monkeypatch):
         evaluate_target(str(files / "stack"), wrong, tmp_path / "wrong", stages=["base"])
 
 
-def test_a_program_that_cannot_judge_a_question_leaves_it_out_by_name(files, tmp_path):
+def test_questions_that_a_python_judge_cannot_judge_are_skipped_by_name(files, tmp_path):
     answers = [{"question_id": i, "text": "w5"} for i in range(2)]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     vicuna = {"path": str(files / "question.jsonl"), "against": str(tmp_path / "answers.jsonl"),

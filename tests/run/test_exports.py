@@ -1,4 +1,4 @@
-"""`export.gguf` and `export.push`: checked before anything is trained, done after everything else."""
+"""Exports of a run as GGUF and to the Hub: checked before anything is trained, done after everything else."""
 
 from __future__ import annotations
 
@@ -91,6 +91,6 @@ def test_what_would_fail_at_the_end_fails_before_training(hub, tmp_path, monkeyp
         ({"push": {"repo": "/tmp/x"}}, "String should match pattern"),
     ],
 )
-def test_settings_that_do_not_go_together(tmp_path, export, message):
+def test_conflicting_settings_are_rejected(tmp_path, export, message):
     with pytest.raises(ValueError, match=message):
         recipe("builtin:pico-llama", tmp_path, **export)

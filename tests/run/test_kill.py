@@ -1,4 +1,4 @@
-"""`kill -9` at random moments of a run, and again: the same bytes in the end."""
+"""A run that is killed with `kill -9` at random moments, several times, ends with the same bytes."""
 
 import random
 import signal

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny base: what they leave behind, and that nothing is lost when they are interrupted."""
+"""Whole runs on a tiny base: what they write, and that an interrupted run resumes to the same result."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_report_has_base_and_every_stage(straight):
     assert (folder / "run.log").stat().st_size > 0
 
 
-def test_exports_load_without_us_and_agree_with_the_live_stack(straight, files):
+def test_exports_load_without_tuna_peft_and_agree_with_the_unmerged_adapters(straight, files):
     folder, report = straight
     assert report["exports"]["combined"]["divergence"]["kl_mean"] <= 1e-10
     assert report["exports"]["merged"]["divergence"]["kl_mean"] <= 1e-4  # bf16 rounding of a wide random base
@@ -121,7 +121,7 @@ def test_a_finished_run_is_not_repeated(straight, files, monkeypatch):
 
 
 class Crash(TrainerCallback):
-    """Ends the process' work after some step of some stage, as `kill -9` would: nothing is saved on the way out."""
+    """Crashes after a number of steps over all stages, like `kill -9`: nothing is saved on the way out."""
 
     def __init__(self, after):
         self.left = after
@@ -133,7 +133,7 @@ class Crash(TrainerCallback):
 
 
 @pytest.mark.parametrize("after", [3, 7, 12])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(straight, files, tmp_path, monkeypatch, after):
+def test_an_interrupted_run_resumes_to_the_same_bytes(straight, files, tmp_path, monkeypatch, after):
     crash = Crash(after)
     real = train_stage_module._trainer
     monkeypatch.setattr(train_stage_module, "_trainer", lambda *args: _with(real(*args), crash))
@@ -159,7 +159,7 @@ def _with(trainer, callback):
     return trainer
 
 
-def test_ctrl_c_saves_the_step_and_the_run_goes_on_to_the_same_bytes(straight, files, tmp_path, monkeypatch):
+def test_ctrl_c_saves_the_step_and_the_run_resumes_to_the_same_bytes(straight, files, tmp_path, monkeypatch):
     class PressCtrlC(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
@@ -197,14 +197,14 @@ def test_a_second_ctrl_c_interrupts_at_once_unless_a_launcher_repeats_the_first(
         press_twice(processes=1)
 
 
-def test_a_changed_recipe_is_refused_with_its_keys(straight, files):
+def test_a_changed_recipe_is_rejected_with_its_keys(straight, files):
     changed = recipe(files, seed=1, lora={"r": 8, "alpha": 8})
     with pytest.raises(UserError) as error:
         run_recipe(changed, straight[0])
     assert "another recipe" in str(error.value) and "seed" in str(error.value) and "lora.r" in str(error.value)
 
 
-def test_a_folder_in_use_or_of_somebody_else_is_refused(files, tmp_path):
+def test_a_folder_in_use_or_with_other_files_is_rejected(files, tmp_path):
     with RunDirectory(tmp_path / "run", recipe(files)), pytest.raises(UserError) as error:
         run_recipe(recipe(files), tmp_path / "run")
     assert error.value.what == f"the output directory is in use by another run (process {os.getpid()})"
@@ -218,7 +218,7 @@ def test_a_folder_in_use_or_of_somebody_else_is_refused(files, tmp_path):
         run_recipe(recipe(files), tmp_path / "other" / "thesis.tex")
 
 
-def test_a_stage_that_was_tampered_with_is_refused(straight, files, tmp_path):
+def test_a_stage_with_changed_weights_is_rejected(straight, files, tmp_path):
     copy = shutil.copytree(straight[0], tmp_path / "run")
     weights = copy / "stack" / "sft" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
@@ -227,7 +227,7 @@ def test_a_stage_that_was_tampered_with_is_refused(straight, files, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["fp4", "int8", "none"])
-def test_other_quantisations_run(files, tmp_path, method):
+def test_other_quantizations_run(files, tmp_path, method):
     one = recipe(files).stages[1:2]
     report = run_recipe(
         recipe(files, quantization={"method": method}, stages=[stage.model_dump() for stage in one]), tmp_path / "run"
@@ -237,7 +237,7 @@ def test_other_quantisations_run(files, tmp_path, method):
     assert torch.isfinite(torch.tensor(report["stages"]["probabilistic"]["train_loss"]))
 
 
-def test_the_model_is_let_go_of_before_exports_are_measured(files, tmp_path, monkeypatch):
+def test_the_model_is_freed_before_exports_are_measured(files, tmp_path, monkeypatch):
     """A merged model in 16 bits needs the memory that the 4-bit base of training held."""
     loaded, load = [], pipeline_module.load_base
 
@@ -256,8 +256,8 @@ def test_the_model_is_let_go_of_before_exports_are_measured(files, tmp_path, mon
     assert len(report["stages"]) == 3 and len(report["exports"]) == 2
 
 
-def test_every_stage_trains_in_mixed_precision_and_leaves_nothing_of_it(files, tmp_path, monkeypatch):
-    """The optimizer's states, twice the adapter in fp32, are for the evaluation and the next stage to use."""
+def test_every_stage_trains_in_mixed_precision_and_undoes_it_afterwards(files, tmp_path, monkeypatch):
+    """Nor does it keep its optimizer states: evaluation and the next stage need that memory."""
     train, released, autocast, left = train_stage_module.train_stage, train_stage_module._released, [], []
 
     def watched(model, *args):
@@ -300,7 +300,7 @@ def test_a_grader_that_does_not_exist_stops_before_anything_is_loaded(files, tmp
         run_recipe(recipe(files, evaluation=evaluation), tmp_path / "run")
 
 
-def test_the_adapters_of_a_run_are_refused_by_another_base(straight, tmp_path):
+def test_another_base_rejects_the_adapters_of_a_run(straight, tmp_path):
     other = write_base(Path(tmp_path) / "other", seed=1)
     with pytest.raises(UserError, match="trained on"):
         AdapterStack.from_pretrained(straight[0] / "stack", base=load_base(other, device="cpu"))

@@ -1,4 +1,4 @@
-"""The plan before a run: exact lengths, what is refused, what is only said, and that a sound run is left alone."""
+"""The memory check before a run: exact lengths, and when it is silent, warns or stops the run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_plan_counts_the_same_lengths_as_the_run(pico):
     assert by_characters.total == 40 and "characters" in by_characters.source
 
 
-def test_a_sound_run_is_left_alone(pico, caplog):
+def test_a_run_that_fits_has_no_warning(pico, caplog):
     recipe, config, _, inputs = pico
     with caplog.at_level(logging.INFO):
         plan = preflight(recipe, inputs, config)
@@ -63,27 +63,27 @@ def test_a_sound_run_is_left_alone(pico, caplog):
     assert "planned peak" in caplog.text and not any(record.levelno > logging.INFO for record in caplog.records)
 
 
-def test_what_may_not_fit_is_a_warning_with_the_remedy(pico, monkeypatch, caplog):
+def test_a_run_that_may_not_fit_gets_a_warning_with_the_remedy(pico, monkeypatch, caplog):
     recipe, config, _, inputs = pico
     on(monkeypatch, Device("small card", 0.55 * GIB))
     preflight(recipe, inputs, config)
-    assert "small card has 0.55 free. To make it fit: " in caplog.text
+    assert "small card has 0.55 GiB free. To make it fit: " in caplog.text
     assert "stages.contextual.train." in caplog.text
 
 
-def test_what_cannot_fit_is_refused(pico, monkeypatch):
+def test_a_run_that_cannot_fit_is_rejected(pico, monkeypatch):
     recipe, config, _, inputs = pico
     on(monkeypatch, Device("tiny card", 5e6))
     with pytest.raises(UserError, match="this cannot fit: .* needs .* GiB at least, and tiny card has 0.00 GiB free"):
         preflight(recipe, inputs, config)
 
 
-def test_a_model_that_the_planner_does_not_know_is_no_reason_to_stop(pico, caplog):
+def test_a_model_that_the_planner_does_not_know_runs_without_a_plan(pico, caplog):
     recipe = pico[0]
     config = GPT2Config()
     with caplog.at_level(logging.INFO):
         assert preflight(recipe, Inputs(), config) is None
-    assert "no plan: the planner does not know models of type 'gpt2'" in caplog.text
+    assert "no memory plan: the planner does not know models of type 'gpt2'" in caplog.text
 
 
 @pytest.mark.parametrize(

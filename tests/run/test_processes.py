@@ -1,4 +1,4 @@
-"""Two processes over gloo: the training of one with the same prompts a step, one folder, resumed as well."""
+"""Runs in two processes over gloo train like one process with the same effective batch, and resume."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TRAINED = ["sft", "probabilistic"]
 
 
 def in_two(*command):
-    """Runs the rest of a command line that starts two processes."""
+    """Runs `python -m COMMAND` on the CPU, for commands that start two processes."""
     paths = [str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", *map(str, command)]
@@ -40,7 +40,7 @@ def accelerate_launch(config, *command):
 
 @pytest.fixture(scope="module")
 def ranked(files):  # noqa: F811
-    """Rows of several lengths, so that processes need several numbers of forward passes for a step."""
+    """Examples of different lengths, so that the processes need different numbers of forward passes per step."""
     rows = [json.loads(line) for line in (files / "ranked.jsonl").read_text().splitlines()]
     for row in rows[::2]:
         row["prompt"] *= 3
@@ -61,7 +61,7 @@ def of_batch(files, ranked, size, stages=TRAINED):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def two(files, ranked, tmp_path_factory):  # noqa: F811
-    """The recipe, and a run of it in two processes with a base each, started by accelerate."""
+    """The recipe and a run of it in two data-parallel processes, started by accelerate."""
     root = tmp_path_factory.mktemp("two")
     (root / "recipe.yaml").write_text(dump_recipe(of_batch(files, ranked, 2)))
     result = accelerate_launch("ddp", "-m", "tuna_peft", "run", root / "recipe.yaml", "--output", root / "run")
@@ -75,7 +75,7 @@ def adapter(run, stage):
 
 @pytest.fixture(scope="module")
 def one(files, ranked, tmp_path_factory):  # noqa: F811
-    """A run in one process with the same prompts a step."""
+    """A run in one process with the same effective batch."""
     folder = tmp_path_factory.mktemp("one") / "run"
     run_recipe(of_batch(files, ranked, 4), folder)
     return folder

@@ -1,4 +1,4 @@
-"""Recipes whose ranks are made in the run: what they leave behind and refuse, and that nothing is done twice."""
+"""Recipes whose responses the run ranks itself: what they write and reject, and that nothing is done twice."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_stage_learns_from_ranked_samples_of_the_stage_below(straight, files
         assert row["scores"] == [by_words({}, text) for text in row["completions"]]
         assert row["scores"] == sorted(row["scores"], reverse=True)
     assert {row["id"] for row in ranked} <= {row["id"] for row in samples}
-    # What was drawn is what the model of the stage below draws, and no other.
+    # The samples are those of the stage below.
     below = AdapterStack.from_pretrained(folder / "stack", upto="probabilistic", device="cpu")
     journal = (stage / "samples.journal.jsonl").read_text().splitlines()
     ids = prompt_ids(samples[0]["prompt"], below.tokenizer)
@@ -92,7 +92,7 @@ def test_a_finished_run_asks_nothing_again(straight, files, monkeypatch):  # noq
 
 
 @pytest.mark.parametrize("stop", ["sample", "verdict"])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(straight, files, tmp_path, monkeypatch, stop):  # noqa: F811
+def test_an_interrupted_run_resumes_to_the_same_bytes(straight, files, tmp_path, monkeypatch, stop):  # noqa: F811
     real, counted = rank_samples.Journal.add, {"samples.journal.jsonl": 0, "ranking.journal.jsonl": 0}
     name = "samples.journal.jsonl" if stop == "sample" else "ranking.journal.jsonl"
 
@@ -155,10 +155,10 @@ def test_rounds_sample_from_one_another(files, tmp_path, monkeypatch):  # noqa: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"judge": None}, "`prompts` need `score` (a teacher) or `judge`"),
-        ({"score": {"model": "x"}}, "`prompts` need `score` (a teacher) or `judge`"),
+        ({"judge": None}, "`prompts` need exactly one of `score` (a teacher) and `judge`"),
+        ({"score": {"model": "x"}}, "`prompts` need exactly one of `score` (a teacher) and `judge`"),
         ({"judge": {}}, "give one of `server`, `model` and `function`, not none"),
-        ({"sample": {**SAMPLE, "from": "later"}}, "`contextual` samples from `later`, which is none of those before"),
+        ({"sample": {**SAMPLE, "from": "later"}}, "`contextual` samples from `later`, which is not an earlier stage"),
         (
             {"judge": None, "score": {"server": {"base_url": "http://x/v1", "model": "m"}, "generate": {}}},
             "`sample` has no effect with `score.generate`",
@@ -167,30 +167,30 @@ def test_rounds_sample_from_one_another(files, tmp_path, monkeypatch):  # noqa: 
         ({"sample": {"n": 1}}, "greater than or equal to 2"),
     ],
 )
-def test_what_does_not_go_together(files, changes, message):  # noqa: F811
+def test_conflicting_settings_are_rejected(files, changes, message):  # noqa: F811
     with pytest.raises(ValidationError) as error:
         made(files, on_policy(files, **changes))
     assert message in str(error.value)
 
 
-def test_stages_that_cannot_have_such_data(files):  # noqa: F811
-    with pytest.raises(ValidationError, match="a stage of type `sft` learns from a file"):
+def test_stages_that_cannot_rank_samples(files):  # noqa: F811
+    with pytest.raises(ValidationError, match="a stage of type `sft` needs a data set"):
         made(files, {**on_policy(files), "type": "sft"})
     with pytest.raises(ValidationError, match="`rounds` repeats sampling, so its `data` needs `sample`"):
         made(files, {"rounds": 2})
     taken = [stage.model_dump() for stage in made(files, {**on_policy(files), "rounds": 2}).stages]
     taken[0]["name"] = "contextual-2"
-    with pytest.raises(ValidationError, match="rounds are named by stage and number; given twice: contextual-2"):
+    with pytest.raises(ValidationError, match="named after its stage, with a number; given twice: contextual-2"):
         recipe(files, stages=taken)
-    with pytest.raises(ValidationError, match="`continue_adapter` goes on with the adapter of the round before"):
+    with pytest.raises(ValidationError, match="`continue_adapter` continues the adapter of the round before"):
         made(files, {**on_policy(files), "continue_adapter": True})
     one = made(files, {**on_policy(files), "rounds": 2, "continue_adapter": True}).stages[-1].model_dump()
     last = {**one, **on_policy(files, sample={**SAMPLE, "from": "contextual-1"}), "name": "last"}
-    with pytest.raises(ValidationError, match=r"`contextual-1`, which is none of .* \(base, contextual-2\)"):
+    with pytest.raises(ValidationError, match=r"`contextual-1`, which is not an earlier stage \(base, contextual-2\)"):
         recipe(files, stages=[one, last])
 
 
-def test_what_would_not_fit_or_is_not_there_stops_before_training(files, tmp_path):  # noqa: F811
+def test_samples_that_would_not_fit_and_a_missing_judge_stop_before_training(files, tmp_path):  # noqa: F811
     wide = on_policy(files, sample={**SAMPLE, "max_new_tokens": 1024})
     with pytest.raises(
         UserError, match=r"stages.contextual: prompts of up to \d+ tokens with responses of up to 1024"
@@ -258,7 +258,7 @@ def test_dry_run_and_inspect(written):
     shown = CliRunner().invoke(app, ["run", str(file), "--dry-run"])
     assert shown.exit_code == 0, shown.stderr
     assert "prompts.jsonl: 4 rows" in shown.stdout and "ranked by the judge builtin:pico" in shown.stdout
-    assert "samples 3 responses to each from base, at temperature 1, 3 draws at most" in shown.stdout
+    assert "samples 3 responses per prompt from base, at temperature 1, in 3 attempts at most" in shown.stdout
     inspected = CliRunner().invoke(app, ["data", "inspect", str(file), "--n", "2"])
     assert inspected.exit_code == 0, inspected.stderr
     assert "4 prompts; their responses are made in the run" in " ".join(inspected.stdout.split())
@@ -277,7 +277,7 @@ def test_kill_9_while_sampling_judging_and_training(straight, files, tmp_path): 
         while process.poll() is None:
             time.sleep(0.005)
             grown = journal.exists() and journal.stat().st_size > before
-            if grown and kills < 5:  # it has just got on a little
+            if grown and kills < 5:  # it has just saved some more samples
                 process.send_signal(signal.SIGKILL)
                 process.wait()
         if process.returncode == 0:

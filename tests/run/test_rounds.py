@@ -1,4 +1,4 @@
-"""Rounds that train one adapter further: where each starts, what the stack holds, and that crashes change nothing."""
+"""Rounds that continue one adapter: where each starts, what the stack has, and that crashes change nothing."""
 
 from __future__ import annotations
 
@@ -135,6 +135,6 @@ def test_dry_run_and_plan(files, tmp_path):  # noqa: F811
     shown = CliRunner().invoke(app, ["run", str(file), "--dry-run"])
     assert shown.exit_code == 0, shown.stderr
     assert "on the frozen probabilistic, starting from contextual-1, which it replaces" in shown.stdout
-    assert "samples 3 responses to each from contextual-1" in shown.stdout
+    assert "samples 3 responses per prompt from contextual-1" in shown.stdout
     planned = CliRunner().invoke(app, ["plan", str(file), "--gpu", "t4"])
     assert planned.exit_code == 0 and "train contextual-2" in planned.stdout, planned.output

@@ -1,4 +1,4 @@
-"""What an accelerate configuration asks of sharding: what a run does, and what it refuses by name."""
+"""Sharding requested by an accelerate configuration: which settings a run follows and which it rejects."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from tuna_peft.run import sharding
 from tuna_peft.run.pipeline import run_recipe
 from tuna_peft.run.sharding import (
     Sharding,
-    asked_for_deepspeed,
-    asked_for_sharding,
+    requested_deepspeed,
+    requested_sharding,
     require_shardable,
     under_deepspeed,
 )
@@ -38,22 +38,22 @@ def installed(monkeypatch):
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: True)
 
 
-def test_nothing_is_sharded_unless_asked_for(launched):
-    assert asked_for_sharding() is None
+def test_nothing_is_sharded_without_a_request(launched):
+    assert requested_sharding() is None
     launched(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_DEEPSPEED="false")
-    assert asked_for_sharding() is None
+    assert requested_sharding() is None
 
 
 def test_settings_of_fsdp2_are_followed(launched):
     launched(**FSDP2)
-    assert asked_for_sharding() == Sharding(layers=None, reshard_after_forward=True, in_turn=False)
+    assert requested_sharding() == Sharding(layers=None, reshard_after_forward=True, in_turn=False)
     # The trainers of accelerate see plain data parallelism from here on.
     assert "ACCELERATE_USE_FSDP" not in os.environ
     launched(
         **FSDP2, FSDP_RESHARD_AFTER_FORWARD="false", FSDP_CPU_RAM_EFFICIENT_LOADING="true",
         FSDP_TRANSFORMER_CLS_TO_WRAP="ALayer, BLayer",
     )  # fmt: skip
-    assert asked_for_sharding() == Sharding(["ALayer", "BLayer"], reshard_after_forward=False, in_turn=True)
+    assert requested_sharding() == Sharding(["ALayer", "BLayer"], reshard_after_forward=False, in_turn=True)
 
 
 @pytest.mark.parametrize(
@@ -67,48 +67,48 @@ def test_settings_of_fsdp2_are_followed(launched):
         ({**FSDP2, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
     ],
 )
-def test_what_a_run_does_not_do_is_refused_by_name(files, tmp_path, launched, installed, variables, named):  # noqa: F811
+def test_unsupported_settings_are_rejected_by_name(files, tmp_path, launched, installed, variables, named):  # noqa: F811
     launched(**variables)
     with pytest.raises(UserError, match=named):
         run_recipe(recipe(files), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_recipe_sets_is_refused_in_a_deepspeed_configuration(tmp_path, launched, installed):
+def test_settings_of_the_recipe_are_rejected_in_a_deepspeed_configuration(tmp_path, launched, installed):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}))
     launched(**ZERO, ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file))
     with pytest.raises(UserError, match="`optimizer` in DeepSpeed's configuration"):
-        asked_for_deepspeed(on_cpu=True)
+        requested_deepspeed(on_cpu=True)
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    assert asked_for_deepspeed(on_cpu=False)
+    assert requested_deepspeed(on_cpu=False)
 
 
-def test_one_process_has_nothing_to_split(launched):
+def test_a_single_process_runs_without_deepspeed(launched):
     launched(**{**ZERO, "WORLD_SIZE": "1"})
-    assert not asked_for_deepspeed(on_cpu=True)
-    assert not under_deepspeed()  # and its trainers hear nothing of it
+    assert not requested_deepspeed(on_cpu=True)
+    assert not under_deepspeed()  # the trainers read the same variable
 
 
 def test_accelerate_runs_deepspeed_without_a_gpu(launched, installed, monkeypatch):
     launched(**ZERO, ACCELERATE_USE_CPU="true")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert asked_for_deepspeed(on_cpu=True)
+    assert requested_deepspeed(on_cpu=True)
     assert "ACCELERATE_USE_CPU" not in os.environ
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="DeepSpeed on the CPU of a machine with GPUs"):
-        asked_for_deepspeed(on_cpu=True)
+        requested_deepspeed(on_cpu=True)
 
 
 @pytest.mark.parametrize(("stage", "named"), [(3, "fsdp2"), (2, 'pip install "tuna-peft[deepspeed]"')])
-def test_deepspeed_in_vain_is_refused_before_anything_starts(tmp_path, monkeypatch, stage, named):
+def test_an_unsupported_deepspeed_setup_is_rejected_before_anything_starts(tmp_path, monkeypatch, stage, named):
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: False)
     (tmp_path / "z.yaml").write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{zero_stage: {stage}}}\n")
     result = CliRunner().invoke(app, ["run", "quickstart", "--launch", str(tmp_path / "z.yaml")])
     assert result.exit_code == 2 and named in result.stderr
 
 
-def test_an_int8_base_is_refused(files):  # noqa: F811
+def test_an_int8_base_is_rejected(files):  # noqa: F811
     require_shardable(recipe(files, quantization={"method": "nf4"}))
     with pytest.raises(UserError, match="int8 base cannot be sharded"):
         require_shardable(recipe(files, quantization={"method": "int8"}))

@@ -1,4 +1,4 @@
-"""Every shipped recipe runs, on pico-LLaMA, with small files and with its steps cut."""
+"""Every shipped recipe runs, on pico-LLaMA, with small data and few steps."""
 
 import json
 
@@ -9,8 +9,8 @@ from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.shipped import shipped_recipes
 from tuna_peft.run.pipeline import run_recipe
 
-# These differ in more than numbers from one another and from the quickstart, which the README's test runs; the others
-# are left to the slow tests.
+# These differ from each other in more than numbers, and from the quickstart, which the README's test runs. The other
+# recipes run in the slow tests.
 QUICK = ("two-stage", "paper/tuna-llama-7b")
 DATA = {"sft": "sft.json", "ranking": "teacher.json"}
 

@@ -1,4 +1,4 @@
-"""What a stage's trainer is told on machines that are not here."""
+"""The trainer's configuration for GPUs that this machine does not have."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from tuna_peft.run.train_stage import stage_config
     ],
 )
 @pytest.mark.parametrize("recipe", ["t4-16gb", "paper/tuna-llama-7b"])
-def test_one_of_two_gpus_in_the_precision_that_it_has(recipe, capability, bf16, tmp_path, monkeypatch):
+def test_a_stage_uses_one_of_two_gpus_in_a_precision_that_it_supports(recipe, capability, bf16, tmp_path, monkeypatch):
     """Kaggle lends two T4s: `Trainer` would spread the model over both by nn.DataParallel, which TRL refuses."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

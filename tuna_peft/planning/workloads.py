@@ -47,7 +47,7 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
     tokenizer = _tokenizer(recipe) if any(map(is_here, recipe.sources().values())) else None
     workloads: dict[str, Workload] = {}
     for stage in resolve_stages(recipe):
-        options: dict[str, Any] = {"kind": "prompts" if stage.drawn else "candidates"}
+        options: dict[str, Any] = {"kind": "prompts" if stage.generated else "candidates"}
         if stage.feedback is None:
             options = {
                 "kind": stage.type,
@@ -75,9 +75,9 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
 
 def prompt_workload(stage: ResolvedStage, source: Workload) -> Workload:
     """The data of a stage, with the longest responses that may be generated for each prompt, if any are."""
-    if stage.drawn is None:
+    if stage.generated is None:
         return source
-    n, longest = stage.drawn
+    n, longest = stage.generated
     rows = tuple(Row(row.prompt, (longest,) * n) for row in source.rows)
     return Workload(rows, source.total, f"{source.source}, with {n} responses of up to {longest} tokens each")
 

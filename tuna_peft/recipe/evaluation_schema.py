@@ -1,4 +1,8 @@
-"""What a recipe may say under `evaluation`: the tasks by name, and what they share."""
+"""The keys under `evaluation` in a recipe: the settings of each task, and those that all tasks share.
+
+`recipe/schema.py` includes them in `Recipe`; `tuna-peft evaluate` takes the same keys. `run/tasks.py` reads the data.
+Only pydantic is imported.
+"""
 
 from __future__ import annotations
 
@@ -11,90 +15,104 @@ from tuna_peft.feedback.judge_settings import JudgeSettings
 
 
 class RankingTask(DataSource):
-    """Held-out ranked responses: are the better ones the likelier ones?"""
+    """Pairwise accuracy on held-out ranked responses: does the model give better ones a higher log-probability?"""
 
     max_length: int | None = Field(
-        None, ge=2, description="Longest prompt plus one response, in tokens; null is the model's context."
+        None, ge=2, description="Maximum length of a prompt with one response, in tokens; null is the model's context."
     )
-    overflow: Overflow = Field("error", description="A response beyond it: `error` stops, `cut` its end, `skip` it.")
-    margin: float = Field(0.1, ge=0, description="`margin_satisfaction`: the lead due for each step in rank.")
+    overflow: Overflow = Field(
+        "error",
+        description="What to do with a response that exceeds `max_length`: stop with an `error`, `cut` its end, or "
+        "`skip` it.",
+    )
+    margin: float = Field(
+        0.1,
+        ge=0,
+        description="For the metric `margin_satisfaction`: required difference between two responses' "
+        "length-normalized log-probabilities, for each step in rank.",
+    )
 
 
 class GradedTask(DataSource):
-    """Held-out prompts, whose greedy responses a program grades."""
+    """Mean grade of the model's greedy responses to held-out prompts, given by a Python function."""
 
     grader: str = Field(
         pattern=r"^[\w.-]+:[\w.-]+$",
-        description="Grades a response between 0 and 1: `builtin:pico` or `module:function`.",
+        description="Function that grades a response between 0 and 1: `builtin:pico` or `module:function`.",
     )
-    max_new_tokens: int = Field(64, ge=1, description="Longest generated response, in tokens.")
+    max_new_tokens: int = Field(64, ge=1, description="Maximum length of a generated response, in tokens.")
 
 
 class _Benchmark(BaseModel):
-    """What the published benchmarks share."""
+    """Settings that the published benchmarks share."""
 
     model_config = ConfigDict(extra="forbid")
 
     wrap: bool = Field(
-        True, description="Put each text of the benchmark into the recipe's prompt template as an instruction; false "
-        "gives it to the model as it is."
-    )  # fmt: skip
+        True,
+        description="Put each prompt of the benchmark into the recipe's prompt template as an instruction; false "
+        "gives it to the model unchanged.",
+    )
 
 
 class SuperNITask(_Benchmark):
-    """Super-NaturalInstructions, prompted and scored as by Tk-Instruct."""
+    """Super-NaturalInstructions, with the prompts and metrics of Tk-Instruct."""
 
     path: Annotated[str, MayBeLocal()] = Field(
         description="A checkout of allenai/natural-instructions, or a .jsonl file of instances."
     )
-    tasks: list[str] | None = Field(None, description="Names of tasks; null takes the benchmark's test tasks.")
-    per_task: int = Field(100, ge=1, description="The first so many instances of each task.")
+    tasks: list[str] | None = Field(None, description="Names of tasks; null is the benchmark's test tasks.")
+    per_task: int = Field(100, ge=1, description="Use only the first N instances of each task.")
     shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
-        default_factory=lambda: [0, 2], description="Positive examples in the prompt; one result for each number."
+        default_factory=lambda: [0, 2],
+        description="Numbers of positive examples in the prompt (few-shot); each number gets its own result.",
     )
-    max_new_tokens: int = Field(128, ge=1, description="Longest generated response, in tokens.")
+    max_new_tokens: int = Field(128, ge=1, description="Maximum length of a generated response, in tokens.")
 
 
 class LMentryTask(_Benchmark):
-    """LMentry: 25 elementary tasks and the variants for robustness, scored by its rules."""
+    """LMentry: 25 elementary tasks and their robustness variants, scored by the benchmark's rules."""
 
     path: Annotated[str, MayBeLocal()] = Field(
         description="The benchmark's `data` folder, or a checkout of aviaefrat/lmentry."
     )
-    tasks: list[str] | None = Field(None, description="Names of tasks or variants; null takes all 41.")
+    tasks: list[str] | None = Field(None, description="Names of tasks or variants; null is all 41.")
     per_template: int | None = Field(
-        None, ge=1, description="The first so many examples of each of a task's three templates; null takes all."
+        None, ge=1, description="Use only the first N examples of each of a task's three templates; null is all."
     )
     first_sentence: bool = Field(
-        False, description="Score the first line up to its first full stop, for models that do not stop by themselves."
+        False,
+        description="Score only the first sentence of the first line, for models that do not stop by themselves.",
     )
-    max_new_tokens: int = Field(50, ge=1, description="Longest generated response, in tokens.")
+    max_new_tokens: int = Field(50, ge=1, description="Maximum length of a generated response, in tokens.")
 
 
 class VicunaTask(_Benchmark):
-    """Vicuna QA: open questions, whose answers a judge compares with another model's, in both orders."""
+    """Vicuna QA: a judge compares the model's responses to open questions with another model's, in both orders."""
 
     path: Annotated[str, MayBeLocal()] = Field(
-        description="FastChat's question.jsonl: `question_id`, `text`, `category` a line."
+        description="FastChat's question.jsonl, with `question_id`, `text` and `category` in each line."
     )
     against: Annotated[str, MayBeLocal(only_file=True)] = Field(
-        "base", description="The other side: a stage of the same model (`base`, for example), or a file of answers."
+        "base",
+        description="What to compare with: a stage of the same model (for example `base`), or a file of answers in "
+        "FastChat's format.",
     )
-    judge: JudgeSettings = Field(description="Who compares, see `tuna-peft judge`; it is asked in both orders.")
-    max_new_tokens: int = Field(1024, ge=1, description="Longest generated response, in tokens.")
+    judge: JudgeSettings = Field(description="The judge, see `tuna-peft judge`; it is asked in both orders.")
+    max_new_tokens: int = Field(1024, ge=1, description="Maximum length of a generated response, in tokens.")
 
 
 class LMEvalTask(BaseModel):
-    """Tasks of EleutherAI's lm-evaluation-harness; needs the extra `lm-eval`."""
+    """Tasks of EleutherAI's lm-evaluation-harness; requires the extra `lm-eval`."""
 
     model_config = ConfigDict(extra="forbid")
 
     tasks: list[str] = Field(min_length=1, description="Names of the harness's tasks or groups.")
-    include_path: Annotated[str | None, MayBeLocal()] = Field(
-        None, description="A folder with task files of your own."
+    include_path: Annotated[str | None, MayBeLocal()] = Field(None, description="Folder with your own task files.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Number of examples in the prompt (few-shot); null is each task's default."
     )
-    num_fewshot: int | None = Field(None, ge=0, description="Examples in the prompt; null is each task's own number.")
-    limit: int | None = Field(None, ge=1, description="The first so many documents of each task; null takes all.")
+    limit: int | None = Field(None, ge=1, description="Use only the first N documents of each task; null is all.")
 
 
 class TaskSettings(BaseModel):
@@ -102,22 +120,24 @@ class TaskSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    ranking: RankingTask | None = Field(None, description="Held-out ranked data: pair accuracy and its relatives.")
-    graded: GradedTask | None = Field(None, description="Held-out prompts and a program that grades responses.")
+    ranking: RankingTask | None = Field(
+        None, description="Held-out ranked responses: pairwise accuracy and related metrics."
+    )
+    graded: GradedTask | None = Field(None, description="Held-out prompts: mean grade by a Python function.")
     superni: SuperNITask | None = Field(None, description="Super-NaturalInstructions: ROUGE-L and exact match.")
     lmentry: LMentryTask | None = Field(None, description="LMentry: accuracy and robustness on elementary tasks.")
-    vicuna: VicunaTask | None = Field(None, description="Vicuna QA: wins and losses by a judge.")
+    vicuna: VicunaTask | None = Field(None, description="Vicuna QA: win rate according to a judge.")
     lm_eval: LMEvalTask | None = Field(None, description="Any tasks of EleutherAI's harness.")
 
     def given(self) -> dict[str, BaseModel]:
-        """The tasks that are to be run, by name."""
+        """The settings of the tasks that the recipe gives, by name."""
         return {name: task for name in type(self).model_fields if (task := getattr(self, name)) is not None}
 
 
 class EvaluationSettings(BaseModel):
-    """What is measured before the first stage and after each."""
+    """What is measured before the first stage and after each stage."""
 
     model_config = ConfigDict(extra="forbid")
 
-    tasks: TaskSettings = Field(default_factory=TaskSettings, description="What to measure, by the name of the task.")
-    batch_size: int = Field(32, ge=1, description="Prompts evaluated at once.")
+    tasks: TaskSettings = Field(default_factory=TaskSettings, description="The tasks, by name.")
+    batch_size: int = Field(32, ge=1, description="Number of prompts per batch.")

@@ -1,4 +1,7 @@
-"""What a recipe may say of a stage's data: a file, or prompts for which the run makes ranks itself."""
+"""The key `data` of a stage: a data set, or prompts whose responses the run samples and ranks itself.
+
+`recipe/schema.py` includes it in `Stage`; `run/rank_samples.py` does what it says. Only pydantic is imported.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +15,35 @@ from tuna_peft.feedback.judge_settings import JudgeSettings
 
 
 class StageSample(SampleSettings):
-    """Responses drawn from a model of this run."""
+    """Responses sampled from a model of this run."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True)
 
     from_stage: str | None = Field(
         None,
         alias="from",
-        description="Whose responses: an earlier stage's name, or `base`; null is what the stage stands on.",
+        description="Model to sample from: an earlier stage, or `base`; null is the model that this stage trains on.",
     )
 
 
 class FeedbackSource(BaseModel):
-    """Prompts whose responses are ranked by the run: drawn by `sample`, ordered by `score` or `judge`."""
+    """Prompts whose responses the run ranks itself: sampled by `sample`, ranked by `score` or `judge`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prompts: DataSource = Field(description="The prompts; without `sample`, with responses to each.")
+    prompts: DataSource = Field(description="The prompts; without `sample`, each with its responses.")
     sample: StageSample | None = Field(
-        None, description="Draw responses from the run's own model; null takes those that stand in `prompts`."
+        None, description="Sample responses from the run's own model; null ranks those in `prompts`."
     )
-    score: ScoreSettings | None = Field(None, description="Ranked by a teacher's log-probabilities.")
-    judge: JudgeSettings | None = Field(None, description="Ranked by a judge: a server, a model, or a program.")
+    score: ScoreSettings | None = Field(None, description="Rank by a teacher's log-probabilities.")
+    judge: JudgeSettings | None = Field(None, description="Rank by a judge: a server, a model, or a Python function.")
 
     @model_validator(mode="after")
     def _one_way_to_rank(self) -> FeedbackSource:
         if (self.score is None) == (self.judge is None):
-            raise ValueError("`prompts` need `score` (a teacher) or `judge`, one of them, to be ranked by")
+            raise ValueError("`prompts` need exactly one of `score` (a teacher) and `judge`, to be ranked by")
         if self.sample is not None and self.score is not None and self.score.generate is not None:
-            raise ValueError("`sample` has no effect with `score.generate`: the teacher's server draws the responses")
+            raise ValueError("`sample` has no effect with `score.generate`: the server generates the responses")
         return self
 
 
@@ -49,7 +52,8 @@ def _kind(data: Any) -> str:
     return FEEDBACK if prompts else FILE
 
 
-# What pydantic puts between the keys in an error's place; no key of a recipe looks like this.
+# Tags of the two kinds. Pydantic puts them into the location of an error, where `recipe/load.py` removes them; no key
+# of a recipe looks like this.
 FILE, FEEDBACK = "<file>", "<feedback>"
 
 StageData = Annotated[

@@ -1,6 +1,7 @@
-"""Each stage of a recipe resolved once: rounds written out, defaults filled in, what stands below it known.
+"""The stages of a recipe as they are trained: one entry per round, with defaults and with the adapters below.
 
-`Recipe` is what the user wrote. Everything that runs, plans, checks or describes a stage reads a `ResolvedStage`.
+`Recipe` is what the user wrote. Everything that runs, plans, checks or describes a stage calls `resolve_stages` and
+reads the `ResolvedStage`s.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from tuna_peft.recipe.train_fields import train_fields
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """One adapter to train.
+    """The training of one adapter.
 
     Attributes:
-        name: Names the adapter and its folder; rounds of a stage are NAME-1, NAME-2 ...
+        name: Name of the adapter and of its folder; the rounds of a stage are NAME-1, NAME-2 ...
         type: `sft` or `ranking`.
-        section: The stage's name in the recipe, which its rounds share.
-        source: The data that is read: training rows, or the prompts to rank responses for.
-        feedback: How the run makes the ranks; None where `source` holds the training rows.
-        overflow: What happens to a response beyond `max_length`.
-        lora: The adapter's settings, those of the stage over those of the recipe.
-        given: The trainer's fields that the recipe sets.
-        below: The adapters of the stack that it trains on, from bottom to top, all frozen.
-        replaces: The adapter of the round before, whose weights it starts from and whose place it takes; not in
-            `below`.
-        replaced_by: The round that takes this one's place.
-        samples_from: The adapters whose responses are sampled, from bottom to top; none of them is the base.
+        section: The stage's name in the recipe, the same for all of its rounds.
+        source: The data set to read: training examples, or the prompts whose responses the run ranks.
+        feedback: How the run ranks the responses itself; None if `source` holds the training examples.
+        overflow: Truncation policy for responses that exceed `max_length`.
+        lora: LoRA settings: the recipe's, with the stage's overrides.
+        train_overrides: The fields of the trainer's configuration that the recipe sets.
+        below: The frozen adapters that this one is trained on top of, from bottom to top.
+        replaces: With `continue_adapter`, the adapter of the round before: this one starts from its weights and
+            replaces it in the stack. Not in `below`.
+        replaced_by: With `continue_adapter`, the next round, which replaces this one.
+        samples_from: The adapters that are active while responses are sampled, from bottom to top; empty for the base.
     """
 
     name: str
@@ -43,7 +44,7 @@ class ResolvedStage:
     feedback: FeedbackSource | None
     overflow: Overflow
     lora: LoraSettings
-    given: dict[str, Any]
+    train_overrides: dict[str, Any]
     below: tuple[str, ...] = ()
     replaces: str | None = None
     replaced_by: str | None = None
@@ -51,14 +52,14 @@ class ResolvedStage:
 
     @property
     def key(self) -> str:
-        """The stage's dotted key in the recipe: what overrides begin with and what errors name."""
+        """The stage's dotted key in the recipe, for error messages and overrides."""
         return f"stages.{self.section}"
 
     @property
-    def drawn(self) -> tuple[int, int] | None:
-        """`(responses per prompt, most tokens of each)` that the run's model or the teacher's server generates.
+    def generated(self) -> tuple[int, int] | None:
+        """What the run's model or the teacher's server generates: `(responses per prompt, maximum tokens of each)`.
 
-        None where nothing is generated: the responses are those of `source`.
+        None if nothing is generated, because `source` holds the responses.
         """
         if self.feedback is None:
             return None
@@ -69,28 +70,29 @@ class ResolvedStage:
 
     @cached_property
     def train(self) -> dict[str, Any]:
-        """Every field of the trainer's configuration, with its default where the recipe sets none. Imports torch."""
-        return {name: field.default for name, field in train_fields(self.type).items()} | self.given
+        """Every field of the trainer's configuration: the recipe's value, or else the default. Imports torch."""
+        return {name: field.default for name, field in train_fields(self.type).items()} | self.train_overrides
 
     @property
     def max_length(self) -> int | None:
-        """Longest prompt with one response, in tokens; None is the model's context."""
+        """Maximum length of a prompt with one response, in tokens; None is the model's context length."""
         return self.train["max_length"]
 
     @property
     def needs_reference(self) -> bool:
-        """Whether every row needs a reference response."""
+        """Whether every example needs a reference response."""
         return self.train.get("mle_on") == "reference"
 
     @property
     def checkpoints_activations(self) -> bool:
-        """Whether layers may recompute their activations in the backward pass, under either name of the field."""
-        return self.given.get("activation_checkpointing", self.given.get("gradient_checkpointing", True))
+        """Whether gradient checkpointing is on. transformers 5 renamed the field; recipes may use either name."""
+        given = self.train_overrides
+        return given.get("activation_checkpointing", given.get("gradient_checkpointing", True))
 
     def update_steps(self, rows: int, processes: int = 1) -> int:
-        """Optimizer steps of the stage on `rows` training rows, as transformers' `Trainer` counts them.
+        """Number of optimizer steps for `rows` training examples, as transformers' `Trainer` counts them.
 
-        Where TRL packs rows into sequences (`packing`) their number is smaller than `rows`.
+        With TRL's `packing` the trainer gets fewer, longer sequences than there are examples, and takes fewer steps.
         """
         per_epoch = steps_per_epoch(
             rows, self.train["per_device_train_batch_size"] * processes, self.train["gradient_accumulation_steps"],
@@ -100,24 +102,25 @@ class ResolvedStage:
 
 
 def steps_per_epoch(rows: int, batch_size: int, accumulation: int, *, drop_last: bool = False) -> int:
-    """Optimizer steps of an epoch, the last of which may have fewer rows.
+    """Number of optimizer steps in an epoch; the last step may see fewer examples than the others.
 
     Args:
-        batch_size: Rows in a batch, over all processes.
-        accumulation: Batches in a step.
-        drop_last: Leave out a last batch that is not full.
+        rows: Number of training examples.
+        batch_size: Examples per batch, over all processes.
+        accumulation: Batches per optimizer step (gradient accumulation).
+        drop_last: Drop the last batch if it is not full.
     """
     batches = rows // batch_size if drop_last else math.ceil(rows / batch_size)
     return max(math.ceil(batches / accumulation), 1)
 
 
 def total_steps(per_epoch: int, epochs: float, max_steps: int) -> int:
-    """Optimizer steps of a training; `max_steps`, where it is positive, takes precedence over `epochs`."""
+    """Number of optimizer steps of a training; a positive `max_steps` takes precedence over `epochs`."""
     return max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
 
 
 def resolve_stages(recipe: Recipe) -> list[ResolvedStage]:
-    """The stages as they are trained, in order: a stage of several rounds is several."""
+    """The stages in the order of training; a stage with several rounds gives one entry for each."""
     resolved: list[ResolvedStage] = []
     stack: tuple[str, ...] = ()
     for stage in recipe.stages:
@@ -134,11 +137,11 @@ def resolve_stages(recipe: Recipe) -> list[ResolvedStage]:
                     feedback=stage.feedback,
                     overflow=stage.overflow,
                     lora=recipe.lora.model_copy(update=stage.lora.model_dump(exclude_none=True)),
-                    given=stage.train,
+                    train_overrides=stage.train,
                     below=below,
                     replaces=replaces,
                     replaced_by=following[0] if stage.continue_adapter and following else None,
-                    samples_from=_sampled(stage.feedback, index, stack),
+                    samples_from=_samples_from(stage.feedback, index, stack),
                 )
             )
             stack = (*below, name)
@@ -146,13 +149,13 @@ def resolve_stages(recipe: Recipe) -> list[ResolvedStage]:
 
 
 def stage_names(recipe: Recipe) -> list[str]:
-    """Every name that results go under: `base`, then each stage as it is trained."""
+    """The names of everything that is evaluated: `base`, then each stage (each round) in the order of training."""
     return ["base", *(stage.name for stage in resolve_stages(recipe))]
 
 
-def _sampled(feedback: FeedbackSource | None, index: int, stack: tuple[str, ...]) -> tuple[str, ...]:
-    """The adapters that are sampled from: those of the stack so far, or up to the stage that the recipe names."""
+def _samples_from(feedback: FeedbackSource | None, index: int, stack: tuple[str, ...]) -> tuple[str, ...]:
+    """The adapters to sample from: the whole stack so far, or up to the stage that the recipe names."""
     named = feedback.sample.from_stage if feedback is not None and feedback.sample is not None else None
-    if named is None or index > 0:  # every round but the first samples from the round before
+    if named is None or index > 0:  # every round after the first samples from the round before
         return stack
     return () if named == "base" else stack[: stack.index(named) + 1]

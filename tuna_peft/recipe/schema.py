@@ -1,7 +1,9 @@
-"""What a recipe may say: one pydantic model per section.
+"""The keys of a recipe: one pydantic model per section.
 
-Only pydantic is imported. The fields of `train` belong to trl's and our own trainer configurations; they are checked
-in `train_fields.py`, which has to import them.
+`recipe/load.py` validates a recipe file with `Recipe`; `recipe/resolved.py` turns its stages into what is run and
+planned; the JSON schema and `docs/recipe-reference.md` are generated from the field descriptions. Only pydantic is
+imported, so that a recipe is checked in milliseconds. The fields of `train` belong to the configurations of TRL's and
+our own trainers; `recipe/train_fields.py` imports those and checks them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from tuna_peft.recipe.feedback_schema import FeedbackSource, StageData
 StageType = Literal["sft", "ranking"]
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 
-# `base` is the key of the report for the model before any stage; PEFT gives `default` a meaning of its own.
+# Reports use `base` for the model before any stage. `default` is the adapter name that PEFT uses if none is given, and
+# PEFT saves that adapter in another folder than all others.
 RESERVED_STAGE_NAMES = ("default", "base")
 
 
@@ -26,22 +29,24 @@ class _Section(BaseModel):
 
 
 class BaseSettings(_Section):
-    """The base model, frozen below all adapters."""
+    """The base model. Its weights stay frozen; the stages train adapters on it."""
 
     model: Annotated[str, MayBeLocal()] = Field(description="A Hub id, a local path, or `builtin:pico-llama`.")
     revision: str | None = Field(None, description="Branch, tag or commit on the Hub; null is the default branch.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Holds what is not quantised; `auto` is bf16 where the GPU has it, fp16 else, fp32 on CPU."
+        "auto",
+        description="Dtype of the weights that are not quantized. `auto` is bf16 if the GPU supports it, else fp16; "
+        "on a CPU fp32.",
     )
-    device: str = Field("auto", description="`auto` (the GPU when there is one), `cpu`, `cuda`.")
+    device: str = Field("auto", description="`cpu`, `cuda`, or `auto`: the GPU if there is one.")
     trust_remote_code: bool = Field(
-        False, description="Run code that comes with the model. Only for sources you trust."
+        False, description="Run Python code from the model's repository. Only for sources you trust."
     )
 
     @field_validator("device")
     @classmethod
     def _first_gpu(cls, device: str) -> str:
-        if device not in ("auto", "cpu", "cuda", "cuda:0"):  # transformers' trainer takes the first
+        if device not in ("auto", "cpu", "cuda", "cuda:0"):  # transformers' Trainer always uses the first GPU
             raise ValueError("use auto, cpu or cuda; for the second GPU set CUDA_VISIBLE_DEVICES=1 before the command")
         return device
 
@@ -49,31 +54,33 @@ class BaseSettings(_Section):
 class QuantizationSettings(_Section):
     """How bitsandbytes stores the base's linear layers."""
 
-    method: Literal["nf4", "fp4", "int8", "none"] = Field("nf4", description="`none` leaves the base unquantised.")
+    method: Literal["nf4", "fp4", "int8", "none"] = Field("nf4", description="`none` leaves the base unquantized.")
     double_quant: bool = Field(
-        True, description="4-bit only: quantise the scales too (saves about 0.4 bit per weight)."
+        True, description="4-bit only: quantize the scales too (saves about 0.4 bit per weight)."
     )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="4-bit only: dtype of the matrix products; `auto` follows `base.dtype`."
+        "auto", description="4-bit only: dtype of the matrix multiplications; `auto` is `base.dtype`."
     )
 
 
 class LoraSettings(_Section):
-    """The adapter of a stage."""
+    """LoRA settings of the adapters."""
 
-    r: int = Field(16, ge=1, description="Rank of the update.")
+    r: int = Field(16, ge=1, description="Rank of the LoRA update.")
     alpha: int = Field(
-        32, ge=1, description="Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA)."
+        32, ge=1, description="Scaling: the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA)."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input during training.")
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
-        "all-linear", description="`all-linear` (all but the head), or names such as [q_proj, v_proj]."
+        "all-linear",
+        description="Layers that get LoRA weights: `all-linear` (all linear layers but the output head), or names "
+        "such as [q_proj, v_proj].",
     )
-    use_rslora: bool = Field(False, description="Rank-stabilised LoRA: scale by alpha / sqrt(r).")
+    use_rslora: bool = Field(False, description="Rank-stabilized LoRA: scale by alpha / sqrt(r).")
 
 
 class LoraOverride(_Section):
-    """Deviations of one stage from the recipe's `lora`; null inherits."""
+    """LoRA settings of one stage that override the recipe's `lora`; null keeps the recipe's value."""
 
     r: int | None = Field(None, ge=1, description="As `lora.r`, for this stage.")
     alpha: int | None = Field(None, ge=1, description="As `lora.alpha`, for this stage.")
@@ -85,48 +92,50 @@ class LoraOverride(_Section):
 
 
 class Stage(_Section):
-    """One stage: its own adapter, trained on the frozen adapters of the stages before it."""
+    """One training stage: a new adapter, trained on top of the frozen adapters of the earlier stages."""
 
-    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Names the adapter and its folder: a-z, 0-9, _ and -.")
+    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Name of the adapter and its folder: a-z, 0-9, _ and -.")
     type: StageType = Field(
         description="`sft` (supervised, TRL's SFTTrainer) or `ranking` (Tuna's loss, TunaTrainer)."
     )
     data: StageData = Field(
-        description="The training data: a file, or for a ranking stage `{prompts, sample, score or judge}`."
+        description="The training data: a data set; or, for a ranking stage, prompts whose responses the run ranks "
+        "itself, `{prompts, sample, score or judge}`."
     )
     rounds: int = Field(
         1,
         ge=1,
-        description="Repeat sampling, ranking and training so often, each round with an adapter of its own, NAME-1, "
-        "NAME-2 ..., that stands on those before and samples from them.",
+        description="Number of times to repeat sampling, ranking and training. Each round trains its own adapter "
+        "(NAME-1, NAME-2 ...) on top of the earlier ones and samples from the model of the round before.",
     )
     continue_adapter: bool = Field(
         False,
-        description="With `rounds`: train one adapter further in every round. NAME-2 starts as a copy of NAME-1 and "
-        "takes its place in the stack.",
+        description="With `rounds`: continue training one adapter in every round. NAME-2 starts as a copy of NAME-1 "
+        "and replaces it in the stack.",
     )
     overflow: Overflow = Field(
         "error",
-        description="A response beyond `train.max_length`: `error` stops, `cut` its end, `skip` it; all counted.",
+        description="What to do with a response that exceeds `train.max_length`: stop with an `error`, `cut` its end, "
+        "or `skip` it. The report counts them.",
     )
-    lora: LoraOverride = Field(default_factory=LoraOverride, description="Deviations from the recipe's `lora`.")
+    lora: LoraOverride = Field(default_factory=LoraOverride, description="Overrides of the recipe's `lora`.")
     train: dict[str, Any] = Field(
         default_factory=dict, description="Fields of trl.SFTConfig (sft) or tuna_peft.TunaConfig (ranking)."
     )
 
     @property
     def feedback(self) -> FeedbackSource | None:
-        """How the run makes the ranks; None where the data holds them."""
+        """How the run ranks the responses itself; None if the data has ranks already."""
         return self.data if isinstance(self.data, FeedbackSource) else None
 
     @property
     def source(self) -> DataSource:
-        """What is read: the training rows, or the prompts to rank responses for."""
+        """The data set to read: the training examples, or the prompts whose responses the run ranks."""
         return self.data.prompts if isinstance(self.data, FeedbackSource) else self.data
 
     @property
     def round_names(self) -> list[str]:
-        """The names of the adapters that the stage trains: its own, or one for each round."""
+        """Names of the adapters that the stage trains: the stage's name, or one name for each round."""
         if self.rounds == 1:
             return [self.name]
         return [f"{self.name}-{number}" for number in range(1, self.rounds + 1)]
@@ -135,21 +144,21 @@ class Stage(_Section):
     @classmethod
     def _name_is_free(cls, name: str) -> str:
         if name in RESERVED_STAGE_NAMES:
-            raise ValueError(f"a stage cannot be called `{name}`: the name has another meaning")
+            raise ValueError(f"a stage cannot be called `{name}`: this name is reserved")
         return name
 
     @model_validator(mode="after")
-    def _data_suit_the_type(self) -> Stage:
+    def _data_suits_the_type(self) -> Stage:
         if self.type == "sft" and self.feedback is not None:
-            raise ValueError("a stage of type `sft` learns from a file; ranks are for `type: ranking`")
+            raise ValueError("a stage of type `sft` needs a data set; `prompts` to rank are for `type: ranking`")
         if self.rounds > 1 and not (self.feedback and self.feedback.sample):
             raise ValueError("`rounds` repeats sampling, so its `data` needs `sample`")
         if self.continue_adapter and self.rounds == 1:
-            raise ValueError("`continue_adapter` goes on with the adapter of the round before: it needs `rounds` > 1")
+            raise ValueError("`continue_adapter` continues the adapter of the round before: it needs `rounds` > 1")
         return self
 
 
-# Earlier versions wrote `dequantised` into recipes and run folders.
+# Recipes and run folders of earlier versions have `dequantised`.
 MergeBase = Annotated[
     Literal["dequantized", "original"],
     BeforeValidator(
@@ -160,11 +169,11 @@ MergeBase = Annotated[
 
 
 class MergeSettings(_Section):
-    """The merged model."""
+    """How the adapters are merged into the base."""
 
     enabled: bool = Field(True, description="Write a merged model at the end of the run.")
     dtype: Literal["bfloat16", "float16", "float32", "nf4"] = Field(
-        "bfloat16", description="Dtype of the merged weights; `nf4` quantises them again."
+        "bfloat16", description="Dtype of the merged weights; `nf4` quantizes them again."
     )
     base: MergeBase = Field(
         "dequantized",
@@ -174,41 +183,48 @@ class MergeSettings(_Section):
 
 
 class PushSettings(_Section):
-    """What is published on the Hugging Face Hub at the end of the run, as by `tuna-peft push`."""
+    """What is published on the Hugging Face Hub at the end of the run; see `tuna-peft push`."""
 
     repo: str = Field(
         pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$",
         description="NAME or ORGANISATION/NAME; created if it does not exist.",
     )
-    what: Literal["adapters", "merged", "gguf"] = Field("adapters", description="The stack, or one of the exports.")
-    private: bool = Field(True, description="Of a repository that is created; false publishes for everybody.")
-    revision: str | None = Field(None, description="A branch, created if it does not exist; null is the main one.")
+    what: Literal["adapters", "merged", "gguf"] = Field(
+        "adapters", description="What to publish: the stack of adapters, or one of the exports."
+    )
+    private: bool = Field(True, description="Visibility of a new repository; false makes it public.")
+    revision: str | None = Field(None, description="Branch, created if it does not exist; null is the main branch.")
     pull_request: bool = Field(False, description="Open a pull request instead of committing.")
-    base_id: str | None = Field(None, description="What the base is called on the Hub, where `base.model` is a path.")
-    license: str | None = Field(None, description="Identifier for the model card; null takes the base's, if known.")
-    data_license: str | None = Field(None, description="Of the training data, for the model card.")
+    base_id: str | None = Field(
+        None, description="Hub id of the base; needed for adapters if `base.model` is a local path."
+    )
+    license: str | None = Field(None, description="License in the model card; null is the base's, if known.")
+    data_license: str | None = Field(None, description="License of the training data, in the model card.")
 
 
 class ExportSettings(_Section):
-    """What a run leaves behind besides its stack of adapters."""
+    """What a run writes at its end besides the stack of adapters."""
 
-    combine: bool = Field(True, description="Write the stack as one adapter that plain PEFT loads.")
+    combine: bool = Field(True, description="Concatenate the stack into one adapter that PEFT can load by itself.")
     combine_rank: int | None = Field(
-        None, ge=1, description="Compress that adapter to this rank; null is exact: the ranks add up."
+        None, ge=1, description="Compress that adapter to this rank; null is exact, with the sum of the stages' ranks."
     )
     merge: MergeSettings = Field(default_factory=MergeSettings, description="The merged model.")
     divergence_prompts: int = Field(
-        16, ge=0, description="Prompts on which the KL divergence of each export to the live stack is measured."
+        16,
+        ge=0,
+        description="Number of prompts on which to measure the KL divergence between each export and the unmerged "
+        "adapters.",
     )
     gguf: list[GGUFType] = Field(
-        default_factory=list, description="GGUF files of the merged model to write, for example [q8_0, q4_0]."
+        default_factory=list, description="Types of the GGUF files to write, for example [q8_0, q4_0]."
     )
-    push: PushSettings | None = Field(None, description="What to publish on the Hub; null publishes nothing.")
+    push: PushSettings | None = Field(None, description="Publishing on the Hub; null publishes nothing.")
 
     @model_validator(mode="after")
     def _sources_are_written(self) -> ExportSettings:
         if self.gguf and not (self.merge.enabled and self.merge.dtype != "nf4"):
-            raise ValueError("`gguf` is made of the merged model: it needs `merge` enabled, in 16 or 32 bits")
+            raise ValueError("`gguf` converts the merged model: it needs `merge` enabled, in 16 or 32 bits")
         if self.push and self.push.what == "merged" and not self.merge.enabled:
             raise ValueError("`push` of the merged model needs `merge` enabled")
         if self.push and self.push.what == "gguf" and not self.gguf:
@@ -217,25 +233,32 @@ class ExportSettings(_Section):
 
 
 class Recipe(_Section):
-    """A whole run: base, quantisation, prompts, adapters, the stages in order, evaluation, export."""
+    """A whole run: base, quantization, prompts, adapters, the stages in order, evaluation, export."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; its default folder is runs/NAME."
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run; its default output folder is runs/NAME."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seeds adapters, order of data and dropout, of every stage.")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="Random seed of every stage: initial weights of the adapter, data order, dropout, sampling.",
+    )
     base: BaseSettings = Field(description="The base model.")
     quantization: QuantizationSettings = Field(
-        default_factory=QuantizationSettings, description="How the base is quantised."
+        default_factory=QuantizationSettings, description="How the base is quantized."
     )
     prompt: PromptConfig = Field(
-        default_factory=PromptConfig, description="How instruction and input become a prompt."
+        default_factory=PromptConfig, description="The prompt template for instruction and input."
     )
     lora: LoraSettings = Field(
-        default_factory=LoraSettings, description="The adapters, unless a stage says otherwise."
+        default_factory=LoraSettings, description="LoRA settings of all adapters; a stage can override them."
     )
-    stages: list[Stage] = Field(min_length=1, description="The stages in order; each stands on those before it.")
-    evaluation: EvaluationSettings | None = Field(None, description="What to measure; null measures nothing.")
-    export: ExportSettings = Field(default_factory=ExportSettings, description="What to write at the end.")
+    stages: list[Stage] = Field(min_length=1, description="The stages, in the order of training.")
+    evaluation: EvaluationSettings | None = Field(
+        None, description="What to measure before the first stage and after each stage; null measures nothing."
+    )
+    export: ExportSettings = Field(default_factory=ExportSettings, description="What to write at the end of the run.")
 
     @field_validator("stages")
     @classmethod
@@ -243,7 +266,7 @@ class Recipe(_Section):
         names = [stage.name for stage in stages]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"each stage needs a name of its own; given twice: {', '.join(twice)}")
+            raise ValueError(f"each stage needs a different name; given twice: {', '.join(twice)}")
         return stages
 
     @field_validator("stages")
@@ -254,18 +277,18 @@ class Recipe(_Section):
             sample = stage.feedback.sample if stage.feedback else None
             if sample and sample.from_stage is not None and sample.from_stage not in earlier:
                 raise ValueError(
-                    f"stage `{stage.name}` samples from `{sample.from_stage}`, which is none of those before it "
+                    f"stage `{stage.name}` samples from `{sample.from_stage}`, which is not an earlier stage "
                     f"({', '.join(earlier)})"
                 )
             taken += stage.round_names
-            # Of rounds that continue one adapter only the last is in the stack at the end.
+            # Rounds that continue one adapter replace each other: only the last one stays in the stack.
             earlier += stage.round_names[-1:] if stage.continue_adapter else stage.round_names
         if twice := sorted({name for name in taken if taken.count(name) > 1}):
-            raise ValueError(f"rounds are named by stage and number; given twice: {', '.join(twice)}")
+            raise ValueError(f"a round is named after its stage, with a number; given twice: {', '.join(twice)}")
         return stages
 
     def sources(self) -> dict[tuple[str | int, ...], Any]:
-        """Everything in the recipe that has a `path`, data sets and benchmarks, by its path of keys."""
+        """All data sets and benchmarks of the recipe (whatever has a `path`), by their path of keys."""
         found: dict[tuple[str | int, ...], Any] = {}
         for index, stage in enumerate(self.stages):
             key = ("stages", index, "data")

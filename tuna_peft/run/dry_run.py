@@ -1,4 +1,4 @@
-"""What a run would do, without a model: for `--dry-run`."""
+"""Describes what a run would do without loading a model, for `tuna-peft run --dry-run`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tuna_peft.recipe.schema import Recipe
 
 
 def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
-    """The resolved recipe, then each step with its data, size and state in `output`.
+    """The resolved recipe, then each step with its data, its size and how far it has got in `output`.
 
-    Reads the data that is local, as the run would, so that a bad record shows up here too.
+    Reads local data like the run does, so that a bad record is found here too.
 
     Raises:
         UserError: The data cannot be used.
@@ -29,10 +29,10 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
         Text(dump_recipe(recipe)),
         _steps(recipe, output),
     ]
-    kept = output / "recipe.yaml"
-    if kept.is_file() and (changed := diff_recipes(load_recipe(kept, check=False), recipe)):
+    existing = output / "recipe.yaml"
+    if existing.is_file() and (changed := diff_recipes(load_recipe(existing, check=False), recipe)):
         lines = "".join(f"\n  {line}" for line in changed)
-        parts.append(Text(f"{output} holds a run of another recipe and would be refused:{lines}", style="red"))
+        parts.append(Text(f"{output} holds a run of another recipe and would be rejected:{lines}", style="red"))
     return Group(*parts)
 
 
@@ -44,26 +44,26 @@ def _steps(recipe: Recipe, output: Path) -> Text:
         text.append("".join(f"  {line}\n" for line in lines if line), style="not bold")
 
     quantization = recipe.quantization
-    stored: str = "unquantised" if quantization.method == "none" else quantization.method
+    stored: str = "unquantized" if quantization.method == "none" else quantization.method
     if quantization.method in ("nf4", "fp4") and quantization.double_quant:
-        stored += ", double quantisation"
+        stored += ", double quantization"
     step("base", f"{recipe.base.model}, {stored}")
     for stage in resolve_stages(recipe):
         rows = _stage_rows(stage, recipe)
-        # Packing makes the number of sequences unknown.
+        # With packing, the number of packed sequences is only known when the trainer has made them.
         steps = None if rows is None or stage.train.get("packing") else stage.update_steps(rows)
         step(
             f"stage {stage.name} ({stage.type}): {_state(output, stage)}",
             _adapter(stage),
             _data(stage.source, rows),
             *_ranking(stage),
-            f"about {steps:,} update steps" if steps else None,
+            f"about {steps:,} optimizer steps" if steps else None,
         )
     for name, task in (recipe.evaluation.tasks.given() if recipe.evaluation else {}).items():
         data = getattr(task, "path", None)
         if isinstance(task, DataSource):
             data = _data(task, _rows(task, recipe, prompts=name != "ranking"))
-        step(f"task {name}, of the base and after each stage", data)
+        step(f"task {name}, before the first stage and after each stage", data)
     export = recipe.export
     merged = f"merged {export.merge.dtype} model on the {export.merge.base} base" if export.merge.enabled else None
     gguf = f"GGUF: {', '.join(export.gguf)}" if export.gguf else None
@@ -87,7 +87,7 @@ def _stage_rows(stage: ResolvedStage, recipe: Recipe) -> int | None:
 
 
 def _rows(source: DataSource, recipe: Recipe, *, prompts: bool, pairs: bool = True) -> int | None:
-    """Usable records; None for a Hub data set, which is not downloaded for a dry run."""
+    """Number of usable records; None for a Hub data set, which a dry run does not download."""
     if not is_here(source):
         return None
     if prompts:
@@ -96,22 +96,22 @@ def _rows(source: DataSource, recipe: Recipe, *, prompts: bool, pairs: bool = Tr
 
 
 def _ranking(stage: ResolvedStage) -> Iterator[str]:
-    """How the run makes the ranks, step by step; nothing where the data holds them."""
+    """How the run samples and ranks responses, a line for each step; no lines if the data has ranks already."""
     if (source := stage.feedback) is None:
         return
     if (sample := source.sample) is not None:
         model = stage.samples_from[-1] if stage.samples_from else "base"
         yield (
-            f"samples {sample.n} responses to each from {model}, at temperature {sample.temperature:g}, "
-            f"{sample.trials} draws at most ({sample.backend})"
+            f"samples {sample.n} responses per prompt from {model}, at temperature {sample.temperature:g}, "
+            f"in {sample.trials} attempts at most ({sample.backend})"
         )
     if (judge := source.judge) is not None:
         who = judge.function or judge.model or (judge.server and f"{judge.server.model} at {judge.server.base_url}")
         yield f"ranked by the judge {who}" + (", in both orders" if judge.both_orders else "")
     if (score := source.score) is not None:
         who = score.model or (score.server and f"{score.server.model} at {score.server.base_url}")
-        drawn = f", which draws {score.generate.n} responses itself" if score.generate else ""
-        yield f"ranked by the log-probabilities of {who}{drawn}"
+        generated = f", which generates {score.generate.n} responses itself" if score.generate else ""
+        yield f"ranked by the log-probabilities of {who}{generated}"
 
 
 def _data(source: DataSource, rows: int | None) -> str:
@@ -124,6 +124,6 @@ def _state(output: Path, stage: ResolvedStage) -> str:
 
     folder = output / "stages" / stage.name
     if (folder / "done.json").is_file():
-        return "finished, kept"
+        return "finished, will be skipped"
     checkpoint = latest_checkpoint(folder)
     return f"resumes from {checkpoint.name}" if checkpoint else "trains"

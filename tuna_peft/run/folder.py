@@ -1,4 +1,8 @@
-"""The folder of a run: its lock, its recipe, its log, and what is finished in it."""
+"""The folder of a run: its lock, its recipe, its log, and the results that are finished.
+
+`tuna_peft.run.pipeline` works inside a `RunDirectory`: `save` writes the result of a step and `load` finds it when an
+interrupted run is resumed.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +23,28 @@ from tuna_peft.run.processes import Processes
 
 logger = logging.getLogger("tuna_peft")
 
-# What goes into run.log; only our own lines go to the terminal as well.
+# Loggers whose messages go to run.log. Only those of tuna_peft go to the terminal too.
 _LOGGED = ("tuna_peft", "transformers", "py.warnings")
 
 
 class RunDirectory:
-    """One run's folder, held by one run at a time; use it as a context manager.
+    """A run's folder, locked for one run at a time; use it as a context manager.
 
-    Of the processes of a run only the first writes; the others come in once it has taken the folder.
+    Only the first process of a run writes. The others wait until it has locked the folder.
 
-    - `recipe.yaml`: the resolved recipe; `run.log`;
-    - `evaluation/<stage>/<task>.json`: results of the base and after each stage; the model's answers in a journal;
-    - `stages/<name>/`: checkpoints, log history, curves; `done.json` once the stage is finished; where the run makes
-      the ranks also `samples.jsonl`, `ranked.jsonl`, their journals, and `feedback.json` once they are made;
-    - `stack/`, `combined/`, `merged/`: the adapters, as one adapter, as one model;
-    - `run.json`: what the run is, for its report; `report.html`, `report.json`, `report.md`.
+    - `recipe.yaml`: the recipe with `extends` and overrides applied; `run.log`: the log;
+    - `run.json`: what the report says about the run besides its results;
+    - `stages/<name>/`: checkpoints, log history, curves, and `done.json` once the stage is finished. If the run ranks
+      the responses itself also `samples.jsonl`, `ranked.jsonl`, their journals, and `feedback.json` once they are
+      complete;
+    - `evaluation/<stage>/<task>.json`: results of the base and of each stage; `evaluation/journal.jsonl`: the model's
+      responses;
+    - `stack/`: the adapters; `combined/`, `merged/`, `gguf/`: the exports, with `exports.json` once all are written;
+      `pushed.json` once they are published;
+    - `report.html`, `report.json`, `report.md`: the report.
 
     Raises:
-        UserError: The folder belongs to another recipe, is in use by another process, or is no run's folder.
+        UserError: The folder has a run of another recipe, is in use by another process, or has other files.
     """
 
     def __init__(self, path: str | Path, recipe: Recipe, processes: Processes | None = None):
@@ -109,7 +117,7 @@ class RunDirectory:
     def _check_recipe(self) -> None:
         file = self.path / "recipe.yaml"
         if file.exists() and not self._begun():
-            file.unlink()  # the recipe of a run that stopped at its inputs may be corrected
+            file.unlink()  # a run that stopped at its inputs has no results yet, so its recipe may be corrected
             for name in ("run.log", FACTS):
                 (self.path / name).unlink(missing_ok=True)
         if not file.exists():
@@ -127,26 +135,26 @@ class RunDirectory:
                 "the output directory belongs to a run of another recipe; these keys differ:\n    "
                 + "\n    ".join(differing),
                 where=str(self.path),
-                fix="Choose another --output, or undo the change to go on with the old run.",
+                fix="Choose another --output, or undo the change to resume the old run.",
             )
 
     def _begun(self) -> bool:
-        """Whether anything has been evaluated or trained here."""
+        """Whether the folder has any result of evaluation or training."""
         parts = ("evaluation", "stages", "stack")
         return any(path.is_file() for part in parts for path in (self.path / part).rglob("*"))
 
     def stage_folder(self, name: str) -> Path:
-        """The working folder of a stage."""
+        """The folder of a stage, `stages/<name>`; created if needed."""
         folder = self.path / "stages" / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def load(self, name: str) -> Any | None:
-        """The JSON file `name` below the run's folder, None where it is not written yet."""
+        """The content of the JSON file `name` in the run's folder; None if it is not written yet."""
         file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def save(self, name: str, value: Any) -> None:
-        """Writes `value` as the JSON file `name` below the run's folder, all at once, in the first process."""
+        """Writes `value` to the JSON file `name` in the run's folder, atomically; only the first process does."""
         if self.processes.main:
             write_json(self.path / name, value)

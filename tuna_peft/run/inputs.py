@@ -1,4 +1,8 @@
-"""All data of a recipe, read before anything is trained, so that a bad file costs seconds and not hours."""
+"""All data of a recipe, read before anything is trained, so that a bad file costs seconds and not hours.
+
+`tuna_peft.run.pipeline` calls `read_inputs` at the start; `tuna_peft.run.rank_samples` calls `encode_rows` for
+examples that the run has ranked itself.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +23,16 @@ from tuna_peft.run.tasks import Task, read_tasks
 
 @dataclass
 class Inputs:
-    """Encoded data by stage and for evaluation, with the counts of what was read, skipped and cut.
+    """The data of all stages and of the evaluation, with counts of what was read, skipped and truncated.
 
     Attributes:
-        stages: Encoded training rows by stage name; of a stage whose ranks the run makes, once they are made.
-        prompts: Of those stages, what is sampled from, scored or judged, by stage name.
-        ranked: Encoded held-out rows, or None.
-        tasks: What to evaluate.
-        counts: Reports of reading and tokenising, by stage name and under `evaluation.<task>`.
+        stages: Encoded training examples by stage name. A stage whose responses the run ranks itself is added once
+            they are ranked.
+        prompts: For those stages, by name: the prompts, with responses if the run does not sample them.
+        ranked: Encoded held-out examples for the task `ranking`; None without it.
+        tasks: The tasks of the evaluation.
+        counts: What happened to records and examples in reading and tokenizing, by stage name and under
+            `evaluation.<task>`.
     """
 
     stages: dict[str, Dataset] = field(default_factory=dict)
@@ -37,7 +43,11 @@ class Inputs:
 
 
 def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Inputs:
-    """Reads, checks and encodes everything that `recipe` names; ranks that the run makes itself come later.
+    """Reads, checks and encodes all data that `recipe` names. Responses that the run ranks itself are encoded later.
+
+    Args:
+        tokenizer: The tokenizer of the base.
+        config: The configuration of the base.
 
     Raises:
         UserError: See `tuna_peft.data.load`, `tuna_peft.data.tokenize` and `tuna_peft.run.tasks`.
@@ -45,7 +55,7 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
     inputs = Inputs()
     for stage in resolve_stages(recipe):
         if stage.feedback is not None:
-            read = load_prompts if stage.drawn else load_candidates
+            read = load_prompts if stage.generated else load_candidates
             inputs.prompts[stage.name], report = read(stage.source, recipe.prompt)
             inputs.counts[stage.name] = {"prompts": report.as_dict()}
         else:
@@ -66,10 +76,10 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """The training rows of `stage`, read from `source` and encoded as its trainer wants them.
+    """The training examples of `stage`, read from `source` and encoded for its trainer.
 
     Returns:
-        The encoded rows, and what became of records and rows.
+        The encoded examples, and counts of what was kept, skipped and truncated.
 
     Raises:
         UserError: See `tuna_peft.data.encode.encode_source`.

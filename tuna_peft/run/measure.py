@@ -1,4 +1,4 @@
-"""Peak memory of a part of a run, and the environment it ran in."""
+"""What a report says about the machine: the peak memory of a stage, and the versions and hardware of the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate
 
 
 class Peak:
-    """Peak memory since it was made: of a GPU's allocator, or of the whole process on CPU."""
+    """Peak memory: of the GPU's allocator since this object was created; on a CPU, of the process since its start."""
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device if device.type == "cuda" else None
@@ -23,7 +23,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self._gpu)
 
     def as_dict(self) -> dict[str, Any]:
-        """`peak_memory_gib` and what was measured."""
+        """`peak_memory_gib`, and `peak_memory_of`: `cuda` or `process`."""
         if self._gpu:
             peak = torch.cuda.max_memory_allocated(self._gpu)
             return {"peak_memory_gib": round(peak / 2**30, 3), "peak_memory_of": "cuda"}
@@ -32,7 +32,7 @@ class Peak:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for the report."""
+    """Versions and hardware."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

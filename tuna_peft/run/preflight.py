@@ -1,4 +1,7 @@
-"""The plan of a run against the machine that it is on: before any weight is loaded."""
+"""Checks before any weight is loaded that a run fits into this machine's memory.
+
+`tuna_peft.run.pipeline` calls it with the data already read, so the plan knows the exact lengths.
+"""
 
 from __future__ import annotations
 
@@ -33,28 +36,31 @@ def preflight(
     tokenizer: PreTrainedTokenizerBase | None = None,
     ranked: Container[str] = (),
 ) -> Plan | None:
-    """Says what the run will take; stops it where even its smallest forward passes do not fit.
+    """Logs the planned peak memory of the run, and stops it if not even its smallest forward passes fit.
 
-    A peak beyond the memory is a warning only: a ranking step that runs out of memory is split by itself.
+    A planned peak above the free memory is only a warning: a ranking step that runs out of memory is split
+    automatically.
 
     Args:
-        inputs: The data, encoded: lengths are exact. Responses that are still to be drawn are as long as they may be.
-        config: The model's configuration.
-        sharded: The processes share one base; the planner only knows whole ones.
-        tokenizer: For prompts that the run makes rows of; None counts characters.
-        ranked: Stages whose rows a run before this one has made: their teacher or judge is not needed any more.
+        inputs: The encoded data, whose lengths are exact. For responses that are not sampled yet the plan assumes the
+            maximum length.
+        config: The configuration of the base.
+        processes: Number of processes of the run.
+        sharded: Whether the processes share one base; there is no plan then.
+        tokenizer: Counts the tokens of prompts that are not encoded yet; None estimates from characters.
+        ranked: Stages that an interrupted run has ranked already: their teacher or judge is not loaded again.
 
     Returns:
-        The plan; None for a model that the planner does not know, or that is sharded.
+        The plan; None if the base is sharded or of a type that the planner does not know.
 
     Raises:
-        UserError: It cannot fit, with what to change; bf16 is asked of a GPU that has none; or there is no such
-            teacher or judge.
+        UserError: The run cannot fit (the message says what to change), the recipe requests bf16 on a GPU without it,
+            or a local teacher or judge does not exist.
     """
     device = this_device(recipe.base.device)
     require_native_bf16(recipe, device.name, has_bf16=device.bf16)
     if sharded:
-        logger.info("no plan: the planner knows whole bases, and this one is sharded over %d processes", processes)
+        logger.info("no memory plan: the planner does not support a base that is sharded over %d processes", processes)
         return None
     try:
         shape = ModelShape.from_config(config.to_dict(), recipe.base.model)
@@ -64,10 +70,10 @@ def preflight(
                 prompts = records_workload(inputs.prompts[stage.name], tokenizer)
                 workloads[stage.name] = prompt_workload(stage, prompts)
         if inputs.ranked is not None:
-            workloads["evaluation.ranking"] = encoded_workload(inputs.ranked)  # generation finds its batch by itself
+            workloads["evaluation.ranking"] = encoded_workload(inputs.ranked)  # generation adapts its batch size
         plan = make_plan(run_spec(recipe, shape, workloads, device, processes, ranked), device)
     except UnplannedModel as error:
-        logger.info("no plan: %s", error.what)
+        logger.info("no memory plan: %s", error.what)
         return None
     worst = max(plan.phases, key=lambda phase: phase.smallest)
     if worst.smallest > device.memory:
@@ -81,13 +87,14 @@ def preflight(
         logger.info("planned peak: %.2f of %.2f GiB (%s)", plan.peak / GIB, device.memory / GIB, device.name)
     else:
         logger.warning(
-            "%s may take %.2f GiB and %s has %.2f free. %s",
+            "%s may need %.2f GiB and %s has %.2f GiB free. %s",
             plan.largest.name, plan.needed / GIB, device.name, device.memory / GIB, _remedy(plan),
         )  # fmt: skip
     return plan
 
 
 def _remedy(plan: Plan) -> str:
+    """What to change in the recipe to make the run fit, as overrides for the command line."""
     changes = advise(plan)
     overrides: list[Any] = [override for change in changes for override in change.overrides]
     if changes and changes[-1].fits:

@@ -1,7 +1,8 @@
-"""Several processes on one run, as `accelerate launch` and `torchrun` start them: one of them writes.
+"""The processes of one run, as `accelerate launch` and `torchrun` start them.
 
-Every process trains, on a base of its own or, under FSDP2, on one that all share; the first process alone owns the
-run's folder, evaluates and exports, while the others wait.
+All processes train, each on its own copy of the base or, under FSDP2, on one base that they share. Only the first
+process writes to the run's folder, evaluates and exports; the others wait meanwhile. `tuna_peft.run.pipeline` creates
+one `Processes` at the start of a run.
 """
 
 from __future__ import annotations
@@ -14,49 +15,50 @@ from typing import Any
 from accelerate import PartialState
 
 from tuna_peft.models.base.shards import Lending
-from tuna_peft.run.sharding import Sharding, asked_for_deepspeed, asked_for_sharding, world_size
+from tuna_peft.run.sharding import Sharding, requested_deepspeed, requested_sharding, world_size
 
-# Others wait for as long as the first one evaluates or merges: much longer than the ten minutes of a usual collective.
-_PATIENCE = timedelta(days=2)
+# The others wait while the first process evaluates or merges, longer than PyTorch's default of ten minutes.
+_TIMEOUT = timedelta(days=2)
 
 
 class Processes:
-    """This process among those of the run.
+    """This process and its place among all processes of the run.
 
     Args:
-        on_cpu: Compute on the CPU, as the run does.
+        on_cpu: Whether the run computes on the CPU.
 
     Attributes:
-        count: How many there are.
-        main: Whether this is the first.
-        sharding: How they share one base; None where each has its own.
+        count: Number of processes.
+        main: Whether this is the first process.
+        sharding: How the processes share one base; None if each has its own copy.
 
     Raises:
-        UserError: The launcher would shard or step in a way that a run does not support.
+        UserError: The launcher's configuration requests sharding that a run does not support.
     """
 
     def __init__(self, on_cpu: bool = False) -> None:
-        asked = asked_for_sharding()
-        # DeepSpeed's engine on a CPU is one on no GPU.
-        options: dict[str, Any] = {"backend": "gloo"} if asked_for_deepspeed(on_cpu) and on_cpu else {"cpu": on_cpu}
-        # A single process needs no group, and nothing that would outlive the run.
-        self._state = PartialState(timeout=_PATIENCE, **options) if world_size() > 1 else None
+        sharding = requested_sharding()
+        # Accelerate 1.15 ignores DeepSpeed if it is told to use the CPU: it is told which backend to use instead.
+        options: dict[str, Any] = {"backend": "gloo"} if requested_deepspeed(on_cpu) and on_cpu else {"cpu": on_cpu}
+        # A single process needs no process group, which would outlive the run.
+        self._state = PartialState(timeout=_TIMEOUT, **options) if world_size() > 1 else None
         self.count = self._state.num_processes if self._state else 1
         self.main = self._state is None or self._state.is_main_process
-        self.sharding: Sharding | None = asked if self._state else None
-        self._lending = Lending(_PATIENCE) if self.sharding else None
+        self.sharding: Sharding | None = sharding if self._state else None
+        self._lending = Lending(_TIMEOUT) if self.sharding else None
 
     def wait(self) -> None:
-        """Until all have come to this point."""
+        """Waits until all processes have reached this point."""
         if self._state:
             self._state.wait_for_everyone()
 
     @contextlib.contextmanager
     def main_first(self, model: Any = None) -> Iterator[None]:
-        """The first process does what is inside while the others wait; then they do it, with what it made.
+        """The first process runs the block while the others wait; then they run it, and find its results.
 
         Args:
-            model: What the first one computes with; if it is sharded, the others gather its weights along with it.
+            model: The model that the first process uses in the block. If it is sharded, the waiting processes take
+                part in gathering its weights.
         """
         lending = self._lending if model is not None else None
         if self.main:
@@ -71,7 +73,7 @@ class Processes:
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
-        """One process after the other does what is inside."""
+        """The processes run the block one after the other."""
         rank = self._state.process_index if self._state else 0
         for _ in range(rank):
             self.wait()

@@ -1,10 +1,15 @@
-"""A stage's rows where the run ranks them itself: sample, then score or judge; each step goes on where it stopped."""
+"""The training data of a stage whose responses the run ranks itself: sample them, then rank by a teacher or a judge.
+
+`tuna_peft.run.pipeline` calls `check_feedback` before anything is trained and `make_rows` when the stage's turn comes.
+Each response and each ranking is saved in a journal at once, so an interrupted run resumes where it stopped.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -37,10 +42,14 @@ REPORT = "feedback.json"
 
 
 def check_feedback(stage: ResolvedStage, rows: list[Record], tokenizer: PreTrainedTokenizerBase) -> None:
-    """What can be known before anything is trained: the judge is there, and samples will fit.
+    """Checks, before anything is trained, that the judge exists and that samples will fit into `train.max_length`.
+
+    Args:
+        rows: The prompts of the stage.
 
     Raises:
-        UserError: No such judge, or a prompt with the longest response is beyond `train.max_length`.
+        UserError: There is no such judge, or a prompt with a response of the maximum length exceeds
+            `train.max_length`.
     """
     source, limit = stage.feedback, stage.max_length
     if source is not None and source.judge is not None:
@@ -51,28 +60,28 @@ def check_feedback(stage: ResolvedStage, rows: list[Record], tokenizer: PreTrain
     needed = longest + source.sample.max_new_tokens + 1
     if needed > limit:
         raise UserError(
-            f"prompts of up to {longest} tokens with responses of up to {source.sample.max_new_tokens} need {needed}, "
-            f"and max_length is {limit}",
+            f"prompts of up to {longest} tokens with responses of up to {source.sample.max_new_tokens} need "
+            f"{needed} tokens, and max_length is {limit}",
             where=stage.key,
             fix="Raise train.max_length, lower data.sample.max_new_tokens, or set overflow to `cut` or `skip`.",
         )
 
 
 def is_ranked(run: RunDirectory, stage: str) -> bool:
-    """Whether the rows of the stage are made."""
+    """Whether the responses of the stage are sampled and ranked already."""
     return run.load(f"stages/{stage}/{REPORT}") is not None
 
 
 def make_rows(
     run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: ResolvedStage
 ) -> None:
-    """Puts the encoded rows of `stage` into `inputs`, after sampling and ranking them if that is not done yet.
+    """Samples and ranks responses for `stage` unless that is done, and puts the encoded examples into `inputs.stages`.
 
-    `stages/<name>/` gets `samples.jsonl`, `ranked.jsonl`, the journals of both steps, and `feedback.json` with what
-    was sampled, ranked and left out.
+    Writes to `stages/<name>/`: `samples.jsonl`, `ranked.jsonl`, the journals of both steps, and `feedback.json` with
+    counts of what was sampled, ranked and skipped.
 
     Raises:
-        UserError: Nothing is left to rank, or a server gives no answers.
+        UserError: No prompt has responses that can be ranked, or a server does not answer.
     """
     source, folder = stage.feedback, run.stage_folder(stage.name)
     assert source is not None
@@ -83,11 +92,11 @@ def make_rows(
             rows, report["sample"] = _sample(run, model, base, stage, source.sample, rows)
             write_jsonl(folder / "samples.jsonl", rows)
         rows, ranking = _rank(source, rows, folder / "ranking.journal.jsonl", run.recipe.base.device)
-        free_memory()  # a teacher's or judge's, for training
+        free_memory()  # the teacher's or judge's memory is needed for training
         report |= ranking
         write_jsonl(folder / "ranked.jsonl", rows)
         run.save(name, report)
-    # A row that fits only nearly is counted: stopping here would lose what was sampled.
+    # An example that cannot be used is skipped and counted: an error here would waste what was sampled and ranked.
     ranked = DataSource(
         path=str(folder / "ranked.jsonl"), format="ranked", on_bad_row="skip",
         add_reference=stage.source.add_reference,
@@ -110,7 +119,7 @@ def _sample(
     ):
         rows, report = sample_candidates(sampler, prompts, sample, journal, seed=f"{run.recipe.seed}/{stage.name}")
     logger.info(
-        "%d responses to %d prompts; %s", report.responses, report.kept, "; ".join(report.lines()) or "all kept"
+        "%d responses to %d prompts; %s", report.responses, report.kept, "; ".join(report.lines()) or "none skipped"
     )
     return rows, report.as_dict()
 
@@ -119,36 +128,41 @@ def _sample(
 def _sampler(
     run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, sample: StageSample, names: list[str]
 ) -> Iterator[Sampler]:
-    """The run's model with the adapters `names`, or a vLLM engine with the same."""
+    """A sampler for the base with the adapters `names`: the run's own model, or a vLLM engine."""
     if sample.backend == "transformers":
         with active_adapters(model, names):
             yield ModelSampler(model, base.tokenizer, names)
         return
     settings = run.recipe.base
-    place = str(run.path / "stack") if names else settings.model
+    served = str(run.path / "stack") if names else settings.model
     with vllm_sampler(
-        place, names[-1] if names else None, quantization=run.recipe.quantization.method, revision=settings.revision,
+        served, names[-1] if names else None, quantization=run.recipe.quantization.method, revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
     ) as (sampler, _):  # fmt: skip
         yield sampler
 
 
 def _rank(
-    source: FeedbackSource, rows: list[Record], journal_path: Any, device: str
+    source: FeedbackSource, rows: list[Record], journal_path: Path, device: str
 ) -> tuple[list[Record], dict[str, Any]]:
+    """Ranks the responses of each prompt by the judge or the teacher.
+
+    Returns:
+        The ranked records, and counts of what was ranked and skipped.
+    """
     if source.judge is not None:
         with Journal(journal_path) as journal:
             judging = Judging(rows, source.judge, journal)
-            ahead = judging.estimate()
-            cost = f", for {ahead.cost:.2f} at most" if ahead.cost else ""
-            logger.info("judging: %d questions%s; %d have their answer", ahead.requests, cost, ahead.found)
+            estimate = judging.estimate()
+            cost = f", at a cost of {estimate.cost:.2f} at most" if estimate.cost else ""
+            logger.info("judging: %d questions%s; %d answers cached", estimate.requests, cost, estimate.found)
             ranked, judged = judging.records()
-        logger.info("judged %d of %d prompts; left out: %s", judged.ranked, judged.rows, _reasons(judged.left_out))
+        logger.info("judged %d of %d prompts; skipped: %s", judged.ranked, judged.rows, _reasons(judged.left_out))
         return ranked, {"judge": judged.as_dict()}
     assert source.score is not None
     with Journal(journal_path) as journal:
         ranked, scored = _score(source.score, rows, journal, device)
-    logger.info("scored %d of %d prompts; left out: %s", scored.scored, scored.rows, _reasons(scored.left_out))
+    logger.info("scored %d of %d prompts; skipped: %s", scored.scored, scored.rows, _reasons(scored.left_out))
     return ranked, {"score": scored.as_dict()}
 
 

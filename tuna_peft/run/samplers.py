@@ -1,4 +1,7 @@
-"""What draws responses: a loaded model, or a vLLM engine with the stack as one adapter."""
+"""Opens a sampler for a model: the model itself in transformers, or a vLLM engine with the stack as one adapter.
+
+`tuna-peft sample` and the stages of a run that sample (`tuna_peft.run.rank_samples`) call this.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,14 @@ def open_sampler(
     quantization: str = "none",
     device: str = "auto",
 ) -> Iterator[tuple[Sampler, PromptConfig]]:
-    """A sampler for whatever a user calls a model, and the prompt template that it was trained with.
+    """A sampler for any kind of model, and the prompt template that the model was trained with.
 
     Args:
-        model: As in `load_any_model`, like all that follows.
+        model: A run's folder, a stack, a Hub id ..., see `load_any_model`; so are the arguments after `backend`.
         backend: `transformers` or `vllm`.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: The model cannot be loaded.
     """
     if backend == "vllm":
         with vllm_sampler(model, upto, base_model, quantization) as opened:
@@ -57,10 +60,15 @@ def vllm_sampler(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[tuple[Sampler, PromptConfig]]:
-    """As `open_sampler`; the adapter is combined into a temporary folder.
+    """Like `open_sampler`, with vLLM.
+
+    vLLM serves a single adapter, so the stack is concatenated into one in a temporary folder.
+
+    Args:
+        revision: Branch, tag or commit of the base on the Hub; a stack brings its own.
 
     Raises:
-        UserError: vLLM is not installed or cannot serve this base or adapter.
+        UserError: vLLM is not installed, or cannot serve this base or adapter.
     """
     with tempfile.TemporaryDirectory() as folder:
         stack, adapter, prompt = local_stack(model), None, None
@@ -74,7 +82,7 @@ def vllm_sampler(
             combine_stack(stack, adapter, upto=upto)
         if quantization not in ("none", "nf4"):
             raise UserError(
-                f"vLLM does not quantise to {quantization}", where=model, fix="Use the backend `transformers`."
+                f"vLLM does not support {quantization}", where=model, fix="Use the backend `transformers`."
             )
         path = resolve_model_path(base)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)

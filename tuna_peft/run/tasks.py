@@ -1,4 +1,8 @@
-"""The tasks of an evaluation, with their data: read before anything is trained, so that a bad file costs seconds."""
+"""The tasks of an evaluation with their data, read before anything is trained, so that a bad file costs seconds.
+
+`read_tasks` turns the settings (`tuna_peft.recipe.evaluation_schema`) into `Task`s, each a function that measures one
+stage; `tuna_peft.run.evaluate` runs them. The metrics are in `tuna_peft.evaluation`.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +45,12 @@ from tuna_peft.recipe.evaluation_schema import (
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to measure, with its data in memory.
+    """One task of an evaluation, with its data in memory.
 
     Attributes:
-        name: Of its result.
-        run: Measures it.
-        settings: What its result depends on besides the model.
+        name: The name of its result.
+        run: Measures the stage of a session.
+        settings: What the result depends on besides the model. A saved result with other settings is not used.
     """
 
     name: str
@@ -56,12 +60,12 @@ class Task:
 
 @dataclass
 class TaskData:
-    """What the tasks of an evaluation have read.
+    """The tasks of an evaluation and what was read for them.
 
     Attributes:
-        tasks: In the order in which they are run.
-        ranked: The rows of `ranking`, None without it.
-        counts: What became of the records of the user's own data, by task.
+        tasks: The tasks in the order in which they are run.
+        ranked: The encoded examples of the task `ranking`; None without it.
+        counts: How many records of the user's own data were kept, skipped and truncated, by task.
     """
 
     tasks: list[Task] = field(default_factory=list)
@@ -76,16 +80,16 @@ def read_tasks(
     config: PretrainedConfig,
     stages: Sequence[str] = (),
 ) -> TaskData:
-    """Reads the data of every task that is given.
+    """Reads the data of every task in `settings`.
 
     Args:
-        prompt: How instructions become prompts.
-        tokenizer: Of the model.
-        config: Of the model.
-        stages: Names of all that may be measured, `base` among them.
+        prompt: The prompt template.
+        tokenizer: The model's tokenizer.
+        config: The model's configuration.
+        stages: Names of all stages that can be evaluated, `base` among them.
 
     Raises:
-        UserError: Data that cannot be used, or a program that is not there.
+        UserError: Data cannot be used, or a Python function does not exist.
     """
     data = TaskData()
     if settings.ranking:
@@ -171,12 +175,12 @@ def _lmentry(settings: LMentryTask, prompt: PromptConfig) -> Task:
 def _vicuna(settings: VicunaTask, prompt: PromptConfig, stages: Sequence[str]) -> Task:
     questions, unusable = read_vicuna_questions(Path(settings.path).expanduser(), _template(settings.wrap, prompt))
     file = Path(settings.against).expanduser()
-    of_file: dict[str, str] | None = None
+    answers_in_file: dict[str, str] | None = None
     if file.is_file():
-        of_file, broken = read_vicuna_answers(file)
+        answers_in_file, broken = read_vicuna_answers(file)
         unusable = [*unusable, *broken]
-    judge = settings.judge.model_copy(update={"on_no_answer": "skip"})  # what has no verdict is named in the result
-    if judge.function is None:  # a program grades each response alone
+    judge = settings.judge.model_copy(update={"on_no_answer": "skip"})  # the result names questions without a verdict
+    if judge.function is None:  # a Python function grades each response alone, so it has no order to swap
         judge.both_orders = True
 
     def run(session: Session) -> TaskResult:
@@ -184,23 +188,28 @@ def _vicuna(settings: VicunaTask, prompt: PromptConfig, stages: Sequence[str]) -
             journal = session.folder / FOLDER / "judge.jsonl"
             return judge_pairs(rows, judge, journal, description=f"judging ({session.stage})")[0]
 
-        against, left_out = of_file, unusable
+        against, excluded = answers_in_file, unusable
         if against is None and session.stage != settings.against:
             against = _answers_of_stage(session.folder, settings.against, stages)
-            if against is None:  # of a stage that is still to come
+            if against is None:  # during a run, the stage to compare with is still to be trained
                 reason = f"the stage {settings.against} had not answered yet"
-                left_out = [*unusable, Exclusion.of(reason, (question.id for question in questions))]
+                excluded = [*unusable, Exclusion.of(reason, (question.id for question in questions))]
         return evaluate_vicuna(
             session, questions, against=against, judge=compare, max_new_tokens=settings.max_new_tokens,
-            excluded=left_out,
+            excluded=excluded,
         )  # fmt: skip
 
     kept = _settings(settings, questions, "max_new_tokens")
-    other = settings.against if of_file is None else content_key(answers=of_file)
+    other = settings.against if answers_in_file is None else content_key(answers=answers_in_file)
     return Task("vicuna", run, {**kept, "against": other, "judge": _judge_name(judge)})
 
 
 def _answers_of_stage(folder: Path, stage: str, known: Sequence[str]) -> dict[str, str] | None:
+    """The saved responses of another stage, by question; None if that stage is not evaluated yet.
+
+    Raises:
+        UserError: There is no stage of that name.
+    """
     result = load_result(folder, stage, "vicuna")
     if result is None and stage in known:
         return None
@@ -208,7 +217,7 @@ def _answers_of_stage(folder: Path, stage: str, known: Sequence[str]) -> dict[st
         raise UserError(
             f"there is no file {stage!r}, and no stage of that name",
             where="evaluation.tasks.vicuna.against",
-            fix="Name a file of answers in FastChat's format, or a stage, such as base.",
+            fix="Give a file of answers in FastChat's format, or the name of a stage, such as base.",
         )
     return {prompt.id: prompt.response for prompt in result.prompts}
 
@@ -221,7 +230,7 @@ def _lm_eval(settings: LMEvalTask) -> Task:
     folder = settings.include_path
     if folder is not None and not Path(folder).is_dir():
         raise UserError(
-            "there is no such folder", where=folder, fix="Correct evaluation.tasks.lm_eval.include_path, or drop it."
+            "there is no such folder", where=folder, fix="Correct evaluation.tasks.lm_eval.include_path, or remove it."
         )
     require_harness()
     kept = settings.model_dump()
@@ -233,12 +242,13 @@ def _template(wrap: bool, prompt: PromptConfig) -> PromptTemplate:
 
 
 def _settings(settings: Any, questions: list[Question], *names: str) -> dict[str, Any]:
+    """The settings that a result depends on: those called `names`, and a hash of the questions."""
     digest = content_key(questions=[[question.id, question.prompt, question.references] for question in questions])
     return {**{name: getattr(settings, name) for name in names}, "data": digest}
 
 
 def _text(prompt: Any, template: PromptTemplate) -> str:
-    """Without the template around it."""
+    """A prompt without the template around it, for reports."""
     if isinstance(prompt, str):
         return template.unwrap(prompt)
     return "\n\n".join(message["content"] for message in prompt)

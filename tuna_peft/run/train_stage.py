@@ -1,4 +1,8 @@
-"""One stage: a new adapter on the frozen stack, trained by TRL's SFT or by the Tuna trainer, resumable."""
+"""Trains one stage: a new adapter on top of the frozen stack, with TRL's SFT trainer or the Tuna trainer.
+
+`tuna_peft.run.pipeline` calls `stage_config` to check the settings before anything is loaded, and `train_stage` to
+train; the latter resumes from the last checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,9 @@ from tuna_peft.training.trainer import TunaTrainer
 
 logger = logging.getLogger("tuna_peft")
 
-_ECHO = 2.0  # seconds in which a launcher has passed on a Ctrl-C
+# Ctrl-C reaches all processes of a terminal, and the launcher then sends it to its processes again: a second signal
+# within this many seconds is the same Ctrl-C.
+_REPEATED_CTRL_C = 2.0
 
 
 def train_stage(
@@ -48,19 +54,19 @@ def train_stage(
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Trains the adapter of `stage` on top of `model`, from the last complete checkpoint in `folder` if there is one.
 
-    A round that continues an adapter replaces the top one, from whose weights it starts.
+    With `stage.replaces`, the new adapter starts from the weights of the top adapter and replaces it.
 
     Args:
-        rows: Encoded rows, see `tuna_peft.data.tokenize`.
-        folder: Gets the checkpoints, `log_history.json` and `curves.png`.
+        rows: Encoded training examples, see `tuna_peft.data.tokenize`.
+        folder: The folder for checkpoints, `log_history.json` and `curves.png`.
 
     Returns:
-        The model with the new adapter on top, and what the report says of the stage.
+        The model with the new adapter on top, and a summary of the training for the report.
 
     Raises:
-        KeyboardInterrupt: After Ctrl-C, with a checkpoint of the step that was finished.
+        KeyboardInterrupt: After Ctrl-C. The current step was finished and saved as a checkpoint.
     """
-    set_seed(recipe.seed)  # the adapter's first weights are random
+    set_seed(recipe.seed)  # the initial weights of the adapter are random
     lora = stage.lora
     stacked = push_adapter(
         model,
@@ -79,7 +85,7 @@ def train_stage(
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
         require_same_engine(checkpoint, config.world_size, deepspeed=trainer.is_deepspeed_enabled)
-        logger.info("stage %s goes on from %s", stage.name, checkpoint.name)
+        logger.info("stage %s resumes from %s", stage.name, checkpoint.name)
     started, peak = time.monotonic(), Peak(stacked.device)
     with _stop_on_ctrl_c(stop), contextlib.closing(progress):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -105,25 +111,26 @@ def train_stage(
 
 
 def stage_config(recipe: Recipe, stage: ResolvedStage, folder: Path, *, on_cpu: bool) -> SFTConfig | TunaConfig:
-    """The trainer's configuration of `stage`.
+    """The trainer's configuration for `stage`: our defaults, then the recipe's fields, then what every run fixes.
 
     Raises:
-        UserError: Its fields do not go together.
+        UserError: The recipe's fields conflict with each other.
     """
     settings: dict[str, Any] = {
         "report_to": "none",
         "save_total_limit": 1,
         "dataloader_pin_memory": not on_cpu,
-        "ddp_find_unused_parameters": False,  # every adapter weight is used, and looking for others costs a pass
-        **stage.given,
+        "ddp_find_unused_parameters": False,  # all trained weights are used; searching would cost time in every pass
+        **stage.train_overrides,
         "output_dir": str(folder),
         "run_name": f"{recipe.name}-{stage.name}",
-        "disable_tqdm": True,  # StageProgress shows one bar of its own
+        "disable_tqdm": True,  # StageProgress shows a progress bar instead
         "seed": recipe.seed,
-        # Accelerate runs DeepSpeed only where a GPU could be.
+        # Accelerate 1.15 ignores DeepSpeed if it is told to use the CPU: it is told which backend to use instead.
         **({"ddp_backend": "gloo"} if on_cpu and under_deepspeed() else {"use_cpu": on_cpu}),
     }
-    if "activation_checkpointing" in SFTConfig.__dataclass_fields__:  # its older name warns
+    # transformers 5.18 renamed the field; its old name prints a warning.
+    if "activation_checkpointing" in SFTConfig.__dataclass_fields__:
         settings.setdefault("activation_checkpointing", settings.pop("gradient_checkpointing", True))
     if stage.type == "sft" and not {"bf16", "fp16"} & set(settings):
         settings["bf16"], settings["fp16"] = mixed_precision(on_cpu)
@@ -132,7 +139,7 @@ def stage_config(recipe: Recipe, stage: ResolvedStage, folder: Path, *, on_cpu: 
             config = TunaConfig(**settings)
         else:
             config = SFTConfig(**{"completion_only_loss": True, **settings})
-            use_one_gpu(config)
+            use_one_gpu(config)  # `TunaConfig` does this itself
     except (ValueError, TypeError) as error:
         raise UserError(str(error), where=f"{stage.key}.train", fix="Change these fields in the recipe.") from error
     require_fitting_deepspeed(config)
@@ -148,12 +155,16 @@ def _trainer(
 ) -> StackSFTTrainer | TunaTrainer:
     kind: Any = TunaTrainer if isinstance(config, TunaConfig) else StackSFTTrainer
     trainer = kind(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)  # StageProgress shows what it would print
+    trainer.remove_callback(PrinterCallback)  # it would print the metrics again that StageProgress shows
     return trainer
 
 
 def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftModel:
-    """Takes from the model what this trainer put around it, so that the next one starts from the same."""
+    """Undoes what the trainer changed in the model, so that evaluation and the next stage find it as it was.
+
+    Trainers wrap the model's `forward` for mixed precision, and switch on gradient checkpointing, for which they let
+    the embeddings' outputs require gradients.
+    """
     trainer.release_model(model)
     checkpoint_activations(model, False)
     model.disable_input_require_grads()
@@ -163,6 +174,7 @@ def _released(trainer: StackSFTTrainer | TunaTrainer, model: PeftModel) -> PeftM
 
 
 def _tokens(trainer: StackSFTTrainer | TunaTrainer) -> int | None:
+    """Number of tokens that the stage was trained on; None if the trainer did not log it."""
     if isinstance(trainer, TunaTrainer):
         return int(trainer.state.num_input_tokens_seen)
     return next((int(e["num_tokens"]) for e in reversed(trainer.state.log_history) if "num_tokens" in e), None)
@@ -170,22 +182,23 @@ def _tokens(trainer: StackSFTTrainer | TunaTrainer) -> int | None:
 
 @contextlib.contextmanager
 def _stop_on_ctrl_c(stop: StopOnRequest) -> Iterator[None]:
-    """The first Ctrl-C finishes the step and saves; the second one interrupts at once.
+    """The first Ctrl-C stops training after the current step, with a checkpoint; a second one interrupts immediately.
 
-    A launcher passes on the Ctrl-C that its processes have had already; that does not count as a second one.
+    Under a launcher a second signal right after the first one is ignored: it is the same Ctrl-C.
     """
+    # Python allows signal handlers in the main thread only; notebooks and servers may train in another one.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    asked: float | None = None
+    first: float | None = None
 
     def request(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked is None:
-            stop.requested, asked = True, time.monotonic()
-            print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once) ...", flush=True)
-        elif world_size() == 1 or time.monotonic() > asked + _ECHO:
+        nonlocal first
+        if first is None:
+            stop.requested, first = True, time.monotonic()
+            print("\nStopping after this step, with a checkpoint (Ctrl-C again: immediately) ...", flush=True)
+        elif world_size() == 1 or time.monotonic() > first + _REPEATED_CTRL_C:
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, request)
