@@ -24,7 +24,8 @@ from tuna_peft.models.generation.generate import generate_responses
 from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.models.stack.any_model import load_any_model
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings, TaskSettings
-from tuna_peft.run.evaluate import evaluate_target, recipe_of_run
+from tuna_peft.run.evaluate import evaluate_target
+from tuna_peft.run.folder import read_run_recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def evaluate_seconds(run: str, settings: EvaluationSettings) -> float:
 
 
 def _settings(run: str, path: str | None, limit: int | None) -> EvaluationSettings:
-    recipe = recipe_of_run(run)
+    recipe = read_run_recipe(Path(run))
     if recipe is None or recipe.evaluation is None or recipe.evaluation.tasks.graded is None:
         raise SystemExit(f"{run} is no run with evaluation.tasks.graded")
     graded = recipe.evaluation.tasks.graded

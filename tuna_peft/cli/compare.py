@@ -69,14 +69,14 @@ def _results(target: str) -> dict[str, Any]:
     from tuna_peft.errors import UserError, did_you_mean
     from tuna_peft.evaluation.results import load_results
     from tuna_peft.recipe.resolved import stage_names
-    from tuna_peft.run.evaluate import recipe_of_run
+    from tuna_peft.run.folder import read_run_recipe
 
     path, at, stage = target, "", ""
     if not Path(target).is_dir():
         path, at, stage = target.rpartition("@")
         if not at:
             path = target
-    recipe = recipe_of_run(path)
+    recipe = read_run_recipe(Path(path))
     order = None if recipe is None else stage_names(recipe)
     results = load_results(Path(path), order)
     if not results:

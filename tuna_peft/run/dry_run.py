@@ -12,9 +12,9 @@ from tuna_peft.data.config import DataSource
 from tuna_peft.data.load import load_prompts, read_ranked
 from tuna_peft.planning.lengths import is_here
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
-from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.folder import read_run_recipe
 
 
 def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
@@ -29,8 +29,8 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
         Text(dump_recipe(recipe)),
         _steps(recipe, output),
     ]
-    existing = output / "recipe.yaml"
-    if existing.is_file() and (changed := diff_recipes(load_recipe(existing, check=False), recipe)):
+    existing = read_run_recipe(output)
+    if existing and (changed := diff_recipes(existing, recipe)):
         lines = "".join(f"\n  {line}" for line in changed)
         parts.append(Text(f"{output} holds a run of another recipe and would be rejected:{lines}", style="red"))
     return Group(*parts)

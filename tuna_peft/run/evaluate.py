@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.errors import UserError, did_you_mean
 from tuna_peft.evaluation.report.build import FACTS
@@ -28,7 +26,7 @@ from tuna_peft.models.stack.any_model import load_any_model, local_stack, model_
 from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.models.stack.files import quantization_method
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
-from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.folder import read_run_recipe
 from tuna_peft.run.measure import environment
 from tuna_peft.run.tasks import Task, read_tasks
 
@@ -137,21 +135,15 @@ def evaluate_target(
     return {stage: results[stage] for stage in known if stage in results}
 
 
-def recipe_of_run(target: str) -> Recipe | None:
-    """The recipe in a run's folder; None where `target` is anything else."""
-    file = Path(target) / "recipe.yaml"
-    return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-
 def settings_of_run(target: str) -> dict[str, Any]:
     """The section `evaluation` of a run's recipe, as plain values; empty where `target` is anything else."""
-    recipe = recipe_of_run(target)
+    recipe = read_run_recipe(Path(target))
     return recipe.evaluation.model_dump(exclude_none=True) if recipe and recipe.evaluation else {}
 
 
 def default_output(target: str) -> Path:
     """The folder for results: a run's own, or one below `runs` for any other model."""
-    if recipe_of_run(target) is not None:
+    if read_run_recipe(Path(target)) is not None:
         return Path(target)
     return Path("runs") / f"evaluation-{re.sub(r'[^A-Za-z0-9._-]+', '-', target.strip('/.'))}"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from pydantic import ValidationError
 
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.report.build import FACTS
@@ -25,6 +26,30 @@ logger = logging.getLogger("tuna_peft")
 
 # Loggers whose messages go to run.log. Only those of tuna_peft go to the terminal too.
 _LOGGED = ("tuna_peft", "transformers", "py.warnings")
+
+
+def read_run_recipe(folder: Path) -> Recipe | None:
+    """The recipe that a run has written into its folder; None if `folder` is not a run's.
+
+    Raises:
+        UserError: Another version of this package has written it, with keys that this version does not have.
+    """
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        return None
+    try:
+        return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (ValidationError, yaml.YAMLError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        else:
+            reason = "not valid YAML"
+        raise UserError(
+            f"this version of tuna_peft cannot read the recipe of this run ({reason})",
+            where=str(file),
+            fix="Use the version that made the run (see `packages` in run.json), or choose another --output.",
+        ) from error
 
 
 class RunDirectory:
@@ -129,8 +154,8 @@ class RunDirectory:
                 )
             write_text(file, dump_recipe(self.recipe))
             return
-        old = Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-        if differing := diff_recipes(old, self.recipe):
+        old = read_run_recipe(self.path)
+        if old and (differing := diff_recipes(old, self.recipe)):
             raise UserError(
                 "the output directory belongs to a run of another recipe; these keys differ:\n    "
                 + "\n    ".join(differing),
