@@ -22,8 +22,8 @@ from tuna_peft.evaluation.results import TaskResult, load_result, save_result
 from tuna_peft.evaluation.session import JOURNAL, Session
 from tuna_peft.files import write_json
 from tuna_peft.journal import Journal
-from tuna_peft.models.stack.any_model import load_any_model, local_stack, model_digest, usual_prompt
 from tuna_peft.models.stack.adapters import active_adapters
+from tuna_peft.models.stack.any_model import load_any_model, local_stack, model_digest, usual_prompt
 from tuna_peft.models.stack.files import quantization_method
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
 from tuna_peft.run.folder import read_run_recipe
