@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.arms import ARMS
+from benchmarks.arms import ARMS, to_device
 from benchmarks.shapes import build, config_of, set_fused
 from benchmarks.workloads import Group, Workload
 
@@ -30,7 +30,7 @@ def require_agreement(names: list[str], *, device: str = "cpu", tolerance: float
     def compute(name: str, groups: list[Group]) -> tuple[torch.Tensor, torch.Tensor]:
         arm = ARMS[name]
         set_fused(model, arm.fused)
-        batch = {key: value.to(device) for key, value in arm.batch(groups).items()}
+        batch = to_device(arm.batch(groups), device)
         loss = arm.loss(model, device)(batch)
         gradients = torch.autograd.grad(loss, parameters)
         return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])

@@ -11,8 +11,9 @@ import torch
 
 from benchmarks import ours, reference, trl_pairs
 from benchmarks.workloads import RESPONSES, Group
+from tuna_peft.data.batch import PackedBatch
 
-Loss = Callable[[dict[str, Any]], torch.Tensor]
+Loss = Callable[[Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Arm:
         fused: Whether LoRA layers add all adapters at once, or as PEFT does.
     """
 
-    batch: Callable[[list[Group]], dict[str, Any]]
+    batch: Callable[[list[Group]], dict[str, Any] | PackedBatch]
     loss: Callable[[Any, str], Loss]
     agrees: bool = True
     checkpointing: bool = True
@@ -59,15 +60,8 @@ ARMS = {
 }
 
 
-# Where segments end decides how many kernel calls there are: on meta they must keep their values.
-_SIZES = ("q_offsets", "k_offsets")
-
-
-def to_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
+def to_device(batch: dict[str, Any] | PackedBatch, device: str) -> dict[str, Any] | PackedBatch:
     """Moves the tensors of a batch."""
-    return {
-        key: value.to(device)
-        if isinstance(value, torch.Tensor) and not (device == "meta" and key in _SIZES)
-        else value
-        for key, value in batch.items()
-    }
+    if isinstance(batch, PackedBatch):
+        return ours.to_meta(batch) if device == "meta" else batch.to(device)
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -16,6 +16,7 @@ from benchmarks.memory import LiveBytes
 from benchmarks.meta import meta_step
 from benchmarks.shapes import set_checkpointing, set_fused
 from benchmarks.workloads import Group
+from tuna_peft.data.batch import PackedBatch
 from tuna_peft.training.activation_memory import GIB, ActivationMemory
 
 SPARE = 2 * GIB  # context, workspaces and fragmentation, left free on a card
@@ -105,7 +106,7 @@ class Runner:
             self._activations.attach(self.model)
         return loss, batches, checkpointing
 
-    def _step(self, loss: Loss, batches: list[dict[str, Any]]) -> None:
+    def _step(self, loss: Loss, batches: list[dict[str, Any] | PackedBatch]) -> None:
         autocast = torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()
         with meta_step(self.equal_lengths) if self.device == "meta" else nullcontext():
             for batch in batches:
@@ -113,15 +114,16 @@ class Runner:
                     value = loss(batch)
                 (value / len(batches)).backward()
 
-    def _peak(self, loss: Loss, batches: list[dict[str, Any]]) -> int:
+    def _peak(self, loss: Loss, batches: list[dict[str, Any] | PackedBatch]) -> int:
         largest = max(batches, key=_positions)
+        tensors = vars(largest) if isinstance(largest, PackedBatch) else largest
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             self._step(loss, [largest])
             return torch.cuda.max_memory_allocated() - before
         known = [*self.model.parameters(), *self.model.buffers(), *(parameter.grad for parameter in self.parameters)]
-        with LiveBytes([*known, *(value for value in largest.values() if isinstance(value, torch.Tensor))]) as live:
+        with LiveBytes([*known, *(value for value in tensors.values() if isinstance(value, torch.Tensor))]) as live:
             self._step(loss, [largest])
         return live.peak
 
@@ -130,8 +132,10 @@ class Runner:
             torch.cuda.synchronize()
 
 
-def _positions(batch: dict[str, Any]) -> int:
+def _positions(batch: dict[str, Any] | PackedBatch) -> int:
     """Rows times width, padding included."""
+    if isinstance(batch, PackedBatch):
+        return batch.input_ids_BT.numel()
     keys = ["input_ids"] if "input_ids" in batch else ["chosen_input_ids", "rejected_input_ids"]
     width = max(batch[key].shape[1] for key in keys)
     return sum(len(batch[key]) for key in keys) * width

@@ -18,13 +18,13 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
+from benchmarks import ours
 from benchmarks.flops import Counted, counted
 from benchmarks.memory import LiveBytes
 from benchmarks.meta import meta_step
 from benchmarks.shapes import set_checkpointing
 from benchmarks.trl_pairs import _Accelerator
 from benchmarks.workloads import Group
-from tuna_peft.data.collate import RankedCollator
 from tuna_peft.models.forward.scoring import response_logps
 from tuna_peft.models.generation.generate import _chooser, _Decoder, _Sequence
 
@@ -56,13 +56,9 @@ def supervised(model: Any, lengths: Sequence[int], *, recompute: bool, targets: 
 
 def scoring(model: Any, groups: list[Group]) -> int:
     """Log-probabilities of the responses of some groups, without gradients."""
-    sizes = ("q_offsets", "k_offsets")  # where segments end: with their values
-    batch = {
-        key: value if key in sizes else value.to("meta")
-        for key, value in RankedCollator(pad_token_id=0)(groups).items()
-    }
+    batch = ours.to_meta(ours.batch_of(groups))
     model.eval()
-    with LiveBytes([*_known(model), *batch.values()]) as live, torch.no_grad(), meta_step(True):
+    with LiveBytes([*_known(model), *vars(batch).values()]) as live, torch.no_grad(), meta_step(True):
         response_logps(model, batch)
     return live.peak
 

@@ -40,9 +40,9 @@ def on_lists(rank_loss: Callable[..., torch.Tensor], mle_on: str = "all", mle_we
         def loss(rows):
             batch = collate(rows)
             logps = response_logps(model, batch)
-            value = rank_loss(logps.normalised(), batch["ranks"], _grades(rows, batch["ranks"]))
+            value = rank_loss(logps.normalised(), batch.ranks_BN, _grades(rows, batch.ranks_BN))
             if mle_weight:
-                covered = batch["mle"]
+                covered = batch.mle_BN
                 value = value - mle_weight * logps.sums_BN[covered].sum() / logps.lengths_BN[covered].sum()
             return value
 

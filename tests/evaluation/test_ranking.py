@@ -83,7 +83,7 @@ def test_a_batch_that_runs_out_of_memory_goes_on_as_halves(base, rows, monkeypat
     sizes, score = [], scoring.response_logps
 
     def small(model, batch):
-        sizes.append(len(batch["ranks"]))
+        sizes.append(len(batch.ranks_BN))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError
         return score(model, batch)

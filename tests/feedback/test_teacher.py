@@ -74,8 +74,8 @@ def test_batches_and_memory_do_not_matter_and_nothing_is_computed_twice(model, j
     inner = scoring.response_logps
 
     def small(model, batch):
-        calls.append(len(batch["ranks"]))
-        if len(batch["ranks"]) > 2:
+        calls.append(len(batch.ranks_BN))
+        if len(batch.ranks_BN) > 2:
             raise torch.OutOfMemoryError
         return inner(model, batch)
 

@@ -53,7 +53,7 @@ def layer_gib(model, batch):
     policy.attach(model)
     gradients(model, batch)
     policy.detach()
-    return policy._bytes_per_token * batch["input_ids"].numel() / GIB
+    return policy._bytes_per_token * batch.input_ids_BT.numel() / GIB
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3, LAYERS, 10])
@@ -146,7 +146,7 @@ def test_out_of_memory_gives_everything_back_once(model, batch):
     policy = ActivationMemory(1e6)
     policy.attach(model)
     gradients(model, batch)
-    assert policy.give_back() and not policy.give_back()
+    assert policy.release() and not policy.release()
     gradients(model, batch)
     assert kept(model) == [False] * LAYERS
 

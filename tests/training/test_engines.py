@@ -80,7 +80,7 @@ def test_what_goes_with_deepspeeds_configuration():
 def test_a_pass_before_the_last_one_ends_no_step():
     trainer = DataParallel.__new__(DataParallel)
     trainer.accelerator = Accelerator(cpu=True)
-    with trainer.before_the_last_pass(model=None):
+    with trainer.accumulate_gradients(model=None):
         assert not trainer.accelerator.sync_gradients
     assert trainer.accelerator.sync_gradients
 

@@ -161,13 +161,13 @@ def test_a_token_budget_does_not_change_the_loss(base_folder, tmp_path, budget):
     assert results[0] == pytest.approx(results[1], abs=2e-4)
     micro_batches = run.data_collator(rows)["micro_batches"]
     assert len(micro_batches) > 3 and seen > 0
-    assert all(batch["input_ids"].shape[0] * len(batch["input_ids"][0]) <= budget + 8 * 8 for batch in micro_batches)
+    assert all(batch.input_ids_BT.shape[0] * len(batch.input_ids_BT[0]) <= budget + 8 * 8 for batch in micro_batches)
 
 
 def test_out_of_memory_splits_the_step_and_changes_nothing(base_folder, tmp_path, monkeypatch, caplog):
     def crowded(model, batch):
         logps = response_logps(model, batch)
-        if len(batch["ranks"]) > 2:
+        if len(batch.ranks_BN) > 2:
             lowest = next(parameter for parameter in model.parameters() if parameter.requires_grad)
 
             def fail(gradient):  # late in the backward pass: the layers above have their gradients
@@ -184,7 +184,7 @@ def test_out_of_memory_splits_the_step_and_changes_nothing(base_folder, tmp_path
         run = trainer(stacked(base_folder), tmp_path, make_rows(16), **settings)
         run.train()
         logs.append([entry for entry in run.state.log_history if "loss" in entry])
-    assert "out of memory: this step goes on in 2 forward passes" in caplog.text
+    assert "out of memory: repeating this step in 2 forward passes" in caplog.text
     for whole, split in zip(*logs, strict=True):
         assert whole == pytest.approx(split, abs=2e-3)
 
@@ -245,12 +245,20 @@ def test_prompts_of_like_length_share_steps_when_asked_to(base_folder, tmp_path)
         run = trainer(stacked(base_folder), tmp_path, make_rows(128, n=(2, 9)), train_sampling_strategy=sampling,
                       per_device_train_batch_size=4, seed=seed)  # fmt: skip
         batches = [micro for batch in run.get_train_dataloader() for micro in batch["micro_batches"]]
-        padding = sum(batch["input_ids"].numel() - len(batch["tokens"]) for batch in batches)
-        return padding, [batch["input_ids"].flatten().tolist() for batch in batches]
+        padding = sum(batch.input_ids_BT.numel() - len(batch.tokens_U) for batch in batches)
+        return padding, [batch.input_ids_BT.flatten().tolist() for batch in batches]
 
     padding, order = drawn(0, "group_by_length")
     assert padding < 0.7 * drawn(0, "random")[0]
     assert drawn(0, "group_by_length")[1] == order != drawn(1, "group_by_length")[1]
+
+
+def test_grouping_by_length_also_evaluates(base_folder, tmp_path):
+    """`Trainer` uses that sampler for evaluation too, and ranked rows have no `input_ids` that it could measure."""
+    rows = make_rows(16)
+    expected = trainer(stacked(base_folder), tmp_path, rows).evaluate()
+    found = trainer(stacked(base_folder), tmp_path, rows, train_sampling_strategy="group_by_length").evaluate()
+    assert found["eval_ranking_accuracy"] == pytest.approx(expected["eval_ranking_accuracy"])
 
 
 def test_a_checkpoint_is_a_whole_stack(base_folder, tmp_path):
@@ -277,7 +285,7 @@ def test_refusals(base_folder, tmp_path):
     rows = Dataset.from_list(make_rows())
     with pytest.raises(UserError, match="no parameter of the model is trainable"):
         trainer(quantised(base_folder), tmp_path, make_rows())
-    with pytest.raises(UserError, match="quantised base cannot be trained"):
+    with pytest.raises(UserError, match="quantized base cannot be trained"):
         TunaTrainer(str(base_folder), config(tmp_path), train_dataset=rows, processing_class=Tokens(),
                     quantization_config=make_quantization_config("nf4"))  # fmt: skip
     with pytest.raises(ValueError, match="reduction='sum': use one of gap_mean, pair_sum"):

@@ -139,7 +139,7 @@ def check_ranking_step() -> list[Check]:
     from tuna_peft.models.forward import scoring
     from tuna_peft.models.forward.checkpointing import checkpoint_activations
     from tuna_peft.models.forward.prefix import LONG_ROW, describe_attention
-    from tuna_peft.models.forward.verify import verify_shared_rows
+    from tuna_peft.models.forward.verify import verify_packing
     from tuna_peft.models.generation.generate import generate_responses
     from tuna_peft.models.stack.adapters import push_adapter
 
@@ -153,16 +153,16 @@ def check_ranking_step() -> list[Check]:
     for length in (8, LONG_ROW // 4):  # of the prompt and of three responses
         prompt, *responses = torch.randint(10, 1000, (4, length), generator=draw).tolist()
         row = {"prompt_ids": prompt, "completions_ids": responses, "completion_skips": [0] * 3, "ranks": [0, 1, 2]}
-        batch = {key: value.to(device) for key, value in RankedCollator(0)([row]).items()}
+        batch = RankedCollator(0)([row]).to(device)
         with torch.autocast(device.type, dtype, enabled=device.type == "cuda"):
-            difference = max(difference, verify_shared_rows(model, row, device))
+            difference = max(difference, verify_packing(model, row, device))
             score = scoring.response_logps(model.train(), batch).normalised().sum()
         score.backward()
     gradients = [parameter.grad for name, parameter in model.named_parameters() if "lora_B" in name]
     if not all(gradient is not None and gradient.isfinite().all() and gradient.any() for gradient in gradients):
         return [Check("ranking step", "fail", f"gradients on {device.type} in {dtype}: missing, zero or not finite")]
     generate_responses(model, base.tokenizer, [prompt, prompt[:8]], max_new_tokens=4)
-    agree = f"on {device.type}: shared rows agree with separate rows to {difference:.1e} nats a token"
+    agree = f"on {device.type}: packed sequences match separate ones to {difference:.1e} nats per token"
     return [Check("ranking step", "ok", f"{agree}; {describe_attention(model, device)}")]
 
 

@@ -1,22 +1,24 @@
-"""Packs each prompt and its responses into one row that computes every shared token once.
+"""Packs each prompt and its responses into one sequence in which every shared token is computed once.
 
-A prompt's N sequences (prompt + response) form a tree: what several of them begin with, the prompt above all, is one
-branch. A row holds the tree's tokens in the order in which the sequences add them, so [prompt | r1 | ... | rN] when
-responses share nothing. Each token sees the tokens of its own sequence before it, at the positions that it would have
-in a separate row, so that every hidden state is that of a separate row.
+A prompt's N sequences (prompt + response) form a tree: a prefix that several of them share, first of all the prompt,
+is one branch. A packed sequence holds the tree's tokens in the order in which the sequences add them, so
+[prompt | r1 | ... | rN] when responses share nothing. Each token attends to the earlier tokens of its own response's
+sequence, at the positions that it would have there, so every hidden state equals that of a separate sequence.
 
-Shape suffixes: B prompts, N responses, T tokens of a row, S segments of a row; U tokens without padding, R predicted
-tokens and P path entries of the batch.
+`TunaTrainer` uses `MicroBatchCollator`; the ranking evaluation and the teacher use `RankedCollator`. Shape suffixes:
+see `tuna_peft.data.batch`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from tuna_peft.data.batch import PackedBatch, segment_keys
+from tuna_peft.errors import UserError
 from tuna_peft.limits import PAD_TO
 
 # A limit beyond every position: the whole of a segment is visible.
@@ -25,27 +27,14 @@ EVERYTHING = 2**31 - 1
 
 @dataclass
 class RankedCollator:
-    """Turns encoded rows (see `tuna_peft.data.tokenize.encode_ranked`) into a batch.
-
-    The batch holds:
-
-    - `input_ids`, `position_ids`, `segment_ids` `(B, T)`: the tree's tokens, their depth, and the unbranched run of
-      tokens that each belongs to (padding is a last segment of its own);
-    - `limits` `(B, S, S)`: a token of segment a sees those tokens of segment b whose position is below `limits[a, b]`;
-    - `tokens` `(U,)`: where the tokens that are no padding are in the flattened `(B * T)` ones;
-    - `q_offsets`, `k_offsets` int32, `keys`: what `limits` says, by segment, see `segment_keys`;
-    - `predictors`, `targets` `(R,)`: each token that carries loss, once, and the index into `tokens` of the one before
-      it;
-    - `path`, `candidates` `(P,)`: which of those R tokens make up which response, as an index into the flattened
-      `(B * N)` responses;
-    - `ranks` `(B, N)`: 0 is best, equal where tied, -1 where there is no ranked response;
-    - `mle` `(B, N)`: which responses the likelihood term covers.
+    """Turns encoded rows (see `tuna_peft.data.tokenize.encode_ranked`) into a `PackedBatch`, one sequence per row.
 
     Args:
-        pad_token_id: Fills `input_ids`; never looked at, padding is known by its segment.
-        mle_on: `all`, `best` or `reference`; the last one appends the reference response as one more, unranked.
-        pad_to_multiple_of: Rows are padded to a multiple of this.
-        share_responses: Share what responses have in common beyond the prompt.
+        pad_token_id: Fills `input_ids_BT` and is never read: padding is recognized by its segment, so it may be EOS.
+        mle_on: Which responses the SFT loss (NLL) term covers: `all`, `best` or `reference`; the last one appends the
+            reference response as one more, unranked.
+        pad_to_multiple_of: Sequences are padded to a multiple of this.
+        share_responses: Also share prefixes that responses have in common beyond the prompt.
     """
 
     pad_token_id: int
@@ -53,10 +42,10 @@ class RankedCollator:
     pad_to_multiple_of: int = PAD_TO
     share_responses: bool = True
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> PackedBatch:
         return self.stack([self.pack(row) for row in rows])
 
-    def stack(self, packed: Sequence[PackedRow]) -> dict[str, torch.Tensor]:
+    def stack(self, packed: Sequence[PackedRow]) -> PackedBatch:
         """The batch of rows that are packed already."""
         width = max(len(tree.tokens) for tree in packed)
         width += -width % self.pad_to_multiple_of
@@ -66,41 +55,41 @@ class RankedCollator:
         def padded(columns: list[list[int]], size: int, fill: int) -> torch.Tensor:
             return torch.tensor([column + [fill] * (size - len(column)) for column in columns])
 
-        limits = torch.zeros(len(packed), segments, segments, dtype=torch.int32)
+        limits_BSS = torch.zeros(len(packed), segments, segments, dtype=torch.int32)
         targets: list[int] = []
         predictors: list[int] = []
-        path: list[int] = []
-        candidates: list[int] = []
-        before = 0  # tokens of the rows above
+        predictions: list[int] = []
+        responses: list[int] = []
+        before = 0  # tokens of the sequences above, without padding
         for b, tree in enumerate(packed):
             for segment, seen in enumerate(tree.limits):
                 for other, limit in seen.items():
-                    limits[b, segment, other] = limit
-            numbers: dict[int, int] = {}  # of a token in this row, among the R of the batch
+                    limits_BSS[b, segment, other] = limit
+            prediction_of: dict[int, int] = {}  # from a token of this tree to its place among the R predictions
             for k, tokens in enumerate(tree.loss_tokens):
                 for token in tokens:
-                    if token not in numbers:
-                        numbers[token] = len(targets)
+                    if token not in prediction_of:
+                        prediction_of[token] = len(targets)
                         targets.append(tree.tokens[token])
                         predictors.append(before + tree.parents[token])
-                    path.append(numbers[token])
-                    candidates.append(b * n + k)
+                    predictions.append(prediction_of[token])
+                    responses.append(b * n + k)
             before += len(tree.tokens)
-        position_ids = padded([tree.positions for tree in packed], width, 0)
-        segment_ids = padded([tree.segments for tree in packed], width, segments - 1)
-        return {
-            "input_ids": padded([tree.tokens for tree in packed], width, self.pad_token_id),
-            "position_ids": position_ids,
-            "segment_ids": segment_ids,
-            "limits": limits,
-            **segment_keys(segment_ids, position_ids, limits),
-            "predictors": torch.tensor(predictors),
-            "targets": torch.tensor(targets),
-            "path": torch.tensor(path),
-            "candidates": torch.tensor(candidates),
-            "ranks": padded([tree.ranks for tree in packed], n, -1),
-            "mle": padded([tree.mle for tree in packed], n, 0).bool(),
-        }
+        position_ids_BT = padded([tree.positions for tree in packed], width, 0)
+        segment_ids_BT = padded([tree.segments for tree in packed], width, segments - 1)
+        return PackedBatch(
+            input_ids_BT=padded([tree.tokens for tree in packed], width, self.pad_token_id),
+            position_ids_BT=position_ids_BT,
+            segment_ids_BT=segment_ids_BT,
+            limits_BSS=limits_BSS,
+            **segment_keys(segment_ids_BT, position_ids_BT, limits_BSS),
+            predictors_R=torch.tensor(predictors),
+            targets_R=torch.tensor(targets),
+            predictions_P=torch.tensor(predictions),
+            responses_P=torch.tensor(responses),
+            ranks_BN=padded([tree.ranks for tree in packed], n, -1),
+            mle_BN=padded([tree.mle for tree in packed], n, 0).bool(),
+        )
 
     def pack(self, row: dict[str, Any]) -> PackedRow:
         """One row's tokens as a tree."""
@@ -116,42 +105,61 @@ class RankedCollator:
         return tree
 
 
-def segment_keys(
-    segment_ids: torch.Tensor, position_ids: torch.Tensor, limits: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Which keys each segment of a batch sees, for attention that goes segment by segment and computes no padding.
+@dataclass
+class MicroBatchCollator:
+    """Collates the prompts of one batch into one or more micro-batches, prompts of similar length together.
+
+    The sampler chooses the prompts of a step, whatever their lengths, and the loss is averaged over all of them: the
+    token budget changes memory and time, not the loss.
 
     Args:
-        segment_ids, position_ids, limits: As in a batch of `RankedCollator`.
+        collate: Packs rows and stacks them into a `PackedBatch`.
+        max_tokens: Maximum tokens of a micro-batch, padding included; None puts all prompts into one.
 
-    Returns:
-        `tokens` `(U,)`: where the tokens that are no padding are in the flattened `(B * T)` ones; `q_offsets`,
-        `k_offsets` `(S+1,)` int32: where each of the batch's S segments starts among those U, and its keys among all
-        K; `keys` `(K,)`: their places among the U, in the order of their positions and the segment itself last.
+    Returns (when called):
+        `{"micro_batches": [PackedBatch, ...]}`, the longest sequences first, so that running out of memory shows at
+        once. A dict, because `Trainer` looks up keys in a batch.
     """
-    there = segment_ids < limits.shape[1] - 1
-    q_offsets, k_offsets = [0], [0]
-    keys: list[int] = []
-    columns = there.sum(1).tolist(), segment_ids.tolist(), position_ids.tolist(), limits.tolist()
-    for length, ids, positions, seen in zip(*columns, strict=True):
-        row = q_offsets[-1]
-        starts = [token for token in range(length) if token == 0 or ids[token] != ids[token - 1]]
-        start_of = {ids[start]: start for start in starts}
-        for start, end in zip(starts, [*starts[1:], length], strict=True):
-            own = ids[start]
-            for other, limit in enumerate(seen[own]):  # ancestors were added before their branches
-                if limit and other != own:
-                    first = start_of[other]
-                    keys += range(row + first, row + first + limit - positions[first])
-            keys += range(row + start, row + end)
-            q_offsets.append(row + end)
-            k_offsets.append(len(keys))
-    return {
-        "tokens": there.flatten().nonzero().squeeze(-1),
-        "q_offsets": torch.tensor(q_offsets, dtype=torch.int32),
-        "k_offsets": torch.tensor(k_offsets, dtype=torch.int32),
-        "keys": torch.tensor(keys),
-    }
+
+    collate: RankedCollator
+    max_tokens: int | None = None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[PackedBatch]]:
+        packed = [self.collate.pack(row) for row in rows]
+        if self.max_tokens is None:
+            return {"micro_batches": [self.collate.stack(packed)]}
+        packed.sort(key=lambda row: -len(row.tokens))
+        micro_batches: list[list[PackedRow]] = []
+        for row in packed:
+            width = len(micro_batches[-1][0].tokens) if micro_batches else 0
+            if not micro_batches or (len(micro_batches[-1]) + 1) * width > self.max_tokens:
+                micro_batches.append([])
+            micro_batches[-1].append(row)
+        return {"micro_batches": [self.collate.stack(rows) for rows in micro_batches]}
+
+    def require_fitting(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Checks that every prompt fits into the budget with its responses.
+
+        Raises:
+            UserError: One does not; names the first.
+        """
+        if self.max_tokens is None:
+            return
+        for index, row in enumerate(rows):
+            if total_length(row) <= self.max_tokens:
+                continue  # it fits even without sharing: no need to build the tree
+            tokens = len(self.collate.pack(row).tokens)
+            if tokens > self.max_tokens:
+                raise UserError(
+                    f"a prompt with its responses has {tokens} tokens, max_tokens_per_batch is {self.max_tokens}",
+                    where=f"row {index}" + (f" (id {row['id']})" if row.get("id") else ""),
+                    fix=f"Raise max_tokens_per_batch to at least {tokens}, or lower max_length.",
+                )
+
+
+def total_length(row: dict[str, Any]) -> int:
+    """Tokens of an encoded row: its prompt and all its responses, before shared prefixes are merged."""
+    return len(row["prompt_ids"]) + sum(map(len, row["completions_ids"]))
 
 
 @dataclass
@@ -176,7 +184,7 @@ class PackedRow:
             index = self._children.get((parent, token)) if shared else None
             if index is None:
                 index = len(self.tokens)
-                if not indices or shared or not self.limits:  # the first token off the beaten path
+                if not indices or shared or not self.limits:  # the first token that is not shared
                     self._branch_off(parent)
                 shared = False
                 self.tokens.append(token)

@@ -15,7 +15,7 @@ from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, scored_records
 from tuna_peft.journal import Journal, content_key
 from tuna_peft.models.forward.scoring import stream_logps
-from tuna_peft.models.forward.verify import verify_shared_rows
+from tuna_peft.models.forward.verify import verify_packing
 from tuna_peft.models.generation.generate import context_of
 from tuna_peft.models.stack.any_model import load_any_model, model_digest
 
@@ -94,7 +94,7 @@ def _score(
     """Brings sums and lengths of every row into the journal, like lengths together, the longest first."""
     if encoded:
         shortest = min(encoded.values(), key=_tokens)
-        verify_shared_rows(model, shortest, next(model.parameters()).device)
+        verify_packing(model, shortest, next(model.parameters()).device)
     collate = RankedCollator(tokenizer.pad_token_id or 0)
     with tqdm(total=len(encoded), desc="scoring", unit=" prompts", leave=False, delay=2, disable=None) as bar:
         for keys, found in stream_logps(model, collate, encoded, _batches(encoded, max_tokens)):

@@ -40,7 +40,7 @@ class ActivationMemory(TrainerCallback):
         self._hook: Any = None
         self._bytes_per_token, self._widest, self._logged = 0.0, 0, 0
         self._pass_bytes_per_token: float | None = None  # of a GPU, recomputing everything
-        self._spared_tokens = 0
+        self._probe_tokens = 0
         self._left = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -50,9 +50,9 @@ class ActivationMemory(TrainerCallback):
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         """After the first step it is known what a GPU has left; after one that fp16's scaler skipped it is not, as the
         optimizer has no states yet."""
-        if self.setting == "auto" and self._pass_bytes_per_token is None and self._spared_tokens and optimizer.state:
+        if self.setting == "auto" and self._pass_bytes_per_token is None and self._probe_tokens and optimizer.state:
             device = args.device
-            self._pass_bytes_per_token = (_peak(device) - self._left) / self._spared_tokens
+            self._pass_bytes_per_token = (_peak(device) - self._left) / self._probe_tokens
             self._left = ACTIVATIONS_ON_GPU * _free(device)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -74,7 +74,7 @@ class ActivationMemory(TrainerCallback):
             self._hook.remove()
             self._hook = None
 
-    def give_back(self) -> bool:
+    def release(self) -> bool:
         """After running out of memory: every layer recomputes from now on. False when they all did, or cannot."""
         able = [layer for layer in self._layers if hasattr(layer, "_gradient_checkpointing_func")]
         kept = any(not layer.gradient_checkpointing for layer in able)
@@ -112,9 +112,9 @@ class ActivationMemory(TrainerCallback):
         if device.type == "cpu":
             return ACTIVATIONS_IN_RAM * available_ram()
         if self._pass_bytes_per_token is None:  # the first step shows what recomputing everything takes
-            if not self._spared_tokens:
+            if not self._probe_tokens:
                 self._left = _start_watching(device)
-            self._spared_tokens = max(self._spared_tokens, tokens)
+            self._probe_tokens = max(self._probe_tokens, tokens)
             return 0.0
         return max(self._left - self._pass_bytes_per_token * tokens, 0.0)
 

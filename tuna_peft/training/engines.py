@@ -60,7 +60,7 @@ class DataParallel(Trainer):
         return self._zero_stage == 2
 
     @contextlib.contextmanager
-    def before_the_last_pass(self, model: torch.nn.Module) -> Iterator[None]:
+    def accumulate_gradients(self, model: torch.nn.Module) -> Iterator[None]:
         """A backward pass inside ends no step: its gradients wait for those of the passes after it."""
         state = self.accelerator.gradient_state
         ends_step = state.sync_gradients

@@ -1,6 +1,6 @@
-"""Ranking metrics of training, summed on the device and turned into means when they are logged.
+"""Ranking metrics of training: summed on the device for each micro-batch, turned into means when they are logged.
 
-Shape suffixes: B prompts, N responses.
+`TunaTrainer` records and logs them. Shape suffixes: B prompts, N responses.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
+from accelerate.utils import gather_object
 
 from tuna_peft.training.loss import distances
 
@@ -15,17 +16,18 @@ from tuna_peft.training.loss import distances
 def pair_statistics(
     scores_BN: torch.Tensor, ranks_BN: torch.Tensor, margin: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """How many untied pairs are in the right order, how many by at least their margin, and how many there are."""
+    """Counts of pairs without ties: in the right order; by at least `margin` per step in rank; all of them."""
     distance_BNN = distances(ranks_BN)
-    lead_BNN = scores_BN[:, :, None] - scores_BN[:, None, :]
+    # [b, i, j]: score of response i minus that of response j, where j is ranked below i.
+    difference_BNN = scores_BN[:, :, None] - scores_BN[:, None, :]
     pairs_BNN = distance_BNN > 0
-    right = ((lead_BNN > 0) & pairs_BNN).sum()
-    satisfied = ((lead_BNN >= margin * distance_BNN) & pairs_BNN).sum()
+    right = ((difference_BNN > 0) & pairs_BNN).sum()
+    satisfied = ((difference_BNN >= margin * distance_BNN) & pairs_BNN).sum()
     return right, satisfied, pairs_BNN.sum()
 
 
 class RunningMeans:
-    """Numerators and denominators by name; nothing leaves the device before `pop`."""
+    """Sums and counts by name. No value leaves the device before `pop`, so recording does not wait for a GPU."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
@@ -35,16 +37,21 @@ class RunningMeans:
         self._sums[name].append((torch.as_tensor(total).detach(), torch.as_tensor(count)))
 
     def copy(self) -> RunningMeans:
-        """The same sums, to come back to."""
+        """A copy to restore when a step is repeated."""
         other = RunningMeans()
         other._sums.update({name: list(entries) for name, entries in self._sums.items()})
         return other
 
-    def pop(self) -> dict[str, tuple[float, float]]:
-        """`{name: (total, count)}`, and starts anew."""
-        sums = {
+    def pop(self, *, several_processes: bool = False) -> dict[str, float]:
+        """`{name: mean}` over all processes; names without any item are left out. Resets the sums."""
+        own = {
             name: (sum(float(total) for total, _ in pairs), sum(float(count) for _, count in pairs))
             for name, pairs in self._sums.items()
         }
         self._sums.clear()
-        return sums
+        totals: dict[str, tuple[float, float]] = {}
+        for sums in gather_object([own]) if several_processes else [own]:
+            for name, (total, count) in sums.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = (before[0] + total, before[1] + count)
+        return {name: total / count for name, (total, count) in totals.items() if count}

@@ -1,9 +1,15 @@
-"""`TunaTrainer`: learns from ranked responses, with LoRA adapters stacked on a frozen, usually 4-bit, base."""
+"""`TunaTrainer`: trains on ranked responses, with LoRA adapters stacked on a frozen, usually 4-bit, base.
+
+`tuna_peft.run.train_stage` uses it for the ranking stages of a recipe; it also works alone, like TRL's trainers. From
+`train()` to the loss: `Trainer` takes the batches of one optimizer step (`get_batch_samples`, which also counts what
+the loss is averaged over) and calls `training_step` for each; that calls `compute_loss` for each micro-batch.
+
+Shape suffixes: B prompts, N responses.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -23,8 +29,8 @@ from transformers import (
     set_seed,
 )
 
-from tuna_peft.data.collate import RankedCollator
-from tuna_peft.data.micro_batches import MicroBatchCollator, halves
+from tuna_peft.data.batch import PackedBatch
+from tuna_peft.data.collate import MicroBatchCollator, RankedCollator, total_length
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.errors import UserError
 from tuna_peft.limits import LONG_ROW, context_length, within_context
@@ -34,7 +40,7 @@ from tuna_peft.models.base.shards import is_sharded
 from tuna_peft.models.forward.logps import require_plain_head
 from tuna_peft.models.forward.prefix import describe_attention
 from tuna_peft.models.forward.scoring import response_logps, unwrap
-from tuna_peft.models.forward.verify import verify_shared_rows
+from tuna_peft.models.forward.verify import verify_packing
 from tuna_peft.models.stack.adapters import push_adapter
 from tuna_peft.training.activation_memory import ActivationMemory
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
@@ -47,12 +53,12 @@ logger = logging.getLogger("tuna_peft")
 
 @dataclass
 class StepCounts:
-    """What one optimiser step's loss is averaged over, in all micro-batches and processes.
+    """The denominators of one optimizer step's loss, over all its micro-batches and processes.
 
     Attributes:
-        pairs: Pairs by distance in rank, 1 first.
-        prompts: Prompts.
-        mle_tokens: Response tokens of the likelihood term.
+        pairs: Number of pairs by difference in rank; index 0 holds a difference of 1.
+        prompts: Number of prompts.
+        mle_tokens: Number of response tokens in the SFT loss (NLL) term.
     """
 
     pairs: list[int]
@@ -88,10 +94,11 @@ class TunaTrainer(StackCheckpoints, Trainer):
         processing_class: The tokenizer; loaded with the model by default.
         peft_config: The LoRA configuration of the adapter to train.
         quantization_config: For a model given as a string.
-        data_collator: As for `transformers.Trainer`, like `callbacks` and `optimizers`.
+        data_collator: Returns what `MicroBatchCollator` returns, which is the default.
+        callbacks: As for `transformers.Trainer`, like `optimizers`.
 
     Raises:
-        UserError: The data cannot be ranked, tokenised or fitted into `max_length`; the model cannot be trained.
+        UserError: The data cannot be ranked, tokenized or fitted into `max_length`; the model cannot be trained.
     """
 
     _tag_names = ["tuna", "ranking", "peft"]
@@ -113,52 +120,56 @@ class TunaTrainer(StackCheckpoints, Trainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required (or an `eval_dataset`, to evaluate only)")
 
-        # Adapters start from random weights: the seed comes before them.
+        # Seed: before the model, because adapters start from random weights.
         set_seed(args.seed)
+
+        # Model and tokenizer
         if isinstance(model, str):
-            if quantization_config is not None and peft_config is None:
-                raise UserError("a quantised base cannot be trained itself", fix="Pass a peft_config.")
-            model_options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-            base = load_base(model, quantization_config=quantization_config, **model_options)
-            model, processing_class = base.model, processing_class or base.tokenizer
-            model.requires_grad_(peft_config is None)
+            model, processing_class = _load_model(model, args, processing_class, quantization_config, peft_config)
         elif quantization_config is not None or args.model_init_kwargs:
             raise ValueError("`quantization_config` and `model_init_kwargs` go with a model given as a string")
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         if processing_class.pad_token_id is None:
-            processing_class.pad_token = processing_class.eos_token
+            processing_class.pad_token = processing_class.eos_token  # safe: padding is known by segment, not by id
 
+        # Adapter
+        # bitsandbytes 0.50 on CPUs: with AVX512_BF16 it repacks 4-bit weights in the first forward pass without
+        # gradients, and reading them later gives wrong values; some input sizes are dequantized wrongly.
         keep_quantised_layout(model)
         require_exact_dequantisation(model)
         if peft_config is not None:
             model = push_adapter(model, args.adapter_name, peft_config)
         if args.gradient_checkpointing and isinstance(model, PeftModel):
+            # The embeddings are frozen, so the input of the first layer would need no gradient, and reentrant
+            # checkpointing computes no gradients for a layer whose inputs need none.
             model.enable_input_require_grads()
         if train_dataset is not None:
             require_trainable(model)
         require_plain_head(model)
 
+        # Data
         context = context_length(model.config)
-        prepare = functools.partial(self._prepare_dataset, tokenizer=processing_class, args=args, context=context)
         if train_dataset is not None:
-            train_dataset = prepare(train_dataset)
+            train_dataset = _encode(train_dataset, processing_class, args, context)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: prepare(dataset) for name, dataset in eval_dataset.items()}
+            eval_dataset = {
+                name: _encode(dataset, processing_class, args, context) for name, dataset in eval_dataset.items()
+            }
         elif eval_dataset is not None:
-            eval_dataset = prepare(eval_dataset)
+            eval_dataset = _encode(eval_dataset, processing_class, args, context)
 
-        collator = MicroBatchCollator(
-            RankedCollator(processing_class.pad_token_id, mle_on=args.mle_on), args.max_tokens_per_batch
-        )
+        # Collator
+        ranked_collator = RankedCollator(processing_class.pad_token_id, mle_on=args.mle_on)
+        collator = MicroBatchCollator(ranked_collator, args.max_tokens_per_batch)
         if train_dataset is not None:
             collator.require_fitting(train_dataset)
-            if args.train_sampling_strategy == "group_by_length":  # Trainer would look for `input_ids`
-                lengths = [len(row["prompt_ids"]) + sum(map(len, row["completions_ids"])) for row in train_dataset]
-                train_dataset = train_dataset.add_column(args.length_column_name, lengths)
+
+        # State of this class, which `Trainer.__init__` and the callbacks may use already
         self._verified = False
         self._activations = ActivationMemory(args.activation_memory, args.world_size)
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+
         super().__init__(
             model=model,
             args=args,
@@ -169,125 +180,137 @@ class TunaTrainer(StackCheckpoints, Trainer):
             callbacks=[*(callbacks or []), self._activations],
             optimizers=optimizers,
         )
-        # `compute_loss` divides by the counts of the whole optimiser step, so Trainer must not divide again.
+
+        # Loss scaling: `compute_loss` divides by the counts of the whole optimizer step, so `Trainer` must not divide
+        # by the number of accumulated batches as well. transformers < 5.19 reads the second name only.
         self.loss_is_scaled_for_ga = True
-        self.model_accepts_loss_kwargs = True  # says the same to transformers < 5.19
+        self.model_accepts_loss_kwargs = True
+
+        # Tags for the Hub
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
 
-    @staticmethod
-    def _prepare_dataset(
-        dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: TunaConfig, context: int | None
-    ) -> Dataset:
-        if "prompt_ids" in dataset.column_names:
-            return dataset
-        encoded, _ = encode_dataset(
-            dataset, tokenizer, max_length=within_context(args.max_length, context), overflow=args.overflow,
-            needs_reference=args.mle_on == "reference",
-        )  # fmt: skip
-        return encoded
-
     def _set_signature_columns_if_needed(self) -> None:
+        """`Trainer` removes other columns of the data; by default it keeps the arguments of the model's `forward`."""
         if self._signature_columns is None:
             self._signature_columns: list[str] | None = [
                 "prompt_ids", "completions_ids", "completion_skips", "ranks", "reference_ids", "reference_skip",
                 self.args.length_column_name,
             ]  # fmt: skip
 
+    def _prepare_inputs(self, inputs):
+        """Also moves a `PackedBatch` to the device: `Trainer` knows tensors, lists and mappings only."""
+        return inputs.to(self.args.device) if isinstance(inputs, PackedBatch) else super()._prepare_inputs(inputs)
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Also counts what the loss of this optimiser step is averaged over, in all micro-batches and processes."""
+        """The batches of one optimizer step, and the `StepCounts` that their loss is averaged over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         micro_batches = [micro_batch for batch in batches for micro_batch in batch["micro_batches"]]
-        self.state.num_input_tokens_seen += sum(len(batch["tokens"]) for batch in micro_batches)
+        self.state.num_input_tokens_seen += sum(len(batch.tokens_U) for batch in micro_batches)
         return batches, self._count(micro_batches)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward over the micro-batches of one batch; out of memory, over their halves."""
+        """Forward and backward passes over the micro-batches of one batch.
+
+        When memory runs out, a single process repeats the batch: first without kept activations, then with every
+        micro-batch split in half. The loss and the gradients stay the same, up to rounding.
+        """
         if not self._verified:
             self._verify(model)
-        micro_batches = inputs["micro_batches"]
-        if self.accelerator.num_processes > 1:
-            # One process cannot go back alone, and what is exchanged at the end are the gradients of all batches:
-            # they must stay where they are.
-            return self._accumulate(model, micro_batches, num_items_in_batch)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        micro_batches: list[PackedBatch] = inputs["micro_batches"]
+        # One process of several cannot repeat a pass that all of them take part in, and gradients must stay in place,
+        # because DDP and DeepSpeed exchange the accumulated ones after the last pass.
+        can_repeat = self.accelerator.num_processes == 1
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad] if can_repeat else []
         earlier = [parameter.grad for parameter in parameters]
         metrics = self._means["train"].copy()
+        if self.exchanges_in_each_pass or is_sharded(model):
+            self._equalize_passes(model, micro_batches)
         while True:
-            # Gradients of earlier batches are kept aside, so that a pass that failed half-way leaves no trace.
+            # Gradients of earlier batches are set aside: a pass that fails half-way must not leave a part of its own.
             for parameter in parameters:
                 parameter.grad = None
+            losses = []
             try:
-                loss = self._accumulate(model, micro_batches, num_items_in_batch)
+                for index, micro_batch in enumerate(micro_batches):
+                    last = index == len(micro_batches) - 1
+                    with contextlib.nullcontext() if last else self.accumulate_gradients(model):
+                        losses.append(super().training_step(model, micro_batch, num_items_in_batch))
                 break
             except torch.OutOfMemoryError:
-                spared = self._activations.give_back()
-                if not spared and all(len(batch["ranks"]) == 1 for batch in micro_batches):
+                smaller = self._with_less_memory(micro_batches) if can_repeat else None
+                if smaller is None:
                     raise
+                micro_batches = smaller
             self._means["train"] = metrics.copy()
-            if spared:
-                logger.warning("out of memory: every layer recomputes from here on; lower activation_memory")
-            else:
-                micro_batches = [part for batch in micro_batches for part in halves(batch)]
-                logger.warning(
-                    "out of memory: this step goes on in %d forward passes; lower max_tokens_per_batch to save time",
-                    len(micro_batches),
-                )
             torch.cuda.empty_cache()
         for parameter, gradient in zip(parameters, earlier, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return loss
+        return torch.stack(losses).sum()
+
+    def _with_less_memory(self, micro_batches: list[PackedBatch]) -> list[PackedBatch] | None:
+        """The micro-batches to try next after running out of memory, or None when nothing is left to try."""
+        if self._activations.release():
+            logger.warning(
+                "out of memory: from now on every layer uses gradient checkpointing; lower activation_memory"
+            )
+            return micro_batches
+        if all(len(batch.ranks_BN) == 1 for batch in micro_batches):
+            return None
+        halves = [half for batch in micro_batches for half in batch.halves()]
+        logger.warning(
+            "out of memory: repeating this step in %d forward passes; lower max_tokens_per_batch to save time",
+            len(halves),
+        )
+        return halves
 
     def _verify(self, model) -> None:
-        """Once per run: rows that share a prompt against separate ones, on the shortest of the first rows and on the
-        shortest of them that is long enough for attention by segment."""
+        """Once per run: compares packed with separate sequences, on the shortest of the first rows and on the shortest
+        of those that are long enough for attention by segment."""
         rows = self.train_dataset.select(range(min(32, len(self.train_dataset))))
-        lengths = [len(row["prompt_ids"]) + sum(map(len, row["completions_ids"])) for row in rows]
+        lengths = [total_length(row) for row in rows]
         long = [length for length in lengths if length >= LONG_ROW]
         chosen = {lengths.index(min(lengths)), *([lengths.index(min(long))] if long else [])}
-        with self.accelerator.autocast():  # as the model's forward pass has it
-            difference = max(verify_shared_rows(model, rows[index], self.args.device) for index in chosen)
-        logger.info("shared rows agree with separate rows to %.1e nats a token", difference)
+        with self.accelerator.autocast():  # as the training passes run
+            difference = max(verify_packing(model, rows[index], self.args.device) for index in chosen)
+        logger.info("packed sequences match separate ones to %.1e nats per token", difference)
         logger.info(describe_attention(unwrap(model), self.args.device))
         self._verified = True
 
-    def _accumulate(self, model, micro_batches: list[dict[str, torch.Tensor]], counts: StepCounts) -> torch.Tensor:
-        if self.exchanges_in_each_pass or is_sharded(model):
-            self._keep_pace(model, micro_batches)
-        losses = []
-        for index, micro_batch in enumerate(micro_batches):
-            # Processes exchange gradients once, after the last backward pass.
-            last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.before_the_last_pass(model):
-                losses.append(super().training_step(model, micro_batch, counts))
-        return torch.stack(losses).sum()
+    def _equalize_passes(self, model, micro_batches: list[PackedBatch]) -> None:
+        """Runs dummy passes until this process has as many as the one with the most micro-batches.
 
-    def _keep_pace(self, model, micro_batches: list[dict[str, torch.Tensor]]) -> None:
-        """Forward and backward passes that count for nothing, up to the number of the process with the most: each
-        pass gathers shards from all processes, or gives gradients to them."""
+        With a sharded base every pass gathers weights from all processes, and with ZeRO-2 it sends gradients to them:
+        a process with fewer passes would leave the others waiting.
+        """
         most = max(gather_object([len(micro_batches)]))
         smallest = self._prepare_inputs(micro_batches[-1])
         for _ in range(most - len(micro_batches)):
-            with self.before_the_last_pass(model):
+            with self.accumulate_gradients(model):
                 with self.compute_loss_context_manager():
-                    nothing = response_logps(model, smallest).sums_BN.sum() * 0
-                self.accelerator.backward(nothing)
+                    zero = response_logps(model, smallest).sums_BN.sum() * 0
+                self.accelerator.backward(zero)
 
-    def _count(self, batches: list[dict[str, torch.Tensor]]) -> StepCounts:
+    def _count(self, batches: list[PackedBatch]) -> StepCounts:
+        """The counts of these micro-batches, summed over processes."""
         own = [_micro_batch_counts(batch) for batch in batches]
-        everywhere = gather_object(own) if self.accelerator.num_processes > 1 else own
+        counts = gather_object(own) if self.accelerator.num_processes > 1 else own
         return StepCounts(
-            pairs=[sum(pairs) for pairs in zip_longest(*(pairs for pairs, _, _ in everywhere), fillvalue=0)],
-            prompts=sum(prompts for _, prompts, _ in everywhere),
-            mle_tokens=sum(tokens for _, _, tokens in everywhere),
+            pairs=[sum(pairs) for pairs in zip_longest(*(pairs for pairs, _, _ in counts), fillvalue=0)],
+            prompts=sum(prompts for _, prompts, _ in counts),
+            mle_tokens=sum(tokens for _, _, tokens in counts),
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: StepCounts | None = None):
-        """Rank loss plus `mle_weight` times the token mean of the likelihood term."""
-        training = model.training
+        """The ranking loss plus `mle_weight` times the token mean of the SFT loss (NLL) term, for one `PackedBatch`.
+
+        Args:
+            num_items_in_batch: What both are averaged over; by default this batch alone. The losses of all
+                micro-batches of an optimizer step, each with the counts of the step, add up to the loss of the step.
+        """
         counts = num_items_in_batch or self._count([inputs])
-        args, ranks_BN = self.args, inputs["ranks"]
+        args, ranks_BN = self.args, inputs.ranks_BN
         logps = response_logps(model, inputs)
         scores_BN = logps.normalised(args.length_penalty)
 
@@ -295,58 +318,81 @@ class TunaTrainer(StackCheckpoints, Trainer):
             torch.tensor(counts.pairs, device=scores_BN.device), torch.tensor(counts.prompts, device=scores_BN.device)
         )
         rank_loss = RankingLoss(args.loss_type, args.margin, args.reduction, args.beta)(scores_BN, ranks_BN, step)
-        mle_loss = -torch.where(inputs["mle"], logps.sums_BN, 0.0).sum() / max(counts.mle_tokens, 1)
+        mle_loss = -torch.where(inputs.mle_BN, logps.sums_BN, 0.0).sum() / max(counts.mle_tokens, 1)
         loss = rank_loss + args.mle_weight * mle_loss
 
-        self._record(training, scores_BN.detach(), inputs, rank_loss, mle_loss, counts.prompts)
-        # Gradients and logs are averaged over processes, while the counts are those of all of them.
+        self._record(model.training, scores_BN.detach(), ranks_BN, rank_loss, mle_loss, counts.prompts)
+        # The counts are those of all processes, but gradients and logs are averaged over processes afterwards.
         loss = loss * self.accelerator.num_processes
         return (loss, {"scores": scores_BN}) if return_outputs else loss
 
-    def _record(self, training, scores_BN, inputs, rank_loss, mle_loss, prompts) -> None:
-        means, ranks_BN = self._means["train" if training else "eval"], inputs["ranks"]
+    def _record(self, training, scores_BN, ranks_BN, rank_loss, mle_loss, prompts) -> None:
+        """Adds one micro-batch to the metrics that the next `log` writes."""
+        means = self._means["train" if training else "eval"]
         right, satisfied, pairs = pair_statistics(scores_BN, ranks_BN, self.args.margin)
         means.add("ranking_accuracy", right, pairs)
         means.add("margin_satisfaction", satisfied, pairs)
         for rank in range(ranks_BN.shape[1]):
-            here_BN = ranks_BN == rank
-            means.add(f"scores/rank_{rank}", torch.where(here_BN, scores_BN, 0.0).sum(), here_BN.sum())
-        share = len(ranks_BN) / prompts  # of the step: the shares of all micro-batches and processes add up to one
+            has_rank_BN = ranks_BN == rank
+            means.add(f"scores/rank_{rank}", torch.where(has_rank_BN, scores_BN, 0.0).sum(), has_rank_BN.sum())
+        share = len(ranks_BN) / prompts  # the shares of all micro-batches and processes of a step add up to 1
         means.add("rank_loss", rank_loss, share)
         means.add("mle_loss", mle_loss, share)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone: metrics are recorded on the way."""
-        micro_batches = self._prepare_inputs(inputs)["micro_batches"]
+        """The loss only; `compute_loss` records the metrics."""
+        micro_batches = inputs["micro_batches"]
         counts = self._count(micro_batches)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [self.compute_loss(model, batch, num_items_in_batch=counts) for batch in micro_batches]
+            losses = [
+                self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=counts)
+                for batch in micro_batches
+            ]
         return torch.stack(losses).sum(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the ranking metrics to what `Trainer` logs."""
+        """Adds the ranking metrics to the values that `Trainer` logs."""
         mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
         prefix = "eval_" if mode == "eval" else ""
-        for name, (total, count) in self._gathered(self._means[mode].pop()).items():
-            if count:
-                logs[prefix + name] = total / count
+        for name, mean in self._means[mode].pop(several_processes=self.accelerator.num_processes > 1).items():
+            logs[prefix + name] = mean
         if mode == "train" and "loss" in logs:
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
-    def _gathered(self, sums: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        if self.accelerator.num_processes == 1:
-            return sums
-        gathered: dict[str, tuple[float, float]] = {}
-        for process in gather_object([sums]):
-            for name, (total, count) in process.items():
-                before = gathered.get(name, (0.0, 0.0))
-                gathered[name] = (before[0] + total, before[1] + count)
-        return gathered
+
+def _load_model(
+    name: str,
+    args: TunaConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    quantization_config: BitsAndBytesConfig | None,
+    peft_config: LoraConfig | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of that name, trainable if no adapter is added to it, and its tokenizer unless one is given."""
+    if quantization_config is not None and peft_config is None:
+        raise UserError("a quantized base cannot be trained itself", fix="Pass a peft_config.")
+    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    base = load_base(name, quantization_config=quantization_config, **options)
+    base.model.requires_grad_(peft_config is None)
+    return base.model, tokenizer or base.tokenizer
 
 
-def _micro_batch_counts(batch: dict[str, torch.Tensor]) -> tuple[list[int], int, int]:
-    """Pairs by distance, prompts, and tokens of the likelihood term."""
-    counts = PairCounts.of(batch["ranks"])
-    mle_tokens = batch["mle"].flatten()[batch["candidates"]].sum()
+def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: TunaConfig, context: int | None) -> Dataset:
+    """The tokenized rows of a data set, with their lengths where the sampler groups by length."""
+    if "prompt_ids" not in dataset.column_names:
+        max_length = within_context(args.max_length, context)
+        dataset, _ = encode_dataset(
+            dataset, tokenizer, max_length=max_length, overflow=args.overflow,
+            needs_reference=args.mle_on == "reference",
+        )  # fmt: skip
+    if args.train_sampling_strategy == "group_by_length" and args.length_column_name not in dataset.column_names:
+        # `Trainer` would measure `input_ids`, which ranked rows do not have.
+        dataset = dataset.add_column(args.length_column_name, [total_length(row) for row in dataset])
+    return dataset
+
+
+def _micro_batch_counts(batch: PackedBatch) -> tuple[list[int], int, int]:
+    """Pairs by difference in rank, prompts, and tokens of the SFT loss (NLL) term."""
+    counts = PairCounts.of(batch.ranks_BN)
+    mle_tokens = batch.mle_BN.flatten()[batch.responses_P].sum()
     return counts.pairs_G.tolist(), int(counts.prompts), int(mle_tokens)

@@ -6,7 +6,6 @@ from families import FAMILIES, make_model, make_rows
 
 from tuna_peft import UserError
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.data.micro_batches import halves
 from tuna_peft.models.forward import prefix
 from tuna_peft.models.forward.scoring import response_logps
 
@@ -26,7 +25,7 @@ def separate_rows(model, rows):
 def packed_rows(model, rows, **collator):
     batch = RankedCollator(pad_token_id=0, **collator)(rows)
     logps = response_logps(model, batch)
-    return logps.sums_BN[batch["ranks"] >= 0], logps
+    return logps.sums_BN[batch.ranks_BN >= 0], logps
 
 
 @pytest.mark.parametrize("attention", ["dense mask", "segments", "eager"])
@@ -62,7 +61,7 @@ def test_halves_of_a_batch_hold_the_same_responses():
     model = make_model()
     batch = RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(2, vocabulary=3, seed=1))
     whole = response_logps(model, batch)
-    parts = [response_logps(model, part) for part in halves(batch)]
+    parts = [response_logps(model, part) for part in batch.halves()]
     torch.testing.assert_close(torch.cat([p.sums_BN for p in parts]), whole.sums_BN, atol=1e-5, rtol=1e-5)
     assert torch.equal(torch.cat([p.lengths_BN for p in parts]), whole.lengths_BN)
 

@@ -27,22 +27,22 @@ def test_keys_of_a_row_that_branches_twice():
     }
     batch = RankedCollator(pad_token_id=0, pad_to_multiple_of=9)([row])
     # tokens: 5 6 | 7 8 9 | 4 | 3 | two of padding. The prompt and what follows it first are one unbranched run.
-    assert batch["segment_ids"].tolist() == [[0, 0, 1, 1, 1, 2, 3, 4, 4]]
-    assert batch["q_offsets"].tolist() == [0, 2, 5, 6, 7]
-    keys = batch["keys"].split(batch["k_offsets"].diff().tolist())
+    assert batch.segment_ids_BT.tolist() == [[0, 0, 1, 1, 1, 2, 3, 4, 4]]
+    assert batch.q_offsets.tolist() == [0, 2, 5, 6, 7]
+    keys = batch.keys_K.split(batch.k_offsets.diff().tolist())
     assert [part.tolist() for part in keys] == [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 6]]
 
 
 def test_keys_say_what_the_dense_mask_says():
     batch = RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(3, vocabulary=3, seed=1))
-    tokens, width = batch["tokens"], batch["input_ids"].shape[1]
+    tokens, width = batch.tokens_U, batch.input_ids_BT.shape[1]
     seen = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    starts = batch["q_offsets"].tolist()
-    parts = batch["keys"].split(batch["k_offsets"].diff().tolist())
+    starts = batch.q_offsets.tolist()
+    parts = batch.keys_K.split(batch.k_offsets.diff().tolist())
     for start, end, keys in zip(starts, starts[1:], parts, strict=False):
         for back, query in enumerate(reversed(range(start, end))):
             seen[query, keys[: len(keys) - back]] = True
-    dense = prefix.shared_prefix_mask(batch["segment_ids"], batch["position_ids"], batch["limits"])[:, 0]
+    dense = prefix.shared_prefix_mask(batch.segment_ids_BT, batch.position_ids_BT, batch.limits_BSS)[:, 0]
     assert torch.equal(seen, torch.block_diag(*dense)[tokens][:, tokens].bool()) and width * len(dense) > len(tokens)
 
 
@@ -52,7 +52,7 @@ def test_padding_is_not_computed():
     rows = make_rows(2, response=(1, 3)) + make_rows(2, response=(20, 30))
     batch = RankedCollator(pad_token_id=0)(rows)
     together = response_logps(model, batch)
-    assert computed == [(1, len(batch["tokens"]), 64)] and batch["input_ids"].numel() > 1.3 * len(batch["tokens"])
+    assert computed == [(1, len(batch.tokens_U), 64)] and batch.input_ids_BT.numel() > 1.3 * len(batch.tokens_U)
     for row, sums, lengths in zip(rows, together.sums_BN, together.lengths_BN, strict=True):
         alone = response_logps(model, RankedCollator(pad_token_id=0)([row]))
         n = len(row["ranks"])
@@ -60,7 +60,7 @@ def test_padding_is_not_computed():
         assert torch.equal(lengths[:n], alone.lengths_BN[0])
 
 
-def played_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, enable_gqa):
+def simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, enable_gqa):
     """The CUDA kernel by its definition: causal, aligned at the end, within the window."""
     assert q_offsets.dtype == k_offsets.dtype == torch.int32 and q_offsets[-1] == len(q)
     assert q_offsets.diff().max() <= max_q and k_offsets.diff().max() <= max_k
@@ -89,11 +89,11 @@ def kernel_of_2_10(q, k, v, q_offsets, k_offsets, max_q, max_k, is_causal=False,
 
 
 def kernel_of_2_11(q, k, v, q_offsets, k_offsets, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    return played_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, False)
+    return simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, False)
 
 
 def kernel_of_2_12(q, k, v, q_offsets, k_offsets, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-    return played_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, enable_gqa)
+    return simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, enable_gqa)
 
 
 @pytest.fixture
@@ -104,10 +104,10 @@ def install_kernel(monkeypatch):
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-        segments.kernel_options.cache_clear()
+        segments.varlen_options.cache_clear()
 
     yield install
-    segments.kernel_options.cache_clear()
+    segments.varlen_options.cache_clear()
 
 
 @pytest.mark.parametrize("kernel", [kernel_of_2_11, kernel_of_2_12])
@@ -116,7 +116,7 @@ def test_the_variable_length_kernel_gets_the_same_attention(family, kernel, monk
     model, batch = make_model(family), RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(2, vocabulary=3))
     by_calls = response_logps(model, batch).sums_BN
     install_kernel(kernel)
-    monkeypatch.setattr(segments, "_takes_flash", lambda query, dropout: True)
+    monkeypatch.setattr(segments, "_supports_varlen", lambda query, dropout: True)
     torch.testing.assert_close(response_logps(model, batch).sums_BN, by_calls, atol=1e-5, rtol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_a_kernel_without_scale_and_window_is_left_alone(kernel, there, monkeypa
     install_kernel(kernel)
     if kernel is None:  # before PyTorch 2.10
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    assert segments.has_one_kernel(torch.device("cuda")) == there
+    assert segments.has_varlen_attention(torch.device("cuda")) == there
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_which_gpus_have_flash(capability, built, there, monkeypatch):
 def test_heads_that_the_variable_length_kernel_refuses(monkeypatch):
     monkeypatch.setattr(segments, "has_flash", lambda device: True)
     states = torch.zeros(1, 2, 4, 80, dtype=torch.float16)
-    assert segments._takes_flash(states, 0.0) and not segments._takes_flash(states[..., :36], 0.0)
-    assert not segments._takes_flash(states, 0.1) and not segments._takes_flash(states.float(), 0.0)
+    assert segments._supports_varlen(states, 0.0) and not segments._supports_varlen(states[..., :36], 0.0)
+    assert not segments._supports_varlen(states, 0.1) and not segments._supports_varlen(states.float(), 0.0)
 
 
 def test_flash_is_for_16_bits_on_a_gpu_alone():
     states = torch.zeros(1, 2, 4, 8)
-    assert not segments._takes_flash(states, 0.0) and not segments._takes_flash(states.half(), 0.0)
+    assert not segments._supports_varlen(states, 0.0) and not segments._supports_varlen(states.half(), 0.0)
 
 
 def test_plain_calls_stay_plain():
@@ -167,5 +167,5 @@ def test_a_model_that_drops_keyword_arguments_is_refused():
     model = make_model()
     forward = model.model.layers[0].self_attn.forward
     model.model.layers[0].self_attn.forward = lambda *args, segments=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(UserError, match="llama does not hand keyword arguments"):
+    with pytest.raises(UserError, match="llama does not pass keyword arguments"):
         response_logps(model, RankedCollator(pad_token_id=0)(make_rows(1)))

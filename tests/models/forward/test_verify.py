@@ -6,7 +6,7 @@ from families import make_model, make_rows
 
 from tuna_peft import UserError
 from tuna_peft.models.forward import verify
-from tuna_peft.models.forward.verify import verify_shared_rows
+from tuna_peft.models.forward.verify import verify_packing
 
 CPU = torch.device("cpu")
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma3"])
 def test_exact_models_pass_and_keep_their_mode(family):
     model = make_model(family).train()
-    assert verify_shared_rows(model, make_rows(1)[0], CPU) < 1e-5
+    assert verify_packing(model, make_rows(1)[0], CPU) < 1e-5
     assert model.training
 
 
@@ -22,8 +22,8 @@ def test_a_model_that_ignores_the_mask_is_refused():
     model = make_model()
     forward = model.model.forward
     model.model.forward = lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(UserError, match="llama: rows that share a prompt give other log-probabilities"):
-        verify_shared_rows(model, make_rows(1, n=(3, 3))[0], CPU)
+    with pytest.raises(UserError, match="llama: packed sequences give other log-probabilities"):
+        verify_packing(model, make_rows(1, n=(3, 3))[0], CPU)
 
 
 @pytest.mark.parametrize("length", [1, 4, 100])
@@ -38,7 +38,7 @@ def test_short_responses_may_round_further(length, dtype, of_one, least, monkeyp
         def found(model, batch):
             logps = score(model, batch)
             separate = [
-                verify._separate(model, row["prompt_ids"], ids, 0, CPU) * len(ids) for ids in row["completions_ids"]
+                verify._mean_logp(model, row["prompt_ids"], ids, 0, CPU) * len(ids) for ids in row["completions_ids"]
             ]
             logps.sums_BN = torch.stack(separate)[None].float() + difference * length
             return logps
@@ -46,10 +46,10 @@ def test_short_responses_may_round_further(length, dtype, of_one, least, monkeyp
         return found
 
     monkeypatch.setattr(verify, "response_logps", off_by(0.9 * bound))
-    assert verify_shared_rows(model, row, CPU) == pytest.approx(0.9 * bound, rel=0.01)
+    assert verify_packing(model, row, CPU) == pytest.approx(0.9 * bound, rel=0.01)
     monkeypatch.setattr(verify, "response_logps", off_by(1.1 * bound))
-    with pytest.raises(UserError, match=f"over {length}; {bound:.3g} is rounding in {dtype}"):
-        verify_shared_rows(model, row, CPU)
+    with pytest.raises(UserError, match=f"over {length} tokens; rounding in {dtype} explains {bound:.3g}"):
+        verify_packing(model, row, CPU)
 
 
 @pytest.mark.parametrize(("dtype", "fix"), [("float16", "base.dtype: float32"), ("float32", "Check the weights")])
@@ -59,5 +59,5 @@ def test_a_model_that_overflows_is_refused_for_that(dtype, fix):
         model.model.layers[0].mlp.down_proj.weight.fill_(3e4 if dtype == "float16" else 3e38)
         model.model.layers[0].mlp.up_proj.weight.fill_(3e4)
     with pytest.raises(UserError, match=f"llama: log-probabilities are not finite in {dtype}") as error:
-        verify_shared_rows(model, make_rows(1)[0], CPU)
+        verify_packing(model, make_rows(1)[0], CPU)
     assert fix in error.value.fix

@@ -1,6 +1,9 @@
-"""The attention mask of shared-prefix rows.
+"""From a `PackedBatch` to the inputs of the model: its tokens, and which of them attend to which.
 
-Shape suffixes: B rows, T tokens of a row, S segments of a row; q queries, k keys.
+`tuna_peft.models.forward.scoring` calls it before every forward pass. Short sequences get a dense mask, long ones are
+computed segment by segment (`tuna_peft.models.forward.segments`).
+
+Shape suffixes: see `tuna_peft.data.batch`; q queries, k keys.
 """
 
 from __future__ import annotations
@@ -9,24 +12,31 @@ from typing import Any
 
 import torch
 
+from tuna_peft.data.batch import PackedBatch
 from tuna_peft.errors import UserError
 from tuna_peft.limits import LONG_ROW
 from tuna_peft.models.forward.segments import NAME as SEGMENTS
-from tuna_peft.models.forward.segments import Segments, has_one_kernel, layer_windows, placeholder_mask, use_segments
+from tuna_peft.models.forward.segments import (
+    Segments,
+    has_varlen_attention,
+    layer_windows,
+    placeholder_mask,
+    use_segments,
+)
 
 
 def shared_prefix_mask(
     segment_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor, limits_BSS: torch.Tensor, window: int | None = None
 ) -> torch.Tensor:
-    """`(B, 1, T, T)` booleans, True where query q may look at key k: at itself and what its sequence has before it.
+    """`(B, 1, T, T)` booleans, True where query q attends to key k: itself and the earlier tokens of its response.
 
     Args:
-        segment_ids_BT: See `RankedCollator`, as for the others. Padding sees itself alone: a query without any key
-            would turn into NaN.
-        position_ids_BT: Positions in the sequence of each token.
-        limits_BSS: Up to which position a segment sees another.
-        window: Keys further back than this are hidden (sliding-window models lose their own window when they are
-            given a mask, so it is built in here).
+        segment_ids_BT: See `PackedBatch`, like the next two. Padding attends to itself only: a query without any key
+            would give NaN.
+        position_ids_BT: Position of each token in its response's sequence.
+        limits_BSS: The position below which a segment sees another.
+        window: Size of the sliding window, or None. Models with one drop it when they are given a mask, so the mask
+            has to include it.
     """
     rows = torch.arange(len(segment_ids_BT), device=segment_ids_BT.device)[:, None, None]
     q, k = position_ids_BT[:, :, None], position_ids_BT[:, None, :]
@@ -38,18 +48,19 @@ def shared_prefix_mask(
     return mask_BTT[:, None]
 
 
-def model_inputs(model: Any, batch: dict[str, torch.Tensor]) -> tuple[dict[str, Any], torch.Tensor]:
-    """What the model is called with: `input_ids` and `position_ids`, and what tells its attention who sees whom.
+def model_inputs(model: Any, batch: PackedBatch) -> tuple[dict[str, Any], torch.Tensor]:
+    """The keyword arguments for a forward pass of `model` over `batch`.
 
-    Short rows go as they are with an `attention_mask`, a tensor or one by layer type where layers differ. Long ones go
-    without their padding, behind each other in a single row, with `segments` in place of a mask.
+    Short sequences keep their shape `(B, T)` and get an `attention_mask`: a tensor, or a dict by layer type where
+    layers differ. Long ones are concatenated without padding to `(1, U)`, with `segments` instead of a mask.
 
     Returns:
-        These inputs, and the indices `(R,)` of the batch's predictors in the flattened tokens of the model's output.
+        `input_ids`, `position_ids` and these; and `(R,)`, the batch's predictors as indices among the flattened tokens
+        of the model's output.
 
     Raises:
-        UserError: The model has layers that take no such mask (linear attention, state space), or runs an attention
-            kernel without masks (flash attention).
+        UserError: The model has layers that take no such mask (linear attention, state space), or its attention kernel
+            takes none (flash attention).
     """
     config = model.config.get_text_config()
     windows = layer_windows(config)
@@ -57,37 +68,38 @@ def model_inputs(model: Any, batch: dict[str, torch.Tensor]) -> tuple[dict[str, 
     kernel = config._attn_implementation
     if kernel not in ("sdpa", "eager", SEGMENTS):
         raise UserError(
-            f"attention {kernel!r} takes no mask of its own", fix="Load the model with attn_implementation='sdpa'."
+            f"attention {kernel!r} does not support custom masks",
+            fix="Load the model with attn_implementation='sdpa'.",
         )
-    layout = batch["segment_ids"], batch["position_ids"], batch["limits"]
+    layout = batch.segment_ids_BT, batch.position_ids_BT, batch.limits_BSS
     by_segment = kernel == SEGMENTS and layout[0].shape[1] >= LONG_ROW
     masks = {}
-    for kind, window in windows.items():
+    for layer_type, window in windows.items():
         if by_segment:
-            masks[kind] = placeholder_mask(layout[0].device)
+            masks[layer_type] = placeholder_mask(layout[0].device)
             continue
         mask = shared_prefix_mask(*layout, window)
-        if kernel == "eager":  # adds its mask to the scores
+        if kernel == "eager":  # eager attention adds its mask to the scores
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-        masks[kind] = mask
-    inputs: dict[str, Any] = {key: batch[key] for key in ("input_ids", "position_ids")}
-    predictors = batch["predictors"]
+        masks[layer_type] = mask
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT}
+    predictors_R = batch.predictors_R  # among the tokens without padding
     if by_segment:
-        inputs = {key: ids.flatten()[None, batch["tokens"]] for key, ids in inputs.items()}
+        inputs = {key: ids_BT.flatten()[None, batch.tokens_U] for key, ids_BT in inputs.items()}
         inputs["segments"] = Segments.of(batch)
     else:
-        predictors = batch["tokens"][predictors]
+        predictors_R = batch.tokens_U[predictors_R]
     inputs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
-    return inputs, predictors
+    return inputs, predictors_R
 
 
 def describe_attention(model: Any, device: torch.device) -> str:
-    """How this model attends to shared rows here, and why, for the log."""
+    """One sentence for the log: how this model computes attention on this device, and why."""
     if model.config.get_text_config()._attn_implementation != SEGMENTS:
-        return "attention: a dense mask, as the model was loaded with eager attention"
+        return "attention: a dense mask, because the model was loaded with eager attention"
     kernel = (
         "FlashAttention's variable-length kernel"
-        if has_one_kernel(device)
-        else "a kernel call for each segment (FlashAttention needs 16 bits, Ampere or later, PyTorch 2.11, and Linux)"
+        if has_varlen_attention(device)
+        else "one kernel call per segment (FlashAttention needs 16 bits, Ampere or later, PyTorch 2.11, and Linux)"
     )
-    return f"attention: rows of {LONG_ROW} tokens and more by segment, through {kernel}; shorter ones by a dense mask"
+    return f"attention: by segment from {LONG_ROW} tokens on, with {kernel}; a dense mask for shorter sequences"

@@ -1,6 +1,8 @@
-"""From a packed batch to the log-probability of every response, for training and evaluation alike.
+"""From a `PackedBatch` to the log-probability of every response.
 
-Shape suffixes: B prompts, N responses, T tokens of a row, R predicted tokens (each once).
+`TunaTrainer`, the ranking evaluation and the teacher all call `response_logps`, the last two through `stream_logps`.
+
+Shape suffixes: see `tuna_peft.data.batch`; D hidden size.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from tuna_peft.data.batch import PackedBatch
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.errors import UserError
 from tuna_peft.models.forward.logps import require_plain_head, token_logps
@@ -21,38 +24,39 @@ from tuna_peft.models.forward.prefix import model_inputs
 
 @dataclass
 class ResponseLogps:
-    """What the loss and the metrics need of a batch.
+    """Summed log-probabilities and lengths of the responses of a batch.
 
     Attributes:
-        sums_BN: Summed log-probability of each response, nats; 0 where there is none.
-        lengths_BN: Tokens that carry loss, EOS included; 0 where there is none.
+        sums_BN: `(B, N)` summed log-probability of each response, in nats; 0 where there is no response.
+        lengths_BN: `(B, N)` tokens that carry loss, EOS included; 0 where there is no response.
     """
 
     sums_BN: torch.Tensor
     lengths_BN: torch.Tensor
 
     def normalised(self, length_penalty: float = 1.0) -> torch.Tensor:
-        """`(B, N)` scores v = sum / length**beta (equation 2 of the paper)."""
+        """`(B, N)` length-normalized log-probabilities v = sum / length**beta (equation 2 of the paper)."""
         return self.sums_BN / self.lengths_BN.clamp_min(1) ** length_penalty
 
 
-def response_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> ResponseLogps:
-    """Runs a batch of `RankedCollator` through `model` once.
+def response_logps(model: torch.nn.Module, batch: PackedBatch) -> ResponseLogps:
+    """One forward pass of `model` over a batch.
 
     Args:
         model: A causal LM, a `PeftModel` around one, or either wrapped for distributed training.
-        batch: See `RankedCollator`, on the model's device.
+        batch: On the model's device.
+
+    Raises:
+        UserError: The model's attention or output layer is not supported, see `model_inputs` and `require_plain_head`.
     """
-    inputs, predictors = model_inputs(unwrap(model), batch)
+    inputs, predictors_R = model_inputs(unwrap(model), batch)
     hidden_BTD = final_hidden_states(model, **inputs)
     head = require_plain_head(unwrap(model))
-    logps_R = token_logps(hidden_BTD.flatten(0, 1)[predictors], head, batch["targets"])
-    shape = batch["ranks"].shape
-    sums = logps_R.new_zeros(shape.numel()).index_add(0, batch["candidates"], logps_R[batch["path"]])
-    # `bincount` would make a GPU wait, to learn how many there are.
-    lengths = (
-        batch["ranks"].new_zeros(shape.numel()).index_add(0, batch["candidates"], torch.ones_like(batch["candidates"]))
-    )
+    logps_R = token_logps(hidden_BTD.flatten(0, 1)[predictors_R], head, batch.targets_R)
+    shape, responses_P = batch.ranks_BN.shape, batch.responses_P
+    sums = logps_R.new_zeros(shape.numel()).index_add(0, responses_P, logps_R[batch.predictions_P])
+    # Not `bincount`: it needs the largest index on the CPU, which makes the CPU wait for the GPU.
+    lengths = batch.ranks_BN.new_zeros(shape.numel()).index_add(0, responses_P, torch.ones_like(responses_P))
     return ResponseLogps(sums.view(shape), lengths.view(shape))
 
 
@@ -63,16 +67,16 @@ def stream_logps(
     rows: Mapping[Any, dict[str, Any]],
     batches: Iterable[Sequence[Any]],
 ) -> Iterator[tuple[Sequence[Any], ResponseLogps]]:
-    """Scores rows batch by batch, without gradients; a batch that runs out of memory goes on as two halves.
+    """Scores rows batch by batch, without gradients; a batch that runs out of memory is split into two halves.
 
     Args:
         model: As in `response_logps`.
-        collate: Makes a batch of rows.
-        rows: Encoded rows, by whatever names them.
-        batches: Names of the rows of each batch, the longest rows first: what does not fit into memory fails at once.
+        collate: Turns rows into a batch.
+        rows: Encoded rows by name (any key).
+        batches: Names of the rows of each batch, the longest rows first, so that running out of memory shows at once.
 
     Yields:
-        The names of some rows and what `response_logps` gives for them.
+        The names of some rows, and the result of `response_logps` for them.
 
     Raises:
         UserError: One row alone does not fit into memory.
@@ -82,14 +86,13 @@ def stream_logps(
     while queue:
         names = queue.popleft()
         try:
-            tensors = {key: value.to(device) for key, value in collate([rows[name] for name in names]).items()}
-            logps = response_logps(model, tensors)
+            logps = response_logps(model, collate([rows[name] for name in names]).to(device))
         except torch.OutOfMemoryError as error:
             if len(names) == 1:
                 tokens = len(collate.pack(rows[names[0]]).tokens)
                 raise UserError(
                     f"a prompt with its responses ({tokens} tokens) does not fit into memory",
-                    fix="Quantise the model, or leave such prompts out.",
+                    fix="Quantize the model, or leave such prompts out.",
                 ) from error
             half = len(names) // 2
             queue.extendleft([names[half:], names[:half]])
@@ -98,24 +101,24 @@ def stream_logps(
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside what distributed training puts around it."""
+    """The model without the wrapper of distributed training (DDP, DeepSpeed)."""
     return getattr(model, "module", model)
 
 
 def final_hidden_states(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
-    """`(B, T, hidden)` after the last norm.
+    """`(B, T, D)` hidden states after the last norm.
 
-    The whole model is called, so that what wraps it (autocast, DDP) does its work, and asked for one position of
-    logits; a hook takes the states on the way. Through `output_hidden_states` they would come out as fp32 copies of
-    every layer under mixed precision.
+    The whole model is called, because wrappers (autocast, DDP) act on its `forward`; it computes the logits of one
+    position only, and a hook keeps the hidden states. `output_hidden_states=True` would keep those of every layer, and
+    under accelerate's mixed precision convert them to fp32.
     """
     causal_lm = unwrap(model)
     if isinstance(causal_lm, PeftModel):
         causal_lm = causal_lm.get_base_model()
-    taken: list[torch.Tensor] = []
-    hook = causal_lm.base_model.register_forward_hook(lambda module, args, output: taken.append(output[0]))
+    hidden: list[torch.Tensor] = []
+    hook = causal_lm.base_model.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
     try:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    return taken[0]
+    return hidden[0]

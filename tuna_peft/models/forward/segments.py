@@ -1,12 +1,15 @@
-"""Attention of shared rows segment by segment: what the mask hides is never computed.
+"""Attention over packed sequences segment by segment: query-key pairs that the mask hides are never computed.
 
-A segment (an unbranched run of a row's tree, see `tuna_peft.data.collate`) attends to its ancestors' tokens and,
-causally, to its own: the keys are gathered once per layer, and each segment is a causal attention aligned at its end.
-FlashAttention's variable-length kernel takes all of them in one call (16-bit, from Ampere and PyTorch 2.11 on);
-elsewhere each is a call of `scaled_dot_product_attention`. A dense mask costs the square of a row, this the pairs that
-see each other; and as each segment knows its keys, all rows of a batch stand behind each other without padding.
+A segment (an unbranched run of tokens, see `tuna_peft.data.batch`) attends to its ancestors' tokens and, causally, to
+its own: the keys are gathered once per layer, and each segment is a causal attention aligned at its end.
+FlashAttention's variable-length kernel takes all segments in one call (16-bit, from Ampere and PyTorch 2.11 on);
+elsewhere each segment is one call of `scaled_dot_product_attention`. A dense mask costs the square of a sequence's
+length, this only the pairs that see each other. As each segment knows its keys, the sequences of a batch are
+concatenated without padding.
 
-Shape suffixes: U tokens of the batch without padding, S segments, K gathered keys, H heads, D head size.
+`tuna_peft.models.forward.prefix` decides when it is used; transformers calls `segment_attention` in every layer.
+
+Shape suffixes: U tokens of the batch without padding, S segments of the batch, K gathered keys, H heads, D head size.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tuna_peft.data.batch import PackedBatch
 from tuna_peft.errors import UserError
 from tuna_peft.limits import is_ampere_or_later
 
@@ -34,28 +38,29 @@ class Segments:
     Attributes:
         q_offsets: `(S+1,)` int32, where each segment starts among the tokens.
         k_offsets: `(S+1,)` int32, where its keys start among the gathered ones.
-        keys: `(K,)` the keys' places among the tokens: ancestors from the root down, then the segment.
-        longest: No segment has more keys than this.
+        keys_K: `(K,)` places of the keys among the tokens: ancestors from the root down, then the segment itself.
+        longest: An upper bound of the keys of one segment.
     """
 
     q_offsets: torch.Tensor
     k_offsets: torch.Tensor
-    keys: torch.Tensor
+    keys_K: torch.Tensor
     longest: int
     _masks: dict[tuple[int, int, int | None], torch.Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: dict[str, Any]) -> Segments:
-        """Those of a batch of `RankedCollator`."""
-        return cls(batch["q_offsets"], batch["k_offsets"], batch["keys"], longest=batch["input_ids"].shape[1])
+    def of(cls, batch: PackedBatch) -> Segments:
+        """The segments of a batch."""
+        return cls(batch.q_offsets, batch.k_offsets, batch.keys_K, longest=batch.input_ids_BT.shape[1])
 
     @cached_property
     def lengths(self) -> tuple[list[int], list[int]]:
-        """Queries and keys of each segment; read once for all layers, as it makes a GPU wait."""
+        """Numbers of queries and of keys of each segment; cached for all layers, as reading them makes the CPU wait
+        for the GPU."""
         return self.q_offsets.diff().tolist(), self.k_offsets.diff().tolist()
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """The causal mask aligned at the end; None where plain causality says the same."""
+        """`(1, 1, queries, keys)` causal mask aligned at the end; None where SDPA's `is_causal` gives it too."""
         if queries == keys and (window is None or keys <= window):
             return None
         shape = queries, keys, window
@@ -67,28 +72,31 @@ class Segments:
 
 
 def use_segments(model: Any) -> None:
-    """Makes a model that runs on SDPA take `segments=` too; all other calls of it stay plain SDPA."""
+    """Makes a model that runs on SDPA accept `segments=`; calls without it still run plain SDPA."""
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 
 def placeholder_mask(device: torch.device) -> torch.Tensor:
-    """Stands for the mask that `segments` makes needless: without one, transformers reads restarted positions as
-    packed sequences and hides the prompt."""
+    """A mask that is never read, for calls with `segments`.
+
+    Without any mask, transformers takes positions that restart for the beginning of another sequence, and would hide
+    the prompt from all responses but the first.
+    """
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
-    """The sliding window of each type of attention layer that the model has, None for full attention.
+    """`{layer type: size of its sliding window}` for the attention layers of a model; None for full attention.
 
     Raises:
-        UserError: It has layers of another type (linear attention, state space).
+        UserError: The model has layers of another type (linear attention, state space).
     """
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     if unknown := kinds - {"full_attention", "sliding_attention"}:
         raise UserError(
-            f"{config.model_type} has layers of type {', '.join(sorted(unknown))}, which cannot share a prompt's rows",
+            f"{config.model_type} has layers of type {', '.join(sorted(unknown))}, which cannot use packed sequences",
             fix="Use a model with plain attention layers.",
         )
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}
@@ -111,21 +119,25 @@ def segment_attention(
         query: `(1, H, U, D)`; `key` and `value` may have fewer heads. Without `segments`, as for SDPA.
 
     Returns:
-        `(1, U, H, D)`, and no weights.
+        `(1, U, H, D)`, and None in place of attention weights.
+
+    Raises:
+        UserError: The model does not pass keyword arguments on to its attention layers.
     """
     if segments is None:
+        # `placeholder_mask` without segments: they were lost on the way through the model.
         if attention_mask is not None and attention_mask.shape[-1] == 1 < key.shape[2]:
             raise UserError(
-                f"{module.config.model_type} does not hand keyword arguments to its attention layers",
+                f"{module.config.model_type} does not pass keyword arguments on to its attention layers",
                 fix="Load the model with attn_implementation='eager'.",
             )
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
-    keys, values = keys[segments.keys], values[segments.keys]
-    kinds = getattr(module.config, "layer_types", None)
+    keys, values = keys[segments.keys_K], values[segments.keys_K]
+    layer_types = getattr(module.config, "layer_types", None)
     windows = layer_windows(module.config)
-    window = windows[kinds[module.layer_idx]] if kinds else next(iter(windows.values()))
-    attend = _in_one_kernel if _takes_flash(query, dropout) else _one_by_one
+    window = windows[layer_types[module.layer_idx]] if layer_types else next(iter(windows.values()))
+    attend = _attend_in_one_call if _supports_varlen(query, dropout) else _attend_by_segment
     return attend(module, queries, keys, values, segments, window, dropout, scaling)[None], None
 
 
@@ -138,14 +150,14 @@ def has_flash(device: torch.device) -> bool:
     )
 
 
-def has_one_kernel(device: torch.device) -> bool:
-    """Whether FlashAttention takes segments of all lengths at once: with PyTorch 2.11."""
-    return has_flash(device) and {"scale", "window_size"} <= kernel_options()
+def has_varlen_attention(device: torch.device) -> bool:
+    """Whether FlashAttention's variable-length kernel can be used: its scale and window came with PyTorch 2.11."""
+    return has_flash(device) and {"scale", "window_size"} <= varlen_options()
 
 
 @cache
-def kernel_options() -> frozenset[str]:
-    """What the installed PyTorch's `varlen_attn` can be told; nothing where there is none."""
+def varlen_options() -> frozenset[str]:
+    """Parameter names of the installed PyTorch's `varlen_attn`; empty before PyTorch 2.10, which lacks it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -153,37 +165,37 @@ def kernel_options() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _suits_flash(query: torch.Tensor) -> bool:
-    """Whether FlashAttention is there for these states: 16-bit, heads of at most 256."""
+def _supports_flash(query: torch.Tensor) -> bool:
+    """Whether FlashAttention can be used for these states: 16-bit, heads of at most 256."""
     return query.dtype in (torch.float16, torch.bfloat16) and has_flash(query.device) and query.shape[-1] <= 256
 
 
-def _takes_flash(query: torch.Tensor, dropout: float) -> bool:
-    """Whether its variable-length kernel serves them: heads of a multiple of 8, no dropout."""
-    return _suits_flash(query) and has_one_kernel(query.device) and query.shape[-1] % 8 == 0 and not dropout
+def _supports_varlen(query: torch.Tensor, dropout: float) -> bool:
+    """Whether its variable-length kernel can be used, too: heads of a multiple of 8, no dropout."""
+    return _supports_flash(query) and has_varlen_attention(query.device) and query.shape[-1] % 8 == 0 and not dropout
 
 
 def _sdpa(module, query, key, value, mask, *settings, **kwargs):
-    """transformers' SDPA, with the causal mask as a tensor where heads share keys on a GPU without FlashAttention.
+    """transformers' SDPA, with an explicit causal mask for grouped-query attention on a GPU without FlashAttention.
 
-    Without a mask transformers leaves the sharing to SDPA. Only FlashAttention can do that: elsewhere (a T4, Windows,
-    fp32) SDPA takes its slowest kernel, which holds all scores in fp32 (transformers issue 48633). With a mask,
-    transformers lays the heads out for the memory-efficient kernel.
+    Works around transformers issue 48633. Without a mask, transformers passes `enable_gqa=True` to SDPA. Among its
+    kernels only FlashAttention supports that: elsewhere (a T4, Windows, fp32) SDPA falls back to its slowest kernel,
+    which holds all scores in fp32. With a mask, transformers repeats the keys for the memory-efficient kernel.
     """
-    if mask is None and query.shape[1] > key.shape[1] and query.is_cuda and not _suits_flash(query):
+    if mask is None and query.shape[1] > key.shape[1] and query.is_cuda and not _supports_flash(query):
         queries, keys = query.shape[2], key.shape[2]
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)[None, None]
     return sdpa_attention_forward(module, query, key, value, mask, *settings, **kwargs)
 
 
-def _in_one_kernel(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
+def _attend_in_one_call(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = {}
     if (groups := query.shape[1] // key.shape[1]) > 1:
-        if "enable_gqa" in kernel_options():
+        if "enable_gqa" in varlen_options():
             grouped["enable_gqa"] = True
-        else:  # PyTorch 2.11
+        else:  # PyTorch 2.11 has no `enable_gqa`
             key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     return varlen_attn(
         query, key, value, segments.q_offsets, segments.k_offsets, segments.longest, segments.longest,
@@ -193,7 +205,7 @@ def _in_one_kernel(module, query, key, value, segments: Segments, window, dropou
     )  # fmt: skip
 
 
-def _one_by_one(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
+def _attend_by_segment(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
     q_lengths, k_lengths = segments.lengths
     outputs = []
     # `split`, not slices: its backward pass is one concatenation instead of a full-size sum for each segment.

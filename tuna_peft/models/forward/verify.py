@@ -1,4 +1,8 @@
-"""Proof, on the model at hand, that a shared row gives the log-probabilities of separate rows."""
+"""Checks on a real model that a packed sequence gives the same log-probabilities as separate sequences.
+
+Run once before training (`TunaTrainer`), before scoring with a teacher, and by `tuna-peft doctor`: a model that
+ignores the mask or the positions would otherwise train on wrong numbers without an error.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ from tuna_peft.errors import UserError
 from tuna_peft.models.forward.logps import require_plain_head, token_logps
 from tuna_peft.models.forward.scoring import final_hidden_states, response_logps, unwrap
 
-# Of a mean log-probability, in nats: at least, and of a single token, which others average out. 16-bit matrix products
-# of other shapes round differently, and 8-bit layers round their activations.
+# Largest difference that counts as rounding, in nats, of a response's mean log-probability. The first number holds for
+# any length; the second is for one token and is divided by sqrt(length), because rounding errors of different tokens
+# average out. Products of other shapes round differently in 16 bits, and 8-bit layers round their activations.
 _TOLERANCE = {
     torch.float32: (1e-3, 1e-3),
     torch.bfloat16: (0.05, 0.4),
@@ -23,23 +28,22 @@ _TOLERANCE = {
 
 
 @torch.no_grad()
-def verify_shared_rows(model: torch.nn.Module, row: dict[str, Any], device: torch.device) -> float:
-    """Scores one encoded row packed and with each response in a plain row of its own.
+def verify_packing(model: torch.nn.Module, row: dict[str, Any], device: torch.device) -> float:
+    """Scores one encoded row as a packed sequence, and again with each response in a sequence of its own.
 
     Returns:
         The largest difference of a response's mean log-probability, in nats.
 
     Raises:
-        UserError: It is more than rounding: this model or its attention kernel does not honour the mask. Or it is no
-            number: the model overflows.
+        UserError: It is larger than rounding: this model or its attention kernel ignores the mask. Or it is not
+            finite: the model overflows.
     """
     training = model.training
-    model.eval()  # dropout would draw differently
+    model.eval()  # dropout would differ between the two
     try:
-        batch = {key: value.to(device) for key, value in RankedCollator(0)([row]).items()}
-        packed = response_logps(model, batch)
+        packed = response_logps(model, RankedCollator(0)([row]).to(device))
         separate = torch.stack([
-            _separate(model, row["prompt_ids"], response, skip, device)
+            _mean_logp(model, row["prompt_ids"], response, skip, device)
             for response, skip in zip(row["completions_ids"], row["completion_skips"], strict=True)
         ])  # fmt: skip
     finally:
@@ -52,20 +56,20 @@ def verify_shared_rows(model: torch.nn.Module, row: dict[str, Any], device: torc
         if torch.float16 in dtypes:
             fix = "Hold the base in float32 (`base.dtype: float32`), or use a GPU that has bf16 (Ampere or later)."
         raise UserError(f"{name}: log-probabilities are not finite in {_named(dtypes)}", fix=fix)
-    least, of_one = max(_TOLERANCE[dtype] for dtype in dtypes)
+    any_length, one_token = max(_TOLERANCE[dtype] for dtype in dtypes)
     for difference, length in zip(differences, packed.lengths_BN[0].tolist(), strict=True):
-        tolerance = max(least, of_one / length**0.5)
+        tolerance = max(any_length, one_token / length**0.5)
         if difference > tolerance:
             raise UserError(
-                f"{name}: rows that share a prompt give other log-probabilities than separate rows (by "
-                f"{difference:.3g} nats a token over {length}; {tolerance:.3g} is rounding in {_named(dtypes)})",
+                f"{name}: packed sequences give other log-probabilities than separate ones (by {difference:.3g} nats "
+                f"per token over {length} tokens; rounding in {_named(dtypes)} explains {tolerance:.3g})",
                 fix="Load the model with attn_implementation='eager' or 'sdpa', or report the model type.",
             )
     return max(differences)
 
 
 def _dtypes(model: torch.nn.Module, device: torch.device) -> set[torch.dtype]:
-    """What the model rounds to."""
+    """The dtypes in which the model rounds: of its weights, of 8-bit layers, of autocast."""
     dtypes = {require_plain_head(unwrap(model)).weight.dtype}
     if getattr(unwrap(model), "is_loaded_in_8bit", False):
         dtypes.add(torch.int8)
@@ -78,7 +82,8 @@ def _named(dtypes: set[torch.dtype]) -> str:
     return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def _separate(model: torch.nn.Module, prompt: list[int], response: list[int], skip: int, device) -> torch.Tensor:
+def _mean_logp(model: torch.nn.Module, prompt: list[int], response: list[int], skip: int, device) -> torch.Tensor:
+    """Mean log-probability of a response without its first `skip` tokens, in a plain causal sequence."""
     ids = torch.tensor([prompt + response], device=device)
     hidden_TD = final_hidden_states(model, input_ids=ids)[0]
     first = len(prompt) + skip

@@ -30,20 +30,20 @@ def collate(*rows, **settings):
 
 
 def mask(batch, window=None):
-    return shared_prefix_mask(batch["segment_ids"], batch["position_ids"], batch["limits"], window)[:, 0].int()
+    return shared_prefix_mask(batch.segment_ids_BT, batch.position_ids_BT, batch.limits_BSS, window)[:, 0].int()
 
 
 def test_one_row():
     batch = collate(ROW)
-    assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 2, 8, 2]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3]]
-    assert batch["segment_ids"].tolist() == [[0, 0, 1, 1, 1, 2, 2]]
-    assert batch["predictors"].tolist() == [1, 2, 3, 1, 5]
-    assert batch["targets"].tolist() == [6, 7, 2, 8, 2]
-    assert batch["path"].tolist() == [0, 1, 2, 3, 4]
-    assert batch["candidates"].tolist() == [0, 0, 0, 1, 1]
-    assert batch["ranks"].tolist() == [[0, 1]]
-    assert batch["mle"].tolist() == [[True, True]]
+    assert batch.input_ids_BT.tolist() == [[1, 5, 6, 7, 2, 8, 2]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 2, 3]]
+    assert batch.segment_ids_BT.tolist() == [[0, 0, 1, 1, 1, 2, 2]]
+    assert batch.predictors_R.tolist() == [1, 2, 3, 1, 5]
+    assert batch.targets_R.tolist() == [6, 7, 2, 8, 2]
+    assert batch.predictions_P.tolist() == [0, 1, 2, 3, 4]
+    assert batch.responses_P.tolist() == [0, 0, 0, 1, 1]
+    assert batch.ranks_BN.tolist() == [[0, 1]]
+    assert batch.mle_BN.tolist() == [[True, True]]
     assert mask(batch)[0].tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -66,14 +66,14 @@ def test_one_row():
 
 def test_responses_that_begin_alike_share_their_tokens():
     batch = collate(ALIKE)
-    assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 2, 2, 8, 2]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 2, 3]]
-    assert batch["segment_ids"].tolist() == [[0, 1, 1, 1, 1, 2, 3, 3]]
+    assert batch.input_ids_BT.tolist() == [[1, 5, 6, 7, 2, 2, 8, 2]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 3, 2, 3]]
+    assert batch.segment_ids_BT.tolist() == [[0, 1, 1, 1, 1, 2, 3, 3]]
     # 5 is skipped: it belongs to the prompt's text. 6 is predicted once, and is part of two responses.
-    assert batch["targets"].tolist() == [6, 7, 2, 2, 8, 2]
-    assert batch["predictors"].tolist() == [1, 2, 3, 2, 1, 6]
-    assert batch["path"].tolist() == [0, 1, 2, 0, 3, 4, 5]
-    assert batch["candidates"].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert batch.targets_R.tolist() == [6, 7, 2, 2, 8, 2]
+    assert batch.predictors_R.tolist() == [1, 2, 3, 2, 1, 6]
+    assert batch.predictions_P.tolist() == [0, 1, 2, 0, 3, 4, 5]
+    assert batch.responses_P.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert mask(batch)[0].tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],
@@ -88,30 +88,30 @@ def test_responses_that_begin_alike_share_their_tokens():
 
 def test_a_reference_that_is_one_of_the_responses_costs_nothing():
     batch = collate(ALIKE, mle_on="reference")
-    assert len(batch["tokens"]) == 8
-    assert batch["candidates"].tolist()[-2:] == [3, 3] and batch["path"].tolist()[-2:] == [0, 3]
+    assert len(batch.tokens_U) == 8
+    assert batch.responses_P.tolist()[-2:] == [3, 3] and batch.predictions_P.tolist()[-2:] == [0, 3]
 
 
 def test_padding_and_fewer_responses():
     one = {**ROW, "prompt_ids": [1], "completions_ids": [[5, 6, 2]], "completion_skips": [1], "ranks": [0]}
     batch = collate(ROW, one, pad_to_multiple_of=8)
-    assert batch["input_ids"].shape == (2, 8)
-    assert batch["segment_ids"][1].tolist() == [0, 1, 1, 1, 3, 3, 3, 3]
-    assert batch["tokens"].tolist() == [*range(7), *range(8, 8 + 4)]
-    assert batch["predictors"][5:].tolist() == [7 + 1, 7 + 2]
-    assert batch["targets"][5:].tolist() == [6, 2]
-    assert batch["candidates"][5:].tolist() == [2, 2]
-    assert batch["ranks"].tolist() == [[0, 1], [0, -1]]
-    assert batch["mle"].tolist() == [[True, True], [True, False]]
+    assert batch.input_ids_BT.shape == (2, 8)
+    assert batch.segment_ids_BT[1].tolist() == [0, 1, 1, 1, 3, 3, 3, 3]
+    assert batch.tokens_U.tolist() == [*range(7), *range(8, 8 + 4)]
+    assert batch.predictors_R[5:].tolist() == [7 + 1, 7 + 2]
+    assert batch.targets_R[5:].tolist() == [6, 2]
+    assert batch.responses_P[5:].tolist() == [2, 2]
+    assert batch.ranks_BN.tolist() == [[0, 1], [0, -1]]
+    assert batch.mle_BN.tolist() == [[True, True], [True, False]]
     assert mask(batch)[1, 4:].tolist() == torch.eye(8)[4:].int().tolist()
 
 
 def test_likelihood_on_best_and_on_the_reference():
-    assert collate(ROW, mle_on="best")["mle"].tolist() == [[True, False]]
+    assert collate(ROW, mle_on="best").mle_BN.tolist() == [[True, False]]
     batch = collate(ROW, mle_on="reference")
-    assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 2, 8, 2, 9, 2]]
-    assert batch["ranks"].tolist() == [[0, 1, -1]]
-    assert batch["mle"].tolist() == [[False, False, True]]
+    assert batch.input_ids_BT.tolist() == [[1, 5, 6, 7, 2, 8, 2, 9, 2]]
+    assert batch.ranks_BN.tolist() == [[0, 1, -1]]
+    assert batch.mle_BN.tolist() == [[False, False, True]]
 
 
 def test_mask_is_the_one_of_each_token_s_own_sequence():
@@ -121,9 +121,9 @@ def test_mask_is_the_one_of_each_token_s_own_sequence():
     for b, row in enumerate(rows):
         sequences = [tuple(row["prompt_ids"] + response) for response in row["completions_ids"]]
         prefixes = {sequence[:depth] for sequence in sequences for depth in range(1, len(sequence) + 1)}
-        assert len(collate(row)["tokens"]) == len(prefixes)
+        assert len(collate(row).tokens_U) == len(prefixes)
         seen = mask(batch)[b]
-        ids, positions = batch["input_ids"][b], batch["position_ids"][b]
+        ids, positions = batch.input_ids_BT[b], batch.position_ids_BT[b]
         found = set()
         for q in range(len(prefixes)):
             keys = seen[q].nonzero().flatten()

@@ -1,11 +1,12 @@
-"""A GPU that computes nothing, for machines without one: shapes, dtypes and devices are those of CUDA, values are not.
+"""A simulated GPU for machines without one: shapes, dtypes and devices are those of CUDA; no values are computed.
 
-PyTorch's fake tensors check what a GPU checks before it computes: all tensors of an operation on one device, in dtypes
-that go together, with autocast's casts. They also refuse whatever makes a GPU wait for the CPU (`item`, boolean
-indices, `nonzero`), except where an answer is played here. A PyTorch built for CPUs lacks the part of CUDA that knows
-which device is current; one that does nothing takes its place, for the whole process: hence a process of its own.
+PyTorch's fake tensors check what CUDA checks before it computes: that all tensors of an operation are on one device
+and in compatible dtypes, with autocast's casts. They also raise an error where the CPU would wait for the GPU
+(`item`, boolean indices, `nonzero`), except where this file supplies a result. A PyTorch built for CPUs lacks the part
+of CUDA that knows the current device. `install` replaces it by one that does nothing, for the whole process, so
+`test_fake_cuda.py` runs this file as a process of its own:
 
-    python played_gpu.py    # prints {case: what went wrong, or ""} as JSON
+    python fake_cuda.py    # prints {case: traceback, or "" if it passed} as JSON
 """
 
 from __future__ import annotations
@@ -34,27 +35,28 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from tuna_peft import TunaConfig, TunaTrainer
+from tuna_peft.data.batch import PackedBatch
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.evaluation.ranking import _scored
 from tuna_peft.models.base import dequantise
 from tuna_peft.models.forward import prefix, segments
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
-from tuna_peft.models.forward.verify import verify_shared_rows
+from tuna_peft.models.forward.verify import verify_packing
 from tuna_peft.models.generation.generate import stream_responses
 from tuna_peft.models.stack.adapters import push_adapter
 
-GPU, PLAYED = "cuda:0", "played:0"
-CARDS = {"T4": ((7, 5), torch.float16), "A100": ((8, 0), torch.bfloat16)}
+GPU, STAND_IN = "cuda:0", "standin:0"
+GPUS = {"T4": ((7, 5), torch.float16), "A100": ((8, 0), torch.bfloat16)}
 
 
 class Fake(FakeTensorMode):
-    """As on a machine with a GPU that must not be touched."""
+    """Fake tensors that never initialize the real device."""
 
     avoid_device_init = True
 
 
 class Tokens:
-    """What the trainer and generation need of a tokenizer."""
+    """The attributes of a tokenizer that the trainer and generation use."""
 
     pad_token_id, eos_token_id = 0, 2
     model_input_names = ["input_ids"]
@@ -63,24 +65,24 @@ class Tokens:
         return ""
 
 
-class _Played(_DummyBackendModule):
+class _StandIn(_DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return []
 
 
 def install() -> None:
-    """Gives this process a device that is called CUDA."""
-    _setup_privateuseone_for_python_backend("played", backend_module=_Played())
+    """Registers a device called CUDA in this process."""
+    _setup_privateuseone_for_python_backend("standin", backend_module=_StandIn())
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 21).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    cuda, played = 1, 20  # of c10::DeviceType
-    guards[cuda] = guards[played]
+    cuda, private_use_one = 1, 20  # c10::DeviceType
+    guards[cuda] = guards[private_use_one]
 
 
 @contextmanager
-def card(name: str) -> Iterator[torch.dtype]:
-    """Inside, this GPU is there and new tensors are fake; yields the dtype that a run computes in."""
-    capability, dtype = CARDS[name]
+def simulated_gpu(name: str) -> Iterator[torch.dtype]:
+    """Within this context the GPU exists and new tensors are fake; yields the dtype that a run computes in."""
+    capability, dtype = GPUS[name]
     with (
         patch("torch.cuda.is_available", lambda: True),
         patch("torch.cuda.get_device_capability", lambda device=None: capability),
@@ -94,12 +96,12 @@ def card(name: str) -> Iterator[torch.dtype]:
 
 
 def _dequantised(layer: Any) -> torch.Tensor:
-    """PEFT knows a 4-bit weight by its class, which no fake tensor can have."""
+    """PEFT recognizes a 4-bit weight by its class, which a fake tensor cannot have."""
     return bnb.dequantize_4bit(layer.weight, layer.weight.quant_state)
 
 
 def like(tensor: torch.Tensor, dtype: torch.dtype | None = None, device: str = "cpu") -> torch.Tensor:
-    """Another one of the same shape, without its numbers."""
+    """An uninitialized tensor of the same shape."""
     return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
 
 
@@ -107,7 +109,7 @@ on_gpu = partial(like, device=GPU)
 
 
 def stack(family: str = "llama") -> torch.nn.Module:
-    """Two adapters on a tiny model in NF4 whose heads share keys; on the CPU, in fp32."""
+    """Two adapters on a tiny NF4 model with grouped-query attention; on the CPU, in fp32."""
     model = make_model(family)
     for module in list(model.model.layers.modules()):
         for name, child in module.named_children():
@@ -123,7 +125,7 @@ def stack(family: str = "llama") -> torch.nn.Module:
 
 
 def moved(model: torch.nn.Module, dtype: torch.dtype, device: str = GPU) -> torch.nn.Module:
-    """The same on the GPU: the base in `dtype`, the adapters in fp32."""
+    """The model on the simulated GPU: the base in `dtype`, the adapters in fp32."""
     on_gpu = partial(like, device=device)
     adapters = {id(parameter) for name, parameter in model.named_parameters() if "lora" in name}
     for module in model.modules():
@@ -145,14 +147,15 @@ def moved(model: torch.nn.Module, dtype: torch.dtype, device: str = GPU) -> torc
 
 
 @contextmanager
-def collated(rows: list[dict[str, Any]], by_segment: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """The batch of these rows, which a collator inside makes of any, without its numbers; by segment, long or not."""
+def collated(rows: list[dict[str, Any]], by_segment: bool) -> Iterator[PackedBatch]:
+    """Yields the batch of these rows. Within this context every collator returns an uninitialized batch of its shapes,
+    and attention is computed by segment, or never, whatever the length."""
     batch = RankedCollator(0)(rows)
-    lengths = tuple(batch[name].diff().tolist() for name in ("q_offsets", "k_offsets"))
+    lengths = batch.q_offsets.diff().tolist(), batch.k_offsets.diff().tolist()
     with (
-        patch.object(RankedCollator, "__call__", lambda *_: {key: like(value) for key, value in batch.items()}),
+        patch.object(RankedCollator, "__call__", lambda *_: batch.map(like)),
         patch.object(prefix, "LONG_ROW", 1 if by_segment else 10**6),
-        patch.object(segments.Segments, "lengths", lengths),  # for these a GPU is asked
+        patch.object(segments.Segments, "lengths", lengths),  # otherwise read from the GPU
     ):
         yield batch
 
@@ -160,21 +163,21 @@ def collated(rows: list[dict[str, Any]], by_segment: bool) -> Iterator[dict[str,
 def train(
     name: str, by_segment: bool, family: str = "llama", mistake: Callable[[], Any] = contextlib.nullcontext
 ) -> None:
-    """The pass forward as `TunaTrainer` does it: autocast, checkpointing, the loss and its metrics."""
+    """The forward pass of `TunaTrainer`: autocast, checkpointing, the loss and its metrics."""
     with step(name, by_segment, family) as (trainer, model, batch, counts, dtype), mistake():
-        inputs = {key: on_gpu(value) for key, value in batch.items()}
+        inputs = batch.map(on_gpu)
         model.forward = torch.autocast("cuda", dtype)(model.forward)  # as accelerate does it
         loss = trainer.compute_loss(moved(model, dtype).train(), inputs, num_items_in_batch=counts)
     require(loss.dtype == torch.float32, f"the loss is in {loss.dtype}")
 
 
 def train_back(name: str, by_segment: bool) -> None:
-    """The pass back. Autograd wants more of CUDA than is played: it runs on a device of another name, which autocast
-    does not know, so the base is in 16 bits and casts nothing."""
-    takes_flash = patch.object(segments, "_takes_flash", lambda *_: name == "A100")
-    with step(name, by_segment) as (trainer, model, batch, counts, dtype), takes_flash:
-        inputs = {key: like(value, device=PLAYED) for key, value in batch.items()}
-        loss = trainer.compute_loss(moved(model, dtype, PLAYED).train(), inputs, num_items_in_batch=counts)
+    """The backward pass. Autograd needs more of CUDA than is simulated, so this runs on a device of another name.
+    Autocast does not know that device: the base is in 16 bits, and nothing is cast."""
+    supports_varlen = patch.object(segments, "_supports_varlen", lambda *_: name == "A100")
+    with step(name, by_segment) as (trainer, model, batch, counts, dtype), supports_varlen:
+        inputs = batch.map(partial(like, device=STAND_IN))
+        loss = trainer.compute_loss(moved(model, dtype, STAND_IN).train(), inputs, num_items_in_batch=counts)
         loss.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     require(len(trained) == 28, f"{len(trained)} tensors train")
@@ -182,12 +185,12 @@ def train_back(name: str, by_segment: bool) -> None:
         require(
             parameter.grad is not None and parameter.grad.dtype == torch.float32, "GradScaler needs fp32 gradients"
         )
-        require(str(parameter.grad.device) == PLAYED, f"a gradient is on {parameter.grad.device}")
+        require(str(parameter.grad.device) == STAND_IN, f"a gradient is on {parameter.grad.device}")
 
 
 @contextmanager
 def step(name: str, by_segment: bool, family: str = "llama") -> Iterator[Any]:
-    """A trainer with its model, a batch, what its loss is averaged over; and inside, the GPU with its dtype."""
+    """Yields a trainer, its model, a batch, the counts of its loss and the dtype; within it the GPU is simulated."""
     model, rows = stack(family), make_rows(3)
     with tempfile.TemporaryDirectory() as folder:
         data, args = Dataset.from_list(rows), TunaConfig(folder, use_cpu=True, report_to="none")
@@ -195,40 +198,40 @@ def step(name: str, by_segment: bool, family: str = "llama") -> Iterator[Any]:
     checkpoint_activations(model, True, use_reentrant=False, preserve_rng_state=False)
     with collated(rows, by_segment) as batch:
         counts = trainer._count([batch])
-        with card(name) as dtype:
+        with simulated_gpu(name) as dtype:
             yield trainer, model, batch, counts, dtype
 
 
 def evaluate(name: str, by_segment: bool) -> None:
-    """The task `ranking`: no autocast, no gradients."""
+    """The evaluation task `ranking`: no autocast, no gradients."""
     model, rows = stack().eval(), make_rows(3)
-    with collated(rows, by_segment), card(name) as dtype:
+    with collated(rows, by_segment), simulated_gpu(name) as dtype:
         moved(model, dtype)
         scored = _scored(model, Tokens(), Dataset.from_list(rows), 3, 1.0, "")
     require(len(scored) == 3, "rows are missing")
 
 
 def verify(name: str, by_segment: bool) -> None:
-    """The proof before training, inside its autocast."""
+    """The check before training, under its autocast."""
     model, [row] = stack(), make_rows(1)
-    with collated([row], by_segment), card(name) as dtype:
+    with collated([row], by_segment), simulated_gpu(name) as dtype:
         moved(model, dtype)
         with torch.autocast("cuda", dtype):
-            verify_shared_rows(model, row, torch.device(GPU))
+            verify_packing(model, row, torch.device(GPU))
 
 
 def generate(name: str) -> None:
-    """Two prompts of one length, two hot samples of each."""
+    """Two prompts of equal length, two samples of each."""
     model = stack().eval()
-    with card(name) as dtype:
+    with simulated_gpu(name) as dtype:
         moved(model, dtype)
         prompts, options = [[1, 4, 5], [1, 6, 7]], {"temperature": 0.7, "top_p": 0.9}
         generated = list(stream_responses(model, Tokens(), prompts, n=2, max_new_tokens=3, **options))
     require(len(generated) == 2, "prompts are missing")
 
 
-def share_keys(name: str) -> None:
-    """SDPA is left to share key heads where FlashAttention does it, and nowhere else."""
+def grouped_query_attention(name: str) -> None:
+    """SDPA gets `enable_gqa` where FlashAttention can be used, and a mask everywhere else."""
     asked, attend = [], torch.nn.functional.scaled_dot_product_attention
 
     def noted(*states, attn_mask=None, enable_gqa=False, **kwargs):
@@ -236,27 +239,27 @@ def share_keys(name: str) -> None:
         return attend(*states, attn_mask=attn_mask, enable_gqa=enable_gqa, **kwargs)
 
     layer = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    with card(name) as dtype, patch("torch.nn.functional.scaled_dot_product_attention", noted):
+    with simulated_gpu(name) as dtype, patch("torch.nn.functional.scaled_dot_product_attention", noted):
         for queries, made in ((9, dtype), (1, dtype), (9, torch.float32)):
             query = torch.empty(2, 4, queries, 16, dtype=made, device=GPU)
             key = torch.empty(2, 2, 9, 16, dtype=made, device=GPU)
             output, _ = segments.segment_attention(layer, query, key, key, None)
             require(output.shape == (2, queries, 4, 16), f"attention gives {output.shape}")
     flash = (name == "A100", name != "A100")
-    require(asked == [flash, flash, (False, True)], f"(shared, masked) on a {name}: {asked}")
+    require(asked == [flash, flash, (False, True)], f"(enable_gqa, masked) on a {name}: {asked}")
 
 
 @contextmanager
 def mask_on_cpu() -> Iterator[None]:
-    """A mistake: the mask of shared rows stays on the CPU."""
+    """A deliberate mistake: the attention mask stays on the CPU."""
     make = prefix.shared_prefix_mask
     with patch.object(prefix, "shared_prefix_mask", lambda *layout: make(*layout).cpu()):
         yield
 
 
 @contextmanager
-def question() -> Iterator[None]:
-    """A mistake: the step asks the GPU for a number."""
+def reads_from_gpu() -> Iterator[None]:
+    """A deliberate mistake: the step reads a number from the GPU."""
     make = prefix.shared_prefix_mask
     with patch.object(prefix, "shared_prefix_mask", lambda *layout: make(*layout)[..., : int(layout[0].max())]):
         yield
@@ -270,16 +273,18 @@ def require(holds: bool, what: str) -> None:
 CASES = {
     f"{case.__name__} on {name}{' by segment' if by_segment else ''}": partial(case, name, by_segment)
     for case in (train, train_back, evaluate, verify)
-    for name in CARDS
+    for name in GPUS
     for by_segment in (False, True)
 }
-CASES |= {f"{case.__name__} on {name}": partial(case, name) for case in (generate, share_keys) for name in CARDS}
 CASES |= {
-    f"train {family} on {name}": partial(train, name, True, family) for family in ("qwen2", "gemma3") for name in CARDS
+    f"{case.__name__} on {name}": partial(case, name) for case in (generate, grouped_query_attention) for name in GPUS
+}
+CASES |= {
+    f"train {family} on {name}": partial(train, name, True, family) for family in ("qwen2", "gemma3") for name in GPUS
 }
 MISTAKES = {
     "FakeTensorDeviceMismatchError": partial(train, "T4", False, mistake=mask_on_cpu),
-    "DataDependentOutputException": partial(train, "T4", False, mistake=question),
+    "DataDependentOutputException": partial(train, "T4", False, mistake=reads_from_gpu),
 }
 
 
