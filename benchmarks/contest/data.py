@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pico_world import families, mixtures, styles
 from pico_world.template import render_prompt
 from tuna_peft.assets import pico_grader
-from tuna_peft.data.tokenize import encode_dataset, prompt_ids
+from tuna_peft.data.texts import prompt_ids
+from tuna_peft.data.tokenize import encode_dataset
 
 Row = dict[str, Any]
 TRAINING_LISTS, VALIDATION_LISTS = 1000, 105

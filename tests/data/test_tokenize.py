@@ -9,13 +9,12 @@ import datasets
 import pytest
 
 from tuna_peft.data.ranked import normalise_ranked
+from tuna_peft.data.texts import prompt_ids, prompt_text
 from tuna_peft.data.tokenize import (
     TokenReport,
     encode_dataset,
     encode_ranked,
     encode_sft,
-    prompt_ids,
-    prompt_text,
 )
 from tuna_peft.errors import UserError
 

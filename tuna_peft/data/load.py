@@ -1,4 +1,9 @@
-"""Reads a source of a recipe: as ranked data, as supervised data, or as prompts. Stages and commands start here."""
+"""From a source in a recipe to a data set: ranked, supervised, or prompts alone; as text, or tokenized.
+
+`tuna_peft.run` reads training and held-out rows through `encode_source`; feedback and planning read text with
+the `load_*` functions. Below: `sources` opens files and Hub data sets, `readers` knows their formats, `ranked` checks
+and normalizes records, `tokenize` turns them into token ids.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +28,54 @@ from tuna_peft.data.ranked import (
 from tuna_peft.data.readers import Format, choose_format
 from tuna_peft.data.sources import RawRecords, read_records
 from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.data.tokenize import Overflow, encode_dataset
 from tuna_peft.errors import UserError
+from tuna_peft.limits import context_length, within_context
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+def encode_source(
+    source: DataSource,
+    load: Callable[[DataSource, PromptConfig], tuple[datasets.Dataset, ReadReport]],
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    *,
+    max_length: int | None,
+    overflow: Overflow,
+    needs_reference: bool = False,
+) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """Reads and tokenizes the data of a recipe's stage or task: the one call from a source to training rows.
+
+    Args:
+        source: What the recipe says of the data.
+        load: `load_ranked` or `load_sft`.
+        prompt: The recipe's prompt template.
+        tokenizer: The model's tokenizer.
+        config: The model's configuration; its context length bounds `max_length`.
+        max_length, overflow, needs_reference: See `tuna_peft.data.tokenize.encode_ranked`.
+
+    Returns:
+        Rows as `tuna_peft.data.tokenize.encode_dataset` returns them, and the counts of records and rows that were
+        read, skipped and truncated.
+
+    Raises:
+        UserError: As `load` and `encode_dataset`; names the file.
+    """
+    dataset, read = load(source, prompt)
+    limit = within_context(max_length, context_length(config))
+    try:
+        encoded, tokens = encode_dataset(
+            dataset, tokenizer, max_length=limit, overflow=overflow, on_bad_row=source.on_bad_row,
+            needs_reference=needs_reference,
+        )  # fmt: skip
+    except UserError as error:
+        place = f"{source.path}: {error.where}" if error.where else source.path
+        raise UserError(error.what, where=place, fix=error.fix) from error
+    return encoded, {**read.as_dict(), "tokens": tokens.as_dict()}
 
 
 def load_ranked(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Dataset, ReadReport]:

@@ -18,14 +18,12 @@ from tqdm import tqdm
 from tuna_peft.data.config import Overflow
 from tuna_peft.data.ranked import BadRow, Record, clean_prompt, clean_response, dense_ranks, normalise_ranked
 from tuna_peft.data.readers import preference_responses
-from tuna_peft.data.texts import TextTokenizer, joint_texts, prompt_ids, prompt_text
+from tuna_peft.data.texts import TextTokenizer, joint_texts
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["TokenReport", "encode_dataset", "encode_ranked", "encode_sft", "prompt_ids", "prompt_text"]
 
 _CHUNK = 256  # rows per call of the tokenizer: enough for its threads, little memory
 

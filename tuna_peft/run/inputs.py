@@ -13,8 +13,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.encode import encode_source
-from tuna_peft.data.load import load_candidates, load_prompts, load_ranked, load_sft
+from tuna_peft.data.load import encode_source, load_candidates, load_prompts, load_ranked, load_sft
 from tuna_peft.data.ranked import Record
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
@@ -82,7 +81,7 @@ def encode_rows(
         The encoded examples, and counts of what was kept, skipped and truncated.
 
     Raises:
-        UserError: See `tuna_peft.data.encode.encode_source`.
+        UserError: See `tuna_peft.data.load.encode_source`.
     """
     load = load_sft if stage.type == "sft" else load_ranked
     return encode_source(

@@ -16,8 +16,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import PromptConfig
-from tuna_peft.data.encode import encode_source
-from tuna_peft.data.load import load_prompts, load_ranked
+from tuna_peft.data.load import encode_source, load_prompts, load_ranked
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.graded import evaluate_graded
