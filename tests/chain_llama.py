@@ -1,4 +1,4 @@
-"""A LLaMA that says one sentence whatever it is asked: a judge that works, small enough to write down."""
+"""A LLaMA that answers every prompt with the same sentence: a tiny judge with a known answer."""
 
 from __future__ import annotations
 

@@ -21,6 +21,6 @@ if sys.__stdin__ is None:  # closed by whoever started the tests; IPython asks f
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: the collections of garbage that every training asks for need not look at it."""
+    """Imported objects stay alive: freezing them makes the garbage collections of each training faster."""
     gc.collect()
     gc.freeze()

@@ -32,7 +32,7 @@ RANKING = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """Where a base and a stack on it are."""
+    """Paths of a base and of a stack on it."""
 
     base: str
     stack: Path
@@ -41,7 +41,7 @@ class Tiny:
 def write_base(
     folder: Path, *, tied: bool = False, intermediate: int = 128, seed: int = 0, max_shard_size: str = "5GB"
 ) -> str:
-    """Saves model, tokenizer and generation config as a stranger's checkpoint in bf16 and returns its path."""
+    """Saves model, tokenizer and generation config like a downloaded checkpoint, in bf16, and returns its path."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -69,7 +69,7 @@ def write_base(
 
 
 def load_tiny(path: str, method: str = "nf4", *, double_quant: bool = True) -> Base:
-    """Loads a base on the CPU with the given quantisation."""
+    """Loads a base on the CPU with the given quantization."""
     return load_base(
         path, quantization_config=make_quantization_config(method, double_quant=double_quant), device="cpu"
     )

@@ -1,4 +1,4 @@
-"""Packed rows and their mask, against matrices written by hand."""
+"""Packed sequences and their mask, against matrices written by hand."""
 
 import torch
 from families import make_rows
@@ -14,7 +14,7 @@ ROW = {
     "reference_ids": [9, 2],
     "reference_skip": 0,
 }
-# Responses that begin alike, the second a prefix of the first but for its end.
+# Responses with common prefixes; the second is a prefix of the first, apart from EOS.
 ALIKE = {
     "prompt_ids": [1],
     "completions_ids": [[5, 6, 7, 2], [5, 6, 2], [5, 8, 2]],
@@ -115,7 +115,7 @@ def test_likelihood_on_best_and_on_the_reference():
 
 
 def test_mask_is_the_one_of_each_token_s_own_sequence():
-    """Independently of segments: q sees k when k lies on the way from the root to q."""
+    """Computed without segments: q attends to k when k is on the path from the root to q."""
     rows = make_rows(6, vocabulary=5, n=(4, 6))  # few tokens: deep sharing
     batch = collate(*rows)
     for b, row in enumerate(rows):

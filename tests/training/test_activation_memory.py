@@ -1,4 +1,4 @@
-"""Layers keep their activations as far as a budget goes, and nothing else changes."""
+"""As many layers as the budget allows keep their activations; results do not change."""
 
 import logging
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def gradients(model, batch):
 
 
 def layer_gib(model, batch):
-    """What a layer needs for this batch, measured by a policy that may keep everything."""
+    """GiB of one layer's activations for this batch, measured with an unlimited budget."""
     policy = ActivationMemory(1e6)
     policy.attach(model)
     gradients(model, batch)
@@ -86,7 +86,7 @@ def test_results_do_not_depend_on_it(model, batch):
 
 
 def test_saved_bytes_are_those_that_a_backward_pass_holds(model):
-    """Against the definition: what autograd packs during a whole forward pass, weights and shared inputs aside."""
+    """Against the definition: the tensors that autograd saves in a forward pass, without weights and inputs."""
     layer = model.get_base_model().model.layers[0]
     hidden = torch.randn(2, 24, 64, requires_grad=True)
     tables = model.get_base_model().model.rotary_emb(hidden, torch.arange(24)[None])
@@ -105,8 +105,8 @@ def test_measuring_draws_no_random_numbers(model, batch):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_a_gpu_is_filled_after_a_first_step_that_recomputes_everything(model, batch, monkeypatch, caplog):
-    """The GPU is played: 10 units in use, 4 more at the peak of the first step, and so much free afterwards."""
+def test_auto_uses_the_free_memory_of_a_gpu_after_the_first_step(model, batch, monkeypatch, caplog):
+    """Simulated GPU: 10 units in use, 4 more at the peak of the first step, 6.5 units free afterwards."""
     size = layer_gib(model, batch) * GIB
     monkeypatch.setattr(activation_memory, "_start_watching", lambda device: 10 * size)
     monkeypatch.setattr(activation_memory, "_peak", lambda device: 14 * size)
@@ -142,7 +142,7 @@ def test_a_cpu_budget_knows_the_limit_of_the_container(tmp_path, monkeypatch):
     assert ActivationMemory("auto")._budget(torch.device("cpu"), tokens=1) == 0.5 * (8000 - 5000 + 1000)
 
 
-def test_out_of_memory_gives_everything_back_once(model, batch):
+def test_out_of_memory_makes_all_layers_recompute(model, batch):
     policy = ActivationMemory(1e6)
     policy.attach(model)
     gradients(model, batch)
@@ -151,12 +151,12 @@ def test_out_of_memory_gives_everything_back_once(model, batch):
     assert kept(model) == [False] * LAYERS
 
 
-def test_several_processes_do_not_choose(model):
+def test_with_several_processes_all_layers_recompute(model):
     assert ActivationMemory("auto", processes=2).setting == "none"
 
 
 @pytest.mark.parametrize("value", ["lots", -1, "nan"])
-def test_a_wrong_setting_is_refused(tmp_path, value):
+def test_a_wrong_setting_is_an_error(tmp_path, value):
     with pytest.raises(ValueError, match="use GiB, or one of auto, full, none"):
         TunaConfig(str(tmp_path), activation_memory=value, use_cpu=True)
 

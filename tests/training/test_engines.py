@@ -1,4 +1,7 @@
-"""Trainers under DDP and DeepSpeed: what is refused, and what DeepSpeed is told. Its engine: tests/recipe."""
+"""Trainers under DDP and DeepSpeed: rejected configurations, and the settings that DeepSpeed gets.
+
+Training with its real engine is tested in tests/run/test_processes.py.
+"""
 
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ DEFAULTS = {"bf16": False, "fp16": False, "gradient_accumulation_steps": 1, "max
 
 
 def under_deepspeed(monkeypatch, stage, **args):
-    """A trainer under a launcher that was told bf16, and DeepSpeed's configuration as it is in the end."""
+    """A trainer under a launcher configured for bf16, and the final configuration of DeepSpeed."""
     config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=config, get_value=config.get)
 
@@ -57,12 +60,12 @@ def test_engines_that_shard_a_stack_are_refused(monkeypatch):
         (
             {"gradient_accumulation_steps": 1},
             {"gradient_accumulation_steps": 8},
-            "Set gradient_accumulation_steps: auto",
+            "Set gradient_accumulation_steps: auto in",
         ),
         ({"gradient_clipping": 0.5}, {"max_grad_norm": 1.0}, "Set gradient_clipping: auto"),
     ],
 )
-def test_what_does_not_go_with_deepspeeds_configuration(config, args, named):
+def test_conflicts_with_deepspeeds_configuration(config, args, named):
     plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "auto"})
     plugin.hf_ds_config.config.update(config)
     require_fitting_deepspeed(SimpleNamespace(**{**DEFAULTS, **args}, deepspeed_plugin=None))
@@ -70,14 +73,14 @@ def test_what_does_not_go_with_deepspeeds_configuration(config, args, named):
         require_fitting_deepspeed(SimpleNamespace(**{**DEFAULTS, **args}, deepspeed_plugin=plugin))
 
 
-def test_what_goes_with_deepspeeds_configuration():
+def test_configurations_without_conflict():
     file = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4, "gradient_clipping": "auto"}
     plugin = DeepSpeedPlugin(hf_ds_config=file)
     args = {**DEFAULTS, "gradient_accumulation_steps": 4, "max_grad_norm": 0.0}
     require_fitting_deepspeed(SimpleNamespace(**args, deepspeed_plugin=plugin))
 
 
-def test_a_pass_before_the_last_one_ends_no_step():
+def test_accumulating_gradients_does_not_end_the_step():
     trainer = DataParallel.__new__(DataParallel)
     trainer.accelerator = Accelerator(cpu=True)
     with trainer.accumulate_gradients(model=None):
@@ -85,7 +88,7 @@ def test_a_pass_before_the_last_one_ends_no_step():
     assert trainer.accelerator.sync_gradients
 
 
-def test_a_checkpoint_is_taken_up_by_the_engine_that_wrote_it(tmp_path):
+def test_a_checkpoint_resumes_only_with_the_engine_that_wrote_it(tmp_path):
     require_same_engine(tmp_path, 2, deepspeed=False)
     with pytest.raises(UserError, match="a run without DeepSpeed"):
         require_same_engine(tmp_path, 2, deepspeed=True)

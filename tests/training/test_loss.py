@@ -1,4 +1,4 @@
-"""The ranking loss against hand-worked numbers, a slow independent rendering, and its invariants."""
+"""The ranking loss against numbers worked out by hand and a slow independent implementation; its invariants."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from tuna_peft.training.loss import PairCounts, RankingLoss, dense_ranks
 
 
 def slow_loss(lists, margin, reduction):
-    """Lists of (score, rank) per prompt, pair by pair in plain Python."""
+    """The loss of lists of (score, rank), one list per prompt, pair by pair in plain Python."""
     by_gap, total = {}, 0.0
     for responses in lists:
         order = sorted({rank for _, rank in responses})
@@ -51,7 +51,7 @@ def test_equals_the_released_formula_on_equal_n(n):
 
 
 @pytest.mark.parametrize("reduction", ["gap_mean", "pair_sum"])
-def test_equals_slow_rendering_with_ties_and_missing(reduction):
+def test_equals_slow_implementation_with_ties_and_missing(reduction):
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         scores = torch.randn(4, 5, generator=generator, dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_no_pair_is_zero_with_a_gradient():
 
 
 def plackett_luce(responses, beta):
-    """-log of the probability of the order, drawn one by one without replacement; ties wait for nobody."""
+    """Negative log-probability of the order under the Plackett-Luce model; tied responses do not compete."""
     total = 0.0
     for v, rank in responses:
         left = [other for other, below in responses if below > rank]
@@ -161,7 +161,7 @@ def test_micro_batches_with_the_counts_of_all_add_up(loss):
 
 
 @pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: f"{loss.loss_type}-{loss.reduction}")
-def test_what_is_missing_or_tied_has_no_part_in_any_loss(loss):
+def test_missing_or_tied_responses_have_no_effect_on_any_loss(loss):
     options = {"loss_type": loss.loss_type, "reduction": loss.reduction}
     wide = torch.tensor([[-1.0, float("nan"), -0.5, -3.0]], requires_grad=True)
     value = tuna_loss(wide, mask=torch.tensor([[True, False, True, True]]), **options)

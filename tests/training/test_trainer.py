@@ -19,7 +19,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "C
 
 
 class Tokens:
-    """What the trainer needs of a tokenizer when rows are encoded already."""
+    """The attributes of a tokenizer that the trainer uses when rows are encoded already."""
 
     pad_token_id, eos_token_id = 0, 2
     model_input_names = ["input_ids"]
@@ -81,7 +81,7 @@ def losses(run):
 
 
 def test_loss_is_that_of_the_released_code(tmp_path):
-    """Equal N, no ties: separate rows, full logits, MarginRankingLoss per gap plus token-mean cross-entropy."""
+    """Equal N, no ties: separate sequences, full logits, MarginRankingLoss per gap plus token-mean cross-entropy."""
     rows = make_rows(3, n=(4, 4))
     for row in rows:
         row.update(ranks=[0, 1, 2, 3], completion_skips=[0] * 4)
@@ -165,20 +165,20 @@ def test_a_token_budget_does_not_change_the_loss(base_folder, tmp_path, budget):
 
 
 def test_out_of_memory_splits_the_step_and_changes_nothing(base_folder, tmp_path, monkeypatch, caplog):
-    def crowded(model, batch):
+    def out_of_memory(model, batch):
         logps = response_logps(model, batch)
         if len(batch.ranks_BN) > 2:
             lowest = next(parameter for parameter in model.parameters() if parameter.requires_grad)
 
             def fail(gradient):  # late in the backward pass: the layers above have their gradients
                 hook.remove()
-                raise torch.OutOfMemoryError("CUDA out of memory (as if)")
+                raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
 
             hook = lowest.register_hook(fail)
         return logps
 
     logs = []
-    for scoring in (response_logps, crowded):
+    for scoring in (response_logps, out_of_memory):
         monkeypatch.setattr("tuna_peft.training.trainer.response_logps", scoring)
         settings = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
         run = trainer(stacked(base_folder), tmp_path, make_rows(16), **settings)
@@ -205,7 +205,7 @@ def test_checkpointing_activations_does_not_change_the_loss(base_folder, tmp_pat
 
 
 class StopAfter(TrainerCallback):
-    """Interrupts training as a crash would."""
+    """Interrupts training after a step, like a crash."""
 
     def __init__(self, step):
         self.step = step
@@ -216,7 +216,7 @@ class StopAfter(TrainerCallback):
 
 
 @pytest.mark.parametrize("sampling", ["random", "group_by_length"])
-def test_resume_is_bitwise_the_straight_run_and_keeps_lower_adapters(base_folder, tmp_path, sampling):
+def test_resuming_is_bit_identical_and_keeps_lower_adapters(base_folder, tmp_path, sampling):
     rows, names = make_rows(16), ("one", "two")
     settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 5,  # 8 steps an epoch: resumes inside one
                 "train_sampling_strategy": sampling}  # fmt: skip
@@ -238,8 +238,8 @@ def test_resume_is_bitwise_the_straight_run_and_keeps_lower_adapters(base_folder
     assert losses(resumed)[-4:] == losses(straight)[-4:]
 
 
-def test_prompts_of_like_length_share_steps_when_asked_to(base_folder, tmp_path):
-    """Padding falls, and the seed decides on the order."""
+def test_grouping_by_length_puts_similar_prompts_into_one_step(base_folder, tmp_path):
+    """There is less padding, and the order depends on the seed."""
 
     def drawn(seed, sampling):
         run = trainer(stacked(base_folder), tmp_path, make_rows(128, n=(2, 9)), train_sampling_strategy=sampling,
@@ -281,7 +281,7 @@ def test_a_peft_model_with_a_new_config_becomes_a_stack(base_folder, tmp_path):
     assert fingerprint(run.model, "one") == below
 
 
-def test_refusals(base_folder, tmp_path):
+def test_wrong_inputs(base_folder, tmp_path):
     rows = Dataset.from_list(make_rows())
     with pytest.raises(UserError, match="no parameter of the model is trainable"):
         trainer(quantised(base_folder), tmp_path, make_rows())

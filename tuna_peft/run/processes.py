@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from tuna_peft.models.base.shards import Lending
+from tuna_peft.models.base.shards import SoloCompute
 from tuna_peft.run.sharding import Sharding, requested_deepspeed, requested_sharding, world_size
 
 # The others wait while the first process evaluates or merges, longer than PyTorch's default of ten minutes.
@@ -45,7 +45,7 @@ class Processes:
         self.count = self._state.num_processes if self._state else 1
         self.main = self._state is None or self._state.is_main_process
         self.sharding: Sharding | None = sharding if self._state else None
-        self._lending = Lending(_TIMEOUT) if self.sharding else None
+        self._solo = SoloCompute(_TIMEOUT) if self.sharding else None
 
     def wait(self) -> None:
         """Waits until all processes have reached this point."""
@@ -60,14 +60,14 @@ class Processes:
             model: The model that the first process uses in the block. If it is sharded, the waiting processes take
                 part in gathering its weights.
         """
-        lending = self._lending if model is not None else None
+        solo = self._solo if model is not None else None
         if self.main:
-            with lending.borrow(model) if lending else contextlib.nullcontext():
+            with solo.lead(model) if solo else contextlib.nullcontext():
                 yield
             self.wait()
         else:
-            if lending:
-                lending.lend(model)
+            if solo:
+                solo.follow(model)
             self.wait()
             yield
 

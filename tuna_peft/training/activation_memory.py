@@ -1,9 +1,11 @@
-"""Activation checkpointing by a memory budget: as many layers as fit keep their activations, the others recompute.
+"""Gradient checkpointing by a memory budget: as many layers as fit keep their activations, the others recompute them.
 
-A layer that keeps what its backward pass needs saves a third of the layer's work. How much that is, is measured on the
-model at hand (a layer runs once with its saved tensors counted), so that it is right for any architecture, attention
-kernel and adapter stack. The choice is made anew for each forward pass, by its tokens; it changes memory and time, and
-no number.
+A layer that keeps its activations saves a third of the layer's work. Their size is measured on the loaded model (one
+layer runs once while its saved tensors are counted), so it is right for any architecture, attention kernel and adapter
+stack. The choice is repeated for each forward pass, from its number of tokens. It changes memory and time, not the
+results.
+
+`TunaTrainer` adds `ActivationMemory` to its callbacks.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ logger = logging.getLogger("tuna_peft")
 
 
 class ActivationMemory(TrainerCallback):
-    """Decides, before each training pass, which layers keep their activations.
+    """Decides before each training pass which layers keep their activations.
 
     Args:
-        setting: GiB for kept activations; `"full"` keeps all, `"none"` recomputes every layer, `"auto"` takes what the
-            device has left: on a GPU what the first step, recomputing everything, leaves free, on a CPU half of the
-            free memory.
-        processes: With several, `"auto"` is `"none"`: they would choose differently.
+        setting: GiB for kept activations; or `"full"` (keep all), `"none"` (every layer recomputes), or `"auto"`: use
+            the free memory of the device. On a GPU that is what the first step, in which every layer recomputes,
+            leaves free; on a CPU half of the free memory.
+        processes: Number of processes; with several, `"auto"` means `"none"`, because each would choose differently.
     """
 
     def __init__(self, setting: str | float, processes: int = 1) -> None:
@@ -39,28 +41,31 @@ class ActivationMemory(TrainerCallback):
         self._layers: list[GradientCheckpointingLayer] = []
         self._hook: Any = None
         self._bytes_per_token, self._widest, self._logged = 0.0, 0, 0
-        self._pass_bytes_per_token: float | None = None  # of a GPU, recomputing everything
+        self._pass_bytes_per_token: float | None = None  # on a GPU, with every layer recomputing
         self._probe_tokens = 0
         self._left = 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Watches the first layer of the model."""
+        """Attaches to the model."""
         self.attach(model)
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        """After the first step it is known what a GPU has left; after one that fp16's scaler skipped it is not, as the
-        optimizer has no states yet."""
+        """Measures a GPU's free memory after the first step.
+
+        With fp16, the gradient scaler may skip the first steps. The optimizer has no states then and will still
+        allocate them, so the measurement waits for a step that counts.
+        """
         if self.setting == "auto" and self._pass_bytes_per_token is None and self._probe_tokens and optimizer.state:
             device = args.device
             self._pass_bytes_per_token = (_peak(device) - self._left) / self._probe_tokens
             self._left = ACTIVATIONS_ON_GPU * _free(device)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Leaves the model as it was."""
+        """Detaches from the model."""
         self.detach()
 
     def attach(self, model: Any) -> None:
-        """Takes over the checkpointing flags of the model's layers."""
+        """Controls the checkpointing flags of the model's layers from now on."""
         self.detach()
         self._layers = [module for module in unwrap(model).modules() if isinstance(module, GradientCheckpointingLayer)]
         if self._layers and self.setting not in ("none", "full"):
@@ -69,13 +74,17 @@ class ActivationMemory(TrainerCallback):
             layer.gradient_checkpointing = self.setting != "full"
 
     def detach(self) -> None:
-        """Stops choosing; the flags stay as they are."""
+        """Stops choosing layers; the flags keep their values."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def release(self) -> bool:
-        """After running out of memory: every layer recomputes from now on. False when they all did, or cannot."""
+        """After running out of memory: every layer recomputes from now on.
+
+        Returns:
+            Whether that frees memory: False when no layer kept its activations, or none can recompute them.
+        """
         able = [layer for layer in self._layers if hasattr(layer, "_gradient_checkpointing_func")]
         kept = any(not layer.gradient_checkpointing for layer in able)
         if kept:
@@ -89,12 +98,12 @@ class ActivationMemory(TrainerCallback):
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[1]
-        if width > self._widest:  # per token, longer rows never take less
+        if width > self._widest:  # longer sequences never take less memory per token
             self._widest = width
             self._bytes_per_token = max(self._bytes_per_token, saved_bytes(layer, args, kwargs) / tokens)
         budget = self._budget(hidden.device, tokens)
         kept = min(int(budget / (self._bytes_per_token * tokens)), len(self._layers))
-        # The last layers: their activations are free again before the first layer recomputes.
+        # The last layers: the backward pass frees their activations before the first layer recomputes its own.
         for index, each in enumerate(self._layers):
             each.gradient_checkpointing = index < len(self._layers) - kept
         if tokens > self._logged and (self._pass_bytes_per_token is not None or budget):
@@ -106,12 +115,12 @@ class ActivationMemory(TrainerCallback):
             )  # fmt: skip
 
     def _budget(self, device: torch.device, tokens: int) -> float:
-        """Bytes for kept activations in a pass over so many tokens."""
+        """Bytes available for kept activations in a forward pass over `tokens` tokens."""
         if not isinstance(self.setting, str):
             return self.setting * GIB
         if device.type == "cpu":
             return ACTIVATIONS_IN_RAM * available_ram()
-        if self._pass_bytes_per_token is None:  # the first step shows what recomputing everything takes
+        if self._pass_bytes_per_token is None:  # the first step measures the memory with every layer recomputing
             if not self._probe_tokens:
                 self._left = _start_watching(device)
             self._probe_tokens = max(self._probe_tokens, tokens)
@@ -120,10 +129,10 @@ class ActivationMemory(TrainerCallback):
 
 
 def saved_bytes(layer: Any, args: tuple, kwargs: dict[str, Any]) -> int:
-    """Bytes that a layer's backward pass needs beyond its inputs and weights, by running it once."""
+    """Bytes that autograd saves for a layer's backward pass, besides its inputs and weights; measured by one run."""
     before = {_storage(tensor) for tensor in [*layer.parameters(), *layer.buffers()]}
     before |= {_storage(tensor) for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)}
-    saved: dict[int, torch.Tensor] = {}  # with the tensors, so that no storage is freed and its address used again
+    saved: dict[int, torch.Tensor] = {}  # holds the tensors too, else a storage could be freed and its address reused
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if _storage(tensor) not in before:
@@ -145,7 +154,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _start_watching(device: torch.device) -> float:
-    """Bytes in use on a GPU now; its peak is counted from here on."""
+    """Bytes in use on a GPU now; resets its peak."""
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 
@@ -155,6 +164,6 @@ def _peak(device: torch.device) -> float:
 
 
 def _free(device: torch.device) -> float:
-    """Bytes that tensors may still take: what the GPU has free and what the allocator holds unused."""
+    """Bytes that tensors can still take: free memory of the GPU, and unused memory that the allocator holds."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

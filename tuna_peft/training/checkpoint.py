@@ -1,4 +1,9 @@
-"""Checkpoints of stacks: `Trainer` saves and restores one adapter, a stack needs its order and its frozen part."""
+"""Saves and resumes training of an adapter stack; both of our trainers (`trainer.py`, `sft.py`) use this mixin.
+
+`Trainer` (transformers 5.23) restores only the first active adapter of a `PeftModel` when it resumes. In a stack that
+is a frozen one, and the optimizer states then have the shapes of other weights. `load_best_model_at_end` has the same
+defect.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +25,8 @@ from tuna_peft.training.engines import DataParallel
 class StackCheckpoints(DataParallel):
     """Mixin for trainers of a stack's top adapter; put it before the trainer class.
 
-    `Trainer` restores the first active adapter only, so that optimizer states no longer fit; here every save writes
-    the whole stack with its manifest, and every load fills the top adapter and nothing else.
+    Every save writes the whole stack with its manifest (`stack.json`); every load sets the weights of the top adapter
+    only, because the frozen ones have not changed.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -58,7 +63,7 @@ class StackCheckpoints(DataParallel):
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint in a trainer's output folder.
 
-    `trainer_state.json` is written last, so a checkpoint without a readable one was interrupted and is passed over.
+    `trainer_state.json` is written last: a checkpoint without a readable one was interrupted, and is ignored.
     """
 
     def step(path: Path) -> int:
@@ -74,8 +79,10 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 class StopOnRequest(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, once `requested` is set (by Ctrl-C), in any process:
-    one that stopped a step before the others would leave them waiting."""
+    """Ends training after the current step, with a checkpoint, once `requested` is set (by Ctrl-C).
+
+    With several processes, one request stops all: a process that stopped earlier would leave the others waiting.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -90,7 +97,7 @@ class StopOnRequest(TrainerCallback):
 
 
 def require_trainable(model) -> None:
-    """Refuses a model in which nothing would train."""
+    """Raises UserError when the model has no trainable parameter."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             "no parameter of the model is trainable",

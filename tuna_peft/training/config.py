@@ -1,4 +1,8 @@
-"""`TunaConfig`: the arguments of `TunaTrainer`."""
+"""`TunaConfig`: the arguments of `TunaTrainer`.
+
+`tuna_peft.recipe.train_fields` derives the `train:` keys of a ranking stage from it, and the recipe reference prints
+its help texts.
+"""
 
 from __future__ import annotations
 
@@ -27,31 +31,32 @@ class TunaConfig(TrainingArguments):
             Keyword arguments for `tuna_peft.load_base` (`revision`, `dtype`, `device`, `trust_remote_code`,
             `attn_implementation`), used when the `model` argument of the trainer is a string.
         adapter_name (`str`, *optional*, defaults to `"tuna"`):
-            Name of the adapter made from `peft_config`; on a `PeftModel` it becomes the next of the stack.
+            Name of the adapter that is created from `peft_config`.
 
         > Parameters that control the data preprocessing
 
         max_length (`int` or `None`, *optional*, defaults to `1024`):
-            Longest prompt plus one response, in tokens; `None` for no limit.
+            Maximum tokens of a prompt plus one response; `None` for no limit.
         overflow (`str`, *optional*, defaults to `"error"`):
-            What to do with a response that passes `max_length`: `"error"`, `"cut"` its end, or `"skip"` it (and the
-            row when fewer than two ranks are left).
+            What to do with a response longer than `max_length`: `"error"`, `"cut"` (truncate it), or `"skip"` it (and
+            the row when fewer than two ranks are left).
 
         > Parameters that control memory
 
         max_tokens_per_batch (`int`, *optional*):
-            Most tokens of one forward pass, padding included; the prompts of a batch are split to fit, like lengths
-            together. The loss does not change: it is averaged over all prompts of the step.
+            Maximum tokens of one forward pass, padding included; a batch is split to fit, prompts of similar length
+            together. The loss does not change: it is averaged over all prompts of the optimizer step.
         activation_memory (`str` or `float`, *optional*, defaults to `"auto"`):
-            Which layers keep their activations instead of recomputing them in the backward pass: as many as fit into
-            so many GiB, into what the device has left (`"auto"`), all (`"full"`, which `gradient_checkpointing=False`
-            also means) or none (`"none"`). Memory and time change, results do not.
+            How many layers keep their activations, while the others use gradient checkpointing: as many as fit into
+            this many GiB, or into the free memory of the device (`"auto"`); all (`"full"`, the same as
+            `gradient_checkpointing=False`); or none (`"none"`). It changes memory and time, not results.
 
         > Parameters that control the loss
 
         loss_type (`str`, *optional*, defaults to `"hinge"`):
-            `"hinge"` is Tuna's loss; `"logistic"` puts SimPO's loss (https://huggingface.co/papers/2405.14734) over
-            all pairs of a list; `"list_mle"` is the Plackett-Luce likelihood of the order (ListMLE, Xia et al. 2008).
+            `"hinge"` is Tuna's loss; `"logistic"` is SimPO's loss (https://huggingface.co/papers/2405.14734) over all
+            pairs of a prompt's responses; `"list_mle"` is the negative log-likelihood of the order under the
+            Plackett-Luce model (ListMLE, Xia et al. 2008).
             See `tuna_peft.training.loss.RankingLoss`.
         beta (`float`, *optional*, defaults to `2.0`):
             Inverse temperature of `"logistic"` and `"list_mle"`.
@@ -63,9 +68,9 @@ class TunaConfig(TrainingArguments):
         length_penalty (`float`, *optional*, defaults to `1.0`):
             β: a response's score is its summed log-probability divided by its length to this power.
         mle_weight (`float`, *optional*, defaults to `1.0`):
-            λ, the weight of the likelihood term.
+            λ, the weight of the SFT loss (NLL) term.
         mle_on (`str`, *optional*, defaults to `"all"`):
-            Which responses the likelihood term covers: `"all"`, the `"best"`, or the data set's `"reference"`.
+            Which responses the SFT loss term covers: `"all"`, the `"best"`, or the data set's `"reference"`.
     """
 
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -74,31 +79,31 @@ class TunaConfig(TrainingArguments):
     )
     adapter_name: str = field(
         default="tuna",
-        metadata={"help": "Name of the adapter made from `peft_config`; on a PeftModel, the next of the stack."},
+        metadata={"help": "Name of the adapter that is created from `peft_config`."},
     )
     max_length: int | None = field(
         default=1024,
-        metadata={"help": "Longest prompt plus one response, in tokens. None for no limit."},
+        metadata={"help": "Maximum tokens of a prompt plus one response. None for no limit."},
     )
     overflow: Overflow = field(
         default="error",
-        metadata={"help": "What to do with a response that passes `max_length`: 'error', 'cut' or 'skip'."},
+        metadata={"help": "What to do with a response longer than `max_length`: 'error', 'cut' (truncate) or 'skip'."},
     )
     max_tokens_per_batch: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of one forward pass; the prompts of a batch are split to fit. None: no limit."},
+        metadata={"help": "Maximum tokens of one forward pass; larger batches are split. None for no limit."},
     )
-    # `str` for argument parsers, which take one type; a number is as welcome.
+    # Declared as `str` because argument parsers support one type only; numbers are accepted too.
     activation_memory: str = field(
         default="auto",
         metadata={
-            "help": "Layers keep their activations as far as they fit into so many GiB, or into what the device has "
-            "left ('auto'); 'full' keeps all, 'none' recomputes every layer.",
+            "help": "GiB for activations that are kept instead of recomputed; 'auto' uses the free memory of the "
+            "device, 'full' keeps all, 'none' recomputes every layer.",
         },
     )
     loss_type: Literal["hinge", "logistic", "list_mle"] = field(
         default="hinge",
-        metadata={"help": "'hinge' (Tuna), 'logistic' (SimPO over all pairs of a list), 'list_mle' (Plackett-Luce)."},
+        metadata={"help": "'hinge' (Tuna), 'logistic' (SimPO's loss over all pairs), 'list_mle' (Plackett-Luce)."},
     )
     beta: float = field(default=2.0, metadata={"help": "Inverse temperature of 'logistic' and 'list_mle'."})
     margin: float = field(default=0.1, metadata={"help": "Margin per step in rank (m in the paper)."})
@@ -109,32 +114,33 @@ class TunaConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "Scores are summed log-probabilities divided by length to this power (beta)."},
     )
-    mle_weight: float = field(default=1.0, metadata={"help": "Weight of the likelihood term (lambda)."})
+    mle_weight: float = field(default=1.0, metadata={"help": "Weight of the SFT loss (NLL) term (lambda)."})
     mle_on: Literal["all", "best", "reference"] = field(
-        default="all", metadata={"help": "Responses that the likelihood term covers: 'all', 'best' or 'reference'."}
+        default="all", metadata={"help": "Responses that the SFT loss term covers: 'all', 'best' or 'reference'."}
     )
 
     # Defaults that differ from TrainingArguments.
     learning_rate: float = field(
-        default=1e-4, metadata={"help": "Initial learning rate. LoRA takes about ten times that of full fine-tuning."}
+        default=1e-4, metadata={"help": "Initial learning rate. LoRA needs about ten times that of full fine-tuning."}
     )
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "The learning rate schedule."})
     logging_steps: float = field(
-        default=10, metadata={"help": "Log every X update steps; below 1, a share of all steps."}
+        default=10, metadata={"help": "Log every X update steps; below 1, a fraction of all steps."}
     )
     gradient_checkpointing: bool | None = field(
         default=True,
-        metadata={"help": "Recompute activations where `activation_memory` does not hold them; False keeps all."},
+        metadata={"help": "Recompute the activations that `activation_memory` does not keep; False keeps all."},
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bf16 autocast. By default on where the GPU has it (Ampere on), with fp16 on older ones."},
+        metadata={"help": "bf16 autocast. By default on for GPUs from Ampere on; older GPUs use fp16."},
     )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
-        if getattr(self, "activation_checkpointing", True) is None:  # the name from transformers 5.18 on
+        # transformers 5.18 renamed the field; None means that only the old name was set.
+        if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         if self.bf16 is None:
             bf16, fp16 = mixed_precision(self.use_cpu)
@@ -147,7 +153,7 @@ class TunaConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(choices)}")
         self.activation_memory = self._checked_activation_memory()  # type: ignore[assignment]
         if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # there is nothing to pin for, and PyTorch warns
+            self.dataloader_pin_memory = False  # useless without a GPU, and PyTorch warns
         use_one_gpu(self)
 
     def _checked_activation_memory(self) -> str | float:
@@ -169,14 +175,16 @@ class TunaConfig(TrainingArguments):
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
-    """On a machine with several: `Trainer` would take nn.DataParallel, which cannot split packed rows and which TRL
-    refuses. Several GPUs run under `accelerate launch`."""
+    """Uses one GPU of several, unless `accelerate launch` starts a process for each.
+
+    `Trainer` would use `nn.DataParallel`, which cannot split packed sequences and which TRL rejects.
+    """
     if args.n_gpu > 1:
         args._n_gpu = 1
 
 
 def mixed_precision(use_cpu: bool = False) -> tuple[bool, bool]:
-    """`(bf16, fp16)` right for this machine: bf16 from Ampere on, fp16 on a T4, neither on CPU."""
+    """`(bf16, fp16)` for this machine: bf16 on GPUs from Ampere on, fp16 on older ones (T4), neither on a CPU."""
     if use_cpu or not torch.cuda.is_available():
         return False, False
     has_bf16 = is_ampere_or_later(torch.cuda.get_device_capability())

@@ -1,7 +1,9 @@
-"""The Tuna ranking loss (Li et al. 2023, https://arxiv.org/abs/2310.13385, section 3), and two others on the same
-lists.
+"""The Tuna ranking loss (Li et al. 2023, https://arxiv.org/abs/2310.13385, section 3), and two others for ranked
+responses.
 
-Shape suffixes: B prompts, N responses of a prompt, G = N - 1 rank distances.
+`TunaTrainer.compute_loss` calls `RankingLoss`; `tuna_loss` is the function for other code.
+
+Shape suffixes: B prompts, N responses of a prompt, G = N - 1 differences in rank.
 """
 
 from __future__ import annotations
@@ -18,17 +20,17 @@ LossType = Literal["hinge", "logistic", "list_mle"]
 
 @dataclass(frozen=True)
 class RankingLoss:
-    r"""A loss over a prompt's ranked responses, with length-normalised log-probabilities \(v\) and ranks \(r\).
+    r"""A loss over a prompt's ranked responses, with length-normalized log-probabilities \(v\) and ranks \(r\).
 
     - `hinge`, Tuna's: \(\max(0,\; v_j - v_i + m\,(r_j - r_i))\) for every response \(i\) better than \(j\).
     - `logistic`: \(\log(1 + \exp(\beta\,(v_j - v_i + m\,(r_j - r_i))))\), SimPO's loss
-      (https://arxiv.org/abs/2405.14734, with \(\gamma = \beta m\) per step) over all pairs of a list.
+      (https://arxiv.org/abs/2405.14734, with \(\gamma = \beta m\) per step) over all pairs of a prompt's responses.
     - `list_mle`: \(\sum_i \log(1 + \sum_{j:\,r_j > r_i} \exp(\beta\,(v_j - v_i)))\), minus the log-likelihood of the
-      order under Plackett and Luce's model (ListMLE, Xia et al. 2008), averaged over prompts. Without pairs, `margin`
-      and `reduction` have no part in it. Of tied responses none stands in the other's sum.
+      order under Plackett and Luce's model (ListMLE, Xia et al. 2008), averaged over prompts. It has no pairs, so
+      `margin` and `reduction` have no effect. Tied responses do not appear in each other's sum.
 
     Attributes:
-        loss_type: Which of them.
+        loss_type: `hinge`, `logistic` or `list_mle`.
         margin: \(m\) per step in rank.
         reduction: `gap_mean`, as in the released code: the mean over all pairs of a batch that are g steps apart,
             summed over g. `pair_sum`, the paper's formula: the sum over a prompt's pairs, averaged over prompts.
@@ -47,34 +49,35 @@ class RankingLoss:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: use {known}")
 
     def __call__(self, scores_BN: torch.Tensor, ranks_BN: torch.Tensor, counts: PairCounts) -> torch.Tensor:
-        """This batch's share of the loss that is averaged over `counts`: its own, or those of a whole optimiser step.
+        """The part of the loss that this batch contributes, averaged over `counts`.
 
         Args:
-            scores_BN: `(batch, n)` length-normalised log-probabilities.
+            scores_BN: `(batch, n)` length-normalized log-probabilities.
             ranks_BN: `(batch, n)` dense ranks, see `dense_ranks`; -1 where a response is missing.
-            counts: With pairs of at least as many distances as the batch has.
+            counts: Pairs and prompts of this batch, or of the whole optimizer step that it belongs to; `pairs_G` has
+                at least n - 1 entries.
 
         Returns:
-            A scalar; the shares of all micro-batches add up to the loss of all of them in one.
+            A scalar. With the counts of the step, the results of its micro-batches add up to the loss of the step.
         """
-        # Missing responses may hold any value, even NaN: they must not reach the sum or the gradient.
+        # Missing responses may have any score, even NaN, which must not reach the sum or the gradient.
         scores_BN = scores_BN.masked_fill(ranks_BN < 0, 0.0)
         steps_BNN = distances(ranks_BN)
-        ahead_BNN = scores_BN[:, None, :] - scores_BN[:, :, None]  # of j, the worse, before i
+        ahead_BNN = scores_BN[:, None, :] - scores_BN[:, :, None]  # [b, i, j]: how far j, ranked below i, is ahead
         if self.loss_type == "list_mle":
             above_BNN = (self.beta * ahead_BNN).masked_fill(steps_BNN == 0, -torch.inf)
-            nobody_BN1 = torch.zeros_like(scores_BN)[..., None]  # log(1 + sum exp(x)) = logsumexp(0, x)
-            return torch.cat([nobody_BN1, above_BNN], dim=-1).logsumexp(-1).sum() / counts.prompts
-        lacking_BNN = ahead_BNN + self.margin * steps_BNN.to(scores_BN)
-        losses_BNN = lacking_BNN.clamp_min(0) if self.loss_type == "hinge" else softplus(self.beta * lacking_BNN)
+            zeros_BN1 = torch.zeros_like(scores_BN)[..., None]  # log(1 + sum exp(x)) = logsumexp(0, x)
+            return torch.cat([zeros_BN1, above_BNN], dim=-1).logsumexp(-1).sum() / counts.prompts
+        violations_BNN = ahead_BNN + self.margin * steps_BNN.to(scores_BN)
+        losses_BNN = violations_BNN.clamp_min(0) if self.loss_type == "hinge" else softplus(self.beta * violations_BNN)
         gaps = range(1, scores_BN.shape[1])
         if not gaps:
-            return scores_BN.sum() * 0
+            return scores_BN.sum() * 0  # zero, with a gradient: `backward` must work for a batch without pairs
         losses_G = torch.stack([losses_BNN.masked_fill(steps_BNN != gap, 0.0).sum() for gap in gaps])
         return losses_G @ self._weights(counts)[: len(losses_G)].to(losses_G)
 
     def _weights(self, counts: PairCounts) -> torch.Tensor:
-        """`(G,)`: what the summed losses of the pairs of each distance are multiplied with."""
+        """`(G,)` weights for the summed losses of the pairs of each difference in rank."""
         if self.reduction == "gap_mean":
             return counts.pairs_G.clamp_min(1).double().reciprocal()
         return counts.prompts.double().reciprocal().expand(len(counts.pairs_G))
@@ -93,9 +96,9 @@ def tuna_loss(
     """The ranking loss of one batch, see `RankingLoss` for the formulas.
 
     Args:
-        scores: `(batch, n)` length-normalised log-probabilities, best response first.
-        ranks: `(batch, n)` integers, lower is better, equal where tied; only their order counts. Tied responses form
-            no pair and count as one step in rank. By default the position among the responses that are there.
+        scores: `(batch, n)` length-normalized log-probabilities, best response first.
+        ranks: `(batch, n)` integers, lower is better, equal where tied; only their order matters. Tied responses form
+            no pair and count as one rank. By default the position among the responses that are not missing.
         mask: `(batch, n)` booleans, False where a response is missing (prompts may have fewer than n).
         margin, reduction, loss_type, beta: See `RankingLoss`.
 
@@ -121,7 +124,7 @@ def tuna_loss(
 def dense_ranks(ranks_BN: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
     """Ranks 0, 1, 2... in the order of `ranks_BN`, equal where tied; -1 where the mask is False."""
     better_BNN = (ranks_BN[:, None, :] < ranks_BN[:, :, None]) & mask_BN[:, None, :]
-    # Count distinct better ranks: of equal ones, only the first is counted.
+    # Count distinct better ranks: of equal ones only the first counts.
     equal_BNN = (ranks_BN[:, None, :] == ranks_BN[:, :, None]) & mask_BN[:, None, :] & mask_BN[:, :, None]
     first_BN = ~equal_BNN.tril(-1).any(-1) & mask_BN
     dense_BN = (better_BNN & first_BN[:, None, :]).sum(-1)
@@ -129,18 +132,18 @@ def dense_ranks(ranks_BN: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
 
 
 def distances(ranks_BN: torch.Tensor) -> torch.Tensor:
-    """`(B, N, N)`: how many steps j is below i, 0 where they form no pair (tied, j better, or one is missing)."""
-    there_BNN = (ranks_BN[:, :, None] >= 0) & (ranks_BN[:, None, :] >= 0)
-    return (ranks_BN[:, None, :] - ranks_BN[:, :, None]).clamp_min(0).masked_fill(~there_BNN, 0)
+    """`(B, N, N)`: ranks of j minus i, and 0 where the two form no pair (tied, j better, or one is missing)."""
+    present_BNN = (ranks_BN[:, :, None] >= 0) & (ranks_BN[:, None, :] >= 0)
+    return (ranks_BN[:, None, :] - ranks_BN[:, :, None]).clamp_min(0).masked_fill(~present_BNN, 0)
 
 
 @dataclass
 class PairCounts:
-    """How many pairs and prompts a loss is averaged over: one micro-batch, or all those of an optimiser step.
+    """The numbers of pairs and prompts that a loss is averaged over, in one micro-batch or in an optimizer step.
 
     Attributes:
-        pairs_G: `(G,)` pairs by distance in rank.
-        prompts: Scalar, the number of prompts.
+        pairs_G: `(G,)` number of pairs by difference in rank, starting with 1.
+        prompts: Scalar, number of prompts.
     """
 
     pairs_G: torch.Tensor

@@ -1,4 +1,4 @@
-"""One progress bar per stage, with the time left and the numbers that matter."""
+"""The progress bar of a training stage in a run: remaining time, loss and ranking metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SHOWN = ("loss", "ranking_accuracy", "margin_satisfaction", "mean_token_accurac
 
 
 class StageProgress(TrainerCallback):
-    """Takes the place of `Trainer`'s bar and of the dictionaries that it prints."""
+    """Replaces the progress bar of `Trainer` and the dictionaries that it prints."""
 
     def __init__(self, name: str):
         self.name = name
@@ -28,7 +28,7 @@ class StageProgress(TrainerCallback):
             self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in _SHOWN if key in (logs or {})})
 
     def close(self) -> None:
-        """Leaves the bar as it is, and the line free for what follows."""
+        """Closes the bar; later output starts on a new line."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a stack's top adapter by TRL's `SFTTrainer`."""
+"""Supervised fine-tuning of a stack's top adapter with TRL's `SFTTrainer`; used for the `sft` stages of a recipe."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class StackSFTTrainer(StackCheckpoints, SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # TRL casts the adapters of a quantised base to bf16: fp16's gradient scaler refuses those on a T4, and bf16
-        # weights round away the small steps of late training.
+        # TRL 1.16 casts the adapters of a quantized base to bf16. On a T4 (fp16) the gradient scaler fails on bf16
+        # gradients, and everywhere bf16 weights round away the small updates at the end of training.
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
 
     def create_model_card(self, *args, **kwargs):
-        """None: the card is written by the export, of the whole stack."""
+        """Writes no card: the export writes one for the whole stack."""
 
     def _send_telemetry(self):
-        """None: a run talks to nobody."""
+        """Sends nothing: a run contacts no server on its own."""

@@ -1,4 +1,4 @@
-"""Files on the Hub, against a server that answers as the Hub does: what went wrong, and what to do."""
+"""Errors of downloads from the Hub, against a local server that answers like the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a base: frozen, padded with EOS, quantised layout kept, and refusals that say why."""
+"""Loading a base: frozen, padded with EOS, quantized layout kept, and errors for bases that cannot be used."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_pickled_weights_are_not_read(base_path: str, tmp_path: Path) -> None:
         load_tiny(str(folder), "none")
 
 
-def test_what_is_no_causal_lm_is_refused(tmp_path: Path) -> None:
+def test_other_models_than_causal_lms_are_rejected(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
@@ -80,7 +80,7 @@ def test_a_tokenizer_without_eos_is_refused(base_path: str, tmp_path: Path) -> N
 
 
 def test_an_unknown_quantisation_is_refused() -> None:
-    with pytest.raises(UserError, match="unknown quantisation 'nf5'"):
+    with pytest.raises(UserError, match="unknown quantization 'nf5'"):
         make_quantization_config("nf5")
 
 
@@ -98,8 +98,8 @@ def test_evaluation_leaves_the_quantised_layout_alone(base_path: str, double_qua
 
 @pytest.mark.skipif(not AVX512_BF16, reason="bitsandbytes repacks 4-bit weights on CPUs with AVX512-BF16 only")
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_a_repacked_layer_gives_its_weight_back(base_path: str, double_quant: bool) -> None:
-    """DESIGN, fact 7: without the guard a forward repacks, and reading the weight as it lies is silently wrong."""
+def test_a_repacked_layer_is_dequantized_correctly(base_path: str, double_quant: bool) -> None:
+    """DESIGN, fact 7: without the guard a forward pass repacks the weight, and dequantizing it is silently wrong."""
     layer = load_tiny(base_path, double_quant=double_quant).model.model.layers[0].mlp.down_proj
     before = dequantised_weight(layer).clone()
     layer.support_avx512bf16_for_cpu = True
@@ -114,17 +114,19 @@ def test_a_repacked_layer_gives_its_weight_back(base_path: str, double_quant: bo
     assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
 
 
-def test_rows_that_the_cpu_kernel_miscounts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_sizes_that_the_cpu_kernel_gets_wrong_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_base(tmp_path / "base", intermediate=96)
     monkeypatch.setattr(dequantise, "_dequantises_rows_of", lambda width: width % 64 == 0)
-    with pytest.raises(UserError, match=r"down_proj' wrongly on this CPU: its input size 96"):
+    with pytest.raises(UserError, match=r"down_proj' wrongly on this CPU: input size 96"):
         load_tiny(path)
     load_tiny(path, "int8")
 
 
 @pytest.mark.parametrize("width", [64, 96, 172, 688])
-def test_the_row_check_tells_right_from_wrong(width: int) -> None:
-    """A kernel that passes the check is within NF4's error everywhere; one that does not is far outside."""
+def test_the_check_of_input_sizes_agrees_with_the_error(width: int) -> None:
+    """The check passes exactly where the kernel's error is within NF4's."""
     torch.manual_seed(0)
     weight = torch.randn(64, width)
     codes, state = bnb.quantize_4bit(weight, quant_type="nf4")
@@ -133,7 +135,7 @@ def test_the_row_check_tells_right_from_wrong(width: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["nf4", "none"])
-def test_weights_go_straight_to_a_gpu(base_path: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_loaded_directly_onto_a_gpu(base_path: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **given: object) -> None:
         raise OSError(f"asked for {given['device_map']} in {given['dtype']}")
 
@@ -144,7 +146,7 @@ def test_weights_go_straight_to_a_gpu(base_path: str, method: str, monkeypatch: 
         load_base(base_path, quantization_config=make_quantization_config(method))
 
 
-def test_a_gpu_that_is_not_there_is_refused(base_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_an_error(base_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="device cuda: PyTorch sees no GPU here"):
         load_base(base_path, device="cuda")

@@ -1,4 +1,4 @@
-"""A sharded base in one process; what needs several is in tests/run/test_processes.py."""
+"""A sharded base in one process; several processes are tested in tests/run/test_processes.py."""
 
 import pytest
 import torch
@@ -29,14 +29,14 @@ def test_codes_stored_as_floats_are_the_same_bits():
     assert quantization_of(floats) == quantization_of(bytes_)  # so a manifest does not tell them apart
 
 
-def test_bare_codes_dequantise_by_the_state_at_their_layer():
+def test_gathered_codes_are_dequantized_with_the_state_of_their_layer():
     layer = a_layer(pico(torch.float32))
     before = dequantised_weight(layer)
     layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(torch.Tensor), requires_grad=False)
     assert torch.equal(dequantised_weight(layer), before)
 
 
-def test_layers_that_the_model_does_not_have_are_named():
+def test_unknown_layer_classes_are_an_error():
     model = pico(torch.float32)
     with pytest.raises(UserError, match="llama has no layers called OtherLayer to shard"):
         shard_base(model, mesh=None, layers=["OtherLayer"])

@@ -1,4 +1,4 @@
-"""Layers that add a whole stack at once compute what PEFT's do, forwards and backwards."""
+"""Fused LoRA layers give the outputs and gradients of PEFT's layers."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_in_bf16_it_is_as_close_to_fp32_as_peft(base):
     assert max(errors[True]) < 1.5 * max(errors[False]) < 0.3
 
 
-def test_follows_which_adapters_are_active_and_what_they_hold(base):
+def test_follows_changes_of_active_adapters_and_of_their_weights(base):
     model = stack_on(load_tiny(base), sft=SFT, ranking=RANKING)
     ids = torch.tensor([PROMPTS[1]])
 
@@ -91,7 +91,7 @@ def test_follows_which_adapters_are_active_and_what_they_hold(base):
     torch.testing.assert_close(doubled, logits(), atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_of_the_trained_adapter_goes_the_way_of_peft(base):
+def test_dropout_uses_the_forward_of_peft(base):
     model = push_adapter(load_tiny(base).model, "top", LoraConfig(**SFT, lora_dropout=0.5))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -102,5 +102,5 @@ def test_dropout_of_the_trained_adapter_goes_the_way_of_peft(base):
     assert not torch.allclose(dropped, model.eval()(input_ids=ids).logits)
 
 
-def test_int8_stays_with_peft(base):
+def test_int8_uses_the_layers_of_peft(base):
     assert not fused_layers(stack_on(load_tiny(base, "int8"), sft=SFT))

@@ -1,4 +1,4 @@
-"""Log-probabilities without logits against plain log-softmax."""
+"""Chunked log-probabilities against plain log-softmax."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A shared prompt changes no log-probability: packed rows equal separate rows, in value and in gradient."""
+"""Packed sequences give the log-probabilities and gradients of separate sequences."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from tuna_peft.models.forward import prefix
 from tuna_peft.models.forward.scoring import response_logps
 
 
-def separate_rows(model, rows):
-    """Summed log-probabilities, one plain forward per response, as the released code computes them."""
+def separate_sequences(model, rows):
+    """Summed log-probabilities, one plain forward pass per response, as the released code computes them."""
     sums = []
     for row in rows:
         for response, skip in zip(row["completions_ids"], row["completion_skips"], strict=True):
@@ -22,7 +22,7 @@ def separate_rows(model, rows):
     return torch.stack(sums)
 
 
-def packed_rows(model, rows, **collator):
+def packed_sequences(model, rows, **collator):
     batch = RankedCollator(pad_token_id=0, **collator)(rows)
     logps = response_logps(model, batch)
     return logps.sums_BN[batch.ranks_BN >= 0], logps
@@ -36,7 +36,7 @@ def test_packed_equals_separate(family, attention, monkeypatch):
     rows = make_rows(2) + make_rows(2, vocabulary=3, seed=1)
     weights = torch.linspace(-1, 1, sum(len(row["ranks"]) for row in rows))
     gradients, values = [], []
-    for score in (separate_rows, lambda *args: packed_rows(*args)[0]):
+    for score in (separate_sequences, lambda *args: packed_sequences(*args)[0]):
         model.zero_grad()
         value = score(model, rows)
         # A weight below the attention, whose gradient passes through every layer; the head's comes from the body.
@@ -48,11 +48,11 @@ def test_packed_equals_separate(family, attention, monkeypatch):
     torch.testing.assert_close(*gradients, atol=2e-5, rtol=1e-4)
 
 
-def test_padding_and_neighbours_do_not_matter():
+def test_padding_and_other_prompts_do_not_matter():
     model, rows = make_model(), make_rows(5)
-    together, _ = packed_rows(model, rows)
-    alone = torch.cat([packed_rows(model, [row])[0] for row in rows])
-    wide, _ = packed_rows(model, rows, pad_to_multiple_of=64)
+    together, _ = packed_sequences(model, rows)
+    alone = torch.cat([packed_sequences(model, [row])[0] for row in rows])
+    wide, _ = packed_sequences(model, rows, pad_to_multiple_of=64)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together, wide, atol=1e-5, rtol=1e-5)
 
@@ -68,7 +68,7 @@ def test_halves_of_a_batch_hold_the_same_responses():
 
 def test_lengths_and_normalisation():
     rows = make_rows(1, n=(3, 3))
-    _, logps = packed_rows(make_model(), rows)
+    _, logps = packed_sequences(make_model(), rows)
     lengths = [
         len(ids) - skip for ids, skip in zip(rows[0]["completions_ids"], rows[0]["completion_skips"], strict=True)
     ]
@@ -77,8 +77,8 @@ def test_lengths_and_normalisation():
     torch.testing.assert_close(logps.normalised(0.0), logps.sums_BN)
 
 
-def test_heads_that_are_refused_by_name():
+def test_unsupported_output_layers_are_rejected():
     model = make_model()
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(UserError, match="final_logit_softcapping=30"):
-        packed_rows(model, make_rows())
+        packed_sequences(model, make_rows())

@@ -1,4 +1,4 @@
-"""Attention segment by segment: what is handed to the kernels, and models that cannot take it."""
+"""Attention by segment: the arguments of the kernels, and models that do not support it."""
 
 import sys
 
@@ -14,11 +14,11 @@ from tuna_peft.models.forward.scoring import response_logps
 
 
 @pytest.fixture(autouse=True)
-def every_row_is_long(monkeypatch):
+def all_sequences_are_long(monkeypatch):
     monkeypatch.setattr(prefix, "LONG_ROW", 1)
 
 
-def test_keys_of_a_row_that_branches_twice():
+def test_keys_of_a_sequence_that_branches_twice():
     row = {
         "prompt_ids": [5, 6],
         "completions_ids": [[7, 8, 9], [7, 8, 4], [3]],
@@ -26,14 +26,14 @@ def test_keys_of_a_row_that_branches_twice():
         "ranks": [0, 1, 2],
     }
     batch = RankedCollator(pad_token_id=0, pad_to_multiple_of=9)([row])
-    # tokens: 5 6 | 7 8 9 | 4 | 3 | two of padding. The prompt and what follows it first are one unbranched run.
+    # tokens: 5 6 | 7 8 9 | 4 | 3 | two of padding. 7 and 8 are shared by two responses.
     assert batch.segment_ids_BT.tolist() == [[0, 0, 1, 1, 1, 2, 3, 4, 4]]
     assert batch.q_offsets.tolist() == [0, 2, 5, 6, 7]
     keys = batch.keys_K.split(batch.k_offsets.diff().tolist())
     assert [part.tolist() for part in keys] == [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 6]]
 
 
-def test_keys_say_what_the_dense_mask_says():
+def test_keys_agree_with_the_dense_mask():
     batch = RankedCollator(pad_token_id=0)(make_rows(3) + make_rows(3, vocabulary=3, seed=1))
     tokens, width = batch.tokens_U, batch.input_ids_BT.shape[1]
     seen = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
@@ -61,7 +61,7 @@ def test_padding_is_not_computed():
 
 
 def simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, enable_gqa):
-    """The CUDA kernel by its definition: causal, aligned at the end, within the window."""
+    """The definition of the CUDA kernel: causal attention, aligned at the end, within the window."""
     assert q_offsets.dtype == k_offsets.dtype == torch.int32 and q_offsets[-1] == len(q)
     assert q_offsets.diff().max() <= max_q and k_offsets.diff().max() <= max_k
     assert enable_gqa or q.shape[1] == k.shape[1]
@@ -98,7 +98,7 @@ def kernel_of_2_12(q, k, v, q_offsets, k_offsets, max_q, max_k, *, scale=None, w
 
 @pytest.fixture
 def install_kernel(monkeypatch):
-    """Puts another PyTorch's `varlen_attn` in the place of this one's, on a GPU that has FlashAttention."""
+    """Installs the `varlen_attn` of another PyTorch version, and simulates a GPU with FlashAttention."""
 
     def install(kernel):
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
@@ -121,7 +121,7 @@ def test_the_variable_length_kernel_gets_the_same_attention(family, kernel, monk
 
 
 @pytest.mark.parametrize(("kernel", "there"), [(kernel_of_2_10, False), (kernel_of_2_11, True), (None, False)])
-def test_a_kernel_without_scale_and_window_is_left_alone(kernel, there, monkeypatch, install_kernel):
+def test_a_kernel_without_scale_and_window_is_not_used(kernel, there, monkeypatch, install_kernel):
     install_kernel(kernel)
     if kernel is None:  # before PyTorch 2.10
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
@@ -140,19 +140,19 @@ def test_which_gpus_have_flash(capability, built, there, monkeypatch):
     assert not segments.has_flash(torch.device("cpu"))
 
 
-def test_heads_that_the_variable_length_kernel_refuses(monkeypatch):
+def test_heads_that_the_variable_length_kernel_does_not_support(monkeypatch):
     monkeypatch.setattr(segments, "has_flash", lambda device: True)
     states = torch.zeros(1, 2, 4, 80, dtype=torch.float16)
     assert segments._supports_varlen(states, 0.0) and not segments._supports_varlen(states[..., :36], 0.0)
     assert not segments._supports_varlen(states, 0.1) and not segments._supports_varlen(states.float(), 0.0)
 
 
-def test_flash_is_for_16_bits_on_a_gpu_alone():
+def test_flash_needs_16_bits_and_a_gpu():
     states = torch.zeros(1, 2, 4, 8)
     assert not segments._supports_varlen(states, 0.0) and not segments._supports_varlen(states.half(), 0.0)
 
 
-def test_plain_calls_stay_plain():
+def test_calls_without_segments_are_plain_sdpa():
     model, ids = make_model(), torch.tensor([[1, 5, 9, 4, 7]])
     before = model(input_ids=ids).logits
     response_logps(model, RankedCollator(pad_token_id=0)(make_rows(1)))

@@ -1,4 +1,4 @@
-"""The check of a run's first row: quiet where sharing is exact, loud where a model ignores the mask."""
+"""The check of packed sequences: passes on exact models, and fails on one that ignores the mask."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_short_responses_may_round_further(length, dtype, of_one, least, monkeyp
 
 
 @pytest.mark.parametrize(("dtype", "fix"), [("float16", "base.dtype: float32"), ("float32", "Check the weights")])
-def test_a_model_that_overflows_is_refused_for_that(dtype, fix):
+def test_a_model_that_overflows_gets_its_own_message(dtype, fix):
     model = make_model().to(getattr(torch, dtype))
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(3e4 if dtype == "float16" else 3e38)

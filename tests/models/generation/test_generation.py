@@ -61,7 +61,7 @@ def test_samples_do_not_depend_on_the_batch(stack, batch_size):
     assert sampled(stack, batch_size=batch_size) == sampled(stack)
 
 
-def test_samples_do_not_depend_on_order_or_company(stack):
+def test_samples_do_not_depend_on_the_order_of_prompts(stack):
     straight, turned = sampled(stack), sampled(stack, PROMPTS[::-1])
     alone = sampled(stack, PROMPTS[1:2])
     for index in range(3):
@@ -76,7 +76,7 @@ def test_samples_differ_by_number_and_by_seed(stack):
 
 
 @pytest.mark.parametrize("stop", [1, 2])
-def test_an_interrupted_run_goes_on_with_the_same_samples(stack, stop):
+def test_a_resumed_run_gives_the_same_samples(stack, stop):
     straight = sampled(stack, batch_size=3)
     model, tokenizer = stack
     first = list(itertools.islice(stream_responses(model, tokenizer, PROMPTS, **SAMPLED, batch_size=3), stop))
@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on_with_the_same_samples(stack, stop):
     assert {**rest, **{one.index: asdict(one) for one in first}} == straight
 
 
-def test_ends_at_any_of_several_ids_and_says_what_was_cut(stack):
+def test_ends_at_any_of_several_eos_ids_and_marks_truncated_samples(stack):
     model, tokenizer = stack
     [free] = stream_responses(model, tokenizer, PROMPTS[:1], max_new_tokens=12)
     assert free.lengths == [12] and free.ended == [False]
@@ -118,7 +118,7 @@ def test_frequencies_are_the_probabilities(stack):
     assert chi_square < 2 * common.sum().item()  # its mean is their number, its deviation the root of twice that
 
 
-def test_top_p_keeps_the_fewest_tokens_that_hold_it():
+def test_top_p_keeps_the_smallest_sufficient_set():
     choose = generate._chooser(1.0, 0.6)
     logits = torch.tensor([[0.1, 0.5, 0.3, 0.1]]).log()
     drawn = {int(choose(logits, torch.tensor([key * 7919]), step)) for key in range(40) for step in range(5)}
@@ -133,7 +133,7 @@ def test_the_noise_is_standard_gumbel():
     assert (rows - torch.eye(50)).abs().max() < 0.08  # keys that are near each other give unrelated numbers
 
 
-def test_running_out_of_memory_makes_smaller_batches(stack, monkeypatch):
+def test_running_out_of_memory_splits_batches(stack, monkeypatch):
     straight = sampled(stack, batch_size=9)
     inner = generate._Decoder._forward
 
@@ -153,7 +153,7 @@ def test_running_out_of_memory_makes_smaller_batches(stack, monkeypatch):
         sampled(stack)
 
 
-def test_prompts_without_room(stack):
+def test_prompts_that_fill_the_context(stack):
     with pytest.raises(UserError, match="prompt 1: the prompt has no tokens"):
         sampled(stack, [[3], []])
     with pytest.raises(UserError, match="128 tokens and fills the model's context of 128"):

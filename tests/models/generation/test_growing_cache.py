@@ -1,4 +1,4 @@
-"""A cache that grows in place holds what transformers' own holds, whatever is done to it in between."""
+"""The growing cache has the contents of transformers' own cache, also after rows are selected or cropped."""
 
 import weakref
 
@@ -12,7 +12,7 @@ from tuna_peft.limits import CACHE_ROOM
 from tuna_peft.models.generation.growing_cache import GrowingLayer
 
 
-def test_it_holds_what_the_dynamic_layer_holds():
+def test_same_contents_as_the_dynamic_layer():
     torch.manual_seed(0)
     ours, theirs = GrowingLayer(), DynamicLayer()
 
@@ -22,7 +22,7 @@ def test_it_holds_what_the_dynamic_layer_holds():
             assert torch.equal(found, expected)
 
     grow(3, 5)
-    for _ in range(CACHE_ROOM + 2):  # past the first room
+    for _ in range(CACHE_ROOM + 2):  # past the first buffer
         grow(3, 1)
     for layer in (ours, theirs):
         layer.batch_select_indices(torch.tensor([2, 0, 0, 1]))
@@ -33,7 +33,7 @@ def test_it_holds_what_the_dynamic_layer_holds():
     assert ours.get_seq_length() == theirs.get_seq_length()
 
 
-def test_a_token_is_written_and_nothing_copied():
+def test_a_new_token_copies_no_old_ones():
     layer = GrowingLayer()
     layer.update(torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 8, 4))
     place = layer.keys.data_ptr()
@@ -42,17 +42,17 @@ def test_a_token_is_written_and_nothing_copied():
     assert layer.keys.data_ptr() == place
 
 
-def test_rows_that_leave_take_the_old_room_with_them():
+def test_selecting_rows_frees_the_old_buffer():
     layer = GrowingLayer()
     layer.update(torch.zeros(3, 1, 8, 4), torch.zeros(3, 1, 8, 4))
-    rooms = [weakref.ref(room) for room in layer._rooms]
+    buffers = [weakref.ref(buffer) for buffer in layer._buffers]
     layer.batch_select_indices(torch.tensor([0, 2]))
-    assert [room() for room in rooms] == [None, None]
+    assert [buffer() for buffer in buffers] == [None, None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_models_give_the_same_logits_with_it(family):
+def test_models_give_the_same_logits(family):
     model, ids = make_model(family), torch.arange(3, 15)[None]
     logits = []
     for layer_type in (DynamicLayer, GrowingLayer):

@@ -1,4 +1,4 @@
-"""Adapters on one another: who trains, what is active, and which configurations are refused."""
+"""Stacks of adapters: which one trains, which are active, and which configurations are rejected."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_only_the_top_adapter_trains_and_all_are_active(stack: PeftModel) -> Non
     assert all(parameter.dtype == torch.float32 for parameter in stack.parameters() if parameter.requires_grad)
 
 
-def test_training_moves_the_top_and_leaves_the_rest(stack: PeftModel) -> None:
+def test_training_changes_the_top_adapter_only(stack: PeftModel) -> None:
     below, top = fingerprint(stack, "sft"), fingerprint(stack, "ranking")
     stack.train()
     optimizer = torch.optim.SGD((p for p in stack.parameters() if p.requires_grad), lr=0.1)
@@ -62,7 +62,7 @@ def test_training_moves_the_top_and_leaves_the_rest(stack: PeftModel) -> None:
     assert fingerprint(stack, "ranking") != top
 
 
-def test_a_new_top_does_not_change_the_outputs_at_first(base_path: str) -> None:
+def test_a_new_adapter_does_not_change_the_outputs_before_training(base_path: str) -> None:
     model = stack_on(load_tiny(base_path), sft=SFT)
     before = logits(model)
     model = push_adapter(model, "ranking", LoraConfig(**RANKING))
@@ -133,7 +133,7 @@ def test_targets_that_the_base_lacks_are_refused(base_path: str) -> None:
         ({"target_modules": ".*(q_proj|lm_head)"}, "LoRA on the head"),
     ],
 )
-def test_what_cannot_stand_on_a_stack_is_refused_by_reason(base_path: str, settings: dict, reason: str) -> None:
+def test_unsupported_configurations_are_rejected_with_a_reason(base_path: str, settings: dict, reason: str) -> None:
     config = LoraConfig(**{"target_modules": ["q_proj"], **settings})
     with pytest.raises(UserError, match=reason):
         push_adapter(load_tiny(base_path, "none").model, "sft", config)
@@ -145,7 +145,7 @@ def test_other_adapter_types_are_refused(base_path: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sft", "../sft", "model", "q_proj", "a.b", ""])
-def test_names_that_would_clash_are_refused(base_path: str, name: str) -> None:
+def test_names_of_modules_and_adapters_are_rejected(base_path: str, name: str) -> None:
     model = stack_on(load_tiny(base_path, "none"), sft=SFT)
     with pytest.raises(UserError, match=r"already has an adapter|cannot name an adapter"):
         push_adapter(model, name, LoraConfig(target_modules=["q_proj"]))

@@ -1,4 +1,4 @@
-"""A stack saved and loaded as one object, and everything that must not load."""
+"""Saving and loading a stack, and errors for stacks that must not be loaded."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_moved_base_is_accepted(base_path: str, stack_path: Path, tmp_path: Pa
 
 
 def test_a_base_that_is_not_there_says_that_it_may_have_moved(stack_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="If the base of this stack has moved, say where it is now"):
+    with pytest.raises(UserError, match="If the base of this stack has moved, pass its new path"):
         AdapterStack.from_pretrained(
             _edited(stack_path, tmp_path / "stack", lambda manifest: manifest["base"].update(model="/gone/away"))
         )
@@ -71,9 +71,9 @@ def test_another_base_is_refused(stack_path: Path, tmp_path: Path) -> None:
 
 def test_a_given_base_must_be_quantised_as_in_training(base_path: str, stack_path: Path) -> None:
     AdapterStack.from_pretrained(stack_path, base=load_tiny(base_path))
-    with pytest.raises(UserError, match=r"bnb_4bit_quant_type=nf4.*; the one given has no quantisation"):
+    with pytest.raises(UserError, match=r"bnb_4bit_quant_type=nf4.*; the one given has no quantization"):
         AdapterStack.from_pretrained(stack_path, base=load_tiny(base_path, "none"))
-    with pytest.raises(UserError, match="the one given has quantisation .*bnb_4bit_use_double_quant=False"):
+    with pytest.raises(UserError, match="the one given has quantization .*bnb_4bit_use_double_quant=False"):
         AdapterStack.from_pretrained(stack_path, base=load_tiny(base_path, double_quant=False))
 
 
@@ -91,7 +91,7 @@ def test_a_stack_of_an_earlier_version_has_no_dtype(stack_path: Path, tmp_path: 
     assert AdapterStack.from_pretrained(folder, device="cpu").load_dtype is None
 
 
-def test_a_lone_adapter_is_refused_with_what_it_lacks(stack_path: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_its_stack_is_an_error(stack_path: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lone adapter") as error:
         AdapterStack.from_pretrained(stack_path / "ranking")
     assert error.value.fix == f"Its stack is {stack_path}: load that, up to 'ranking'."

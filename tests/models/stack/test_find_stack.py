@@ -1,4 +1,4 @@
-"""A stack in a folder, in a run's folder, and on the Hub as a snapshot has it."""
+"""Finding a stack in a folder, in a run's folder, and in a snapshot of the Hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_folder_and_the_folder_around_it(stack_path: Path, tmp_path: Path) -> 
     assert find_stack(tmp_path / "nothing" / "deep" / "down") == tmp_path / "nothing" / "deep" / "down"
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_a_run_without_a_finished_stage(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: begun\n")
     for load in (AdapterStack.from_pretrained, load_any_model):
         with pytest.raises(UserError, match="no stage of this run has ended yet"):
@@ -53,6 +53,6 @@ def test_a_published_stack_is_found_below_its_combined_adapter(
     assert not (tmp_path / "cache" / "adapter_model.safetensors").exists()
 
 
-def test_a_repository_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="no such folder, and the Hub does not give it"):
+def test_a_missing_repository() -> None:
+    with pytest.raises(UserError, match="no such folder, and downloading it from the Hub failed"):
         find_stack("someone/not-in-the-cache")  # offline

@@ -1,4 +1,7 @@
-"""Files of models on the Hub, with errors that say what to do: gated, missing, no network. Imports no torch."""
+"""Downloads single files of models from the Hub, with errors that say what to do: gated, missing, no network.
+
+Used before a base is loaded and by the planner; imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,14 @@ def hub_file(model: str, name: str, revision: str | None = None, *, endpoint: st
     """One small file of a model repository, from the Hub or, without a network, from the cache.
 
     Returns:
-        Where it is now, and in words where it came from: `CACHE` when there is no network.
+        Its local path, and a phrase that says where it came from: `CACHE` when there is no network.
 
     Raises:
-        UserError: No such model or revision, a gated or private one, or no network and nothing in the cache.
+        UserError: The model or revision does not exist, is gated or private; or there is no network and no cached
+            file.
     """
     try:
-        # Asked by itself first: the download falls back to the cache without a word, and after many retries.
+        # The metadata first: `hf_hub_download` silently falls back to the cache, and only after many retries.
         get_hf_file_metadata(hf_hub_url(model, name, revision=revision, endpoint=endpoint), token=get_token())
         return Path(hf_hub_download(model, name, revision=revision, endpoint=endpoint)), "the Hub"
     except GatedRepoError as error:
@@ -67,7 +71,7 @@ def hub_file(model: str, name: str, revision: str | None = None, *, endpoint: st
         raise UserError(
             "neither a folder here nor a Hub id (`owner/name`)", where=model, fix="Check the name."
         ) from error
-    except Exception as error:  # of the HTTP library below, which is another one in each version of huggingface_hub
+    except Exception as error:  # from the HTTP library, which differs between versions of huggingface_hub
         return _cached(model, name, revision, error)
 
 

@@ -1,4 +1,7 @@
-"""The frozen base: any causal LM, quantised by bitsandbytes or not, with its tokenizer."""
+"""Loads the frozen base: any causal LM, quantized by bitsandbytes or not, with its tokenizer.
+
+Used by runs, stacks, local judges and teachers, exports, and by `TunaTrainer` for a model given by name.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,11 @@ QUANTIZATION_METHODS = ("nf4", "fp4", "int8", "none")
 
 @dataclass
 class Base:
-    """A loaded base model and what is needed to find it again.
+    """A loaded base model, and what identifies it.
 
     Attributes:
         model: The causal LM, in evaluation mode, every parameter frozen.
-        tokenizer: Its tokenizer; `pad_token` is set (to EOS where the model has none: masks go by length, not by id).
+        tokenizer: Its tokenizer; `pad_token` is set (to EOS where it has none: masks are built from lengths, not ids).
         identity: `{"model", "revision", "fingerprint"}`, see `base_identity`.
     """
 
@@ -48,7 +51,7 @@ class Base:
 
 
 def resolve_model_path(model: str) -> str:
-    """Turns `builtin:pico-llama` into its folder inside the package; leaves paths and Hub ids alone."""
+    """The folder inside the package for `builtin:pico-llama`; paths and Hub ids are returned unchanged."""
     if model.startswith("builtin:"):
         if model not in BUILTIN:
             raise UserError(f"no built-in model {model!r}", fix=f"Known: {', '.join(BUILTIN)}.")
@@ -57,7 +60,7 @@ def resolve_model_path(model: str) -> str:
 
 
 def model_id(model: PreTrainedModel) -> str:
-    """What the user would write to load `model` again: a Hub id, a path, or a `builtin:` name."""
+    """The name that loads `model` again: a Hub id, a path, or a `builtin:` name."""
     path = str(model.config._name_or_path)
     return next((name for name in BUILTIN if Path(path) == Path(resolve_model_path(name))), path)
 
@@ -66,7 +69,7 @@ def resolve_device(device: str = "auto") -> torch.device:
     """`auto` is the GPU when there is one; under a launcher, `auto` and `cuda` are the GPU of this process.
 
     Raises:
-        UserError: A GPU is asked for and PyTorch sees none.
+        UserError: `device` is a GPU and PyTorch finds none.
     """
     there = torch.cuda.is_available()
     if device == "auto":
@@ -75,7 +78,7 @@ def resolve_device(device: str = "auto") -> torch.device:
         raise UserError(
             "PyTorch sees no GPU here",
             where=f"device {device}",
-            fix="`tuna-peft doctor` says why; `cpu` does without.",
+            fix="`tuna-peft doctor` says why; use `cpu` to run without one.",
         )
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -83,7 +86,7 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str = "auto", device: torch.device | None = None) -> torch.dtype:
-    """The dtype to hold and compute in: bf16 where the GPU has it (Ampere on), fp16 on a T4, fp32 on CPU."""
+    """The dtype of weights and computation: bf16 on GPUs from Ampere on, fp16 on older ones (T4), fp32 on a CPU."""
     if dtype != "auto":
         return getattr(torch, dtype)
     if (device or resolve_device()).type != "cuda":
@@ -100,14 +103,17 @@ def make_quantization_config(
 ) -> BitsAndBytesConfig | None:
     """The bitsandbytes configuration for `nf4`, `fp4`, `int8`; None for `none`.
 
-    `storage_dtype` is what 4-bit codes are stored as: the bits are the same, but only floating ones can be sharded.
+    `storage_dtype` is the dtype that holds 4-bit codes: the bits are the same, but FSDP2 shards floating dtypes only.
+
+    Raises:
+        UserError: The method is unknown.
     """
     if method == "none":
         return None
     if method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     if method not in QUANTIZATION_METHODS:
-        raise UserError(f"unknown quantisation {method!r}", fix=f"Use one of {', '.join(QUANTIZATION_METHODS)}.")
+        raise UserError(f"unknown quantization {method!r}", fix=f"Use one of {', '.join(QUANTIZATION_METHODS)}.")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=method,
@@ -129,18 +135,19 @@ def load_base(
 ) -> Base:
     """Loads and freezes a base model.
 
-    Embeddings, norms and head stay in `dtype` (16-bit on a GPU): log-probabilities are taken in fp32 chunk by chunk
-    later, so the usual upcast of embedding and head, about 2 GB at a vocabulary of 128k, is not needed.
+    Embeddings, norms and head stay in `dtype` (16-bit on a GPU). PEFT's `prepare_model_for_kbit_training` would cast
+    embedding and head to fp32, about 2 GB at a vocabulary of 128k; this is not needed, because log-probabilities are
+    computed in fp32 chunk by chunk (`tuna_peft.models.forward.logps`).
 
     Args:
         model: Hub id, local path, or `builtin:pico-llama`.
         revision: Branch, tag or commit on the Hub.
-        quantization_config: See `make_quantization_config`; None loads unquantised.
+        quantization_config: See `make_quantization_config`; None loads the model unquantized.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`...
 
     Raises:
-        UserError: The model does not exist, cannot be read, or is no decoder-only causal LM.
+        UserError: The model does not exist, cannot be read, or is not a decoder-only causal LM.
     """
     target = resolve_device(device)
     config, tokenizer = load_config_and_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -150,9 +157,9 @@ def load_base(
             config=config,
             dtype=resolve_dtype(dtype, target),
             quantization_config=quantization_config,
-            # Straight to a GPU: a T4's host has less memory than a 7B model in fp16.
+            # Load directly onto the GPU: the host of a T4 often has less memory than a 7B model in fp16.
             device_map={"": target} if quantization_config is not None or target.type != "cpu" else None,
-            use_safetensors=True,  # pickles run code
+            use_safetensors=True,  # loading a pickle can run code
             attn_implementation=attn_implementation,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -171,20 +178,20 @@ def load_base(
 def load_config_and_tokenizer(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """What can be known of a base without its weights.
+    """Loads the configuration and the tokenizer of a base, without its weights.
 
     Args:
-        model: As in `load_base`, like the others.
+        model, revision, trust_remote_code: See `load_base`.
 
     Returns:
         The configuration, and the tokenizer with a `pad_token` (EOS where it has none).
 
     Raises:
-        UserError: It does not exist, is gated, cannot be reached or read, or is no decoder-only causal LM.
+        UserError: It does not exist, is gated, cannot be reached or read, or is not a decoder-only causal LM.
     """
     path = resolve_model_path(model)
     on_hub = path == model and not Path(path).exists()
-    # Says what is wrong better than what follows, and spares it the wait for a network that is not there.
+    # First, because its errors are clearer than those of transformers, and it notices a missing network at once.
     offline = on_hub and hub_file(model, "config.json", revision)[1] == CACHE
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": offline}
     try:
@@ -217,7 +224,7 @@ def _require_causal_lm(config: Any, model: str) -> None:
 
 
 def base_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """`{"model", "revision", "fingerprint"}`: where a base came from and a digest of its stored weights."""
+    """`{"model", "revision", "fingerprint"}`: the origin of a base and a hash of its stored weights."""
     return {
         "model": model_id(model),
         "revision": getattr(model.config, "_commit_hash", None),
@@ -228,10 +235,10 @@ def base_identity(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def weights_fingerprint(files: list[str]) -> str | None:
-    """SHA-256 over the first row of every tensor in the safetensors files, before any quantisation or cast.
+    """SHA-256 over the first row of every tensor in the safetensors files, before any quantization or cast.
 
-    A fine-tune or a merge changes those rows; reading them costs milliseconds where a digest of every byte of a 7B
-    model costs a minute. None without files.
+    A fine-tune or a merge changes those rows. Reading them takes milliseconds; hashing every byte of a 7B model takes
+    a minute. None when there are no files.
     """
     from safetensors import safe_open
 
@@ -241,7 +248,7 @@ def weights_fingerprint(files: list[str]) -> str | None:
     rows: dict[str, bytes] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
                 view = tensors.get_slice(name)
                 row = view[0:1] if view.get_shape() else tensors.get_tensor(name)
                 rows[name] = (
@@ -254,7 +261,7 @@ def weights_fingerprint(files: list[str]) -> str | None:
 
 
 def safetensors_files(path: str, revision: str | None = None) -> list[str]:
-    """The weight files of a local or cached model, in the order of their names; empty when it has no safetensors."""
+    """The weight files of a local or cached model, sorted by name; empty when it has no safetensors."""
 
     def find(name: str) -> str | None:
         return cached_file(

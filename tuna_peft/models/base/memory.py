@@ -1,4 +1,4 @@
-"""Memory that models without a name still hold."""
+"""Frees the memory of models that are no longer referenced."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 
 
 def free_memory() -> None:
-    """Gives it back, to the GPU as well: a PEFT model is full of cycles, which only the collector ends."""
+    """Runs the garbage collector and empties the GPU's cache.
+
+    A PEFT model has reference cycles, so `del` alone frees nothing.
+    """
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,10 +1,12 @@
-"""A frozen base that no single GPU holds, sharded over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`).
+"""Shards a frozen base that is too large for one GPU over processes, with FSDP2 (`fully_shard`).
 
-Only the base is sharded. The adapters that come on top of it stay whole in every process and train data-parallel: they
-are under a hundredth of the weights, and this way a stack is pushed, saved, resumed and fingerprinted as on one GPU.
+Only the base is sharded. The adapters stay whole in every process and train data-parallel: they are less than 1 % of
+the weights, and so a stack is extended, saved, resumed and hashed as on one GPU.
 
-A layer's weights are gathered when it runs and let go after it, on all processes at once. Where one process alone
-computes (evaluation, sampling) the others therefore gather along with it, see `one_computes`.
+A layer's weights are gathered when it runs and freed afterwards, in all processes at once. When one process computes
+alone (evaluation, sampling), the others have to gather along with it, see `SoloCompute`.
+
+`tuna_peft.run.sharding` calls `shard_base`; `tuna_peft.run.processes` uses `SoloCompute`.
 """
 
 from __future__ import annotations
@@ -32,17 +34,17 @@ def shard_base(
 ) -> None:
     """Shards a frozen base in place; each process keeps its part of every weight on its device.
 
-    A unit of sharding is a decoder layer, the input embedding where the head has its own weight, and the rest. 4-bit
-    weights need a floating `bnb_4bit_quant_storage`.
+    The units of sharding are: each decoder layer; the input embedding, unless the head shares its weight; and the
+    rest. 4-bit weights need a floating `bnb_4bit_quant_storage`.
 
     Args:
         model: A causal LM without adapters, the same in every process, usually on the CPU.
-        mesh: Of one dimension, over all processes.
-        layers: Class names of the layers; by default what the model says must not be split.
-        reshard_after_forward: Let a layer's weights go between its forward and its backward pass.
+        mesh: A one-dimensional mesh over all processes.
+        layers: Class names of the decoder layers; by default the model's `_no_split_modules`.
+        reshard_after_forward: Free a layer's gathered weights between its forward and its backward pass.
 
     Raises:
-        UserError: The model has no such layers.
+        UserError: The model has no layers of these classes.
     """
     wanted = set(layers or model._no_split_modules or ())
     units = [module for module in model.modules() if type(module).__name__ in wanted]
@@ -56,12 +58,12 @@ def shard_base(
         units.append(embedding)
     quantised = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in quantised:
-        # As plain parameters: bitsandbytes finds the state of a gathered one at its layer.
+        # FSDP2 needs plain parameters; bitsandbytes finds the quantization state of a gathered one at its layer.
         codes = module.weight.data.as_subclass(torch.Tensor)
         module.weight = torch.nn.Parameter(codes, requires_grad=False)
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh)  # the rest, head included, stays gathered until the end of a backward pass
+    fully_shard(model, mesh=mesh)  # the rest, with the head, stays gathered until the end of the backward pass
     for module in quantised:
         module.quant_state.to(model.device)
     if getattr(model, "hf_device_map", None):
@@ -69,31 +71,31 @@ def shard_base(
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether `shard_base` has been at the base of `model`."""
+    """Whether the base of `model` was sharded by `shard_base`."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def keep_from_ddp(model: torch.nn.Module) -> None:
-    """Tells data parallelism to leave the shards alone: it would send the first process's to all others."""
+    """Makes DDP ignore the sharded weights: it would overwrite them in all processes with those of the first one."""
     names = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
-class Lending:
-    """Lets the first process compute alone with a sharded model; make it in every process.
+class SoloCompute:
+    """Lets the first process compute alone with a sharded model. Create it in every process.
 
     Args:
-        patience: How long the others wait for the first one's next step.
+        timeout: How long the other processes wait for the next layer of the first one.
     """
 
-    def __init__(self, patience: timedelta) -> None:
-        # By way of the CPU: waiting in a collective of the GPU would keep it busy.
-        self._group = dist.new_group(backend="gloo", timeout=patience)
+    def __init__(self, timeout: timedelta) -> None:
+        # Through the CPU (gloo): a process that waits in an NCCL collective keeps its GPU busy.
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
 
     @contextlib.contextmanager
-    def borrow(self, model: torch.nn.Module) -> Iterator[None]:
-        """In the first process: inside, every unit that gathers its weights calls the others to gather too."""
-        units = _units_apart(model)
+    def lead(self, model: torch.nn.Module) -> Iterator[None]:
+        """For the first process: within it, every unit that gathers its weights makes the others gather too."""
+        units = _resharded_units(model)
         hooks = [
             unit.register_forward_pre_hook(self._caller(number, *weight), prepend=True)
             for number, (unit, weight) in enumerate(zip(units, _a_weight_of_each(units), strict=True))
@@ -103,32 +105,32 @@ class Lending:
         finally:
             for hook in hooks:
                 hook.remove()
-            _units_apart(model)
+            _resharded_units(model)
             self._send(_DONE)
 
-    def lend(self, model: torch.nn.Module) -> None:
-        """In the others: gathers along until the first process is done."""
-        units = _units_apart(model)
+    def follow(self, model: torch.nn.Module) -> None:
+        """For the other processes: gathers the same units until the first process leaves `lead`."""
+        units = _resharded_units(model)
         while (number := self._send(_DONE)) != _DONE:
             units[number].unshard()
             units[number].reshard()
 
     def _caller(self, number: int, module: torch.nn.Module, name: str) -> Callable[..., None]:
         def call(*_: Any) -> None:
-            if isinstance(getattr(module, name), DTensor):  # else its unit is gathered still
+            if isinstance(getattr(module, name), DTensor):  # else its unit is still gathered
                 self._send(number)
 
         return call
 
     def _send(self, number: int) -> int:
-        """What the first process says; the others' own is ignored."""
-        said = torch.tensor(number)
-        dist.broadcast(said, src=0, group=self._group)
-        return int(said)
+        """The number that the first process broadcasts; `number` is ignored in the other ones."""
+        received = torch.tensor(number)
+        dist.broadcast(received, src=0, group=self._group)
+        return int(received)
 
 
-def _units_apart(model: torch.nn.Module) -> list[Any]:
-    """The units of sharding, in the same order everywhere, each process with its part alone."""
+def _resharded_units(model: torch.nn.Module) -> list[Any]:
+    """The units of sharding, in the same order in all processes, after freeing their gathered weights."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.reshard()
@@ -136,8 +138,8 @@ def _units_apart(model: torch.nn.Module) -> list[Any]:
 
 
 def _a_weight_of_each(units: Sequence[torch.nn.Module]) -> list[tuple[torch.nn.Module, str]]:
-    """A module and the name of its weight for each unit, to see whether that is gathered: then it is no DTensor."""
-    # An outer unit comes before those inside it, which take their modules from it.
+    """`(module, name)` of one weight of each unit; the unit is gathered when that weight is not a DTensor."""
+    # Outer units come first, so a module ends up with the innermost unit that contains it.
     unit_of = {module: number for number, unit in enumerate(units) for module in unit.modules()}
     found: dict[int, tuple[torch.nn.Module, str]] = {}
     for module, number in unit_of.items():

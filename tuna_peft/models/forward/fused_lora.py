@@ -1,14 +1,15 @@
-"""LoRA layers that add the whole stack in one go.
+"""LoRA layers that compute all adapters of a stack at once.
 
-PEFT adds adapters one by one, each with casts, a scaled copy of its output and a sum, all as large as the layer's
+PEFT computes adapters one by one, each with casts, a scaled copy of its output and a sum, all as large as the layer's
 output: memory traffic that costs more than the low-rank products themselves. Here the factors of all active adapters
-stand side by side, so that a stack is two thin products, added in place to what the base layer gives:
+are concatenated, so a stack takes two low-rank products, added in place to the output of the base layer:
 
     y = W x + [s_1 B_1 | .. | s_k B_k] [A_1; ..; A_k] x
 
-in the compute dtype (autocast's, else that of x), with a backward pass of its own. Frozen adapters are joined once.
+in the compute dtype (autocast's, else that of x), with a custom backward pass. Frozen adapters are concatenated once.
+`tuna_peft.models.stack.adapters.push_adapter` registers the layers with PEFT.
 
-Shape suffixes: T tokens, I and O sizes of the layer's input and output, R ranks of all adapters together.
+Shape suffixes: T tokens, I and O sizes of the layer's input and output, R sum of the adapters' ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tuna_peft.models.base.dequantise import dequantised_weight
 
 
 class _StackedLora(torch.autograd.Function):
-    """The sum above. `trained` holds A and B of each trainable adapter in turn; `scales` their factors s."""
+    """The equation above. `trained` alternates A and B of each trainable adapter; `scales` are their factors s."""
 
     @staticmethod
     def forward(ctx, x, base_layer, frozen_RI, frozen_OR, scales, *trained):
@@ -33,7 +34,7 @@ class _StackedLora(torch.autograd.Function):
         y = base_layer(x)
         x_TI = x.reshape(-1, x.shape[-1])
         z_TR = x_TI @ down_RI.T
-        y.view(-1, y.shape[-1]).addmm_(z_TR, up_OR.T)
+        y.view(-1, y.shape[-1]).addmm_(z_TR, up_OR.T)  # in place: no second tensor of the output's size
         ctx.base_layer, ctx.scales = base_layer, scales
         ctx.save_for_backward(x_TI, z_TR, frozen_RI, frozen_OR, *trained)
         return y
@@ -47,11 +48,11 @@ class _StackedLora(torch.autograd.Function):
         grad_z_TR = grad_TO @ up_OR
         grad_x = None
         if ctx.needs_input_grad[0]:
+            # A 4-bit weight is dequantized again instead of being saved from the forward pass: 16 bits against 4.
             grad_x = grad_TO @ dequantised_weight(ctx.base_layer).to(grad.dtype)
             grad_x = grad_x.addmm_(grad_z_TR, down_RI).view(*grad.shape[:-1], -1)
         gradients: list[torch.Tensor] = []
-        end = len(down_RI)
-        start = end - sum(len(down) for down in trained[::2])
+        start = len(down_RI) - sum(len(down) for down in trained[::2])  # frozen adapters come first
         for down, up, scale in zip(trained[::2], trained[1::2], ctx.scales, strict=True):
             ranks = slice(start, start := start + len(down))
             gradients.append((grad_z_TR[:, ranks].T @ x_TI).to(down.dtype))
@@ -60,17 +61,17 @@ class _StackedLora(torch.autograd.Function):
 
 
 def _joined(frozen_RI, frozen_OR, scales, trained) -> tuple[torch.Tensor, torch.Tensor]:
-    """All A below each other, and all s B side by side, in the dtype of the frozen ones."""
+    """`(R, I)` all A and `(O, R)` all s B, concatenated along the ranks, in the dtype of the frozen ones."""
     dtype = frozen_RI.dtype
     ups = [(up * scale).to(dtype) for up, scale in zip(trained[1::2], scales, strict=True)]
     return torch.cat([frozen_RI, *(down.to(dtype) for down in trained[::2])]), torch.cat([frozen_OR, *ups], dim=1)
 
 
 class _Stacked(lora.LoraLayer):
-    """Mixin for PEFT's LoRA layers; whatever is not plain LoRA goes their way.
+    """Mixin for PEFT's LoRA layers: plain LoRA is computed as above, everything else by PEFT's own `forward`.
 
     Attributes:
-        fused: False leaves everything to PEFT.
+        fused: False uses PEFT's `forward` always; a class attribute, for benchmarks.
     """
 
     fused = True
@@ -87,8 +88,9 @@ class _Stacked(lora.LoraLayer):
             or not all(map(self._is_plain, names))
         ):
             return super().forward(x, *args, **kwargs)
-        kind = x.device.type
-        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        # The cast that autocast would make, here so that the backward pass, which runs without it, has the same dtype.
+        device_type = x.device.type
+        x = x.to(torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype)
         trained = [name for name in names if self.lora_A[name].weight.requires_grad]
         frozen = self._joined_frozen([name for name in names if name not in trained], x)
         factors = [part[name].weight for name in trained for part in (self.lora_A, self.lora_B)]
@@ -103,8 +105,9 @@ class _Stacked(lora.LoraLayer):
         )
 
     def _joined_frozen(self, names: list[str], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frozen adapters, joined in the dtype of x; kept until one of them changes (or is replaced)."""
+        """The frozen adapters, concatenated in the dtype of x; cached until one of them changes or is replaced."""
         factors = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in names]
+        # `_version` counts in-place changes of a tensor, such as loading other weights into it.
         state = (x.dtype, x.device, *((a.data_ptr(), a._version, b.data_ptr(), b._version, s) for a, b, s in factors))
         if self._frozen is None or self._frozen[0] != state:
             with torch.no_grad():
@@ -123,7 +126,10 @@ class StackedLinear4bit(_Stacked, PeftLinear4bit):
 
 
 def register(config: lora.LoraConfig) -> None:
-    """Makes PEFT build these layers for an adapter (its interface for custom LoRA layers); int8 stays with PEFT's."""
+    """Makes PEFT create these layers for an adapter, through its hook for custom LoRA layers; int8 keeps PEFT's own.
+
+    The hook, `LoraConfig._register_custom_module`, is documented by PEFT as experimental (as of 0.21).
+    """
     config._register_custom_module(
         {
             bitsandbytes.nn.Linear4bit: StackedLinear4bit,

@@ -1,4 +1,7 @@
-"""Text generation in batches: greedy or sampled, with the cache of a prompt computed once for all of its samples.
+"""Text generation in batches, greedy or sampled; the cache of a prompt is computed once for all its samples.
+
+Used to sample responses (`tuna_peft.feedback`), to answer benchmarks (`tuna_peft.evaluation`) and by `tuna-peft
+generate`.
 
 Shape suffixes: P prompts, B sequences, V vocabulary, T tokens of a prompt with its padding.
 """
@@ -31,10 +34,10 @@ class Generated:
     """The samples of one prompt.
 
     Attributes:
-        index: Which of the given prompts.
+        index: Index of the prompt among those given.
         texts: The samples, without special tokens and surrounding white space.
-        lengths: Generated tokens of each, with the one that ended it.
-        ended: Whether each ended by itself; False where it was cut.
+        lengths: Number of generated tokens of each, EOS included.
+        ended: Whether each ended with EOS; False where it was truncated.
     """
 
     index: int
@@ -50,7 +53,7 @@ def generate_responses(
 
     Args:
         model: As in `stream_responses`, like all that follows.
-        options: Those of `stream_responses`, `n` apart.
+        options: Keyword arguments of `stream_responses`, except `n`.
     """
     texts = [""] * len(prompts)
     for generated in stream_responses(model, tokenizer, prompts, **options):
@@ -75,10 +78,10 @@ def stream_responses(
 ) -> Iterator[Generated]:
     """Yields the samples of a prompt as soon as the last of them ends; the longest prompts come first.
 
-    A sample is a function of the model, its prompt, `seed` and its number among the n: its random numbers come from
-    these alone (see `_gumbel_noise`), not from the batch it is in or from what was generated before. Batches of other
-    shapes round matrix products differently, which shows where two tokens tie to the last digits. To be free of that
-    too, an interrupted run passes the same prompts again and says which are `done`: the batches stay the same.
+    A sample depends on the model, its prompt, `seed` and its number among the n: its random numbers are computed from
+    these (see `_gumbel_noise`), not from its batch or from earlier samples. Batches of other shapes round matrix
+    products differently, which can change a sample where two tokens are almost equally likely. To avoid that too, an
+    interrupted run passes the same prompts again and says which are `done`: the batches stay the same.
 
     Args:
         model: Any causal LM, with or without adapters, on one device.
@@ -86,15 +89,15 @@ def stream_responses(
         prompts: Token ids, as training saw them (see `tuna_peft.data.texts.prompt_ids`).
         n: Samples per prompt.
         temperature: 0 is greedy.
-        top_p: Sample from the fewest tokens that hold this much of the probability.
-        max_new_tokens: Where a response that does not end by itself is cut; the end of the model's context cuts too.
+        top_p: Nucleus sampling: sample from the smallest set of tokens with at least this total probability.
+        max_new_tokens: Maximum tokens of a response; the end of the model's context also truncates it.
         seed: Any number or text.
         batch_size: Sequences (prompts times n) generated at once; halved when memory runs out.
-        done: Indices of prompts that are not wanted any more.
-        description: Of the progress bar.
+        done: Indices of prompts whose samples are not needed.
+        description: Label of the progress bar.
 
     Raises:
-        UserError: A prompt is empty or fills the model's context, or memory does not do for one sequence.
+        UserError: A prompt is empty or fills the model's context, or one sequence alone does not fit into memory.
     """
     model.eval()
     decoder = _Decoder(model, tokenizer, _chooser(temperature, top_p), max_new_tokens)
@@ -123,16 +126,16 @@ def stream_responses(
                     length = len(prompts[batch[0].prompt])
                     raise UserError(
                         f"a prompt of {length} tokens does not fit into memory with its response",
-                        fix="Shorten the prompt, lower max_new_tokens, or quantise the base.",
+                        fix="Shorten the prompt, lower max_new_tokens, or quantize the base.",
                     ) from error
-            if waiting:  # ran out of memory: what is left here, and all that follows, in smaller batches
+            if waiting:  # out of memory: split the rest of this batch and all that follow
                 torch.cuda.empty_cache()
                 queue.appendleft(list(waiting))
                 queue = deque(part for entry in queue for part in _parts(entry, -(-len(batch) // 2)))
 
 
 def context_of(model: torch.nn.Module) -> int | None:
-    """Most tokens of a prompt with its response; None where the model's configuration knows no limit."""
+    """Maximum tokens of a prompt with its response; None where the model's configuration gives no limit."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     return context_length(causal_lm.config)
 
@@ -156,11 +159,11 @@ class _Decoder:
     ):
         self.model, self.tokenizer, self.choose, self.max_new_tokens = model, tokenizer, choose, max_new_tokens
         self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        use_segments(self.causal_lm)  # its SDPA keeps to fast kernels on a GPU without FlashAttention
+        use_segments(self.causal_lm)  # for its workaround: fast SDPA kernels on GPUs without FlashAttention
         self.context = context_of(model)
         takes = inspect.signature(self.causal_lm.forward).parameters
         self.takes_positions = "position_ids" in takes
-        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # the first from transformers 5.24 on
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
         ends = getattr(self.causal_lm.generation_config, "eos_token_id", None)
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
@@ -179,7 +182,7 @@ class _Decoder:
     def run(
         self, prompts: Sequence[Sequence[int]], batch: Sequence[_Sequence]
     ) -> Iterator[tuple[_Sequence, list[int]]]:
-        """The tokens of each sequence when it ends; it then leaves the batch."""
+        """Yields each sequence with its tokens when it ends, and removes it from the batch."""
         device = next(self.model.parameters()).device
         rows = list(dict.fromkeys(sequence.prompt for sequence in batch))
         cache, logits_PV, seen_PT = self._read([prompts[row] for row in rows], device)
@@ -189,25 +192,25 @@ class _Decoder:
         logits_BV, seen_BT = logits_PV[row_of], seen_PT[row_of]
         del logits_PV
         keys_B = torch.tensor([sequence.key for sequence in batch], device=device)
-        alive = [(sequence, self._room(len(prompts[sequence.prompt])), list[int]()) for sequence in batch]
+        active = [(sequence, self._room(len(prompts[sequence.prompt])), list[int]()) for sequence in batch]
         for step in itertools.count():
             chosen_B = self.choose(logits_BV, keys_B, step)
-            going = []
-            for number, ((sequence, room, ids), token) in enumerate(zip(alive, chosen_B.tolist(), strict=True)):
+            unfinished = []
+            for number, ((sequence, max_new, ids), token) in enumerate(zip(active, chosen_B.tolist(), strict=True)):
                 ids.append(token)
-                if token in self.ends or len(ids) == room:
+                if token in self.ends or len(ids) == max_new:
                     yield sequence, ids
                 else:
-                    going.append(number)
-            if not going:
+                    unfinished.append(number)
+            if not unfinished:
                 return
-            if len(going) < len(alive):
-                alive = [alive[number] for number in going]
-                kept = torch.tensor(going, device=device)
+            if len(unfinished) < len(active):
+                active = [active[number] for number in unfinished]
+                kept = torch.tensor(unfinished, device=device)
                 cache.batch_select_indices(kept)
                 chosen_B, keys_B, seen_BT = chosen_B[kept], keys_B[kept], seen_BT[kept]
-            seen_BT = torch.cat([seen_BT, seen_BT.new_ones(len(alive), 1)], dim=1)
-            del logits_BV  # the next ones are as large
+            seen_BT = torch.cat([seen_BT, seen_BT.new_ones(len(active), 1)], dim=1)
+            del logits_BV  # before the next ones, which are as large
             logits_BV = self._forward(chosen_B[:, None], seen_BT, cache).logits[:, -1]  # noqa: F841 - read above
 
     def generated(self, index: int, samples: list[list[int]]) -> Generated:
@@ -221,16 +224,16 @@ class _Decoder:
         return response_room(self.max_new_tokens, prompt_tokens, self.context)
 
     def _read(self, prompts: list[Sequence[int]], device: torch.device) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """The cache of the prompts, the logits that follow them `(P, V)`, and which places are no padding `(P, T)`."""
+        """Prefill: the cache of the prompts, the logits `(P, V)` after them, and their attention mask `(P, T)`."""
         width, pad = max(map(len, prompts)), self.tokenizer.pad_token_id or 0
         ids_PT = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-        # By length, not by id: pad may be EOS.
+        # From lengths, not from ids: the padding token may be EOS.
         seen_PT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         output = self._forward(ids_PT, seen_PT, self._new_cache())
         return output[self.cache_name], output.logits[:, -1], seen_PT
 
     def _new_cache(self) -> DynamicCache | None:
-        """None for models that keep something else than keys and values: they bring their own."""
+        """An empty cache; None for models that need another kind of cache, which they create themselves."""
         if not self.causal_lm._supports_default_dynamic_cache():
             return None
         cache = DynamicCache(config=self.causal_lm.config)
@@ -247,7 +250,7 @@ class _Decoder:
 def _batches(
     prompts: Sequence[Sequence[int]], n: int, seed: int | str, batch_size: int, done: Container[int]
 ) -> Iterator[list[_Sequence]]:
-    """Prompts of like length together, the longest first: what does not fit into memory fails at once."""
+    """Prompts of similar length together, the longest first, so that running out of memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for chosen in _parts(order, prompts_per_batch(batch_size, n)):
         if not all(index in done for index in chosen):
@@ -274,7 +277,7 @@ def _chooser(temperature: float, top_p: float) -> _Chooser:
         logits_BV = logits_BV.float() / temperature
         if top_p < 1:
             sorted_BV, order_BV = torch.sort(logits_BV.softmax(-1), dim=-1, descending=True, stable=True)
-            beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p  # those before it already hold top_p
+            beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p  # the more likely tokens already add up to top_p
             logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), -torch.inf)
         return (logits_BV + _gumbel_noise(keys_B, step, logits_BV.shape[-1])).argmax(-1)
 
@@ -282,10 +285,10 @@ def _chooser(temperature: float, top_p: float) -> _Chooser:
 
 
 def _gumbel_noise(keys_B: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor:
-    """`(B, V)` standard Gumbel numbers, each a hash of (key, step, token); the argmax of logits + noise is a sample.
+    """`(B, V)` standard Gumbel noise, each number a hash of (key, step, token); argmax(logits + noise) is a sample.
 
-    A counter through the finaliser of SplitMix64 (Steele et al. 2014), so there is no generator whose state depends on
-    what else is in the batch, and CPU and GPU agree.
+    The hash is SplitMix64 (Steele et al. 2014) of a counter. Unlike `torch.Generator` it has no state that depends on
+    the rest of the batch, and CPU and GPU give the same numbers.
     """
     tokens_V = torch.arange(vocabulary, device=keys_B.device)
     bits_BV = keys_B[:, None] + (step * vocabulary + 1 + tokens_V) * _GOLDEN
@@ -297,7 +300,7 @@ def _gumbel_noise(keys_B: torch.Tensor, step: int, vocabulary: int) -> torch.Ten
 
 
 def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
-    """Shift to the right that fills with zeros: torch's repeats the sign."""
+    """Logical shift to the right, which fills with zeros; torch's shift repeats the sign."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of generation that grow in place."""
+"""A key-value cache for generation that grows in place; `tuna_peft.models.generation.generate` uses it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tuna_peft.limits import CACHE_ROOM
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer of `DynamicCache` that writes new tokens behind the old ones.
+    """A layer of `DynamicCache` that writes new tokens into a buffer with spare room.
 
-    transformers' own puts both into a new tensor for every token: on long prompts, copying what is there already takes
-    most of the time of a step.
+    The layer of transformers (5.23) concatenates old and new into a new tensor for every token: with long prompts,
+    copying the old ones takes most of the time of a step.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -29,22 +29,22 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
-        rooms = self._rooms
-        # Whatever else changes the cache (selecting rows, cropping) leaves tensors of its own.
-        if rooms is None or self.keys.data_ptr() != rooms[0].data_ptr() or rooms[0].shape[-2] < end:
-            rooms = (
+        buffers = self._buffers
+        # After other changes of the cache (selecting rows, cropping), `keys` is not a view of the buffer any more.
+        if buffers is None or self.keys.data_ptr() != buffers[0].data_ptr() or buffers[0].shape[-2] < end:
+            buffers = (
                 self._moved(self.keys if length else None, key_states, end),
                 self._moved(self.values if length else None, value_states, end),
             )
-        for room, new in zip(rooms, (key_states, value_states), strict=True):
-            room[..., length:end, :] = new
-        self._rooms = rooms
-        self.keys, self.values = (room[..., :end, :] for room in rooms)
+        for buffer, new in zip(buffers, (key_states, value_states), strict=True):
+            buffer[..., length:end, :] = new
+        self._buffers = buffers
+        self.keys, self.values = (buffer[..., :end, :] for buffer in buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these rows. The old room goes at once: kept until the next token, it would double the whole cache."""
-        self._rooms = None
+        """Keeps these sequences. Frees the old buffer now: kept until the next token, it would double the cache."""
+        self._buffers = None
         super().batch_select_indices(indices)
 
     @staticmethod

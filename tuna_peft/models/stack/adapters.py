@@ -1,7 +1,8 @@
-"""Adapters stacked on one frozen base: all active, only the top one trained.
+"""Adapters stacked on one frozen base: all are active, only the top one trains.
 
-PEFT can hold several LoRA adapters in one model; the order of `peft_config` is the order of the stack. Adapter outputs
-add up, so a stack is exact without merging, and evaluation after any stage is a switch of adapters.
+A `PeftModel` can hold several LoRA adapters; the order of its `peft_config` is the order of the stack, bottom first.
+The outputs of active adapters add up, so a stack needs no merging, and any stage is evaluated by activating fewer
+adapters.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from tuna_peft.models.forward import fused_lora
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-# These initialisations rewrite the base weight, which a quantised or shared base cannot take.
+# These initializations change the base weight, which is quantized or shared by the stack.
 _BASE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "eva", "orthogonal", "lora_ga")
 
-# Settings of `LoraConfig` that change what an adapter computes.
+# Settings of `LoraConfig` (PEFT 0.21) that make an adapter compute something other than plain LoRA.
 _VARIANTS = (
     "lora_bias",
     "use_qalora",
@@ -55,10 +56,10 @@ def adapter_names(model: torch.nn.Module) -> list[str]:
 
 
 def push_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig) -> PeftModel:
-    """Adds `config` as the new top of the stack: the only adapter that trains, in fp32, above frozen active ones.
+    """Adds a new adapter on top of the stack: the only one that trains, in fp32; those below are active and frozen.
 
     Raises:
-        UserError: The name is taken, or the configuration cannot stand on a stack.
+        UserError: The name is taken, or a stack does not support the configuration.
     """
     require_stackable(config, name)
     _require_usable_name(model, name)
@@ -69,7 +70,7 @@ def push_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConf
             stacked.add_adapter(name, config)
         else:
             stacked = get_peft_model(model, config, adapter_name=name)
-    except ValueError as error:  # no module of the base matches, or a matching one cannot carry LoRA
+    except ValueError as error:  # no module of the base matches, or LoRA does not support one
         raise UserError(
             f"adapter {name!r} does not fit this base: {str(error).splitlines()[0]}",
             fix="Check target_modules and related settings against the module names of the base.",
@@ -79,7 +80,7 @@ def push_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConf
 
 
 def train_top_adapter(model: PeftModel) -> None:
-    """Activates the whole stack and leaves gradients on its top adapter alone."""
+    """Activates the whole stack; only its top adapter gets gradients."""
     names = adapter_names(model)
     _tuner(model).set_adapter(names)  # PeftModel.set_adapter takes one name only
     if names[:-1]:
@@ -88,13 +89,13 @@ def train_top_adapter(model: PeftModel) -> None:
 
 
 def drop_adapter(model: PeftModel, name: str) -> None:
-    """Takes an adapter out of the stack; the others are active and frozen."""
+    """Removes an adapter from the stack; afterwards the others are active and frozen."""
     model.delete_adapter(name)
     _tuner(model).set_adapter(adapter_names(model), inference_mode=True)
 
 
 def take_over(model: PeftModel) -> None:
-    """The top adapter becomes a copy of the one below it, takes its place, and trains."""
+    """Replaces the adapter below the top by the top one, which starts from a copy of its weights and trains."""
     below, top = adapter_names(model)[-2:]
     state = get_peft_model_state_dict(model, adapter_name=below, save_embedding_layers=False)
     set_peft_model_state_dict(model, state, adapter_name=top)
@@ -104,7 +105,7 @@ def take_over(model: PeftModel) -> None:
 
 @contextlib.contextmanager
 def active_adapters(model: PreTrainedModel | PeftModel, names: Sequence[str]) -> Iterator[None]:
-    """Inside, only `names` are active (none: the bare base), without gradients; afterwards all is as before."""
+    """Within it, only `names` are active (none: the base alone), without gradients; restores the state afterwards."""
     if not isinstance(model, PeftModel):
         yield
         return
@@ -124,9 +125,9 @@ def active_adapters(model: PreTrainedModel | PeftModel, names: Sequence[str]) ->
 
 
 def save_adapter(model: PeftModel, name: str, folder: Path, base_model: str | None = None) -> None:
-    """Writes one adapter as plain PEFT reads it: `adapter_config.json` and `adapter_model.safetensors`."""
+    """Writes one adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
-    # save_embedding_layers=False: "auto" asks the Hub for the base's vocabulary, which fails offline.
+    # save_embedding_layers=False: PEFT's "auto" requests the base's vocabulary from the Hub, which fails offline.
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     save_file(
         {key: value.detach().cpu().contiguous() for key, value in state.items()},
@@ -143,13 +144,14 @@ def save_adapter(model: PeftModel, name: str, folder: Path, base_model: str | No
 
 
 def load_adapter(model: PreTrainedModel | PeftModel, name: str, folder: Path) -> PeftModel:
-    """Puts a saved adapter on top of the stack, frozen and active.
+    """Adds a saved adapter on top of the stack, frozen and active.
 
     Raises:
-        UserError: Its tensors do not fit this base, by name or by shape: PEFT would skip or half-load them.
+        UserError: Names or shapes of its tensors do not fit this base; PEFT would skip some of them.
     """
     config = LoraConfig.from_pretrained(str(folder))
-    config.base_model_name_or_path = None  # the manifest knows the base by its weights; PEFT warns of another spelling
+    # The manifest checks the base by its weights; PEFT would compare names, and warn.
+    config.base_model_name_or_path = None
     stacked = push_adapter(model, name, config)
     load_adapter_weights(stacked, name, folder)
     stacked.set_requires_grad(name, False)
@@ -172,7 +174,7 @@ def load_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
 
 
 def fingerprint(model: PeftModel, name: str) -> str:
-    """SHA-256 over an adapter's tensors in memory, to prove that training above it left it alone."""
+    """SHA-256 over an adapter's tensors in memory, to check that training did not change a frozen adapter."""
     digest = hashlib.sha256()
     for key, value in sorted(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()):
         digest.update(key.encode())
@@ -181,10 +183,10 @@ def fingerprint(model: PeftModel, name: str) -> str:
 
 
 def require_stackable(config: PeftConfig, name: str) -> None:
-    """Refuses what is not plain LoRA, `scaling * B A x` on an untouched base, and says why.
+    """Rejects adapters that are not plain LoRA, `scaling * B A x` on an unchanged base.
 
     Raises:
-        UserError: The setting that cannot stand on a stack, by name.
+        UserError: Names the setting that a stack does not support, and the reason.
     """
     reason = None
     if not isinstance(config, LoraConfig):
@@ -196,7 +198,7 @@ def require_stackable(config: PeftConfig, name: str) -> None:
     elif config.modules_to_save:
         reason = "modules_to_save would copy and train parts of the shared base"
     elif variant := next((field for field in _VARIANTS if getattr(config, field, None)), None):
-        reason = f"{variant} makes it more than scaling * B A x, which is all that can be added up and merged"
+        reason = f"with {variant} it computes more than scaling * B A x, so it cannot be combined and merged"
     elif isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(
         _BASE_CHANGING_INITS
     ):
@@ -208,7 +210,7 @@ def require_stackable(config: PeftConfig, name: str) -> None:
 
 
 def _tuner(model: PeftModel) -> LoraModel:
-    """PEFT's layer below `PeftModel`, which can activate several adapters at once."""
+    """The tuner inside a `PeftModel`, whose `set_adapter` can activate several adapters at once."""
     return cast(LoraModel, model.base_model)
 
 
@@ -221,7 +223,7 @@ def _targets_head(target_modules: str | Sequence[str] | None) -> bool:
 def _require_usable_name(model: PreTrainedModel | PeftModel, name: str) -> None:
     if name in adapter_names(model):
         raise UserError(f"the stack already has an adapter {name!r}", fix="Give the new adapter another name.")
-    # The name becomes a folder, and PEFT cuts it out of parameter names.
+    # The name becomes a folder, and PEFT removes it from parameter names.
     parts = {part for parameter, _ in model.named_parameters() for part in parameter.split(".")}
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in parts:
         raise UserError(f"{name!r} cannot name an adapter", fix="Use letters, digits, - and _, and no module's name.")

@@ -1,4 +1,7 @@
-"""A stack of adapters as one object: load it onto its base, save it with its manifest."""
+"""Loads a stack of adapters onto its base, and saves it with its manifest (`stack.json`).
+
+`AdapterStack` is public; runs and checkpoints write with `write_stack` and `extend_stack`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class AdapterStack:
         model: A `PeftModel`, in evaluation mode (the bare base for an empty stack).
         tokenizer: The base's tokenizer.
         prompt: The prompt template of training, as in the manifest.
-        load_dtype: What the base was loaded in for training, as in the manifest; None is what it is loaded in now.
+        load_dtype: The dtype in which training loaded the base, as in the manifest; None for the present one.
     """
 
     model: PreTrainedModel | PeftModel
@@ -53,19 +56,19 @@ class AdapterStack:
         dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> AdapterStack:
-        """Loads a stack onto the base and the quantisation it was trained with, and verifies both.
+        """Loads a stack onto the base and the quantization that it was trained with, and verifies both.
 
         Args:
             folder: The folder with `stack.json`, a run's folder, or a Hub id.
             revision: Branch, tag or commit of a stack on the Hub.
             upto: Load the stack up to this adapter.
             base: An already loaded base; by default the manifest's is loaded.
-            base_model: Where that base is now, if it has moved.
-            dtype: `auto` is what suits the device, see `resolve_dtype`; `load_dtype` in the manifest is what the
-                adapters were trained on.
+            base_model: Path or Hub id of that base, if it has moved.
+            device, trust_remote_code: See `load_base`.
+            dtype: `auto` depends on the device, see `resolve_dtype`; the manifest's `load_dtype` is not used here.
 
         Raises:
-            UserError: A broken or lone adapter, changed weights, or another base or quantisation than that of
+            UserError: An adapter is broken, changed or without its stack; or base or quantization differ from those of
                 training.
         """
         folder = find_stack(folder, revision)
@@ -82,7 +85,7 @@ class AdapterStack:
                     trust_remote_code=trust_remote_code,
                 )
             except UserError as error:
-                moved = "If the base of this stack has moved, say where it is now (base_model)."
+                moved = "If the base of this stack has moved, pass its new path or Hub id (base_model)."
                 fix = f"{error.fix} {moved}" if error.fix else moved
                 raise UserError(error.what, where=error.where, fix=fix) from error
         require_same_base(base.identity, manifest.base, str(folder))
@@ -101,7 +104,7 @@ class AdapterStack:
 
 
 def save_stack(model: PeftModel, folder: str | os.PathLike[str], prompt: dict[str, Any] | None = None) -> None:
-    """Replaces `folder` by the whole stack, all at once, see `write_stack`."""
+    """Atomically replaces `folder` by the whole stack, see `write_stack`."""
     with atomic_directory(folder) as aside:
         write_stack(model, aside, prompt)
 
@@ -117,9 +120,9 @@ def write_stack(
 
 
 def extend_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None = None) -> None:
-    """Adds the top adapter of `model` to the stack in `folder`, whose lower adapters stay untouched on disk.
+    """Adds the top adapter of `model` to the stack in `folder`; the lower adapters on disk are not written again.
 
-    The adapter's folder appears at once, and then the manifest that names it.
+    The adapter's folder is written atomically, then the manifest that lists it.
     """
     base, top = cast(PreTrainedModel, model.get_base_model()), adapter_names(model)[-1]
     with atomic_directory(folder / top) as aside:
@@ -136,20 +139,24 @@ def _manifest_of(
         quantization_of(base),
         [AdapterEntry.of(folder, name) for name in adapter_names(model)],
         prompt or {},
-        # The configuration keeps it where trainers cast parameters afterwards.
+        # The configuration's dtype, because trainers may cast parameters after loading.
         load_dtype=load_dtype or str(base.config.dtype or base.dtype).removeprefix("torch."),
     )
 
 
 def quantization_of(model: PreTrainedModel) -> dict[str, Any] | None:
-    """The bitsandbytes settings of a loaded model that change its weights; None when it is not quantised."""
+    """The bitsandbytes settings of a loaded model that change its weights; None when it is not quantized.
+
+    Raises:
+        UserError: Another library quantized it.
+    """
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return None
     if not isinstance(config, BitsAndBytesConfig):
         raise UserError(
-            f"the base is quantised by {type(config).__name__}",
-            fix="Stacks are built on bitsandbytes (nf4, fp4, int8) or unquantised bases.",
+            f"the base is quantized by {type(config).__name__}",
+            fix="Use a base quantized by bitsandbytes (nf4, fp4, int8) or an unquantized one.",
         )
     if config.load_in_8bit:
         return {"load_in_8bit": True}
@@ -161,7 +168,7 @@ def quantization_of(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def quantization_method(settings: dict[str, Any] | None) -> str:
-    """What a recipe calls the result of `quantization_of`: `nf4`, `fp4`, `int8` or `none`."""
+    """The recipe's name for the result of `quantization_of`: `nf4`, `fp4`, `int8` or `none`."""
     return "none" if settings is None else str(settings.get("bnb_4bit_quant_type", "int8"))
 
 
@@ -170,7 +177,7 @@ def _quantization_from(settings: dict[str, Any] | None, compute_dtype: torch.dty
 
 
 def require_same_base(loaded: dict[str, Any], trained: dict[str, Any], where: str) -> None:
-    """Compares two base identities by the digests of their weights, or by name where a digest is missing.
+    """Compares two base identities by the hashes of their weights, or by name where a hash is missing.
 
     Raises:
         UserError: They differ.
@@ -193,11 +200,11 @@ def _require_same_quantization(loaded: dict[str, Any] | None, trained: dict[str,
         raise UserError(
             f"this stack was trained on a base with {_described(trained)}; the one given has {_described(loaded)}",
             where=where,
-            fix="Load the base as it was trained on, or leave it out: the manifest says how to load it.",
+            fix="Load the base with that quantization, or pass none: the manifest says how to load it.",
         )
 
 
 def _described(quantization: dict[str, Any] | None) -> str:
     if quantization is None:
-        return "no quantisation"
-    return "quantisation " + ", ".join(f"{key}={value}" for key, value in quantization.items())
+        return "no quantization"
+    return "quantization " + ", ".join(f"{key}={value}" for key, value in quantization.items())

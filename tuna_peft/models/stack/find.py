@@ -1,4 +1,4 @@
-"""Where a stack is: in a folder, in a run's folder, or on the Hub."""
+"""Finds the files of a stack: in a folder, in a run's folder, or on the Hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from tuna_peft.errors import UserError
 from tuna_peft.models.stack.manifest import ADAPTER_FILES, MANIFEST
 
-# Not the combined adapter that a published stack has at its root.
+# Files to download: without the combined adapter that a published stack has at its root.
 _FILES = [MANIFEST, f"stack/{MANIFEST}", *(f"*/{name}" for name in ADAPTER_FILES)]
 
 
@@ -19,8 +19,8 @@ def find_stack(name: str | os.PathLike[str], revision: str | None = None) -> Pat
     """The local folder that holds `stack.json`.
 
     Args:
-        name: That folder, one that has it in `stack/` (a run, a published stack), or a Hub id, which is downloaded or
-            found in the cache. Anything else is returned as it is: reading the manifest says what is wrong with it.
+        name: That folder; a folder that has it in `stack/` (a run, a published stack); or a Hub id, which is
+            downloaded or found in the cache. Anything else is returned unchanged: `read_manifest` reports the error.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -32,7 +32,7 @@ def find_stack(name: str | os.PathLike[str], revision: str | None = None) -> Pat
             folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=_FILES))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"no such folder, and the Hub does not give it: {str(error).splitlines()[0]}",
+                f"there is no such folder, and downloading it from the Hub failed: {str(error).splitlines()[0]}",
                 where=str(name),
                 fix="Check the path or Hub id; for a gated or private repository run `hf auth login` first.",
             ) from error

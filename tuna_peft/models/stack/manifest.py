@@ -1,4 +1,4 @@
-"""`stack.json`: what a stack of adapters needs to be loaded right, and the proof that nothing changed."""
+"""`stack.json`, the manifest of a stack: everything needed to load its adapters, and hashes that show any change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuna_peft.files import sha256, write_json
 MANIFEST = "stack.json"
 FORMAT = 1
 
-# The configuration counts too: another lora_alpha is another adapter.
+# The configuration is hashed too: another lora_alpha makes another adapter.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -42,7 +42,7 @@ class Manifest:
         quantization: bitsandbytes settings of that base as keyword arguments, or None for an unquantised one.
         adapters: From the bottom of the stack to its top.
         prompt: The prompt template of training: `{"template", ...}`; empty when unknown.
-        load_dtype: What the base was loaded in, which 4-bit codes are made from; None when unknown.
+        load_dtype: The dtype in which the base was loaded, before quantization; None when unknown.
     """
 
     base: dict[str, Any]
@@ -59,14 +59,15 @@ class Manifest:
 
 
 def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Manifest:
-    """Reads and verifies `folder/stack.json`: format, paths that stay inside, weights with the recorded hashes.
+    """Reads and verifies `folder/stack.json`: its format, that paths stay inside, and the hashes of all adapters.
 
     Args:
         folder: The folder that holds `stack.json`.
         upto: Keep the stack up to this adapter only.
 
     Raises:
-        UserError: No manifest (for a lone adapter: what it lacks), a wrong format, a missing or changed adapter.
+        UserError: There is no manifest (a single adapter gets a message of its own), its format is unknown, or an
+            adapter is missing or changed.
     """
     root = Path(folder)
     file = root / MANIFEST
@@ -97,12 +98,12 @@ def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Ma
 
 
 def refuse_begun_run(folder: Path) -> None:
-    """UserError for the folder of a run that has no stack yet."""
+    """Raises UserError for the folder of a run that has not finished a stage yet."""
     if (folder / "recipe.yaml").is_file():
         raise UserError(
             "no stage of this run has ended yet",
             where=str(folder),
-            fix="Go on with it: the same `tuna-peft run` again.",
+            fix="Resume it: run the same `tuna-peft run` command again.",
         )
 
 
@@ -132,7 +133,7 @@ def _require_complete(manifest: Manifest) -> None:
 
 
 def _verify(root: Path, entry: AdapterEntry) -> None:
-    # Resolved, because a link inside the folder can point outside as well as `..` can.
+    # Resolve links first: one inside the folder can point outside, as `..` can.
     if not (root / entry.path).resolve().is_relative_to(root.resolve()):
         raise UserError(
             f"the path {entry.path!r} leaves the stack's folder",
