@@ -95,7 +95,7 @@ class ActivationMemory(TrainerCallback):
 
     def _choose(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if not (layer.training and torch.is_grad_enabled()):
-            return
+            return  # evaluation saves no activations
         hidden = args[0] if args else kwargs["hidden_states"]
         tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[1]
         if width > self._widest:  # longer sequences never take less memory per token

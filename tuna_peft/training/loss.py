@@ -65,11 +65,13 @@ class RankingLoss:
         steps_BNN = distances(ranks_BN)
         ahead_BNN = scores_BN[:, None, :] - scores_BN[:, :, None]  # [b, i, j]: how far j, ranked below i, is ahead
         if self.loss_type == "list_mle":
-            above_BNN = (self.beta * ahead_BNN).masked_fill(steps_BNN == 0, -torch.inf)
+            # Only responses that are ranked below i compete with it.
+            below_BNN = (self.beta * ahead_BNN).masked_fill(steps_BNN == 0, -torch.inf)
             zeros_BN1 = torch.zeros_like(scores_BN)[..., None]  # log(1 + sum exp(x)) = logsumexp(0, x)
-            return torch.cat([zeros_BN1, above_BNN], dim=-1).logsumexp(-1).sum() / counts.prompts
+            return torch.cat([zeros_BN1, below_BNN], dim=-1).logsumexp(-1).sum() / counts.prompts
         violations_BNN = ahead_BNN + self.margin * steps_BNN.to(scores_BN)
         losses_BNN = violations_BNN.clamp_min(0) if self.loss_type == "hinge" else softplus(self.beta * violations_BNN)
+        # Sums by difference in rank, because `gap_mean` averages each of them over its own number of pairs.
         gaps = range(1, scores_BN.shape[1])
         if not gaps:
             return scores_BN.sum() * 0  # zero, with a gradient: `backward` must work for a batch without pairs

@@ -206,6 +206,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
         """The batches of one optimizer step, and the `StepCounts` that their loss is averaged over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         micro_batches = [micro_batch for batch in batches for micro_batch in batch["micro_batches"]]
+        # `Trainer` would count only a tensor at the top level of a batch, padding included.
         self.state.num_input_tokens_seen += sum(len(batch.tokens_U) for batch in micro_batches)
         return batches, self._count(micro_batches)
 
@@ -295,6 +296,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
     def _count(self, batches: list[PackedBatch]) -> StepCounts:
         """The counts of these micro-batches, summed over processes."""
         own = [_micro_batch_counts(batch) for batch in batches]
+        # Python objects, not tensors: processes differ in the number of micro-batches and of distances in rank.
         counts = gather_object(own) if self.accelerator.num_processes > 1 else own
         return StepCounts(
             pairs=[sum(pairs) for pairs in zip_longest(*(pairs for pairs, _, _ in counts), fillvalue=0)],

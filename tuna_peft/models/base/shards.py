@@ -61,6 +61,7 @@ def shard_base(
         # FSDP2 needs plain parameters; bitsandbytes finds the quantization state of a gathered one at its layer.
         codes = module.weight.data.as_subclass(torch.Tensor)
         module.weight = torch.nn.Parameter(codes, requires_grad=False)
+    # From the inside out: each call takes the weights that no earlier call has taken.
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)  # the rest, with the head, stays gathered until the end of the backward pass

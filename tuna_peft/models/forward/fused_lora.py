@@ -97,6 +97,7 @@ class _Stacked(lora.LoraLayer):
         return _StackedLora.apply(x, self.base_layer, *frozen, [self.scaling[name] for name in trained], *factors)
 
     def _is_plain(self, name: str) -> bool:
+        """Whether the adapter computes scaling * B A x now: no variant such as DoRA, no bias, no active dropout."""
         dropout = self.lora_dropout[name]
         return (
             name not in self.lora_variant

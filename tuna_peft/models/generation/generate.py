@@ -184,6 +184,7 @@ class _Decoder:
     ) -> Iterator[tuple[_Sequence, list[int]]]:
         """Yields each sequence with its tokens when it ends, and removes it from the batch."""
         device = next(self.model.parameters()).device
+        # Each prompt is read once; its cache is then copied for all its samples.
         rows = list(dict.fromkeys(sequence.prompt for sequence in batch))
         cache, logits_PV, seen_PT = self._read([prompts[row] for row in rows], device)
         row_of = torch.tensor([rows.index(sequence.prompt) for sequence in batch], device=device)
@@ -196,6 +197,7 @@ class _Decoder:
         for step in itertools.count():
             chosen_B = self.choose(logits_BV, keys_B, step)
             unfinished = []
+            # `tolist` waits for the GPU once per step, for all sequences together.
             for number, ((sequence, max_new, ids), token) in enumerate(zip(active, chosen_B.tolist(), strict=True)):
                 ids.append(token)
                 if token in self.ends or len(ids) == max_new:

@@ -83,7 +83,7 @@ def train_top_adapter(model: PeftModel) -> None:
     """Activates the whole stack; only its top adapter gets gradients."""
     names = adapter_names(model)
     _tuner(model).set_adapter(names)  # PeftModel.set_adapter takes one name only
-    if names[:-1]:
+    if names[:-1]:  # `set_adapter` made all of them trainable
         model.set_requires_grad(names[:-1], False)
     model.set_requires_grad(names[-1], True)
 
@@ -163,6 +163,7 @@ def load_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
     """Overwrites the weights of adapter `name` with the saved ones; every tensor must match."""
     saved = load_file(folder / ADAPTER_WEIGHTS)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # Names that only one side has; without any, tensors whose shapes differ.
     wrong = sorted(set(saved) ^ set(own)) or sorted(key for key in own if own[key].shape != saved[key].shape)
     if wrong:
         raise UserError(
