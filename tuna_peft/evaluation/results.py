@@ -18,6 +18,14 @@ from tuna_peft.files import write_json
 
 FOLDER = "evaluation"
 
+RUN_INFO = "run.json"
+"""The file that describes a run, or an evaluation of another model. `run` writes it and the report reads it.
+
+Keys: `name`, `seed` (null for an evaluation), `base` (model, revision, fingerprint, quantization), `stages` (names of
+the trained ones, in order), `data` (counts by stage or task), `environment` (Python, GPU, packages); an evaluation
+also has `adapters` (hashes by stage) and `evaluated` (the stages that were measured, in order).
+"""
+
 TITLES = {
     "ranking": "ranking accuracy",
     "graded": "response score",

@@ -17,8 +17,7 @@ from typing import Any
 
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.errors import UserError, did_you_mean
-from tuna_peft.evaluation.report.build import FACTS
-from tuna_peft.evaluation.results import TaskResult, load_result, save_result
+from tuna_peft.evaluation.results import RUN_INFO, TaskResult, load_result, save_result
 from tuna_peft.evaluation.session import JOURNAL, Session
 from tuna_peft.files import write_json
 from tuna_peft.journal import Journal
@@ -172,8 +171,8 @@ def _save_facts(
         "data": {f"evaluation.{task}": of_task for task, of_task in counts.items()},
         "environment": environment(),
     }
-    if (output / FACTS).is_file():
-        before = json.loads((output / FACTS).read_text(encoding="utf-8"))
+    if (output / RUN_INFO).is_file():
+        before = json.loads((output / RUN_INFO).read_text(encoding="utf-8"))
         stack = local_stack(target)
         if "evaluated" not in before and stack is not None and stack.resolve() == (output / "stack").resolve():
             return
@@ -182,7 +181,7 @@ def _save_facts(
                 f"the folder is of another model: {before['name']}", where=str(output), fix="Choose another --output."
             )
         facts["data"] = {**before["data"], **facts["data"]}
-    write_json(output / FACTS, facts)
+    write_json(output / RUN_INFO, facts)
 
 
 def _weights(facts: dict[str, Any]) -> list[Any]:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from tuna_peft.errors import UserError
-from tuna_peft.evaluation.report.build import FACTS
+from tuna_peft.evaluation.results import RUN_INFO
 from tuna_peft.files import take_lock, write_json, write_text
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
@@ -143,7 +143,7 @@ class RunDirectory:
         file = self.path / "recipe.yaml"
         if file.exists() and not self._begun():
             file.unlink()  # a run that stopped at its inputs has no results yet, so its recipe may be corrected
-            for name in ("run.log", FACTS):
+            for name in ("run.log", RUN_INFO):
                 (self.path / name).unlink(missing_ok=True)
         if not file.exists():
             if foreign := [entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "stages")]:

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tuna_peft.evaluation.report.build import FACTS
 from tuna_peft.evaluation.report.write import write_report
+from tuna_peft.evaluation.results import RUN_INFO
 from tuna_peft.evaluation.session import JOURNAL, Session
 from tuna_peft.graders import load_grader
 from tuna_peft.journal import Journal
@@ -76,7 +76,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         stages = resolve_stages(recipe)
         inputs = _check_and_read(run, stages, on_cpu)
         base = _load_base(recipe, processes)
-        run.save(FACTS, _facts(recipe, base, inputs))
+        run.save(RUN_INFO, _facts(recipe, base, inputs))
 
         model: PreTrainedModel | PeftModel = base.model
         _evaluate(run, model, base, inputs, "base")
@@ -84,7 +84,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
             if stage.feedback:
                 with processes.main_first(model):  # the first process samples and ranks, the others read its files
                     make_rows(run, model, base, inputs, stage)
-                run.save(FACTS, _facts(recipe, base, inputs))  # with the counts of the new rows
+                run.save(RUN_INFO, _facts(recipe, base, inputs))  # with the counts of the new rows
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate(run, model, base, inputs, stage.name)
 

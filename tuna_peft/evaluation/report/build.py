@@ -13,13 +13,10 @@ from tuna_peft.errors import UserError
 from tuna_peft.evaluation.compare import compare_results
 from tuna_peft.evaluation.report.distributions import by_rank
 from tuna_peft.evaluation.report.samples import choose_samples
-from tuna_peft.evaluation.results import TaskResult, load_results
+from tuna_peft.evaluation.results import RUN_INFO, TaskResult, load_results
 
 Report = dict[str, Any]
 Results = dict[str, dict[str, TaskResult]]
-
-FACTS = "run.json"
-"""Name, seed, base, data and environment of a run, or of an evaluation of any other model, in its folder."""
 
 # What is drawn of a stage's log, by panel.
 CURVES = {
@@ -45,12 +42,12 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
     Raises:
         UserError: This is no such folder, or a prompt is not in its evaluation.
     """
-    facts = _json(folder / FACTS)
+    facts = _json(folder / RUN_INFO)
     if facts is None:
         raise UserError(
             "this is no folder of a run or an evaluation",
             where=str(folder),
-            fix=f"Name a folder with {FACTS}, as `run` and `evaluate` make it.",
+            fix=f"Name a folder with {RUN_INFO}, as `run` and `evaluate` make it.",
         )
     names = facts.pop("stages")
     stages = {name: _json(folder / f"stages/{name}/done.json") for name in names}
