@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig
 
 from tuna_peft.errors import UserError
+from tuna_peft.evaluation.report.curves import save_curves
 from tuna_peft.files import write_json
 from tuna_peft.models.base.shards import keep_from_ddp
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
@@ -31,7 +32,6 @@ from tuna_peft.run.measure import Peak
 from tuna_peft.run.sharding import under_deepspeed, world_size
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
 from tuna_peft.training.config import TunaConfig, mixed_precision, use_one_gpu
-from tuna_peft.training.curves import save_curves
 from tuna_peft.training.engines import require_fitting_deepspeed, require_same_engine
 from tuna_peft.training.progress import StageProgress
 from tuna_peft.training.sft import StackSFTTrainer

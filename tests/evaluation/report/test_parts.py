@@ -1,10 +1,14 @@
+import re
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 from run_folder import ranking
 
+from tuna_peft.evaluation.report.curves import draw_curves, read_curves, save_curves
 from tuna_peft.evaluation.report.distributions import by_rank
-from tuna_peft.evaluation.report.svg import Chart, padded, short, ticks
 from tuna_peft.evaluation.report.table import metric_cell, stage_table, verdict
+from tuna_peft.evaluation.report.theme import LIGHT, mix, new_axes, style, svg
 from tuna_peft.evaluation.results import number
 
 
@@ -34,21 +38,50 @@ def test_distributions_share_a_grid_and_survive_equal_values():
     assert by_rank({}) == {}
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (-3.2, 0.4, [-3, -2, -1, 0]), (5, 120, [50, 100]), (2, 2, [2])],
-)
-def test_ticks_are_round(low, high, expected):
-    assert ticks(low, high) == pytest.approx(expected)
+def test_a_drawing_follows_the_page_and_keeps_its_text():
+    name = '#0f6e84 1.2345 <b> "q" $x$ & \u4f60'
+
+    def draw():
+        with style():
+            axes = new_axes(300, 80)
+            axes.plot([0, 1], [0, 1], "o-", color=LIGHT["accent"])
+            axes.plot([0, 1], [1, 0], color=mix("best", "worst", 1 / 3))
+            axes.set_xticks([0], [name])
+            return svg(axes, name)
+
+    first = draw()
+    assert first == draw()  # no date, no random ids
+    root = ElementTree.fromstring(first)
+    assert root.attrib["viewBox"] == "0 0 300 80" and root.attrib["aria-label"] == name
+    texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert texts.count(name) == 1  # neither rounded nor recolored nor read as a formula
+    styles = " ".join(element.attrib.get("style", "") for element in root.iter())
+    assert "var(--accent)" in styles and "color-mix(in srgb, var(--worst) 33%, var(--best))" in styles
+    assert not re.search("#[0-9a-f]{6}", styles) and "font-family" not in first and "url(" not in first
+    ids = {element.attrib["id"] for element in root.iter() if "id" in element.attrib}
+    used = {value[1:] for element in root.iter() for key, value in element.attrib.items() if key.endswith("href")}
+    assert ids == used != set()  # the marker
 
 
-def test_scales_and_padding():
-    chart = Chart("x", width=100, height=100, left=10, right=10, top=0, bottom=20)
-    x, y = chart.x(0, 2), chart.y(0, 1)
-    assert (x(0), x(2), y(0), y(1)) == (10, 90, 80, 0)
-    low, high = padded([0.5])
-    assert low < 0.5 < high and padded([0, 0]) == (-1, 1)
-    assert (short(-2.5), short(0.0002), short(100000)) == ("−2.5", "2e-4", "1e5")
+def test_mixed_colors():
+    assert (mix("best", "worst", 0), mix("best", "worst", 1)) == (LIGHT["best"], LIGHT["worst"])
+    low, middle, high = (int(mix("quiet", "accent", share)[1:3], 16) for share in (0.25, 0.5, 0.75))
+    assert low > middle > high and len(set(LIGHT.values())) == len(LIGHT)
+
+
+@pytest.mark.parametrize("log", [[], [{"step": 3, "train_runtime": 1.0}]])
+def test_no_curves_without_numbers(tmp_path, log):
+    assert read_curves(log) == {} and not save_curves(log, tmp_path / "curves.png") and not list(tmp_path.iterdir())
+
+
+def test_one_logged_step_is_drawn(tmp_path):
+    assert save_curves([{"step": 3, "loss": 1.0}], tmp_path / "curves.png", title="$run")
+    [file] = tmp_path.iterdir()
+    assert file.read_bytes().startswith(b"\x89PNG")
+    with style():
+        axes = new_axes(100, 80)
+        draw_curves(axes, read_curves([{"step": 3, "loss": 1.0}])["loss"])
+        assert "<use" in svg(axes, "one point")  # as a marker
 
 
 def test_the_table_says_what_helped():

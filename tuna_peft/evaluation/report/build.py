@@ -11,20 +11,13 @@ from typing import Any
 
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.compare import compare_results
+from tuna_peft.evaluation.report.curves import read_curves
 from tuna_peft.evaluation.report.distributions import by_rank
 from tuna_peft.evaluation.report.samples import choose_samples
 from tuna_peft.evaluation.results import RUN_INFO, TaskResult, load_results
 
 Report = dict[str, Any]
 Results = dict[str, dict[str, TaskResult]]
-
-# What is drawn of a stage's log, by panel.
-CURVES = {
-    "loss": ["loss", "rank_loss", "mle_loss", "eval_loss"],
-    "pairs in order": ["ranking_accuracy", "margin_satisfaction", "eval_ranking_accuracy"],
-    "token accuracy": ["mean_token_accuracy", "eval_mean_token_accuracy"],
-    "v by rank": [f"scores/rank_{rank}" for rank in range(8)],
-}
 
 
 def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
@@ -64,7 +57,7 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
         },
         "changes": _changes(results),
         "exports": _json(folder / "exports.json") or {},
-        "curves": {name: _curves(_json(folder / f"stages/{name}/log_history.json") or []) for name in names},
+        "curves": {name: read_curves(_json(folder / f"stages/{name}/log_history.json") or []) for name in names},
         "v_by_rank": by_rank({stage: tasks["ranking"] for stage, tasks in results.items() if "ranking" in tasks}),
         "by_length": _by_length(results),
         "samples": choose_samples(results, prompts),
@@ -80,17 +73,6 @@ def _changes(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
             if task in results[before] and (change := compare_results(results[before][task], result).difference):
                 changes.setdefault(after, {})[task] = {"against": before, **asdict(change)}
     return changes
-
-
-def _curves(history: list[dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
-    """By panel and series: pairs of step and value."""
-    panels: dict[str, dict[str, list[list[float]]]] = {}
-    for panel, names in CURVES.items():
-        for name in names:
-            points = [[entry["step"], entry[name]] for entry in history if name in entry]
-            if len(points) > 1:
-                panels.setdefault(panel, {})[name] = points
-    return panels
 
 
 def _by_length(results: Results) -> dict[str, list[dict[str, Any]]]:

@@ -58,6 +58,16 @@ def tasks_of(report: dict[str, Any]) -> list[str]:
     return [*(task for task in TITLES if task in found), *(task for task in found if task not in TITLES)]
 
 
+def main_metrics(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By task and stage, the main metric, where it has a value."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in tasks_of(report):
+        for stage, results in report["evaluation"].items():
+            if task in results and (metric := results[task]["metrics"][results[task]["main"]])["value"] is not None:
+                found.setdefault(task, {})[stage] = metric
+    return found
+
+
 def heading_of(report: dict[str, Any], task: str) -> str:
     """What the main metric of `task` is called."""
     main = next(results[task]["main"] for results in report["evaluation"].values() if task in results)
