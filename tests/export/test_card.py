@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from tiny_llama import Tiny
 
 from tuna_peft.export.card import model_card
-from tuna_peft.export.markdown import fenced, table
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.export.release import Release, collect_release, is_local, without_paths
 
@@ -97,6 +97,23 @@ def test_the_text_has_what_a_stranger_needs(tiny: Tiny, tmp_path: Path) -> None:
         assert secret not in text
 
 
+def test_values_of_a_run_cannot_change_the_structure_of_the_card(tiny: Tiny, tmp_path: Path) -> None:
+    def structure(text: str) -> list[str]:
+        tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(text).text)
+        return [token.type for token in tokens]
+
+    release = release_of(tiny, tmp_path)
+    plain = structure(model_card(release, "me/mine"))
+    assert {"heading_open", "table_open", "fence"} <= {*plain}
+    harm = "# h\n\n## h\n\n- a\n\n```\n<b>|</b> ![x](y) `"
+    release.report["evaluation"]["ranking"]["ranking"]["excluded"][0]["reason"] = harm
+    release.report["environment"] = {"gpu": harm, "python": harm, "packages": {harm: harm}}
+    release.report["exports"] = {harm: release.report["exports"]["combined"]}
+    assert release.recipe is not None
+    release.recipe["stages"][1]["data"]["path"] = release.recipe["stages"][1]["type"] = harm
+    assert structure(model_card(release, "me/mine", data_license=harm)) == plain
+
+
 @pytest.mark.parametrize("report", [None, {}, {"evaluation": {"base": {}}}, {"evaluation": {"ranking": {"x": 3}}}])
 def test_a_run_without_results_has_a_card_too(tiny: Tiny, tmp_path: Path, report: dict[str, Any] | None) -> None:
     card = ModelCard(model_card(release_of(tiny, tmp_path, report), "me/mine"))
@@ -138,8 +155,3 @@ def test_what_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "here").mkdir(parents=True)
     assert all(map(is_local, ["/x/y", "./x", "~/x", "a/b/c", "org/here"]))
     assert not any(map(is_local, ["org/name", "gpt2", "builtin:pico-llama"]))
-
-
-def test_markdown() -> None:
-    assert table([{"a": "1"}, {"b": "x|y"}]) == "| a | b |\n| --- | --- |\n| 1 |  |\n|  | x\\|y |"
-    assert fenced("```\nx", "sh") == "````sh\n```\nx\n````"

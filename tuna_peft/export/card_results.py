@@ -1,4 +1,4 @@
-"""The evaluation part of a model card: tables for people, `model-index` for the Hub."""
+"""The evaluation in a model card: tables for people, `model-index` for the Hub. `card` calls it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult
+from markupsafe import Markup
 
-from tuna_peft.export.markdown import table
 from tuna_peft.export.release import Release, is_on_hub
+from tuna_peft.rendering import code
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class Measured:
     value: float
     interval: tuple[float, float] | None
 
-    def __str__(self) -> str:
-        return f"{self.value:.3f}" + (f" [{self.interval[0]:.3f}, {self.interval[1]:.3f}]" if self.interval else "")
+    def text(self) -> Markup:
+        """`0.625 [0.600, 0.650]`."""
+        interval = f" [{self.interval[0]:.3f}, {self.interval[1]:.3f}]" if self.interval else ""
+        return Markup(f"{self.value:.3f}{interval}")
 
 
 def measured(release: Release, stage: str) -> list[Measured]:
@@ -42,35 +45,36 @@ def _metrics(task: str, result: Any) -> Iterator[Measured]:
             yield Measured(task, name, name == result.get("main"), float(entry["value"]), interval)
 
 
-def evaluation_tables(release: Release) -> str | None:
-    """The main metric of each task after each stage, and all others before and after; None without results."""
+def evaluation_tables(release: Release) -> dict[str, list[Any]] | None:
+    """The main metrics after each stage (`main`), the `others` before and after all, what is `excluded`; or None."""
     stages = ["base", *release.stages]
     after = {stage: {(m.task, m.metric): m for m in measured(release, stage)} for stage in stages}
     if not any(after.values()):
         return None
-    rows = [
-        {"after": f"`{stage}`", **{f"{m.task}: {m.metric}": str(m) for m in found.values() if m.main}}
-        for stage, found in after.items()
-        if found
-    ]
-    text = table(rows) + "\n\nIn brackets: the interval over the prompts, where the run computed one."
-    left_out = [
-        f"- {task}: {left['count']:,}, {left['reason']}"
-        for task, result in (release.report["evaluation"].get(stages[-1]) or {}).items()
-        if isinstance(result, dict)
-        for left in result.get("excluded", ())
-    ]
-    if left_out:
-        text += "\n\nLeft out of the last stage's scores:\n\n" + "\n".join(left_out)
-    last = after[stages[-1]]
-    details = [
-        {"metric": f"{m.task}: {m.metric}", "base": str(after["base"].get(key, "")), f"after {stages[-1]}": str(m)}
-        for key, m in last.items()
-        if not m.main
-    ]
-    if details:
-        text += f"\n\n<details><summary>All metrics</summary>\n\n{table(details)}\n\n</details>"
-    return text
+    last = stages[-1]
+    tasks = release.report["evaluation"].get(last) or {}
+    return {
+        "main": [
+            {"after": code(stage), **{f"{m.task}: {m.metric}": m.text() for m in found.values() if m.main}}
+            for stage, found in after.items()
+            if found
+        ],
+        "others": [
+            {
+                "metric": f"{m.task}: {m.metric}",
+                "base": after["base"][key].text() if key in after["base"] else "",
+                f"after {last}": m.text(),
+            }
+            for key, m in after[last].items()
+            if not m.main
+        ],
+        "excluded": [
+            (task, left)
+            for task, result in tasks.items()
+            if isinstance(result, dict)
+            for left in result.get("excluded", ())
+        ],
+    }
 
 
 def eval_results(release: Release) -> list[EvalResult]:

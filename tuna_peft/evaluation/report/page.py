@@ -1,4 +1,4 @@
-"""`report.html`: what `page.html` and the figures need, taken from the report. `write` calls it."""
+"""`report.html`: what `page.html.jinja` and the figures need, taken from the report. `write` calls it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tuna_peft.evaluation.report import figures
 from tuna_peft.evaluation.report.table import Cell, after, heading_of, main_metrics, metric_cell, stage_table, tasks_of
 from tuna_peft.evaluation.report.theme import PALETTE, css, style
 from tuna_peft.evaluation.results import MEANINGS, in_percent, number
-from tuna_peft.templates import plural, render
+from tuna_peft.rendering import plural, render
 
 Report = dict[str, Any]
 
@@ -27,7 +27,7 @@ def render_page(report: Report) -> str:
             "costs": figures.costs(report),
         }
     return render(
-        "evaluation/report/page.html",
+        "evaluation/report/page.html.jinja",
         report=report,
         several=len(report["evaluation"]) > 1,
         lead=_lead(report),

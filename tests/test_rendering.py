@@ -6,7 +6,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from tuna_peft.templates import code, fenced, markdown, plural, quote, render, table
+from tuna_peft.rendering import code, fenced, markdown, plural, quote, render, table
 
 HOSTILE = [
     "# heading", "  ## heading", "###### heading #", "- item", "+ item", "* item", "1. item", "12) item", "---", "===",
@@ -65,4 +65,4 @@ def test_finished_text_is_kept():
 
 def test_a_value_that_a_template_lacks_is_an_error():
     with pytest.raises(Exception, match="'report' is undefined"):
-        render("evaluation/report/report.md", rows=[], excluded=[])
+        render("evaluation/report/report.md.jinja", rows=[], excluded=[])

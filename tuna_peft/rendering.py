@@ -16,8 +16,8 @@ from markupsafe import Markup, escape
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a template, named by its path inside the package, such as `export/card.md`."""
-    return _environment(html=template.endswith(".html")).get_template(template).render(values)
+    """The text of a template, named by its path inside the package, such as `export/card.md.jinja`."""
+    return _environment(html=template.endswith(".html.jinja")).get_template(template).render(values)
 
 
 @cache
