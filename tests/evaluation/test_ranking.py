@@ -51,7 +51,7 @@ def test_the_top():
 
 def test_pairs_leave_ties_out():
     pairs = pairs_of([-1.0, -2.0, -1.5], [0, 1, 1], [2, 4, 1])
-    assert [(pair.lead, pair.steps, pair.length_ratio) for pair in pairs] == [(1.0, 1, 0.5), (0.5, 1, 2.0)]
+    assert [(pair.v_gap, pair.rank_gap, pair.length_ratio) for pair in pairs] == [(1.0, 1, 0.5), (0.5, 1, 2.0)]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_v_is_the_mean_log_probability_of_the_response(base, rows):
 
 def test_metrics_agree_with_the_prompts(base, rows):
     result = evaluate_ranking(base.model, base.tokenizer, rows)
-    leads = [pair.lead for prompt in result.prompts for pair in pairs_of(*prompt.details.values())]
+    leads = [pair.v_gap for prompt in result.prompts for pair in pairs_of(*prompt.details.values())]
     accuracy = result.metrics["pair_accuracy"]
     assert accuracy.count == len(leads) == 3 + 2 + 3 + 3 + 1
     assert accuracy.value == pytest.approx(sum(lead > 0 for lead in leads) / len(leads))

@@ -83,7 +83,7 @@ def test_lines_that_are_broken_are_named(tmp_path):
     by_reason = {one.reason: one.names for one in left_out}
     assert by_reason["the line is no JSON"] == ["instances.jsonl: line 5"]
     assert by_reason["the line is no JSON object"] == ["instances.jsonl: line 4"]
-    assert by_reason["no reference has a letter or digit, and ROUGE-L counts nothing else"] == ["task1-b"]
+    assert by_reason["no reference has a letter or digit, which is all that ROUGE-L compares"] == ["task1-b"]
     assert by_reason["the instance has no definition or no category"] == ["task1-c"]
     assert by_reason["the task is missing"] == ["task7_gone"]
     with pytest.raises(UserError, match="no instance can be used .*the task is missing: task8"):

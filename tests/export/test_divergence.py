@@ -13,7 +13,7 @@ from tiny_llama import PROMPTS, Tiny
 import tuna_peft.export.check as check_module
 from tuna_peft.errors import UserError
 from tuna_peft.export.check import check_exports
-from tuna_peft.export.divergence import divergence
+from tuna_peft.export.divergence import divergence, iter_logits
 from tuna_peft.export.merge import merge_stack
 
 
@@ -31,7 +31,8 @@ class Bigram(torch.nn.Module):
 def test_kl_and_agreement_by_hand() -> None:
     reference = Bigram([[0.5, 0.5], [0.8, 0.2]])
     other = Bigram([[0.5, 0.5], [0.4, 0.6]])
-    found = divergence(reference, other, [torch.tensor([[0, 1, 1]]), torch.tensor([[0]])])
+    batches = [torch.tensor([[0, 1, 1]]), torch.tensor([[0]])]
+    found = divergence(iter_logits(reference, batches), other, batches)
     after_one = 0.8 * math.log(2) + 0.2 * math.log(0.2 / 0.6)
     assert found.tokens == 4
     assert found.kl_mean == pytest.approx(2 * after_one / 4, rel=1e-6)
@@ -42,7 +43,8 @@ def test_kl_and_agreement_by_hand() -> None:
 def test_a_model_does_not_diverge_from_itself_and_keeps_no_gradients() -> None:
     torch.manual_seed(0)
     model = Bigram(torch.rand(9, 9).softmax(-1).tolist())
-    found = divergence(model, model, [torch.randint(9, (3, 100))])
+    batches = [torch.randint(9, (3, 100))]
+    found = divergence(iter_logits(model, batches), model, batches)
     assert (found.kl_mean, found.kl_max, found.top1_agreement, found.tokens) == (0, 0, 1, 300)
     assert model.table.grad is None
 
@@ -50,7 +52,7 @@ def test_a_model_does_not_diverge_from_itself_and_keeps_no_gradients() -> None:
 def test_nothing_to_compare_is_an_error(tiny: Tiny) -> None:
     model = Bigram([[0.5, 0.5]])
     with pytest.raises(ValueError, match="no tokens"):
-        divergence(model, model, [])
+        divergence([], model, [])
     with pytest.raises(UserError, match="no prompts"):
         check_exports(tiny.stack, [], [[]])
 

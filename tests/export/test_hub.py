@@ -137,7 +137,7 @@ def test_an_interrupted_upload_goes_on_where_it_stopped(tiny: Tiny, hub: Hub) ->
     assert repository.files() == {}  # nothing is half there
     hub.faults.clear()
     hub.faults["commit"] = [503]
-    with pytest.raises(UserError, match=r"problem of its own \(HTTP 503\)\n.*not sent again"):
+    with pytest.raises(UserError, match=r"server error \(HTTP 503\)\n.*not sent again"):
         push(tiny.stack, "me/adapters", base_id=BASE_ID)
     large = sum(tensors.stat().st_size for tensors in tiny.stack.rglob("*.safetensors"))
     assert first < large < hub.sent  # the combined adapter as well
@@ -166,9 +166,9 @@ def test_dropped_connections_and_errors_of_the_server_are_retried(tiny: Tiny, hu
         ("create", 403, "may not write there"),
         ("create", "drop", "the connection to the Hub broke"),
         ("preupload", 403, "may not write there"),
-        ("commit", 409, "changed by somebody else"),
-        ("commit", 412, "changed by somebody else"),
-        ("commit", 422, "the Hub refuses it"),
+        ("commit", 409, "somebody else changed"),
+        ("commit", 412, "somebody else changed"),
+        ("commit", 422, "the Hub rejects the request"),
     ],
 )
 def test_refusals_say_what_to_do(tiny: Tiny, hub: Hub, route: str, fault: int | str, message: str) -> None:

@@ -12,7 +12,7 @@ import typer
 from tuna_peft.cli.options import BasePath, Prompts, Stack
 
 if TYPE_CHECKING:
-    from tuna_peft.export.compare import Route
+    from tuna_peft.export.compare import ExportOption
 
 PROMPTS = 16
 
@@ -71,7 +71,7 @@ def print_divergence(
         typer.echo(f"{path}: KL divergence from the stack: {measured}")
 
 
-def print_routes(routes: Iterable[Route]) -> None:
+def print_routes(routes: Iterable[ExportOption]) -> None:
     """Prints a table of all routes, once the last one is measured."""
     from rich.console import Console
     from rich.table import Table

@@ -30,7 +30,7 @@ def merge(
 ) -> None:
     """Merge a stack of adapters into its base: one model, dequantised once and rounded once."""
     from tuna_peft.cli.divergence import comparison_prompts, print_divergence, print_routes
-    from tuna_peft.export.compare import compare_routes
+    from tuna_peft.export.compare import compare_exports
     from tuna_peft.export.merge import merge_stack
     from tuna_peft.models.stack.find import find_stack
 
@@ -49,6 +49,6 @@ def merge(
             "(Frobenius norm)".format(**report.requantisation_error)
         )
     if compare:
-        print_routes(compare_routes(source, ids, out.absolute().parent, upto=upto, base_model=base_model))
+        print_routes(compare_exports(source, ids, out.absolute().parent, upto=upto, base_model=base_model))
     elif ids and check:
         print_divergence(source, [out], ids, upto=upto, base_model=base_model)

@@ -1,6 +1,6 @@
-"""Intervals by the bootstrap: prompts are drawn with replacement, since what belongs to one prompt is not independent.
+"""Bootstrap confidence intervals. Prompts are resampled with replacement, not pairs: those of a prompt are dependent.
 
-Percentile intervals, Efron and Tibshirani 1993, chapter 13; 95 %, always from the same seed.
+95 % percentile intervals (Efron and Tibshirani 1993, chapter 13), always from the same seed. Every task uses them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from tuna_peft.evaluation.results import Metric
 
 RESAMPLES = 2000
 LEVEL = 0.95
-_AT_ONCE = 4_000_000  # numbers drawn at a time: 32 MB
+_AT_ONCE = 4_000_000  # random numbers at a time: 32 MB
 
 
 def mean_metric(
     scores: Sequence[float | None], weights: Sequence[float] | None = None, *, scale: float = 1.0
 ) -> Metric:
-    """The (weighted) mean over prompts with its interval; prompts without a score, or without weight, do not count.
+    """The (weighted) mean over prompts with its interval; prompts without a score, or with weight 0, do not count.
 
     Args:
-        scores: One for each prompt; None where there is none.
+        scores: One for each prompt; None for a prompt without a score.
         weights: One for each prompt: a prompt with 6 pairs weighs 6 in the accuracy over pairs.
         scale: 100 for percent.
     """
@@ -46,7 +46,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], weights: 
 
 
 def resamples(count: int) -> Iterator[np.ndarray]:
-    """How often each of `count` prompts is drawn: blocks `(draws, count)`, `RESAMPLES` draws in all."""
+    """How often each prompt occurs in each resample: blocks `(resamples, count)`, `RESAMPLES` rows in all."""
     return iter(_kept_draws(count)) if count * RESAMPLES <= _AT_ONCE else _draws(count)
 
 
@@ -60,7 +60,7 @@ def _draws(count: int) -> Iterator[np.ndarray]:
 
 @functools.lru_cache(maxsize=8)
 def _kept_draws(count: int) -> list[np.ndarray]:
-    """Metrics and stages of a task share them: to draw them is most of an interval's time. 8 MB at most."""
+    """Shared by the metrics and stages of a task: drawing takes most of an interval's time. At most 8 MB."""
     return [drawn.astype(np.uint16) for drawn in _draws(count)]
 
 

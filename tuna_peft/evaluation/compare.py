@@ -1,4 +1,4 @@
-"""Two results of one task, prompt by prompt: the paired difference, and who won where."""
+"""Compares two results of one task prompt by prompt, for the report and for `tuna-peft compare`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Pairing:
     """One prompt in both results.
 
     Attributes:
-        id: Of the prompt.
-        prompt: Its text.
-        responses: Of the first and of the second.
-        scores: Of the first and of the second, in the task's main metric.
+        id: The prompt's id.
+        prompt: The prompt's text.
+        responses: The first result's response and the second's.
+        scores: The scores of both responses in the task's main metric.
         references: What counts as right.
     """
 
@@ -36,19 +36,19 @@ class Pairing:
 
 @dataclass
 class Comparison:
-    """The second result beside the first.
+    """The second result compared with the first.
 
     Attributes:
         task: The task.
         metric: Its main metric.
-        values: Of the first and the second, over the prompts that both have.
+        values: The metric of the first and of the second result, over the prompts that both have.
         difference: The second minus the first, with its interval by the paired bootstrap; None without common prompts.
         wins: Prompts on which the second is better, the largest gain first.
         losses: Prompts on which it is worse, the largest loss first.
-        ties: How many are equal.
-        only_first: Prompts that the second does not have.
-        only_second: Prompts that the first does not have.
-        unscored: Prompts of both without a score in one of them.
+        ties: Number of prompts with equal scores.
+        only_first: Number of prompts that the second result lacks.
+        only_second: Number of prompts that the first result lacks.
+        unscored: Number of common prompts that lack a score in either result.
     """
 
     task: str
@@ -64,14 +64,14 @@ class Comparison:
 
 
 def compare_results(first: TaskResult, second: TaskResult) -> Comparison:
-    """Pairs prompts of the same id and text. Only prompts with a score in both, and with weight, count."""
+    """Pairs prompts of the same id and text. Only prompts that have a score in both and a weight above 0 count."""
     comparison = Comparison(second.task, second.main)
     mine, theirs = _by_content(first.prompts), _by_content(second.prompts)
     comparison.only_first, comparison.only_second = len(mine.keys() - theirs), len(theirs.keys() - mine)
     pairings, weights = [], []
     for key in (key for key in mine if key in theirs):
         one, other = mine[key], theirs[key]
-        if not other.weight:  # no part of the main metric
+        if not other.weight:  # not part of the main metric
             continue
         scores = one.scores.get(second.main), other.scores.get(second.main)
         if scores[0] is None or scores[1] is None:
@@ -93,7 +93,7 @@ def compare_results(first: TaskResult, second: TaskResult) -> Comparison:
 
 
 def _by_content(prompts: Sequence[PromptResult]) -> dict[tuple[str, str, int], PromptResult]:
-    """By id and text; an id that a user's data repeats is told apart by its number."""
+    """By id, text, and a number that tells apart prompts which a user's data repeats."""
     seen: Counter[tuple[str, str]] = Counter()
     keyed = {}
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Reading a benchmark's files as far as they can be read: what is broken is named and left out."""
+"""Reads the files of a benchmark. Broken files and records are skipped, and the result lists them as excluded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import Exclusion
 
 
-class LeftOut:
-    """Collects what is left out, by reason."""
+class Skipped:
+    """Collects what is skipped, by reason."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = defaultdict(list)
         self._counts: Counter[str] = Counter()
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        """Notes that `name` is left out, or `count` things in it."""
+        """Records that `name` is skipped, or `count` items in it."""
         self._names[reason].append(name)
         self._counts[reason] += count
 
@@ -32,24 +32,24 @@ class LeftOut:
         ]
 
 
-def read_object(file: Path, left_out: LeftOut) -> dict[str, Any] | None:
-    """The JSON object in `file`; None for a file that cannot be read, or holds something else, which is noted."""
+def read_object(file: Path, skipped: Skipped) -> dict[str, Any] | None:
+    """The JSON object in `file`; None (and an entry in `skipped`) for a file without a readable object."""
     try:
         value = json.loads(file.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        left_out.add(f"the file cannot be read ({type(error).__name__})", file.name)
+        skipped.add(f"the file cannot be read ({type(error).__name__})", file.name)
         return None
     if isinstance(value, dict):
         return value
-    left_out.add("the file holds no JSON object", file.name)
+    skipped.add("the file holds no JSON object", file.name)
     return None
 
 
-def read_lines(file: Path, left_out: LeftOut) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; lines that are no object are noted.
+def read_lines(file: Path, skipped: Skipped) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; other lines are added to `skipped`.
 
     Raises:
-        UserError: There is no such file, or it is empty or no text.
+        UserError: The file does not exist, is empty or is not text.
     """
     try:
         kind, units = read_json_units(file)
@@ -61,10 +61,10 @@ def read_lines(file: Path, left_out: LeftOut) -> list[dict[str, Any]]:
         try:
             value = parse_line(file, number, unit, last=False) if isinstance(unit, str) else unit
         except UserError:
-            left_out.add("the line is no JSON", name)
+            skipped.add("the line is no JSON", name)
             continue
         if isinstance(value, dict):
             records.append(value)
         else:
-            left_out.add("the line is no JSON object", name)
+            skipped.add("the line is no JSON object", name)
     return records

@@ -1,4 +1,4 @@
-"""The task `graded`: the model's own answers to held-out prompts, graded by a program."""
+"""The task `graded`: a Python function grades the model's answers to held-out prompts. `run.tasks` calls it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def evaluate_graded(
     """Greedy answers and their grades, between 0 and 1.
 
     Args:
-        questions: With the raw record, which the grader is given, in `record`.
+        questions: The prompts; `record` holds the raw record, which is passed to the grader.
         grade: See `tuna_peft.graders`.
-        max_new_tokens: Where an answer is cut.
+        max_new_tokens: Length at which an answer is truncated.
 
     Raises:
-        UserError: The grader fails, or returns something that is no number between 0 and 1; names the prompt.
+        UserError: For some prompt, the grader fails or does not return a number between 0 and 1.
     """
     answers, excluded = session.answers(questions, max_new_tokens, "graded")
     prompts = []

@@ -1,4 +1,7 @@
-"""EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a stack, unmerged."""
+"""The task `lm_eval`: EleutherAI's lm-evaluation-harness on a model with unmerged adapters. `run.tasks` calls it.
+
+https://github.com/EleutherAI/lm-evaluation-harness
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
 from tuna_peft.evaluation.session import Session
 
-_Z95 = 1.959964  # of the standard errors that the harness gives
+_Z95 = 1.959964  # the harness gives standard errors; this many of them are half a 95 % interval
 
 
 def require_harness() -> None:
-    """UserError if the harness is not installed."""
+    """Raises `UserError` if the harness is not installed."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -31,20 +34,20 @@ def evaluate_harness(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> TaskResult:
-    """Hands the model as it stands, adapters and all, to the harness, and takes over its table.
+    """Runs the harness on the loaded model, adapters included, and converts its results.
 
     Args:
-        tasks: The harness's names of tasks or groups.
+        tasks: Names of tasks or groups in the harness.
         include_path: A folder with further task files.
         num_fewshot: Examples in the prompt; None is each task's own number.
-        limit: Documents of each task; None takes all.
+        limit: Number of documents of each task; None takes all.
 
     Returns:
-        Metrics as `<task>: <metric>`, with the interval of the harness's standard error; the first of them is the main
-        one, and what its documents scored is kept for each of them.
+        Metrics named `<task>: <metric>`, with intervals from the harness's standard errors. The first is the main
+        metric, and its score is kept for each document.
 
     Raises:
-        UserError: There is no such task, or the harness is not installed.
+        UserError: A task does not exist, or the harness is not installed.
     """
     require_harness()
     from lm_eval import simple_evaluate
@@ -67,7 +70,7 @@ def evaluate_harness(
 
 
 def table_as_result(found: dict[str, Any]) -> TaskResult:
-    """The harness's results in our shape; what has no number there has none here, and is named."""
+    """Converts the harness's results. Metrics without a number are listed as excluded."""
     metrics: dict[str, Metric] = {}
     missing: list[str] = []
     for task, values in found["results"].items():
@@ -92,7 +95,7 @@ def table_as_result(found: dict[str, Any]) -> TaskResult:
 
 
 def _prompts(found: dict[str, Any], main: str) -> list[PromptResult]:
-    """What the documents of the main metric's task scored."""
+    """The documents of the main metric's task with their scores."""
     task, name = main.partition(": ")[::2]
     name = name.partition(" (")[0]
     prompts = []

@@ -1,4 +1,4 @@
-"""The task `ranking`: does the model find better responses more likely?"""
+"""The task `ranking`: does the model give better responses a higher probability? `run.tasks` calls it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tuna_peft.models.forward.scoring import stream_logps
 
 MAIN = "pair_accuracy"
 
-# Means over pairs, by name: what they count, and of which pairs.
+# Shares of pairs, by name: the condition that is counted, and the pairs among which it is counted.
 _OVER_PAIRS: dict[str, tuple[Callable[[Pair], bool], Callable[[Pair], bool]]] = {
-    MAIN: (lambda pair: pair.lead > 0, lambda pair: True),
-    "pair_accuracy_better_is_longer": (lambda pair: pair.lead > 0, lambda pair: pair.length_ratio > 1),
-    "pair_accuracy_better_is_shorter": (lambda pair: pair.lead > 0, lambda pair: pair.length_ratio < 1),
-    "prefers_longer": (lambda pair: (pair.lead > 0) == (pair.length_ratio > 1), lambda pair: pair.length_ratio != 1),
+    MAIN: (lambda pair: pair.v_gap > 0, lambda pair: True),
+    "pair_accuracy_better_is_longer": (lambda pair: pair.v_gap > 0, lambda pair: pair.length_ratio > 1),
+    "pair_accuracy_better_is_shorter": (lambda pair: pair.v_gap > 0, lambda pair: pair.length_ratio < 1),
+    "prefers_longer": (lambda pair: (pair.v_gap > 0) == (pair.length_ratio > 1), lambda pair: pair.length_ratio != 1),
     "better_is_longer": (lambda pair: pair.length_ratio > 1, lambda pair: pair.length_ratio != 1),
 }
 
 _OVER_PROMPTS = {"kendall_tau_b": kendall_tau_b, "ndcg": ndcg, "top1_hit": top1_hit, "mrr": reciprocal_rank}
 
-# Pairs by how much longer the better response is, in tokens of it per token of the worse one.
+# Limits of the groups by length: tokens of the better response / tokens of the worse one.
 _LENGTH_RATIOS = (0.5, 0.8, 1.25, 2.0)
 
 
@@ -49,14 +49,14 @@ def evaluate_ranking(
     Args:
         model: Any causal LM, with or without adapters.
         tokenizer: Its tokenizer.
-        rows: Encoded ranked rows, see `tuna_peft.data.tokenize.encode_dataset`.
-        batch_size: Prompts at once.
-        margin: For `margin_satisfaction`: the lead that a pair must have for each step in rank.
-        length_penalty: v is the summed log-probability over length to this power.
+        rows: Tokenized ranked data, see `tuna_peft.data.tokenize.encode_dataset`.
+        batch_size: Number of prompts in a batch.
+        margin: For `margin_satisfaction`: the least difference in v for each step in rank.
+        length_penalty: v is the summed log-probability divided by length to this power.
 
     Returns:
         `pair_accuracy` over untied pairs (the main metric), also where the better response is longer and where it is
-        shorter; `margin_satisfaction`; `prefers_longer`, how often v prefers the longer of two, beside
+        shorter; `margin_satisfaction`; `prefers_longer`, how often v prefers the longer of two responses, and
         `better_is_longer`, how often it is the better one; `kendall_tau_b`, `ndcg`, `top1_hit`, `mrr` as means over
         prompts. Groups hold `pair_accuracy` by how much longer the better response is.
     """
@@ -71,7 +71,7 @@ def evaluate_ranking(
         prompts.append(_prompt_result(row, v, lengths, tokenizer))
         pairs.append(pairs_of(v, row["ranks"], lengths))
     metrics = {name: _pair_metric(pairs, *conditions) for name, conditions in _OVER_PAIRS.items()}
-    metrics["margin_satisfaction"] = _pair_metric(pairs, lambda pair: pair.lead >= margin * pair.steps)
+    metrics["margin_satisfaction"] = _pair_metric(pairs, lambda pair: pair.v_gap >= margin * pair.rank_gap)
     metrics |= {name: mean_metric([prompt.scores[name] for prompt in prompts]) for name in _OVER_PROMPTS}
     untied = [prompt.id for prompt in prompts if prompt.scores["kendall_tau_b"] is None]
     return TaskResult(
@@ -101,7 +101,7 @@ def _scored(
 ) -> list[tuple[dict[str, Any], list[float], list[int]]]:
     """Each row with v and length of its responses, in the order of the rows."""
     encoded = dict(enumerate(rows))
-    # Rows of like length share a batch: less padding, the same numbers.
+    # Sorted by length, because similar lengths in a batch need less padding.
     order = sorted(encoded, key=lambda i: -sum(map(len, encoded[i]["completions_ids"])))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     scored: list[Any] = [None] * len(rows)
@@ -125,7 +125,7 @@ def _prompt_result(
         return text(row["completions_ids"][k][row["completion_skips"][k] :]).strip()
 
     ranks, pairs = row["ranks"], pairs_of(v, row["ranks"], lengths)
-    scores: dict[str, float | None] = {MAIN: sum(pair.lead > 0 for pair in pairs) / len(pairs)}
+    scores: dict[str, float | None] = {MAIN: sum(pair.v_gap > 0 for pair in pairs) / len(pairs)}
     scores |= {name: metric(v, ranks) for name, metric in _OVER_PROMPTS.items()}
     return PromptResult(
         id=row["id"],
@@ -143,7 +143,7 @@ def _pair_metric(
     right: Callable[[Pair], bool],
     counted: Callable[[Pair], bool] = lambda pair: True,
 ) -> Metric:
-    """The share of pairs that are `right`, of those that are `counted`; the interval is over prompts."""
+    """The share of `right` pairs among the `counted` ones, with an interval over prompts."""
     kept = [[pair for pair in of_prompt if counted(pair)] for of_prompt in pairs]
     shares = [sum(map(right, of_prompt)) / len(of_prompt) if of_prompt else None for of_prompt in kept]
     return mean_metric(shares, [len(of_prompt) for of_prompt in kept])
@@ -154,6 +154,6 @@ def _by_length(pairs: Sequence[Sequence[Pair]]) -> dict[str, dict[str, Metric]]:
     groups = {}
     for low, high in zip((0.0, *_LENGTH_RATIOS), (*_LENGTH_RATIOS, math.inf), strict=True):
         inside = [[pair for pair in of_prompt if low <= pair.length_ratio < high] for of_prompt in pairs]
-        accuracy = _pair_metric(inside, lambda pair: pair.lead > 0)
+        accuracy = _pair_metric(inside, lambda pair: pair.v_gap > 0)
         groups[f"better / worse length: {low:g} to {high:g}"] = {MAIN: accuracy}
     return groups

@@ -1,7 +1,7 @@
-"""How well the order that a model gives to the responses of one prompt agrees with the given order.
+"""Agreement between the order of responses by v and their given order, for one prompt. `ranking` calls it.
 
-v is the model's score of a response (its length-normalised log-probability), rank 0 is the best response. Where v
-ties, a tie between two responses counts half in the metrics of the top, and is wrong in those of pairs.
+v is a response's length-normalized log-probability; rank 0 is the best response. Two responses with equal v count half
+in the metrics of the best response (`top1_hit`, `reciprocal_rank`) and as wrong in those of pairs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ class Pair:
     """Two responses of unequal rank.
 
     Attributes:
-        lead: v of the better one minus v of the worse one.
-        steps: How far they are apart in rank.
-        length_ratio: Tokens of the better one for each token of the worse one.
+        v_gap: v of the better response minus v of the worse one.
+        rank_gap: Rank of the worse response minus rank of the better one.
+        length_ratio: Tokens of the better response / tokens of the worse one.
     """
 
-    lead: float
-    steps: int
+    v_gap: float
+    rank_gap: int
     length_ratio: float
 
 
@@ -38,7 +38,7 @@ def pairs_of(v: Sequence[float], ranks: Sequence[int], lengths: Sequence[int]) -
 
 
 def kendall_tau_b(v: Sequence[float], ranks: Sequence[int]) -> float | None:
-    """Kendall's tau-b between v and the given order, in [-1, 1]; None where v or the ranks are all tied.
+    """Kendall's tau-b between v and the given order, in [-1, 1]; None if all v or all ranks are equal.
 
     (concordant - discordant) / sqrt(pairs untied in v * pairs untied in rank); Kendall 1945.
     """
@@ -55,9 +55,9 @@ def kendall_tau_b(v: Sequence[float], ranks: Sequence[int]) -> float | None:
 
 
 def ndcg(v: Sequence[float], ranks: Sequence[int]) -> float:
-    """Normalised discounted cumulative gain of the order by v; a response gains the steps it is above the worst.
+    """Normalized discounted cumulative gain of the order by v. The gain is the distance in rank from the worst.
 
-    Linear gain, discount log2(place + 1) (Jarvelin and Kekalainen 2002); responses tied in v share their places.
+    Linear gain, discount log2(place + 1) (Jarvelin and Kekalainen 2002); responses with equal v share their discounts.
     """
     gains = [max(ranks) - rank for rank in ranks]
     discounts = [1 / math.log2(place + 2) for place in range(len(v))]
@@ -71,13 +71,13 @@ def ndcg(v: Sequence[float], ranks: Sequence[int]) -> float:
 
 
 def top1_hit(v: Sequence[float], ranks: Sequence[int]) -> float:
-    """Whether the response with the highest v is one of the best; the share of best ones where v ties at the top."""
+    """1 if the response with the highest v is a best one, else 0; with several of them, the share of best ones."""
     top = _by_v(v)[0]
     return sum(ranks[k] == 0 for k in top) / len(top)
 
 
 def reciprocal_rank(v: Sequence[float], ranks: Sequence[int]) -> float:
-    """1 / the place, by v, of the first of the best responses; the middle place where v ties."""
+    """1 / the place, by v, of the first of the best responses; responses with equal v share their mean place."""
     best = max(v[k] for k in range(len(v)) if ranks[k] == 0)
     above = sum(value > best for value in v)
     tied = sum(value == best for value in v)
@@ -85,7 +85,7 @@ def reciprocal_rank(v: Sequence[float], ranks: Sequence[int]) -> float:
 
 
 def _by_v(v: Sequence[float]) -> list[list[int]]:
-    """Places of responses, those with the highest v first; equal ones together."""
+    """Indices of the responses, grouped by equal v, the highest v first."""
     return [[k for k in range(len(v)) if v[k] == value] for value in sorted(set(v), reverse=True)]
 
 

@@ -1,7 +1,7 @@
-"""What a task measured of a stage: the one shape that reports, tables and comparisons read.
+"""The result of one task on one stage, as tasks return it and as reports, tables and comparisons read it.
 
-A run keeps one file per stage and task, `evaluation/<stage>/<task>.json`; the bare model is the stage `base`. All
-scores are better when they are higher, unless a metric's name says what it is (a share, a correlation).
+A run has one file per stage and task, `evaluation/<stage>/<task>.json`; the model without adapters is stage `base`.
+Higher scores are better, except for metrics that are only descriptive (such as `prefers_longer`).
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ TITLES = {
     "lmentry": "LMentry accuracy",
     "vicuna": "Vicuna win rate",
 }
-"""What the main metric of a task is called in a table."""
+"""Names of the tasks' main metrics in tables."""
 
 MEANINGS = {
-    "ranking": "of the pairs of held-out responses, the share in which the model finds the better one likelier",
-    "graded": "a program's mean grade, 0 to 1, of the model's own answers to held-out prompts",
-    "superni": "overlap of its answers with the references, in percent",
-    "lmentry": "answers that are right by the benchmark's rules, in percent",
-    "vicuna": "how often a judge prefers its answer to the other side's; a tie counts half",
+    "ranking": "share of held-out response pairs in which the model finds the better response more likely",
+    "graded": "mean grade, 0 to 1, by a Python function, of the model's answers to held-out prompts",
+    "superni": "overlap of the answers with the references, in percent",
+    "lmentry": "share of correct answers by the benchmark's rules, in percent",
+    "vicuna": "share of questions on which a judge prefers the model's answer to the other side's; a tie counts half",
 }
-"""What that metric says, by the task's name up to the first hyphen."""
+"""Explanations of the main metrics, by the task's name up to the first hyphen."""
 
 
 def in_percent(task: str) -> bool:
@@ -52,7 +52,7 @@ def in_percent(task: str) -> bool:
 
 
 def number(value: float | None, *, among: Iterable[float | None] = (), sign: str = "", percent: bool = False) -> str:
-    """A metric: one decimal for percentages, and where it or one of its companions is above 1; else three."""
+    """Formats a metric: one decimal for percentages and if it or one of `among` is above 1, else three decimals."""
     if value is None:
         return "–"
     largest = max(abs(other) for other in (value, *among) if other is not None)
@@ -64,11 +64,11 @@ class Metric:
     """A measured value.
 
     Attributes:
-        value: None where there was nothing to count.
-        low: Lower end of the 95 % interval (bootstrap over prompts); None where none was taken.
+        value: None if there was nothing to count.
+        low: Lower end of the 95 % interval (bootstrap over prompts); None without an interval.
         high: Its upper end.
-        count: What the value is a mean over: prompts, or pairs.
-        percent: Whether 100 is the most that it can be; `TaskResult` sets it, by its task.
+        count: Number of prompts or pairs that the value is a mean over.
+        percent: Whether the largest possible value is 100; set by `TaskResult`.
     """
 
     value: float | None
@@ -88,17 +88,17 @@ class Metric:
 
 @dataclass
 class PromptResult:
-    """One prompt: what was said, and how it scored.
+    """One prompt with the model's response and its scores.
 
     Attributes:
-        id: The prompt's name, unique within the task.
-        prompt: Its text, as the benchmark has it (without the prompt template).
-        response: What the model said; for `ranking` the response that it finds most likely.
-        scores: By metric. None is a score that could not be had, which is not zero.
-        weight: What it counts in the main metric, which is the weighted mean of its prompts' scores of that name.
-        references: What the benchmark, or the ranking, calls right.
+        id: Unique within the task.
+        prompt: The text without the prompt template.
+        response: The model's response; for `ranking` the response that it finds most likely.
+        scores: By metric. None is a missing score, which does not count as 0.
+        weight: Weight in the main metric, which is the weighted mean of the prompts' scores of that name.
+        references: The correct responses, by the benchmark or the ranking.
         group: The benchmark's task that the prompt belongs to.
-        details: What only this task knows, for `ranking`: `v` (length-normalised log-probabilities), `ranks`,
+        details: Further values of the task; for `ranking` `v` (length-normalised log-probabilities), `ranks`,
             `lengths` (tokens), each by response, best first.
     """
 
@@ -114,12 +114,12 @@ class PromptResult:
 
 @dataclass
 class Exclusion:
-    """What was left out of all scores, and why.
+    """What is excluded from all scores, and why.
 
     Attributes:
         reason: In words.
-        count: How many.
-        names: Which ones: files, tasks or prompts, the first `MOST_NAMES` of them.
+        count: Number of excluded items.
+        names: The first `MOST_NAMES` of the excluded files, tasks or prompts.
     """
 
     reason: str
@@ -137,16 +137,16 @@ class Exclusion:
 
 @dataclass
 class TaskResult:
-    """Everything that one task measured of one stage.
+    """The result of one task on one stage.
 
     Attributes:
         task: `ranking`, `graded`, `superni-0shot` (of any number of shots), `lmentry`, `vicuna`, `lm_eval`.
-        main: The metric that stands for the task in a table, and in which prompts are compared between runs.
+        main: The metric that tables show and that comparisons between stages and runs use.
         metrics: By name.
-        prompts: Every prompt that was scored.
-        groups: Metrics of parts, by a name such as `category: Textual Entailment` or `task: bigger_number`.
+        prompts: All scored prompts.
+        groups: Metrics of subsets, by a name such as `category: Textual Entailment` or `task: bigger_number`.
         excluded: What is not in the scores.
-        settings: What the result depends on besides the model; a result is taken up again only under equal ones.
+        settings: What the result depends on besides the model; a saved result is reused only if they are equal.
         seconds: Wall time.
     """
 
@@ -169,7 +169,7 @@ class TaskResult:
         return dataclasses.asdict(self)
 
     def summary(self) -> dict[str, Any]:
-        """Plain JSON without the prompts, whose number stands in their place."""
+        """Plain JSON with the number of prompts in place of the prompts."""
         return {**self.as_dict(), "prompts": len(self.prompts)}
 
     @classmethod
@@ -192,10 +192,10 @@ def save_result(folder: Path, stage: str, result: TaskResult) -> None:
 
 
 def load_result(folder: Path, stage: str, task: str) -> TaskResult | None:
-    """The saved result, None where there is none.
+    """The saved result; None without one.
 
     Raises:
-        UserError: The file is not a result.
+        UserError: The file does not hold a result.
     """
     file = folder / FOLDER / stage / f"{task}.json"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""A model under evaluation, and its greedy answers, each of which is generated once."""
+"""A model under evaluation and its greedy answers, each generated once and then cached. Every task uses it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tuna_peft.journal import Journal, content_key
 from tuna_peft.models.generation.generate import context_of, stream_responses
 
 JOURNAL = "evaluation/journal.jsonl"
-"""Where a run keeps what its stages answered."""
+"""The file in which a run caches the answers of its stages."""
 
 
 @dataclass
@@ -26,13 +26,13 @@ class Question:
     """A prompt of a task.
 
     Attributes:
-        id: Its name, unique within the task.
-        text: As the benchmark has it.
-        prompt: As the model is given it: `text` in the prompt template.
-        references: What counts as right, where the benchmark says so.
+        id: Unique within the task.
+        text: The question as the benchmark words it.
+        prompt: `text` in the prompt template, as the model gets it.
+        references: Correct answers, if the benchmark has them.
         group: The benchmark's task that it belongs to.
-        record: Whatever else the scorer needs.
-        ids: `prompt` in tokens, once it has been asked: all stages have one tokenizer.
+        record: Further values that the scorer needs.
+        ids: Token ids of `prompt`, kept from its first use because all stages have the same tokenizer.
     """
 
     id: str
@@ -46,12 +46,12 @@ class Question:
 
 @dataclass
 class Answer:
-    """What a model said.
+    """A model's answer.
 
     Attributes:
-        question: To which question.
-        text: Without the prompt and special tokens.
-        ended: Whether it ended by itself; False where it was cut.
+        question: The question that it answers.
+        text: The answer without the prompt and special tokens.
+        ended: Whether the model ended it; False for a truncated answer.
     """
 
     question: Question
@@ -64,14 +64,14 @@ class Session:
     """One stage of one model under evaluation.
 
     Attributes:
-        folder: Where results are.
+        folder: The folder of the run, or of the evaluation.
         stage: The stage's name.
-        digest: Names the weights that answer, see `tuna_peft.models.stack.any_model.model_digest`: the base and the
-            stage's adapters, from bottom to top. PEFT calls adapters active even where they are disabled.
-        model: With these adapters active, and no others.
+        digest: Identifies the weights that answer, see `tuna_peft.models.stack.any_model.model_digest`: the base and
+            the stage's adapters, from bottom to top. PEFT cannot tell: it lists disabled adapters as active.
+        model: The model with exactly these adapters active.
         tokenizer: Its tokenizer.
-        journal: Keeps what was generated.
-        batch_size: Prompts at once.
+        journal: Cache of the generated answers.
+        batch_size: Number of prompts in a batch.
     """
 
     folder: Path
@@ -85,15 +85,15 @@ class Session:
     def answers(
         self, questions: Sequence[Question], max_new_tokens: int, task: str
     ) -> tuple[list[Answer], list[Exclusion]]:
-        """Greedy answers, in the order of the questions, and the questions that have no room for one.
+        """Greedy answers, in the order of the questions, and the questions whose prompt leaves no room for an answer.
 
-        Every answer goes into the journal as it ends: interrupted work asks only for what is missing.
+        Each answer is cached when it ends, so an interrupted evaluation generates only what is missing.
         """
         prompts = [self._ids(question) for question in questions]
         room = (context_of(self.model) or float("inf")) - max_new_tokens
         fits = [index for index, ids in enumerate(prompts) if len(ids) <= room]
         keys = {index: self._key(prompts[index], max_new_tokens) for index in fits}
-        first = {key: index for index, key in reversed(keys.items())}  # equal prompts are asked once
+        first = {key: index for index, key in reversed(keys.items())}  # equal prompts are generated once
         asked = sorted(first.values())
         done = {place for place, index in enumerate(asked) if keys[index] in self.journal}
         for generated in stream_responses(

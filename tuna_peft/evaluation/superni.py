@@ -1,7 +1,7 @@
-"""Super-NaturalInstructions (Wang et al., EMNLP 2022, https://arxiv.org/abs/2204.07705), scored as Tk-Instruct does.
+"""Super-NaturalInstructions (Wang et al., EMNLP 2022, https://arxiv.org/abs/2204.07705), scored as by Tk-Instruct.
 
-ROUGE-L (F1, stemmed) and exact match after normalisation, each the best over the references, in percent; prompts in
-Tk-Instruct's encoding: the definition, as many positive examples as there are shots, the input.
+Scores are ROUGE-L (F1, stemmed) and exact match after normalization, each the best over the references, in percent.
+Prompts have Tk-Instruct's encoding: the definition, one positive example per shot, the input. `run.tasks` calls it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tuna_peft.data.ranked import BadRow
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric
-from tuna_peft.evaluation.files import LeftOut, read_lines, read_object
+from tuna_peft.evaluation.files import Skipped, read_lines, read_object
 from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
 from tuna_peft.evaluation.session import Question, Session
 
@@ -35,21 +35,21 @@ def read_superni(
     Args:
         path: A checkout of allenai/natural-instructions (its test tasks, unless `tasks` are given), a folder of task
             files in that format, or a .jsonl file with one instance per line and the keys above.
-        tasks: Names of tasks; None takes all that are there.
-        per_task: The first so many instances of each task (100 in the benchmark); None takes all.
+        tasks: Names of tasks; None takes all in the folder.
+        per_task: Use only the first N instances of each task (100 in the benchmark); None takes all.
 
     Returns:
-        The instances, and what was left out: tasks that are missing, files and instances that are broken.
+        The instances, and what was skipped: missing tasks, broken files and instances.
 
     Raises:
-        UserError: There is nothing to read, or nothing that can be used.
+        UserError: There is no usable instance.
     """
-    left_out = LeftOut()
+    skipped = Skipped()
     if path.is_dir():
-        by_task = _read_folder(path, tasks, left_out)
+        by_task = _read_folder(path, tasks, skipped)
     elif path.is_file():
         by_task = defaultdict(list)
-        for record in read_lines(path, left_out):
+        for record in read_lines(path, skipped):
             by_task[str(record.get("task"))].append(record)
     else:
         raise UserError(
@@ -59,37 +59,37 @@ def read_superni(
     for task in by_task if tasks is None else tasks:
         found = by_task.get(task, [])
         if not found:
-            left_out.add("the task is missing", task)
+            skipped.add("the task is missing", task)
         for record in found[:per_task]:
             if reason := _why_unusable(record):
-                left_out.add(reason, str(record.get("id", task)))
+                skipped.add(reason, str(record.get("id", task)))
             else:
                 instances.append(record)
     if not instances:
-        what = "; ".join(f"{one.reason}: {', '.join(one.names[:3])}" for one in left_out.exclusions())
+        what = "; ".join(f"{one.reason}: {', '.join(one.names[:3])}" for one in skipped.exclusions())
         raise UserError(f"no instance can be used ({what or 'it is empty'})", where=str(path))
-    return instances, left_out.exclusions()
+    return instances, skipped.exclusions()
 
 
 def superni_questions(
     instances: Sequence[dict[str, Any]], shots: int, template: PromptTemplate
 ) -> tuple[list[Question], list[Exclusion]]:
     """Prompts with `shots` positive examples, and the instances whose task has too few of them."""
-    questions, left_out = [], LeftOut()
+    questions, skipped = [], Skipped()
     for instance in instances:
         examples = instance.get("positive_examples") or []
         if len(examples) < shots or any(not _is_example(example) for example in examples[:shots]):
-            left_out.add(f"the task has fewer than {shots} positive examples", instance["id"])
+            skipped.add(f"the task has fewer than {shots} positive examples", instance["id"])
             continue
         text = encode(instance, examples[:shots])
         try:
             prompt = template.render(text)
         except BadRow as error:
-            left_out.add(error.what, instance["id"])
+            skipped.add(error.what, instance["id"])
             continue
         record = {"category": instance["category"]}
         questions.append(Question(instance["id"], text, prompt, instance["output"], instance["task"], record))
-    return questions, left_out.exclusions()
+    return questions, skipped.exclusions()
 
 
 def encode(instance: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:
@@ -113,7 +113,7 @@ def evaluate_superni(
 ) -> TaskResult:
     """Greedy answers and their scores: `rouge_l` (the main metric) and `exact_match`, also by task and by category."""
     task = f"superni-{shots}shot"
-    answers, without_room = session.answers(questions, max_new_tokens, task)
+    answers, too_long = session.answers(questions, max_new_tokens, task)
     prompts = [
         PromptResult(
             answer.question.id, answer.question.text, answer.text,
@@ -129,7 +129,7 @@ def evaluate_superni(
         groups[f"category: {prompt.details['category']}"].append(prompt)
         groups[f"task: {prompt.group}"].append(prompt)
     by_group = {name: _metrics(groups[name]) for name in sorted(groups)}
-    return TaskResult(task, MAIN, _metrics(prompts), prompts, by_group, [*excluded, *without_room])
+    return TaskResult(task, MAIN, _metrics(prompts), prompts, by_group, [*excluded, *too_long])
 
 
 def rouge_l(response: str, references: Sequence[str]) -> float:
@@ -138,7 +138,7 @@ def rouge_l(response: str, references: Sequence[str]) -> float:
 
 
 def exact_match(response: str, references: Sequence[str]) -> float:
-    """100 if the response is one of the references, apart from case, punctuation and spacing; else 0."""
+    """100 if the response equals a reference except for case, punctuation and spacing, else 0."""
     return 100.0 * any(normalise(response) == normalise(reference) for reference in references)
 
 
@@ -156,11 +156,11 @@ def _scorer() -> RougeScorer:
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 
-    # Its default, given by name: otherwise it logs that it takes its default, and sets up logging for everyone.
+    # This is the default, passed because otherwise rouge_score logs about it and configures logging for the process.
     return RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
 
 
-def _read_folder(path: Path, tasks: Sequence[str] | None, left_out: LeftOut) -> dict[str, list[dict[str, Any]]]:
+def _read_folder(path: Path, tasks: Sequence[str] | None, skipped: Skipped) -> dict[str, list[dict[str, Any]]]:
     """Instances by task, from files in the benchmark's format."""
     folder = path / "tasks" if (path / "tasks").is_dir() else path
     split = path / "splits" / "default" / "test_tasks.txt"
@@ -172,7 +172,7 @@ def _read_folder(path: Path, tasks: Sequence[str] | None, left_out: LeftOut) -> 
     for task in tasks:
         by_task[task] = []
         file = folder / f"{task}.json"
-        content = read_object(file, left_out) if file.is_file() else None
+        content = read_object(file, skipped) if file.is_file() else None
         if content is None:
             continue
         shared = {
@@ -198,7 +198,7 @@ def _why_unusable(record: dict[str, Any]) -> str | None:
     if not isinstance(output, list) or not output or not all(isinstance(one, str) for one in output):
         return "the instance has no references"
     if not any(char.isascii() and char.isalnum() for one in output for char in one):
-        return "no reference has a letter or digit, and ROUGE-L counts nothing else"
+        return "no reference has a letter or digit, which is all that ROUGE-L compares"
     return None
 
 

@@ -1,6 +1,6 @@
-"""Vicuna QA (https://lmsys.org/blog/2023-03-30-vicuna/): 80 questions, two sets of answers, a judge for each pair.
+"""Vicuna QA (https://lmsys.org/blog/2023-03-30-vicuna/): 80 questions; a judge compares two sets of answers.
 
-The judge is given, as a function: evaluation knows nothing of servers and prompts to judges.
+The judge is passed as a function, so that evaluation does not depend on judges' servers. `run.tasks` calls it.
 """
 
 from __future__ import annotations
@@ -13,57 +13,57 @@ from tuna_peft.data.ranked import BadRow
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric
-from tuna_peft.evaluation.files import LeftOut, read_lines
+from tuna_peft.evaluation.files import Skipped, read_lines
 from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
 from tuna_peft.evaluation.session import Question, Session
 
 PairJudge = Callable[[list[dict[str, Any]]], list[int | None]]
-"""Of rows `{"id", "prompt", "completions": [two], "record"}`: 1 where the first is better, -1 where the second is, 0
-for a tie, None where there is no verdict."""
+"""Takes rows `{"id", "prompt", "completions": [two], "record"}`; returns for each 1 if the first completion is better,
+-1 if the second is, 0 for a tie, None without a verdict."""
 
 MAIN = "win_rate"
 _SHARES = {"win": 1, "tie": 0, "lose": -1}
 
 
 def read_vicuna_questions(path: Path, template: PromptTemplate) -> tuple[list[Question], list[Exclusion]]:
-    """Reads FastChat's `question.jsonl`: `question_id`, `text` and `category` a line.
+    """Reads FastChat's `question.jsonl`: `question_id`, `text` and `category` in each line.
 
     Raises:
         UserError: No question can be used.
     """
-    left_out, questions = LeftOut(), []
-    for record in read_lines(path, left_out):
+    skipped, questions = Skipped(), []
+    for record in read_lines(path, skipped):
         name, text = str(record.get("question_id")), record.get("text")
         if "question_id" not in record or not isinstance(text, str) or not text.strip():
-            left_out.add("the question has no id or no text", name)
+            skipped.add("the question has no id or no text", name)
             continue
         try:
             prompt = template.render(text)
         except BadRow as error:
-            left_out.add(error.what, name)
+            skipped.add(error.what, name)
             continue
         questions.append(Question(name, text, prompt, group=record.get("category"), record=record))
     if not questions:
         raise UserError("there is no question in it", where=str(path), fix="Give FastChat's question.jsonl.")
-    return questions, left_out.exclusions()
+    return questions, skipped.exclusions()
 
 
 def read_vicuna_answers(path: Path) -> tuple[dict[str, str], list[Exclusion]]:
-    """Reads a set of answers in FastChat's format: `question_id` and `text` a line; by question.
+    """Reads a set of answers in FastChat's format: `question_id` and `text` in each line. Returns them by question.
 
     Raises:
         UserError: No answer can be used.
     """
-    left_out = LeftOut()
+    skipped = Skipped()
     answers: dict[str, str] = {}
-    for record in read_lines(path, left_out):
+    for record in read_lines(path, skipped):
         if "question_id" not in record or not isinstance(record.get("text"), str):
-            left_out.add("the answer has no question_id or no text", str(record.get("question_id")))
+            skipped.add("the answer has no question_id or no text", str(record.get("question_id")))
             continue
         answers[str(record["question_id"])] = record["text"]
     if not answers:
         raise UserError("there is no answer in it", where=str(path), fix="Give a set of answers in FastChat's format.")
-    return answers, left_out.exclusions()
+    return answers, skipped.exclusions()
 
 
 def evaluate_vicuna(
@@ -75,19 +75,19 @@ def evaluate_vicuna(
     max_new_tokens: int,
     excluded: Sequence[Exclusion] = (),
 ) -> TaskResult:
-    """Answers the questions, and has each answer compared with the other side's.
+    """Answers the questions, and has the judge compare each answer with the other side's.
 
     Args:
-        against: The other side's answers by question; None only answers.
-        judge: Compares two answers, see `PairJudge`; None only answers.
+        against: The other side's answers by question; without them nothing is judged.
+        judge: Compares two answers, see `PairJudge`; without it nothing is judged.
 
     Returns:
         `win_rate` (the main metric: ties count half), `win`, `tie` and `lose`, as shares of the questions that have a
-        verdict; `win_rate` also by category. Questions without a verdict keep their answers, and are named.
+        verdict; `win_rate` also by category. Answers without a verdict are kept and listed as excluded.
     """
-    answers, without_room = session.answers(questions, max_new_tokens, "vicuna")
+    answers, too_long = session.answers(questions, max_new_tokens, "vicuna")
     verdicts: dict[str, int | None] = {}
-    left_out = LeftOut()
+    skipped = Skipped()
     if against is not None and judge is not None:
         rows = [
             {"id": answer.question.id, "prompt": answer.question.text, "record": answer.question.record,
@@ -97,9 +97,9 @@ def evaluate_vicuna(
         verdicts = {str(row["id"]): verdict for row, verdict in zip(rows, judge(rows), strict=True)}
         for answer in answers:
             if answer.question.id not in verdicts:
-                left_out.add("the other side has no answer to the question", answer.question.id)
+                skipped.add("the other side has no answer to the question", answer.question.id)
             elif verdicts[answer.question.id] is None:
-                left_out.add("the judge gave no verdict", answer.question.id)
+                skipped.add("the judge gave no verdict", answer.question.id)
     prompts = []
     for answer in answers:
         question, verdict = answer.question, verdicts.get(answer.question.id)
@@ -113,7 +113,7 @@ def evaluate_vicuna(
         )  # fmt: skip
     return TaskResult(
         "vicuna", MAIN, _metrics(prompts), prompts, _by_category(prompts),
-        [*excluded, *without_room, *left_out.exclusions()],
+        [*excluded, *too_long, *skipped.exclusions()],
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The base's own files: where they are, and those that a merged model takes along."""
+"""Finds the base's files, and copies those besides weights. `merge`, `gguf` and `release` use it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def locate_base(manifest: Manifest, base_model: str | None, where: str | os.Path
 
     Args:
         manifest: The stack's manifest.
-        base_model: Where that base is now, if it has moved.
+        base_model: Path or Hub id of the base, if it has moved.
         where: The stack, for messages.
 
     Raises:
-        UserError: No such model, no unquantised safetensors weights, or another model than that of the manifest.
+        UserError: No such model, no unquantised safetensors weights, or not the model that the manifest names.
     """
     model = base_model or manifest.base["model"]
     revision = None if base_model else manifest.base["revision"]
@@ -46,7 +46,7 @@ def locate_base(manifest: Manifest, base_model: str | None, where: str | os.Path
             raise UserError(
                 f"cannot find the base model {model!r}: {str(error).splitlines()[0]}",
                 where=str(where),
-                fix="If it has moved, say where it is now (base_model).",
+                fix="If it has moved, pass its path or Hub id (base_model).",
             ) from error
     files = safetensors_files(str(folder))
     if not files:
@@ -68,7 +68,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The files that are no weights: configuration, tokenizer, templates, licences."""
+    """All files but weights: configuration, tokenizer, templates, licenses."""
     found = {path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()}
     return sorted(found - set(folder.glob(_WEIGHT_INDICES)))
 
@@ -76,10 +76,10 @@ def companion_files(folder: Path) -> list[Path]:
 def copy_companions(
     folder: Path, out: Path, changes: dict[str, Any], prompt: dict[str, Any], *, trust_remote_code: bool = False
 ) -> None:
-    """Copies the base's companion files as they are, but for three things.
+    """Copies the base's companion files unchanged, except for three things.
 
-    `changes` go into `config.json`, the training prompt becomes the chat template, and generation stops at the token
-    that ended each response in training, the tokenizer's EOS, also where the base's settings know another one only.
+    `changes` go into `config.json`; the training prompt becomes the chat template; EOS, which ended each training
+    response, is added to the tokens at which generation stops.
 
     Args:
         prompt: The manifest's prompt template, which becomes the chat template, see `chat_template_of`.
@@ -100,7 +100,7 @@ def copy_companions(
 def _stop_at(eos: int, out: Path) -> None:
     file = out / "generation_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # Without a file of its own, transformers takes the model's configuration.
+    # Without this file, transformers reads the model's configuration.
     known = settings.get("eos_token_id", None if settings else read_config(out).get("eos_token_id"))
     ids = known if isinstance(known, list) else [] if known is None else [known]
     if eos not in ids:
@@ -109,7 +109,7 @@ def _stop_at(eos: int, out: Path) -> None:
 
 def _write_chat_template(out: Path, template: str) -> None:
     write_text(out / "chat_template.jinja", template)
-    # Older homes of the template, which would contradict it.
+    # Older places of the template, which would contradict the new one.
     (out / "chat_template.json").unlink(missing_ok=True)
     config = out / "tokenizer_config.json"
     if config.is_file():

@@ -1,4 +1,4 @@
-"""The weights that a stack was trained on: dequantised from 4 or 8 bits as the live model sees them."""
+"""Reproduces the weights that a stack was trained on: quantised and dequantised as when loaded. For `merge`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PART = 1 << 14  # blocks quantised at a time: a million weights
 def skeleton(folder: Path, quantization: dict[str, Any] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The base without weights (on the meta device), its layers replaced as quantised loading replaces them.
 
-    transformers' own selection runs, so head, tied weights and modules kept in fp32 stay out as they do live.
+    transformers' own selection runs, so head, tied weights and modules kept in fp32 are left out as in loading.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
@@ -35,7 +35,7 @@ def skeleton(folder: Path, quantization: dict[str, Any] | None, *, trust_remote_
 
 
 def quantised_modules(model: PreTrainedModel) -> set[str]:
-    """Names of the layers that bitsandbytes holds."""
+    """Names of the layers that bitsandbytes quantises."""
     return {name for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
 
 
@@ -43,7 +43,7 @@ def require_linear(model: PreTrainedModel, modules: Iterable[str]) -> None:
     """Checks that every module is a linear layer with a weight `(out, in)` of its own.
 
     Raises:
-        UserError: The first that is missing or of another kind.
+        UserError: A module is missing or not a linear layer; names the first one.
     """
     layers = dict(model.named_modules())
     for name in modules:
@@ -81,7 +81,7 @@ def dequantised(weight: torch.Tensor, quantization: dict[str, Any], load_dtype: 
 def quantise_4bit(
     weight: torch.Tensor, quant_type: str, *, double_quant: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, bnb.QuantState]:
-    """Codes and scales of a weight, bit by bit those of `bnb.quantize_4bit`, within a tenth of its memory.
+    """Codes and scales of a weight, bit by bit those of `bnb.quantize_4bit`, with a tenth of its memory.
 
     Args:
         weight: `(out, in)`; codes are made from it in `dtype`.
@@ -121,7 +121,7 @@ def _quantise(blocks: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torc
 
 
 def _quantise_on_cpu(blocks: torch.Tensor, quant_type: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same codes, many times as fast.
+    """The same codes, computed many times faster.
 
     bitsandbytes looks every value up among the midpoints of the levels by binary search, one after the other; counting
     the midpoints below it takes more operations, but numpy does 16 and more of them at once (torch does not).

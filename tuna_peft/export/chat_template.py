@@ -1,4 +1,7 @@
-"""The training prompt as a chat template, so that whatever serves the model prompts it as in training."""
+"""Converts the training prompt to a chat template, so that servers prompt the model as in training.
+
+`base_files`, `gguf` and the Modelfile use it.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ _REFUSAL = "this model knows user and assistant messages only, as in its trainin
 
 
 def chat_template_of(prompt: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A Jinja template that renders one user message to the prompt of training, and further turns one after the other.
+    """A Jinja template that renders one user message as the training prompt, and further turns one after another.
 
-    A message is an instruction. It may hold an input too, behind the text that stands between the two in the training
-    prompt, for Alpaca `\\n\\n### Input:\\n`; then the prompt for instructions with an input is used.
+    A message is an instruction. It may also contain an input, after the text that separates the two in the training
+    prompt (for Alpaca `\\n\\n### Input:\\n`); then the prompt for instructions with an input is used.
 
     Args:
         prompt: The manifest's prompt template.
-        tokenizer: The base's; BOS is written where it puts one before a text.
+        tokenizer: The base's tokenizer; BOS is written if it puts one before a text.
 
     Returns:
-        None where the tokenizer's own chat template was used in training, or no template.
+        None if training used the tokenizer's own chat template, or no template.
     """
     if not prompt or prompt["template"] in ("chat", "none"):
         return None
@@ -57,22 +60,22 @@ def chat_template_of(prompt: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
 
 
 def for_llama_cpp(template: str) -> str:
-    """The same for llama.cpp, which puts LLaMA's space behind a BOS by itself."""
+    """The template for llama.cpp, which adds LLaMA's space after BOS itself."""
     return template.replace(_BOS_AND_SPACE, _BOS, 1) if template.startswith(_BOS_AND_SPACE) else template
 
 
 def _beginning(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands before the first message, so that its tokens are those of `text` with BOS as in training."""
+    """The text before the first message, so that the tokens equal those of `text` with BOS in training."""
     ids = tokenizer(text).input_ids
     if ids[:1] != [tokenizer.bos_token_id]:
         return ""
-    # LLaMA's SentencePiece begins a text with a space of its own, but not behind a BOS that is written out.
+    # LLaMA's SentencePiece begins a text with a space of its own, but not after a BOS that is written out.
     spaced = tokenizer(f"{tokenizer.bos_token} {text}", add_special_tokens=False).input_ids
     return _BOS_AND_SPACE if spaced == ids else _BOS
 
 
 def _between(template: str) -> str | None:
-    """The text from the instruction to the input, where it can tell one from the other."""
+    """The text between instruction and input; None if it cannot separate them."""
     parts = re.split(r"(\{instruction\}|\{input\})", template)
     return parts[2] if parts[1::2] == ["{instruction}", "{input}"] and parts[2].strip() else None
 

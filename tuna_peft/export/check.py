@@ -1,4 +1,7 @@
-"""Measuring finished exports against the live stack, loaded as a stranger would load them."""
+"""Measures how far finished exports are from the unmerged adapters, loading them with plain PEFT and transformers.
+
+`run.exports`, `compare` and the command `divergence` call it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tuna_peft.errors import UserError
-from tuna_peft.export.divergence import Divergence, divergence_from, iter_logits
+from tuna_peft.export.divergence import Divergence, divergence, iter_logits
 from tuna_peft.limits import MERGED_WEIGHTS, available_ram
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.load import resolve_device, resolve_dtype
@@ -35,18 +38,18 @@ def check_exports(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Divergence]:
-    """The divergence of combined adapters and merged models from the stack, by export path.
+    """The KL divergence of combined adapters and merged models from the stack, by export path.
 
-    Models are held one after the other; the stack's logits stay in memory meanwhile (4 bytes x tokens x vocabulary:
-    64 MB for 500 tokens at 32k), so keep the prompts few. Merged models compute in the stack's dtype, so that what
-    differs is what the export rounded. They are larger than the 4-bit base: layers beyond the GPU's memory wait in
-    main memory, and beyond that on disk.
+    One model is loaded at a time. The stack's logits stay in memory meanwhile (4 bytes x tokens x vocabulary: 64 MB
+    for 500 tokens at 32k), so use few prompts. Merged models compute in the stack's dtype, so that only the rounding
+    of the export is measured. They are larger than the 4-bit base: layers that do not fit on the GPU are offloaded to
+    main memory, then to disk.
 
     Args:
         stack_dir: The folder with `stack.json`.
         exports: Folders of `combine_stack` and `merge_stack`.
         prompts: Token ids of each prompt.
-        dtype: What to load and compute in; `auto` is what the manifest says of training.
+        dtype: Dtype of weights and computation; `auto` is the dtype of training, from the manifest.
         upto, base_model, device, trust_remote_code: As in `AdapterStack.from_pretrained`.
 
     Raises:
@@ -54,7 +57,7 @@ def check_exports(
     """
     folders = [Path(export) for export in exports]
     adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
-    comparison = Comparison(
+    comparison = StackComparison(
         stack_dir,
         prompts,
         upto=upto,
@@ -68,8 +71,8 @@ def check_exports(
     return results
 
 
-class Comparison:
-    """A live stack's logits on some prompts, and exports to compare with them: adapters first, then models.
+class StackComparison:
+    """Compares exports with the logits of the unmerged adapters on some prompts: first adapters, then models.
 
     Args:
         stack_dir, prompts, upto, base_model, device, dtype, trust_remote_code: As in `check_exports`.
@@ -108,18 +111,18 @@ class Comparison:
         self._base: Any = stack.model.unload() if isinstance(stack.model, PeftModel) else stack.model
 
     def base(self) -> Divergence:
-        """Of the base without the stack, for scale."""
+        """The divergence of the base without adapters, as a scale."""
         return self._divergence(self._base, "base")
 
     def adapter(self, folder: Path) -> Divergence:
-        """Of a combined adapter on the stack's base, loaded by plain PEFT; not after `model`."""
+        """The divergence of a combined adapter on the stack's base, loaded by plain PEFT. Call it before `model`."""
         combined = PeftModel.from_pretrained(self._base, str(folder)).eval()
         result = self._divergence(combined, folder.name)
         self._base = combined.unload()
         return result
 
     def model(self, folder: Path) -> Divergence:
-        """Of a merged model, loaded by plain transformers; lets go of the stack's base."""
+        """The divergence of a merged model, loaded by plain transformers. Frees the stack's base."""
         self._base = None
         free_memory()
         with tempfile.TemporaryDirectory(prefix=".offload.", dir=folder.parent) as offload:
@@ -136,7 +139,7 @@ class Comparison:
 
     def _divergence(self, model: torch.nn.Module, name: str) -> Divergence:
         batches = tqdm(self._batches, desc=f"measuring {name}", delay=1, leave=False, disable=None)
-        return divergence_from(self._logits, model, batches)
+        return divergence(self._logits, model, batches)
 
     def _placement(self, folder: Path) -> dict[str, Any]:
         """Where a model's layers go, for `from_pretrained`."""

@@ -1,4 +1,4 @@
-"""A stack as one LoRA adapter, exact or of a smaller rank, from its files alone."""
+"""Concatenates a stack into one LoRA adapter, exactly or compressed to a smaller rank, without loading the base."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class CombineReport:
         adapters: Names from the bottom of the stack to its top.
         rank: The largest rank of a module, the sum over the adapters that target it.
         modules: Number of modules with factors.
-        compression_error: Of a smaller rank: mean and largest over the modules of `|B A - B' A'| / |B A|` (Frobenius
-            norm); `compression_error.json` in the folder has that of every module.
+        compression_error: For a smaller rank: mean and maximum over the modules of `|B A - B' A'| / |B A|` (Frobenius
+            norm); `compression_error.json` in the folder has the value of every module.
         nbytes: Size of the weights file.
         seconds: Wall-clock time.
     """
@@ -59,7 +59,7 @@ def combine_stack(
 
     Args:
         stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
-        out_dir: Appears whole or not at all; an earlier export there is replaced.
+        out_dir: Written atomically; an earlier export there is replaced.
         upto: Combine the stack up to this adapter.
         rank: Compress to this rank, see `compress`; by default the ranks add up and the result is exact.
 
@@ -126,7 +126,7 @@ def _combined_config(factors: StackFactors, ranks: dict[str, int]) -> LoraConfig
 
 
 def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
-    """Ranks that differ from `default`, by the last part of the module names where all its modules agree."""
+    """Ranks other than `default`, by the last part of module names if these modules agree, else by full name."""
     by_leaf: dict[str, dict[str, int]] = {}
     for module, rank in ranks.items():
         by_leaf.setdefault(module.rpartition(".")[2], {})[module] = rank
@@ -138,7 +138,7 @@ def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
 
 
 def _targets(factors: StackFactors) -> list[str]:
-    """The union of the adapters' short target lists where that is exact; otherwise every module's full name."""
+    """The union of the adapters' target lists if it selects the same modules, else every module's full name."""
     targets: set[str] = set()
     for config in factors.configs:
         narrowed = config.layers_to_transform is not None or config.exclude_modules

@@ -1,4 +1,4 @@
-"""Every way out of a stack, written, measured and deleted again: what each costs in fidelity and in size."""
+"""Writes every kind of export of a stack in turn and measures its size and KL divergence, for `merge --compare`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from tuna_peft.errors import UserError
-from tuna_peft.export.check import Comparison
+from tuna_peft.export.check import StackComparison
 from tuna_peft.export.combine import CombineReport, combine_stack
 from tuna_peft.export.divergence import Divergence
 from tuna_peft.export.factors import StackFactors
@@ -20,14 +20,14 @@ from tuna_peft.models.stack.manifest import read_manifest
 
 
 @dataclass(frozen=True)
-class Route:
-    """One way out.
+class ExportOption:
+    """One kind of export, with its measurements.
 
     Attributes:
         name: What is written, for example `dequantized, bfloat16`.
-        nbytes: Size of its weights; None for the base alone and for a closed route.
-        divergence: From the live stack; None where the route is closed.
-        reason: Why it is closed.
+        nbytes: Size of its weights in bytes; None for the base alone and for a failed export.
+        divergence: KL divergence from the unmerged adapters; None for a failed export.
+        reason: Why the export failed.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Route:
     reason: str | None = None
 
 
-def compare_routes(
+def compare_exports(
     stack_dir: str | os.PathLike[str],
     prompts: Sequence[Sequence[int]],
     work_dir: str | os.PathLike[str],
@@ -44,8 +44,8 @@ def compare_routes(
     upto: str | None = None,
     base_model: str | None = None,
     device: str = "auto",
-) -> Iterator[Route]:
-    """The base alone, the combined adapter (all of its rank, and half), merged models of either base in every dtype.
+) -> Iterator[ExportOption]:
+    """The base alone, the combined adapter (at full and at half rank), and merged models of both bases in every dtype.
 
     Args:
         stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
@@ -57,8 +57,8 @@ def compare_routes(
         UserError: A broken or empty stack, another base, no prompts.
     """
     source = find_stack(stack_dir)
-    comparison = Comparison(source, prompts, upto=upto, base_model=base_model, device=device)
-    yield Route("base without the stack", None, comparison.base())
+    comparison = StackComparison(source, prompts, upto=upto, base_model=base_model, device=device)
+    yield ExportOption("base without the stack", None, comparison.base())
 
     full = max(shape.rank for shape in StackFactors(source, upto).shapes.values())
     half = -(-full // 2)
@@ -77,10 +77,10 @@ def _measured(
     work_dir: str | os.PathLike[str],
     write: Callable[[Path], CombineReport | MergeReport],
     measure: Callable[[Path], Divergence],
-) -> Route:
+) -> ExportOption:
     with tempfile.TemporaryDirectory(prefix=".compare.", dir=work_dir) as folder:
         out = Path(folder) / "export"
         try:
-            return Route(name, write(out).nbytes, measure(out))
-        except UserError as error:  # no space, beyond float16's range ..: the others may still be open
-            return Route(name, None, None, error.what)
+            return ExportOption(name, write(out).nbytes, measure(out))
+        except UserError as error:  # for example no space, or float16 overflows: other options may still work
+            return ExportOption(name, None, None, error.what)

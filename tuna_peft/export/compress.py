@@ -1,4 +1,4 @@
-"""The best adapter of a smaller rank, found on the factors alone."""
+"""The best approximation of an adapter by one of smaller rank. `combine` calls it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def compress(factors: Factors, rank: int) -> tuple[Factors, float]:
 
     Args:
         factors: `a` `(R, in)` and `b` `(out, R)`.
-        rank: The rank wanted; factors that have no larger one are returned as they are.
+        rank: The new rank; factors of at most this rank are returned unchanged.
 
     Returns:
         The factors, in fp32, and `|B A - B' A'| / |B A|` in the Frobenius norm.

@@ -1,4 +1,4 @@
-"""How far an exported model is from the live one: KL divergence and agreement on real prompts."""
+"""KL divergence and top-1 agreement between an exported model and the unmerged adapters. `check` calls it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Rows of logits taken to float64 at a time: at a vocabulary of 128k, 64 rows are 65 MB.
+# Rows of logits converted to float64 at a time: at a vocabulary of 128k, 64 rows are 65 MB.
 _ROWS = 64
 
 
@@ -17,8 +17,8 @@ class Divergence:
 
     Attributes:
         kl_mean: Mean over tokens, in nats.
-        kl_max: Largest of a token, in nats.
-        top1_agreement: Share of tokens after which both find the same next token most likely.
+        kl_max: Maximum over tokens, in nats.
+        top1_agreement: Share of tokens after which both models predict the same next token.
         tokens: Number of tokens.
     """
 
@@ -35,30 +35,22 @@ class Divergence:
 
 
 def divergence(
-    reference_model: torch.nn.Module, other_model: torch.nn.Module, token_batches: Iterable[torch.Tensor]
+    reference_logits: Iterable[torch.Tensor], other_model: torch.nn.Module, token_batches: Iterable[torch.Tensor]
 ) -> Divergence:
-    """Compares two live models, batch by batch.
+    """Compares a loaded model with the logits of another one, batch by batch.
 
     Args:
-        reference_model: The causal LM that is taken as true.
-        other_model: The one to be measured, with the same vocabulary.
+        reference_logits: Logits `(batch, seq, vocabulary)` of the model to compare with, one tensor per batch.
+        other_model: The causal LM to measure, with the same vocabulary.
         token_batches: Token ids `(batch, seq)` without padding, for example one prompt per batch.
 
     Raises:
         ValueError: No tokens.
     """
-    batches = list(token_batches)
-    return divergence_from(iter_logits(reference_model, batches), other_model, batches)
-
-
-def divergence_from(
-    reference_logits: Iterable[torch.Tensor], other_model: torch.nn.Module, token_batches: Iterable[torch.Tensor]
-) -> Divergence:
-    """As `divergence`, with the reference's logits `(batch, seq, vocabulary)` taken before, one per batch."""
     kls, agreements = [], []
     for expected, found in zip(reference_logits, iter_logits(other_model, token_batches), strict=True):
         for p, q in zip(expected.flatten(0, 1).split(_ROWS), found.flatten(0, 1).split(_ROWS), strict=True):
-            # In float64: a KL of 1e-10 drowns in fp32's rounding of the log-probabilities.
+            # In float64, because rounding of log-probabilities in fp32 would hide a KL of 1e-10.
             logp, logq = p.double().log_softmax(-1), q.double().log_softmax(-1)
             kls.append((logp.exp() * (logp - logq)).sum(-1))
             agreements.append(p.argmax(-1) == q.argmax(-1))
@@ -71,7 +63,7 @@ def divergence_from(
 @torch.no_grad()
 def iter_logits(model: torch.nn.Module, token_batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The model's logits `(batch, seq, vocabulary)`, on the CPU, one batch after the other."""
-    # Weights that wait on the CPU or on disk are meta tensors; their hooks take tokens from anywhere.
+    # Offloaded weights are meta tensors; their hooks accept tokens on any device.
     device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
     for tokens in token_batches:
         yield model(input_ids=tokens.to(device)).logits.cpu()

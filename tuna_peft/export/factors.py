@@ -1,10 +1,10 @@
-"""The low-rank factors of a stack, read from its files: what combining and merging both add up.
+"""The low-rank factors of a stack, read from its files. `combine`, `merge` and `gguf` use them.
 
 Every adapter adds `scaling * B A x` to the output of a module, so the whole stack adds
 
     [s_1 B_1 | s_2 B_2 | ..] [A_1; A_2; ..] x
 
-which is one adapter whose rank is the sum of the ranks.
+which is a single adapter whose rank is the sum of the ranks.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True)
 class Factors:
-    """The stack's factors for one module, in fp32, every adapter's scaling already in `b`.
+    """The stack's factors for one module, in fp32, with each adapter's scaling multiplied into `b`.
 
     Attributes:
-        a: `(rank, in)`, the adapters' A one below the other.
-        b: `(out, rank)`, the adapters' scaled B side by side.
+        a: `(rank, in)`, the adapters' A concatenated by rows.
+        b: `(out, rank)`, the adapters' scaled B concatenated by columns.
     """
 
     a: torch.Tensor
@@ -68,9 +68,9 @@ class StackFactors:
     """A verified stack's factors, read from the files module by module.
 
     Attributes:
-        folder: Where the stack is, see `find_stack`.
-        manifest: The stack's manifest, cut at `upto`.
-        shapes: The sizes for every module that an adapter targets, in the order of their first appearance.
+        folder: The stack's local folder, see `find_stack`.
+        manifest: The stack's manifest up to `upto`.
+        shapes: The sizes for every module that an adapter targets, in order of appearance.
 
     Raises:
         UserError: A broken stack, or an adapter that is not plain LoRA on linear layers.

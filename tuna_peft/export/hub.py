@@ -1,7 +1,6 @@
-"""Publishing on the Hugging Face Hub: one commit that holds everything or nothing.
+"""Publishes on the Hugging Face Hub in one commit. `run.publish` and the command `push` call it.
 
-What an interrupted upload has transferred is not sent again: files and chunks are stored by their content, and the
-same call goes on where it stopped.
+The Hub stores files and chunks by their content, so the same call after an interruption does not send them again.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from tuna_peft.export.release import Kind, Release, collect_release
 from tuna_peft.models.base.load import resolve_model_path
 
 logger = logging.getLogger("tuna_peft")
-_LICENCE_OF_BUILTIN = "apache-2.0"
+_BUILTIN_LICENSE = "apache-2.0"
 
 
 @dataclass(frozen=True)
 class PushReport:
-    """What a push did, or would do.
+    """The result of a push, or of its dry run.
 
     Attributes:
         repo_id: The repository.
         files: Sizes in bytes by path in the repository.
-        url: Of the commit, or of the pull request; None after a dry run.
-        commit: Its hash; None after a dry run.
+        url: Address of the commit or pull request; None after a dry run.
+        commit: Hash of the commit; None after a dry run.
     """
 
     repo_id: str
@@ -60,18 +59,18 @@ def push(
 ) -> PushReport:
     """Uploads a run's adapters, merged model or GGUF files, with a model card, as one commit.
 
-    The token is `HF_TOKEN` or the one of `hf auth login`; nothing else is looked at, and it is never printed.
+    The token is `HF_TOKEN` or that of `hf auth login`. It is never printed.
 
     Args:
         source: See `collect_release`.
         repo_id: `NAME` or `ORGANISATION/NAME`; created if it does not exist.
-        kind: Of a run: `adapters` (default), `merged` or `gguf`.
-        private: Of a repository that is created. An existing public one is refused unless this is False.
-        revision: A branch, created if it does not exist; None is the main one.
+        kind: What to publish of a run: `adapters` (default), `merged` or `gguf`.
+        private: Whether a new repository is private. If this is True, an existing public one is rejected.
+        revision: A branch, created if it does not exist; None is the main branch.
         create_pr: Open a pull request instead of committing.
-        base_id: What the base is called on the Hub, where the stack was trained on a local copy.
-        license, data_license: For the card; by default the base's, and none.
-        message: Of the commit.
+        base_id: The base's Hub id, if the stack was trained on a local copy.
+        license, data_license: Licenses on the card; by default the base's, and none.
+        message: Commit message.
         dry_run: Send nothing; no token is needed.
 
     Raises:
@@ -85,7 +84,7 @@ def push(
         raise UserError("a pull request goes to the main branch", fix="Leave out the revision, or the pull request.")
     with tempfile.TemporaryDirectory(prefix="tuna-push-") as workdir:
         release = collect_release(source, Path(workdir), kind=kind, base_id=base_id)
-        card = model_card(release, repo_id, license=license or _licence_of(release), data_license=data_license)
+        card = model_card(release, repo_id, license=license or _license_of(release), data_license=data_license)
         ModelCard(card)  # parses the metadata: a mistake in it shows here, not after the upload
         release.files["README.md"] = card.encode()
         files = {path: release.size(path) for path in sorted(release.files)}
@@ -119,7 +118,7 @@ def push(
 
 
 def require_token() -> None:
-    """Checks that the Hub may be used: for a run, before it trains.
+    """Checks that the Hub can be used. A run calls it before it trains.
 
     Raises:
         UserError: There is no token, or the Hub is switched off.
@@ -130,12 +129,12 @@ def require_token() -> None:
         raise UserError("no token for the Hub", fix="Run `hf auth login`, or set HF_TOKEN.")
 
 
-def _licence_of(release: Release) -> str | None:
-    """The base's licence, by its model card where that is at hand; asking the Hub would need a network."""
+def _license_of(release: Release) -> str | None:
+    """The base's license from its model card, if that is on this disk; asking the Hub would need a network."""
     if release.base is None:
         return None
     if release.base.startswith("builtin:"):
-        return _LICENCE_OF_BUILTIN
+        return _BUILTIN_LICENSE
     cached = try_to_load_from_cache(release.base, "README.md", revision=release.revision)
     folder = Path(resolve_model_path(release.base))
     for file in (Path(cached) if isinstance(cached, str) else None, folder / "README.md"):
@@ -147,7 +146,7 @@ def _licence_of(release: Release) -> str | None:
 
 @contextlib.contextmanager
 def _hub_errors(repo_id: str) -> Iterator[None]:
-    """Says what the Hub's refusals mean, and what to do."""
+    """Turns the Hub's errors into messages that say what to do."""
     again = "Run the same command again: what was uploaded is not sent again."
     try:
         yield
@@ -164,11 +163,14 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
                 "Check its name and the token's permissions.",
             )
         elif status in (409, 412):
-            what, fix = "the repository was changed by somebody else meanwhile", again
+            what, fix = "somebody else changed the repository during the upload", again
         elif status is not None and status >= 500:
-            what, fix = f"the Hub has a problem of its own (HTTP {status})", again
+            what, fix = f"the Hub has a server error (HTTP {status})", again
         elif status is not None:
-            what, fix = f"the Hub refuses it: {_first_line(error)}", "Mend what it says and run the command again."
+            what, fix = (
+                f"the Hub rejects the request: {_first_line(error)}",
+                "Correct what it names and run the command again.",
+            )
         elif _is_connection(error):
             what, fix = f"the connection to the Hub broke: {_first_line(error)}", again
         else:
@@ -187,7 +189,7 @@ def _status_of(error: Exception) -> int | None:
 
 
 def _is_connection(error: Exception) -> bool:
-    # The transport's errors are those of httpx, whatever the hub's version calls that package.
+    # httpx may be vendored under another name, depending on the version of huggingface_hub.
     return any(
         isinstance(part, OSError) or type(part).__module__.partition(".")[0].startswith(("httpx", "httpcore"))
         for part in _chain(error)

@@ -1,4 +1,4 @@
-"""A stack merged into its base: one model in safetensors, streamed, dequantised once and rounded once.
+"""Merges a stack into its base as one model in safetensors, streamed tensor by tensor, dequantised and rounded once.
 
 For every target module W' = W_0 + sum_k s_k B_k A_k, in fp32, rounded to the output dtype at the end. Merging adapter
 by adapter into a quantised model would round once per adapter.
@@ -48,8 +48,8 @@ class MergeReport:
         base: `dequantized` or `original`.
         dtype: Output dtype, or `nf4`.
         tensors: Number of tensors written.
-        merged: Number of modules that took a part of the stack.
-        requantisation_error: Of `nf4`: mean and largest over the modules of |W - nf4(W)| / |W| (Frobenius norm).
+        merged: Number of modules that adapters were added to.
+        requantisation_error: For `nf4`: mean and maximum over the modules of |W - nf4(W)| / |W| (Frobenius norm).
         files: Number of weight files.
         nbytes: Size of all weights.
         seconds: Wall-clock time.
@@ -85,20 +85,20 @@ def merge_stack(
     """Writes the base with the stack merged in; plain `AutoModelForCausalLM.from_pretrained` loads it.
 
     One tensor at a time goes from the base's safetensors files to the output's; no model is built. An interrupted
-    merge goes on where it was when it is called again in the same way.
+    merge resumes when it is called again with the same arguments.
 
     Args:
         stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
-        out_dir: Appears whole or not at all; an earlier export there is replaced.
+        out_dir: Written atomically; an earlier export there is replaced.
         dtype: `bfloat16`, `float16`, `float32`, or `nf4`: quantised again, in the form that transformers loads.
         base: `dequantized` adds the stack to the weights that it was trained on (for an unquantised base: in the
-            dtype of training), `original` to the stored ones; `dequantised` is accepted too.
+            dtype of training), `original` to the stored weights; `dequantised` is accepted too.
         upto: Merge the stack up to this adapter.
         base_model: Where the base is now, if it has moved.
         max_shard_size: Largest size of a weights file, for example `5GB`.
-        device: Where to quantise and add; `auto` is the GPU when there is one.
-        load_dtype: What the base was loaded in for training; `auto` is what the manifest says, and for a stack that
-            does not say it what `load_base` would choose here.
+        device: Device that quantises and adds; `auto` is the GPU if there is one.
+        load_dtype: Dtype in which the base was loaded for training; `auto` reads it from the manifest and, if it is
+            missing there, takes the dtype that `load_base` would choose on this machine.
 
     Raises:
         UserError: A broken stack, another or an unreadable base, a layout in which a weight is not found, no space,

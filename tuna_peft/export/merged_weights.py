@@ -1,4 +1,4 @@
-"""The tensors of a merged model, made one at a time from the base's files and the stack's factors."""
+"""Computes the tensors of a merged model, one at a time, from the base's files and the stack's factors."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 _ROWS = 1 << 22  # elements added up in fp32 at a time
-_STATE_BYTES = 256  # what bitsandbytes' JSON of a weight is filled up to: its length must be known before it is
+_STATE_BYTES = 256  # bitsandbytes' JSON of a weight is padded to this, because sizes must be known in advance
 
 
 class MergedWeights:
-    """What goes into the merged model's files.
+    """The tensors of the merged model's files.
 
     Args:
-        folder: The base.
-        factors: The stack.
+        folder: The base's folder.
+        factors: The stack's factors.
         base: `dequantized` or `original`, see `merge_stack`.
         dtype: `bfloat16`, `float16`, `float32` or `nf4`.
-        load_dtype: What the base was loaded in for training.
-        device: Where to quantise and add.
+        load_dtype: Dtype in which the base was loaded for training.
+        device: Device that quantises and adds.
 
     Attributes:
-        groups: Types and shapes of all tensors, by the stored weight that they are made of.
-        errors: Of `nf4`, by module made so far: |W - nf4(W)| / |W| in the Frobenius norm.
+        groups: Types and shapes of all tensors, by the stored weight from which they are computed.
+        errors: For `nf4`, by module, as far as computed: |W - nf4(W)| / |W| in the Frobenius norm.
 
     Raises:
         UserError: A layout in which a weight is not found, or of another shape.
@@ -75,7 +75,7 @@ class MergedWeights:
         self._requantised: set[str] = set()
         if dtype == "nf4":
             self._requantised = quantised_modules(skeleton(folder, NF4, trust_remote_code=trust_remote_code))
-            # The rest is 16-bit, and of the kind of training where that was 16-bit.
+            # All other weights are 16-bit: in training's dtype if that was 16-bit, else bfloat16.
             dtype = "float16" if load_dtype == torch.float16 else "bfloat16"
         self.dtype = dtype
         self.groups = {name: self._specs(name, spec) for name, spec in self._source.specs.items()}

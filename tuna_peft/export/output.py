@@ -1,4 +1,4 @@
-"""The directory of an export: what it may replace, what it needs, and the record that marks it."""
+"""The output directory of an export: checks before writing, resuming, and the record `tuna_export.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAN = "plan.json"
 
 
 def write_record(folder: Path, kind: str, manifest: Manifest, **settings: Any) -> None:
-    """Writes `tuna_export.json`: what the export was made of; a later export may replace a folder that has it."""
+    """Writes `tuna_export.json`: the source and settings of the export, which a later export may replace."""
     write_json(folder / RECORD, {"kind": kind, **settings, "stack": asdict(manifest)})
 
 
@@ -78,7 +78,7 @@ def resumable_directory(out_dir: str | os.PathLike[str], plan: dict[str, Any]) -
 
 
 def partial_directory(out_dir: str | os.PathLike[str]) -> Path:
-    """Where `resumable_directory` keeps what is not finished."""
+    """The directory in which `resumable_directory` keeps an unfinished export."""
     final = Path(out_dir).absolute()
     return final.with_name(f".{final.name}.partial")
 
@@ -93,10 +93,10 @@ def _has_plan(aside: Path, plan: dict[str, Any]) -> bool:
 def require_space(out_dir: str | os.PathLike[str], needed: int) -> None:
     """Checks that `needed` bytes are free where `out_dir` will be, before anything is written.
 
-    What an interrupted export has written there counts as free: it is used or deleted.
+    What an interrupted export has written there counts as free, because it is reused or deleted.
 
     Raises:
-        UserError: They are not.
+        UserError: Not enough space is free.
     """
     existing = next(path for path in Path(out_dir).resolve().parents if path.exists())
     partial = partial_directory(out_dir)
@@ -110,12 +110,12 @@ def require_space(out_dir: str | os.PathLike[str], needed: int) -> None:
 
 
 def mean_and_max(errors: Mapping[str, float]) -> dict[str, float] | None:
-    """Of the errors of some modules; None without any."""
+    """Mean and maximum of the modules' errors; None without any."""
     return {"mean": sum(errors.values()) / len(errors), "max": max(errors.values())} if errors else None
 
 
 def peak_rss_bytes() -> int | None:
-    """The most memory that this process has held since its start, in bytes; None on Windows."""
+    """Peak memory of this process since its start, in bytes; None on Windows."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux: `getrusage` counts what the process that started this one held
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())

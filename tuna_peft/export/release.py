@@ -1,4 +1,4 @@
-"""What goes to the Hub: the files of a run's adapters, merged model or GGUF files, without this machine's paths."""
+"""Collects the files to publish: adapters, merged model or GGUF files, without local paths. `hub` calls it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _NOT_PUBLISHED = (RECORD, "README.md")
 
 @dataclass
 class Release:
-    """Files to publish, and what is known of how they came about.
+    """The files to publish, and the recipe and results behind them.
 
     Attributes:
-        kind: What they are.
+        kind: Adapters, a merged model or GGUF files.
         files: Local files, or contents, by their path in the repository.
-        stack: The stack's manifest as a dictionary, its base renamed to what it is called on the Hub.
-        base: The base's Hub id or `builtin:` name; None for a local model without a name.
-        recipe: The run's recipe without local paths; None where there is no run.
-        report: The run's `report.json`; empty where there is none.
+        stack: The stack's manifest as a dictionary, with the base's name on the Hub.
+        base: The base's Hub id or `builtin:` name; None for a local model without one.
+        recipe: The run's recipe without local paths; None without a run.
+        report: The run's `report.json`; empty without one.
     """
 
     kind: Kind
@@ -48,7 +48,7 @@ class Release:
 
     @property
     def revision(self) -> str | None:
-        """The base's commit."""
+        """The base's commit hash."""
         return self.stack["base"]["revision"]
 
     @property
@@ -69,12 +69,12 @@ def collect_release(
 
     Args:
         source: A run's folder, a stack, a merged model, or a folder of GGUF files.
-        workdir: An empty folder for what has to be made first; it must outlive the release.
-        kind: Of a run: what to publish; by default its adapters.
-        base_id: What the base is called on the Hub, where the stack was trained on a local copy.
+        workdir: An empty folder for files that must be made first; keep it until the release is published.
+        kind: What to publish of a run; by default its adapters.
+        base_id: The base's Hub id, if the stack was trained on a local copy.
 
     Raises:
-        UserError: Nothing to publish there, or adapters on a local base without a name on the Hub.
+        UserError: Nothing to publish there, or adapters on a local base without a Hub id.
     """
     folder = Path(source)
     run = next((path for path in (folder, folder.parent) if _is_run(path)), None)
@@ -96,9 +96,7 @@ def collect_release(
         raise UserError(f"this is {found}, not {kind}", where=str(folder), fix="Leave out what to publish.")
     stack = json.loads((folder / MANIFEST).read_text("utf-8")) if found == "adapters" else record.get("stack")
     if not stack:
-        raise UserError(
-            "nothing says which base and stages this model is of", where=str(folder), fix="Export it again."
-        )
+        raise UserError("no record of the base and stages of this model", where=str(folder), fix="Export it again.")
     base = public_base(found, stack["base"]["model"], base_id)
     release = Release(found, {}, _renamed(stack, base), base)
     if found == "adapters":
@@ -114,10 +112,10 @@ def collect_release(
 
 
 def public_base(kind: Kind, model: str, base_id: str | None) -> str | None:
-    """What the base is called where others can find it; None for a merged model of a local base.
+    """The base's name for others: a Hub id or `builtin:` name; None for a merged model of a local base.
 
     Raises:
-        UserError: Adapters on a local base without such a name.
+        UserError: Adapters on a local base without a Hub id.
     """
     if not is_local(base_id or model):
         return base_id or model
@@ -125,7 +123,7 @@ def public_base(kind: Kind, model: str, base_id: str | None) -> str | None:
         return None
     raise UserError(
         f"the adapters' base is a folder of this machine, {model}: nobody else could load them",
-        fix="Say what that model is called on the Hub: --base-id ORGANISATION/NAME, in a recipe export.push.base_id.",
+        fix="Give that model's Hub id: --base-id ORGANISATION/NAME, in a recipe export.push.base_id.",
     )
 
 
@@ -142,7 +140,7 @@ def is_on_hub(path: str) -> bool:
 
 
 def without_paths(value: Any) -> Any:
-    """`value` with every local path in it cut to its last part."""
+    """`value` with every local path in it shortened to its last part."""
     if isinstance(value, dict):
         return {key: without_paths(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -173,14 +171,14 @@ def _add_adapters(release: Release, folder: Path, run: Path | None, workdir: Pat
                 entry["sha256"][name] = hashlib.sha256(content).hexdigest()
     release.files[f"stack/{MANIFEST}"] = _bytes(release.stack)
     if release.base is not None and release.base.startswith("builtin:"):
-        # PEFT knows no built-in models: the base comes along.
+        # PEFT cannot load built-in models, so the base is published too.
         source = Path(resolve_model_path(release.base))
         for path in [*companion_files(source), *sorted(source.glob("*.safetensors"))]:
             release.files[f"base/{path.name}"] = path
 
 
 def _adapter_file(path: Path, base: str | None) -> Path | bytes:
-    """A file of an adapter; its configuration with the base's name on the Hub where it says another."""
+    """A file of an adapter; in its configuration the base gets its name on the Hub."""
     if path.name != ADAPTER_FILES[0]:
         return path
     config = _json(path)

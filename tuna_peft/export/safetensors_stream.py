@@ -61,7 +61,7 @@ class SafetensorsReader:
 
     def read(self, name: str, device: torch.device) -> torch.Tensor:
         """Reads one tensor."""
-        # Opened anew each time: an open file keeps every page that was read mapped into this process.
+        # Opened for each read, because an open file keeps all pages that were read mapped into this process.
         with safe_open(self._file_of[name], framework="pt", device=str(device)) as tensors:
             return tensors.get_tensor(name)
 
@@ -72,10 +72,10 @@ def write_safetensors(
     load: Callable[[str], Mapping[str, torch.Tensor]],
     report: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """Writes groups of tensors, each taken from `load(group)` when its turn comes; goes on where it was interrupted.
+    """Writes groups of tensors, each computed by `load(group)` in its turn; resumes an interrupted write.
 
     Until it is whole the file is called `<path>.part`. File systems make a file longer once the data is there, so its
-    length says which groups are written; the rest is cut off and made again.
+    length says which groups are written; the rest is truncated and written again.
 
     Args:
         path: The file.
@@ -114,7 +114,7 @@ def write_safetensors(
 
 
 class _Flusher:
-    """Has the disk write while the next tensors are made; left alone, it would begin when the file is finished."""
+    """Starts writing to disk while the next tensors are computed; otherwise it would begin at the end of the file."""
 
     EVERY = 1 << 28  # bytes
 
@@ -130,7 +130,7 @@ class _Flusher:
         self._thread.shutdown()  # before the file is closed
 
     def wrote(self, nbytes: int) -> None:
-        """Counts bytes; raises what the disk has said of earlier ones."""
+        """Counts bytes, and raises errors of earlier writes."""
         self._bytes += nbytes
         if self._bytes >= self.EVERY:
             if self._pending is not None:

@@ -65,7 +65,7 @@ def test_every_figure_has_data_and_says_what_it_shows(report):
     drawings = re.findall("<svg.*?</svg>", page, flags=re.DOTALL)
     # Two tasks, v by rank of base and stages, curves (loss, tokens, rate; loss, order, v, rate), length, costs.
     assert len(drawings) == page.count("<figure>") == 2 + 4 + (3 + 4 + 4) + 2 + 2
-    marks = re.compile(r"(fill|stroke): (color-mix|var\(--(accent|quiet|best|orange))")  # colors of data, not of axes
+    marks = re.compile(r"(fill|stroke): (color-mix|var\(--(accent|quiet|best|worst))")  # colors of data, not of axes
     for drawing in drawings:
         assert marks.search(drawing) and re.search('aria-label="[^"]+"', drawing)
         assert not re.search('(?:d|x|y)="[^"]*(nan|inf)', drawing)
@@ -81,7 +81,8 @@ def test_numbers_say_what_they_are(report):
     report["data"]["sft"] |= {"omitted": 0}
     page = render_page(report)
     assert "records 100, kept 98; tokens: longest 70</td>" in page
-    assert "in which the model finds the better one likelier" in page and "40 prompts, others are excluded" in page
+    assert "in which the model finds the better response more likely" in page
+    assert "40 prompts, others are excluded" in page
 
 
 def test_curves_with_infinite_values_are_drawn_without_them(report):

@@ -1,4 +1,4 @@
-"""What LMentry's rules are made of: ways to name a word, a number or a sentence, and two ways to look for an answer.
+"""Building blocks of LMentry's rules: ways to name a word, a number or a sentence, and two ways to look for an answer.
 
 Everything is matched against a response in lower case, see `normalise`.
 """

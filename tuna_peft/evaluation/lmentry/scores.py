@@ -1,4 +1,4 @@
-"""LMentry's numbers, in percent: accuracy over the core tasks, four kinds of robustness, the LMentry score.
+"""LMentry's metrics, in percent: accuracy over the core tasks, four kinds of robustness, the LMentry score.
 
 Robustness is 100 minus the largest difference in accuracy between things that should not matter: the wording of the
 prompt, the order or the content of its arguments, or which of two neighbouring tasks it is (section 4 of the paper).
@@ -52,7 +52,7 @@ VARIANTS = tuple(f"{task}_{name}" for task, names in ARGUMENT_CONTENT.items() fo
 
 @dataclass(frozen=True)
 class Scored:
-    """Accuracies of one file's examples: of all, by template, and by the place of the answer."""
+    """Accuracy on the examples of one file: overall, by template, and by the place of the answer."""
 
     accuracy: float
     by_template: list[float]
@@ -70,7 +70,7 @@ class Scored:
 
 
 def robustness(scored: dict[str, Scored]) -> dict[str, Metric]:
-    """The four robustness metrics over those tasks that are there; None where none is, or a part of it is missing."""
+    """The four robustness metrics over the tasks in `scored`. Without any task for it, a metric has no value."""
     kinds = {
         "robustness_argument_order": [
             scored[task].by_place for task in ARGUMENT_ORDER if task in scored and len(scored[task].by_place) == 2

@@ -1,4 +1,4 @@
-"""The task `lmentry`: reads the benchmark's own files and scores answers by its rules."""
+"""The task `lmentry`: reads the benchmark's own files and scores answers by its rules. `run.tasks` calls it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric
-from tuna_peft.evaluation.files import LeftOut, read_object
+from tuna_peft.evaluation.files import Skipped, read_object
 from tuna_peft.evaluation.lmentry.patterns import normalise
 from tuna_peft.evaluation.lmentry.rules import RULES
 from tuna_peft.evaluation.lmentry.scores import VARIANTS, Scored, robustness
@@ -22,7 +22,7 @@ MAIN = "accuracy"
 
 
 def rule_of(task: str) -> str:
-    """The core task by whose rule a task or variant is scored."""
+    """The core task whose rule scores a task or variant."""
     return next(core for core in sorted(RULES, key=len, reverse=True) if task.startswith(core))
 
 
@@ -34,48 +34,48 @@ def read_lmentry(
     Args:
         folder: The benchmark's `data` folder, or its checkout.
         template: Wraps each input.
-        tasks: Some of the tasks.
-        per_template: The first so many examples of each template; None takes all.
+        tasks: Names of tasks; None takes all.
+        per_template: Use only the first N examples of each template; None takes all.
 
     Returns:
-        The questions, and what was left out: files that are missing or broken, and examples; files with fewer examples
-        than they were made with are named too.
+        The questions, and what was skipped: missing and broken files and examples. Files that hold fewer examples than
+        the benchmark generated are listed too.
 
     Raises:
-        UserError: An unknown task, or nothing that can be used.
+        UserError: An unknown task, or no usable example.
     """
     if unknown := sorted(set(tasks or ()) - set(TASKS)):
         raise UserError(f"LMentry has no task {', '.join(unknown)}", fix=f"Its tasks are {', '.join(TASKS)}.")
     folder = folder / "data" if (folder / "data").is_dir() else folder
     questions: list[Question] = []
-    left_out = LeftOut()
+    skipped = Skipped()
     for task in tasks or TASKS:
         file = folder / f"{task}.json"
         if not file.is_file():
-            left_out.add("the file is missing", file.name)
+            skipped.add("the file is missing", file.name)
             continue
-        content = read_object(file, left_out)
+        content = read_object(file, skipped)
         examples = content.get("examples") if content else None
         if content is None:
             continue
         if not isinstance(examples, dict) or not examples:
-            left_out.add("the file has no examples", file.name)
+            skipped.add("the file has no examples", file.name)
             continue
-        _note_partial(content, file, left_out)
+        _note_partial(content, file, skipped)
         taken: dict[int, int] = defaultdict(int)
         for name, example in examples.items():
             question = _question(task, name, example, template)
             if question is None:
-                left_out.add("the example has no input or no template_id", f"{task}/{name}")
+                skipped.add("the example has no input or no template_id", f"{task}/{name}")
                 continue
             number = question.record["template_id"]
             taken[number] += 1
             if per_template is None or taken[number] <= per_template:
                 questions.append(question)
     if not questions:
-        what = "; ".join(f"{one.reason}: {', '.join(one.names[:3])}" for one in left_out.exclusions())
+        what = "; ".join(f"{one.reason}: {', '.join(one.names[:3])}" for one in skipped.exclusions())
         raise UserError(f"no example can be used ({what})", where=str(folder))
-    return questions, left_out.exclusions()
+    return questions, skipped.exclusions()
 
 
 def evaluate_lmentry(
@@ -89,7 +89,7 @@ def evaluate_lmentry(
     """Greedy answers scored by the benchmark's rules.
 
     Args:
-        max_new_tokens: Where an answer is cut.
+        max_new_tokens: Length at which an answer is truncated.
         first_sentence: Score only the first line, up to its first full stop, as the benchmark does with models that
             do not stop.
 
@@ -97,16 +97,16 @@ def evaluate_lmentry(
         `accuracy`, the mean over core tasks (the main metric); `robustness` and its four kinds; `lmentry_score`, their
         product, once all 41 files have been scored. Groups hold the accuracy of every task.
     """
-    answers, without_room = session.answers(questions, max_new_tokens, "lmentry")
+    answers, too_long = session.answers(questions, max_new_tokens, "lmentry")
     by_task: dict[str, list[PromptResult]] = defaultdict(list)
-    left_out = LeftOut()
+    skipped = Skipped()
     for answer in answers:
         question, response = answer.question, normalise(answer.text, first_sentence=first_sentence)
         assert question.group is not None
         try:
             right = RULES[rule_of(question.group)](response, question.record)
         except (KeyError, TypeError, AttributeError, IndexError):
-            left_out.add("the example lacks what its rule needs", question.id)
+            skipped.add("the example lacks what its rule needs", question.id)
             continue
         details = {
             "template": question.record["template_id"],
@@ -126,12 +126,12 @@ def evaluate_lmentry(
         _metrics(by_task, prompts),
         prompts,
         groups,
-        [*excluded, *without_room, *left_out.exclusions()],
+        [*excluded, *too_long, *skipped.exclusions()],
     )
 
 
 def _weigh(by_task: dict[str, list[PromptResult]]) -> None:
-    """Weights that make the mean over examples the mean over core tasks; variants count for robustness alone."""
+    """Sets weights so that the weighted mean over examples is the mean over core tasks; variants get 0."""
     core = {task: prompts for task, prompts in by_task.items() if task in RULES}
     total = sum(map(len, core.values()))
     for task, prompts in by_task.items():
@@ -169,11 +169,11 @@ def _question(task: str, name: str, example: Any, template: PromptTemplate) -> Q
         return None
 
 
-def _note_partial(content: dict[str, Any], file: Path, left_out: LeftOut) -> None:
+def _note_partial(content: dict[str, Any], file: Path, skipped: Skipped) -> None:
     settings = content.get("settings")
     if not isinstance(settings, dict):
         return
     made = settings.get("num_examples_per_template", 0) * len(settings.get("input_templates") or ())
     there = len(content["examples"])
     if there < made:
-        left_out.add("examples are missing: the file is partial", f"{file.name} ({there} of {made})", made - there)
+        skipped.add("examples are missing: the file is partial", f"{file.name} ({there} of {made})", made - there)

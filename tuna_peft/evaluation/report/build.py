@@ -1,4 +1,4 @@
-"""Everything that a run has measured, as one dict of plain JSON, read from the run's folder alone."""
+"""`report.json`: everything that a run has measured, read from the files in its folder. `write` calls it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
 
     Args:
         folder: See `tuna_peft.run.folder`, or what `tuna_peft.run.evaluate` wrote.
-        prompts: Ids of the prompts to show with every stage's response; by default a choice is made.
+        prompts: Ids of the prompts to show with every stage's response; by default `choose_samples` chooses.
 
     Returns:
-        `name`, `seed`, `base`, `environment`, `data`, `exports`, `recipe`; `stages`: what each cost; `evaluation`: the
-        results by stage and task; `changes`: the main metrics against the stage before, paired by prompt; `curves`,
-        `v_by_rank`, `by_length`, `samples`: what the figures show.
+        `name`, `seed`, `base`, `environment`, `data`, `exports`, `recipe`; `stages`: the training summaries;
+        `evaluation`: the results by stage and task; `changes`: differences of the main metrics from the stage before,
+        paired by prompt; `curves`, `v_by_rank`, `by_length`, `samples`: what the figures show.
 
     Raises:
-        UserError: This is no such folder, or a prompt is not in its evaluation.
+        UserError: The folder holds no run or evaluation, or its evaluation lacks a prompt.
     """
     facts = _json(folder / RUN_INFO)
     if facts is None:
@@ -66,7 +66,7 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
 
 
 def _changes(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
-    """Each stage's main metrics minus those of the stage before, over the prompts that both have scored."""
+    """Each stage's main metrics minus those of the stage before, over the prompts that have a score in both."""
     changes: dict[str, dict[str, dict[str, Any]]] = {}
     for before, after in pairwise(results):
         for task, result in results[after].items():
@@ -76,7 +76,7 @@ def _changes(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _by_length(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """By stage: pair accuracy by how much longer the better of two responses is."""
+    """Pairwise accuracy by stage and by how much longer the better of two responses is."""
     found: dict[str, list[dict[str, Any]]] = {}
     for stage, tasks in results.items():
         if (ranking := tasks.get("ranking")) is not None:

@@ -20,7 +20,7 @@ _PANELS = {
     "v by rank": [f"scores/rank_{rank}" for rank in range(8)],
     "learning rate": ["learning_rate"],
 }
-_COLORS = [LIGHT[name] for name in ("accent", "orange", "violet", "green")]
+_COLORS = [LIGHT[name] for name in ("accent", "worst", "violet", "green")]
 
 
 def read_curves(log_history: Sequence[dict[str, Any]]) -> dict[str, Series]:

@@ -1,4 +1,4 @@
-"""Prompts to show with the response of every stage: those that changed most, for better and for worse, and others."""
+"""Chooses prompts to show with the responses of all stages: the largest gains and losses, and others. For `build`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ BEST, WORST, OTHERS = 3, 2, 3
 
 
 def choose_samples(results: Results, wanted: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The chosen prompts of the first task that has the model answer them (all those that are wanted).
+    """The chosen prompts of the first task in which the model answers (all the `wanted` ones).
 
     Args:
         results: By stage and task.
-        wanted: Ids; by default the prompts whose score rose most from the first stage to the last (`why` is `gained`),
-            fell most (`lost`), and some in between at even distances (`typical`).
+        wanted: Ids of prompts; by default the prompts whose score rose most from the first stage to the last (`why` is
+            `gained`) or fell most (`lost`), and some in between, evenly spaced (`typical`).
 
     Returns:
         `id`, `task`, `prompt`, `references`, `why`, and by stage in `responses` the `text` and the `score`.
 
     Raises:
-        UserError: A wanted prompt was not evaluated.
+        UserError: A wanted prompt is not in the evaluation.
     """
     task = _answered_task(results, wanted)
     if task is None:

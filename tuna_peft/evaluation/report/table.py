@@ -1,4 +1,4 @@
-"""The table of stages: what was measured after each, whether it helped, and what it cost."""
+"""The table of stages: metrics, changes and costs of each. The page, `report.md` and the command line show it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tuna_peft.evaluation.results import TITLES, number
 
-# Heading, key of a stage's summary, and how it is written.
+# Heading, key in a stage's summary, format.
 _COSTS = (
     ("steps", "steps", ",.0f"),
     ("tokens", "tokens", ",.0f"),
@@ -23,8 +23,8 @@ class Cell:
     Attributes:
         text: The value.
         interval: Its 95 % interval, or empty.
-        change: Against the stage before, with a sign, or empty.
-        verdict: `better`, `worse` or `unclear` (the change's interval holds 0); empty without a change.
+        change: The difference from the stage before, with a sign, or empty.
+        verdict: `better`, `worse` or `unclear` (the interval of the change contains 0); empty without a change.
     """
 
     text: str = ""
@@ -34,7 +34,7 @@ class Cell:
 
 
 def stage_table(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[Cell]]]]:
-    """Headings, and for the base and each stage its name and cells."""
+    """Headings, and the name and cells of the base and of each stage."""
     evaluation = report["evaluation"]
     tasks = tasks_of(report)
     costs = [
@@ -53,7 +53,7 @@ def stage_table(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, list
 
 
 def tasks_of(report: dict[str, Any]) -> list[str]:
-    """The tasks that any stage was measured by: the usual ones in their order, then the others."""
+    """The tasks with a result for any stage: the built-in ones in their order, then the others."""
     found = dict.fromkeys(task for results in report["evaluation"].values() for task in results)
     return [*(task for task in TITLES if task in found), *(task for task in found if task not in TITLES)]
 
@@ -69,20 +69,20 @@ def main_metrics(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]
 
 
 def heading_of(report: dict[str, Any], task: str) -> str:
-    """What the main metric of `task` is called."""
+    """The name of the main metric of `task`."""
     main = next(results[task]["main"] for results in report["evaluation"].values() if task in results)
     return TITLES.get(task, f"{task} {main}".replace("_", " "))
 
 
 def after(stage: str) -> str:
-    """When a stage's results were measured, in words; `base` and `model` are a model before or without stages."""
+    """`after sft` for the stage `sft`; `base` and `model`, which are no stages, stay as they are."""
     return stage if stage in ("base", "model") else f"after {stage}"
 
 
 def metric_cell(metric: dict[str, Any]) -> Cell:
-    """The value of a metric and its interval, in one precision."""
+    """The value of a metric and its interval, with the same number of decimals."""
     low, high = metric["low"], metric["high"]
-    percent = metric.get("percent", False)  # the reports of earlier versions have no such key
+    percent = metric.get("percent", False)  # missing in reports of earlier versions
     text = number(metric["value"], among=(low, high), percent=percent)
     if low is None or high is None:
         return Cell(text)
@@ -91,7 +91,7 @@ def metric_cell(metric: dict[str, Any]) -> Cell:
 
 
 def verdict(change: dict[str, Any]) -> str:
-    """What the interval of a change says."""
+    """`better`, `worse` or `unclear`, by the interval of a change."""
     if change["low"] > 0:
         return "better"
     return "worse" if change["high"] < 0 else "unclear"

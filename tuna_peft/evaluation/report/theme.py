@@ -31,7 +31,6 @@ PALETTE = {
     "worst": ("#e8833a", "#f0954d"),
     "good": ("#1a7f4b", "#5ecf91"),
     "bad": ("#b3372f", "#f08a80"),
-    "orange": ("#d9722a", "#f0954e"),
     "violet": ("#6f5bb5", "#a897f0"),
     "green": ("#3f8f4f", "#7fce8d"),
 }

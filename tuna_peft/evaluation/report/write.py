@@ -1,4 +1,4 @@
-"""Writes the report of a run beside it."""
+"""Writes the report of a run into its folder. `run` and the commands `report` and `evaluate` call it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A LoRA adapter as a GGUF file that llama.cpp lays over a model's GGUF file (`--lora`)."""
+"""A LoRA adapter as a GGUF file that llama.cpp applies to a model's GGUF file (`--lora`)."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def export_gguf_adapter(
         adapter: A folder with `stack.json`, or with one plain LoRA adapter such as a combined one.
         out_dir: Appears whole or not at all; an earlier export there is replaced.
         type: `f32` or `f16`.
-        name: Of the file.
-        upto: Of a stack: with the adapters up to this one.
+        name: The name in the file's name.
+        upto: For a stack: export the adapters up to this one.
         base_model: Where the base is now, if it has moved; only its configuration is read.
 
     Raises:

@@ -63,7 +63,7 @@ def export_gguf(
         model: A merged model's folder, or that of any LLaMA, Mistral, Qwen 2 or Qwen 3 in safetensors; `builtin:`.
         out_dir: Appears whole or not at all; an earlier export there is replaced.
         types: Number formats, see `TYPES`.
-        name: Of the model; by default that of its folder.
+        name: The model's name; by default that of its folder.
 
     Raises:
         UserError: An unknown type, a model or tokenizer that llama.cpp cannot run, a checkpoint that does not fit its

@@ -35,7 +35,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     """Writes vocabulary, merges, special tokens and chat template as the file's metadata.
 
     Args:
-        writer: Of the file to be.
+        writer: The writer of the GGUF file.
         tokenizer: A fast tokenizer.
         vocab_size: Rows of the model's embedding; those beyond the vocabulary become unused tokens.
 
