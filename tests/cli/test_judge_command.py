@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tuna_peft.cli.app import app
 from tuna_peft.cli.spending import agree_to
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.server import ServerSettings
+from tuna_peft.feedback.settings import ServerSettings
 from tuna_peft.feedback.spending import Estimate
 
 KEY = "sk-secret-0123456789abcdef"
@@ -105,9 +105,12 @@ def test_validation(tmp_path):
         (["out.jsonl", "--function", "my_judge;x:f"], "no grader"),
         (["out.jsonl", "--model", "m", "--include-judge-answer", "worst"], "include_judge_answer"),
         (["out.jsonl", "--server", "http://h/v1", "--model", "m", "--max-cost", "1"], "`max_cost` needs"),
-        (["out.jsonl", "--server", f"http://{KEY}@h/v1", "--model", "m"], "a key belongs into the environment"),
-        (["out.jsonl", "--server", KEY, "--model", "m"], "no address like"),
-        (["out.jsonl", "--server", "http://h/v1", "--model", "m", "--api-key-env", KEY], "no name of an environment"),
+        (["out.jsonl", "--server", f"http://{KEY}@h/v1", "--model", "m"], "a key belongs in an environment variable"),
+        (["out.jsonl", "--server", KEY, "--model", "m"], "not an address like"),
+        (
+            ["out.jsonl", "--server", "http://h/v1", "--model", "m", "--api-key-env", KEY],
+            "not the name of an environment",
+        ),
     ],
 )
 def test_mistakes_exit_with_2(tmp_path, options, message):

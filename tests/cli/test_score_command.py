@@ -53,7 +53,7 @@ def test_recorded_log_probabilities(folder, tmp_path):
         (["--model", "{run}", "--generate"], "`generate` has no effect with `model`"),
         (["--model", "{run}", "--quantization", "int4"], "quantization: expected 'none'"),
         (["--base-url", "http://localhost:9/v1"], "server.model: "),
-        (["--base-url", "localhost", "--server-model", "m"], "no address like https://host/v1"),
+        (["--base-url", "localhost", "--server-model", "m"], "not an address like https://host/v1"),
         (["--model", "{run}/absent"], "neither a folder here nor a Hub id"),
         (["--model", "{run}", "--template", "x"], "has no {instruction} in it"),
     ],

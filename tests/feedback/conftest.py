@@ -2,7 +2,8 @@
 
 import pytest
 
-from tuna_peft.feedback.server import Server, ServerSettings
+from tuna_peft.feedback.server import Server
+from tuna_peft.feedback.settings import ServerSettings
 
 KEY = "sk-secret-0123456789abcdef"
 

@@ -15,7 +15,7 @@ from scripted_server import chat, scripted_server
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.agreement import Validation, cohens_kappa, read_people
-from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.journal import Journal
 
 PANDALM = Path(__file__).parents[3] / "shared" / "data" / "pairs" / "pandalm_testset.jsonl"

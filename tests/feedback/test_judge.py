@@ -14,7 +14,7 @@ from scripted_server import Answer, chat, error, scripted_server
 from tuna_peft.data.ranked import dense_ranks
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import Judging, agreed_ranks, judge_pairs, judge_rows, pair_signs
-from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.feedback.spending import CostLimitReached
 from tuna_peft.journal import Journal
 

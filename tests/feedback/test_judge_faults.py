@@ -18,8 +18,7 @@ from honest_judge import grade, honest, rows, shown, verdict
 from scripted_server import Answer, Drop, Hang, chat, error, scripted_server
 
 from tuna_peft.feedback.judge import judge_rows
-from tuna_peft.feedback.judge_settings import JudgeSettings
-from tuna_peft.feedback.server import ServerSettings
+from tuna_peft.feedback.settings import JudgeSettings, ServerSettings
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
 
@@ -128,7 +127,7 @@ def test_1000_prompts_with_32_in_flight(tmp_path):
 PROGRAM = """
 import json, sys
 from tuna_peft.feedback.judge import judge_rows
-from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.files import write_jsonl
 
 url, data, journal, out = sys.argv[1:]

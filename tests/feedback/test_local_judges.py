@@ -13,7 +13,7 @@ from honest_judge import grade, rows
 
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import Judging, judge_pairs, judge_rows
-from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.journal import Journal
 from tuna_peft.models.stack import any_model
 

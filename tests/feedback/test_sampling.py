@@ -8,9 +8,9 @@ from tiny_llama import load_tiny, write_base
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_candidates
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.config import SampleSettings
 from tuna_peft.feedback.diversity import similarities
 from tuna_peft.feedback.sampling import ModelSampler, sample_candidates
+from tuna_peft.feedback.settings import SampleSettings
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
 from tuna_peft.models.generation.generate import Generated

@@ -12,7 +12,8 @@ from scripted_server import Answer, Drip, Drop, Hang, chat, error, scripted_serv
 
 from tuna_peft.errors import UserError
 from tuna_peft.feedback import server as module
-from tuna_peft.feedback.server import BadAnswer, NoAnswer, Refused, ServerSettings, choices, message_text
+from tuna_peft.feedback.server import BadAnswer, NoAnswer, Refused, choices, message_text
+from tuna_peft.feedback.settings import ServerSettings
 from tuna_peft.feedback.spending import CostLimitReached, Usage
 
 HELLO = [{"role": "user", "content": "hello"}]

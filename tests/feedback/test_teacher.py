@@ -12,8 +12,8 @@ from tiny_llama import RANKING, SFT, load_tiny, stack_on, write_base
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_candidates, load_ranked
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.recorded import score_recorded
+from tuna_peft.feedback.settings import ScoreSettings
 from tuna_peft.feedback.teacher import score_rows
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal

@@ -7,7 +7,7 @@ import torch
 from scripted_server import Answer, error, scripted_server
 
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.config import ScoreSettings
+from tuna_peft.feedback.settings import ScoreSettings
 from tuna_peft.feedback.teacher import score_rows
 from tuna_peft.feedback.teacher_server import score_with_server
 from tuna_peft.journal import Journal

@@ -17,8 +17,8 @@ from honest_judge import rows
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import Judging, judge_rows
-from tuna_peft.feedback.judge_settings import JudgeSettings
-from tuna_peft.feedback.server import Server, ServerSettings, choices, message_text
+from tuna_peft.feedback.server import Server, choices, message_text
+from tuna_peft.feedback.settings import JudgeSettings, ServerSettings
 from tuna_peft.journal import Journal
 from tuna_peft.models.base.load import load_base, resolve_model_path
 from tuna_peft.models.generation.generate import generate_responses

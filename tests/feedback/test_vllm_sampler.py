@@ -12,8 +12,8 @@ import torch
 from tiny_llama import write_base, write_stack
 
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.config import SampleSettings
 from tuna_peft.feedback.sampling import sample_candidates
+from tuna_peft.feedback.settings import SampleSettings
 from tuna_peft.feedback.vllm_sampler import _lora_rank
 from tuna_peft.journal import Journal
 from tuna_peft.run.samplers import open_sampler

@@ -14,7 +14,7 @@ from tuna_peft.errors import UserError
 if TYPE_CHECKING:
     from tuna_peft.data.config import DataSource, PromptConfig
     from tuna_peft.feedback.judge import JudgeReport
-    from tuna_peft.feedback.judge_settings import JudgeSettings
+    from tuna_peft.feedback.settings import JudgeSettings
 
 
 def judge(
@@ -82,7 +82,7 @@ def judge(
     skip_bad_rows: SkipBad = False,
 ) -> None:
     """Rank the responses to each prompt; interrupted, the same command goes on and pays for nothing twice."""
-    from tuna_peft.feedback.judge_settings import JudgeSettings
+    from tuna_peft.feedback.settings import JudgeSettings
 
     if server is not None and model is None:
         raise UserError("a server needs the name of its model", where="--server", fix="Give it with --model.")

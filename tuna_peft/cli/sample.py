@@ -55,8 +55,8 @@ def sample(
     """Draw several different responses to each prompt; interrupted, the same command goes on."""
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.data.load import load_prompts
-    from tuna_peft.feedback.config import SampleSettings
     from tuna_peft.feedback.sampling import sample_candidates
+    from tuna_peft.feedback.settings import SampleSettings
     from tuna_peft.files import write_jsonl
     from tuna_peft.journal import Journal
     from tuna_peft.run.samplers import open_sampler

@@ -77,7 +77,7 @@ def score(
 ) -> None:
     """Rank responses by a teacher's length-normalised log-probabilities; interrupted, the same command goes on."""
     from tuna_peft.data.load import load_candidates, load_prompts
-    from tuna_peft.feedback.config import ScoreSettings
+    from tuna_peft.feedback.settings import ScoreSettings
     from tuna_peft.journal import Journal
 
     given = {"--model": model, "--base-url": base_url, "--logprobs": logprobs}

@@ -10,7 +10,7 @@ import typer
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
-    from tuna_peft.feedback.server import ServerSettings
+    from tuna_peft.feedback.settings import ServerSettings
     from tuna_peft.feedback.spending import Estimate
 
 

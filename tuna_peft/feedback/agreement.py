@@ -16,7 +16,7 @@ from tuna_peft.data.sources import read_records
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import JudgeReport, Judging, pair_signs
-from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.journal import Journal, content_key
 
 _PANDALM = {"instruction", "response1", "response2"}

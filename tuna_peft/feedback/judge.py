@@ -11,10 +11,10 @@ from typing import Any
 
 from tuna_peft.data.ranked import BadRow, Prompt, Record, dense_ranks, normalise
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.judge_settings import JudgeSettings
 from tuna_peft.feedback.judges import Question, failed, make_judge
 from tuna_peft.feedback.protocol import MAX_RESPONSES
-from tuna_peft.feedback.spending import Estimate, Prices, Spending, Usage, estimate_tokens
+from tuna_peft.feedback.settings import JudgeSettings
+from tuna_peft.feedback.spending import Estimate, Spending, Usage, estimate_tokens
 from tuna_peft.feedback.verdict import Unreadable, read_verdict
 from tuna_peft.journal import Journal, content_key
 
@@ -145,7 +145,7 @@ class Judging:
     def __init__(self, rows: Sequence[Record], settings: JudgeSettings, journal: Journal, *, again: bool = False):
         self.rows, self.settings, self.journal, self.again = rows, settings, journal, again
         server = settings.server
-        self.spending = server.spending() if server else Spending(Prices())
+        self.spending = Spending.for_server(server) if server else Spending()
         self.judge = make_judge(settings, self.spending)
         self.questions: dict[str, Question] = {}
         self._asked = [self._ask_about(row) for row in rows]

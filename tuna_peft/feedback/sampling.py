@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.config import SampleSettings
 from tuna_peft.feedback.diversity import similarities
+from tuna_peft.feedback.settings import SampleSettings
 from tuna_peft.journal import Journal, content_key
 from tuna_peft.models.generation.generate import Generated, context_of, stream_responses
 from tuna_peft.models.stack.any_model import model_digest

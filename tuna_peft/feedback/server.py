@@ -12,70 +12,13 @@ import os
 import re
 import time
 from typing import Any
-from urllib.parse import urlsplit
-
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.spending import Prices, Spending, Usage, estimate_tokens
+from tuna_peft.feedback.settings import ServerSettings
+from tuna_peft.feedback.spending import Spending, Usage, estimate_tokens
 
 MAX_ANSWER_BYTES = 16 << 20
 """A body that is longer is given up; log-probabilities of a long prompt need some megabytes."""
-
-
-class ServerSettings(BaseModel):
-    """Where an OpenAI-compatible server is, and how it may be used. Nothing here is secret."""
-
-    # A key that was put in the wrong place must not come back in an error message.
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
-    base_url: str = Field(description="For example https://api.openai.com/v1 or http://localhost:8000/v1.")
-    model: str = Field(min_length=1, description="The model's name on that server.")
-    api_key_env: str = Field(
-        "OPENAI_API_KEY", description="Name of the environment variable that holds the key, never the key itself."
-    )
-    timeout: PositiveFloat = Field(300.0, description="Seconds that a whole answer may take.")
-    max_retries: int = Field(6, ge=0, le=20, description="Repetitions after 429, 5xx, time-outs and lost connections.")
-    in_flight: PositiveInt = Field(8, le=256, description="Requests at the same time.")
-    price_in: float | None = Field(None, ge=0, allow_inf_nan=False, description="Price of a million prompt tokens.")
-    price_out: float | None = Field(None, ge=0, allow_inf_nan=False, description="Price of a million answer tokens.")
-    max_cost: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Stop before the answers cost more, in the prices' currency."
-    )
-
-    @field_validator("base_url")
-    @classmethod
-    def _plain_address(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("this is no address like https://host/v1")
-        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-            raise ValueError("the address holds more than host and path; a key belongs into the environment")
-        return value
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _name_of_a_variable(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            raise ValueError("this is no name of an environment variable; the key itself stays in the environment")
-        return value
-
-    @model_validator(mode="after")
-    def _a_limit_needs_prices(self) -> ServerSettings:
-        if (self.price_in is None) != (self.price_out is None):
-            raise ValueError("give both `price_in` and `price_out`, or neither")
-        if self.max_cost is not None and self.price_in is None:
-            raise ValueError("`max_cost` needs `price_in` and `price_out` (per million tokens)")
-        return self
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it runs on this machine."""
-        return urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
-
-    def spending(self) -> Spending:
-        """A counter with these prices and this limit."""
-        return Spending(Prices(self.price_in or 0.0, self.price_out or 0.0), self.max_cost)
 
 
 class RequestFailed(UserError):
@@ -125,7 +68,7 @@ class Server:
         except ImportError:
             raise UserError("servers need the `openai` package", fix="Install it: pip install openai") from None
         self.settings = settings
-        self.spending = spending or settings.spending()
+        self.spending = spending or Spending.for_server(settings)
         self._key = os.environ.get(settings.api_key_env, "").strip()
         if not re.fullmatch(r"[!-~]*", self._key):
             raise UserError("the key has spaces or unprintable characters in it", where=settings.api_key_env)

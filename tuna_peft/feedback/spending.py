@@ -6,8 +6,12 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from tuna_peft.errors import UserError
+
+if TYPE_CHECKING:
+    from tuna_peft.feedback.settings import ServerSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,11 @@ class Spending:
         self.usage = Usage()
         self._reserved = 0.0
         self._guard = threading.Lock()
+
+    @classmethod
+    def for_server(cls, settings: ServerSettings) -> Spending:
+        """A counter with the prices and the limit of the settings; without prices nothing costs anything."""
+        return cls(Prices(settings.price_in or 0.0, settings.price_out or 0.0), settings.max_cost)
 
     @property
     def cost(self) -> float:

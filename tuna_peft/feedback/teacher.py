@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.data.ranked import BadRow, Record
-from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, scored_records
+from tuna_peft.feedback.settings import ScoreSettings
 from tuna_peft.journal import Journal, content_key
 from tuna_peft.models.forward.scoring import stream_logps
 from tuna_peft.models.forward.verify import verify_packing

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tuna_peft.data.ranked import Prompt, Record
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.answering import answer_all
-from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, is_logprob, scored_records
-from tuna_peft.feedback.server import BadAnswer, Reply, Server, ServerSettings, choices, sound_text
-from tuna_peft.feedback.spending import Estimate, Usage, estimate_tokens
+from tuna_peft.feedback.server import BadAnswer, Reply, Server, choices, sound_text
+from tuna_peft.feedback.settings import ScoreSettings, ServerSettings
+from tuna_peft.feedback.spending import Estimate, Spending, Usage, estimate_tokens
 from tuna_peft.journal import Journal, content_key
 
 
@@ -168,7 +168,7 @@ class _Generating:
 def _estimate(questions: dict[str, Question], journal: Journal, server: ServerSettings) -> Estimate:
     missing = [question for key, question in questions.items() if key not in journal]
     tokens = sum(one.tokens_in for one in missing), sum(one.tokens_out for one in missing)
-    cost = None if server.price_in is None else server.spending().prices.cost(Usage(len(missing), *tokens))
+    cost = None if server.price_in is None else Spending.for_server(server).prices.cost(Usage(len(missing), *tokens))
     return Estimate(len(questions) - len(missing), len(missing), *tokens, cost)
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.config import SampleSettings
+from tuna_peft.feedback.settings import SampleSettings
 from tuna_peft.files import sha256
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.generation.generate import Generated

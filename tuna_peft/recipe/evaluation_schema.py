@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from tuna_peft.data.config import DataSource, MayBeLocal, Overflow
-from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings
 
 
 class RankingTask(DataSource):

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from tuna_peft.data.config import DataSource
-from tuna_peft.feedback.config import SampleSettings, ScoreSettings
-from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings, SampleSettings, ScoreSettings
 
 
 class StageSample(SampleSettings):

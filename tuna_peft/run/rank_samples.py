@@ -19,10 +19,10 @@ from tuna_peft.data.config import DataSource
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.config import ScoreSettings
 from tuna_peft.feedback.judge import Judging
 from tuna_peft.feedback.judges import make_judge
 from tuna_peft.feedback.sampling import ModelSampler, Sampler, sample_candidates
+from tuna_peft.feedback.settings import ScoreSettings
 from tuna_peft.feedback.teacher import score_with_model
 from tuna_peft.feedback.teacher_server import score_with_server
 from tuna_peft.files import write_jsonl

@@ -28,7 +28,7 @@ from tuna_peft.evaluation.session import Question, Session
 from tuna_peft.evaluation.superni import evaluate_superni, read_superni, superni_questions
 from tuna_peft.evaluation.vicuna import evaluate_vicuna, read_vicuna_answers, read_vicuna_questions
 from tuna_peft.feedback.judge import judge_pairs
-from tuna_peft.feedback.judge_settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.graders import load_grader
 from tuna_peft.journal import content_key
 from tuna_peft.recipe.evaluation_schema import (
