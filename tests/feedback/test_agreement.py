@@ -18,7 +18,9 @@ from tuna_peft.feedback.agreement import Validation, cohens_kappa, read_people
 from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.journal import Journal
 
-PANDALM = Path(__file__).parents[3] / "shared" / "data" / "pairs" / "pandalm_testset.jsonl"
+DATA = Path(__file__).parents[3] / "shared" / "data"
+PANDALM = DATA / "pairs" / "pandalm_testset.jsonl"
+VICUNA = DATA / "vicuna80"
 
 
 def write_pairs(path, count, people):
@@ -128,3 +130,21 @@ def test_pandalm_with_length_as_judge(tmp_path, monkeypatch):
         right += votes[1] == (1 if one > two else 2 if two > one else 0)  # the median of three is their majority
     assert agreement.accuracy == pytest.approx(right / 999)
     assert agreement.position_bias is None
+
+
+@pytest.mark.skipif(not VICUNA.exists(), reason="needs ../shared/data")
+def test_gpt4_and_people():
+    """The figure in docs/judging.md: GPT-4's recorded scores in one order against FairEval's people."""
+    labels = {"CHATGPT": 1, "VICUNA13B": -1, "TIE": 0}
+    lines = (VICUNA / "faireval/review/review_gpt35_vicuna-13b_human.txt").read_text().split("\n")
+    people = [labels[line] for line in lines if line]
+    file = VICUNA / "review/vicuna-13b_20230322-clean-lang/review_gpt35_vicuna-13b.jsonl"
+    reviews = sorted(
+        map(json.loads, file.read_text(encoding="utf-8").splitlines()), key=lambda row: row["question_id"]
+    )
+    pairs = []
+    for human, review in zip(people, reviews, strict=True):
+        one, two = review["score"]
+        pairs.append((human, (one > two) - (one < two)))
+    assert sum(a == b for a, b in pairs) == 42
+    assert cohens_kappa(pairs) == pytest.approx(0.228, abs=1e-3)
