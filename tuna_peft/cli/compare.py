@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tuna_peft.evaluation.compare import Comparison, Pairing
+    from tuna_peft.evaluation.compare_results import Pairing, ResultComparison
 
 
 def compare(
@@ -32,7 +32,7 @@ def compare(
     from rich.table import Table
 
     from tuna_peft.errors import UserError
-    from tuna_peft.evaluation.compare import compare_results
+    from tuna_peft.evaluation.compare_results import compare_results
     from tuna_peft.evaluation.results import TITLES, Metric, in_percent, number
     from tuna_peft.files import write_json
 
@@ -86,7 +86,7 @@ def _results(target: str) -> dict[str, Any]:
     return results[stage or list(results)[-1]]
 
 
-def _print_unpaired(one: Comparison, first: str, second: str) -> None:
+def _print_unpaired(one: ResultComparison, first: str, second: str) -> None:
     for count, what in (
         (one.only_first, f"only in {first}"),
         (one.only_second, f"only in {second}"),

@@ -12,7 +12,7 @@ import typer
 from tuna_peft.cli.options import BasePath, Prompts, Stack
 
 if TYPE_CHECKING:
-    from tuna_peft.export.compare import ExportOption
+    from tuna_peft.export.compare_exports import ExportOption
 
 PROMPTS = 16
 

@@ -30,7 +30,7 @@ def merge(
 ) -> None:
     """Merge a stack of adapters into its base: one model, dequantised once and rounded once."""
     from tuna_peft.cli.divergence import comparison_prompts, print_divergence, print_routes
-    from tuna_peft.export.compare import compare_exports
+    from tuna_peft.export.compare_exports import compare_exports
     from tuna_peft.export.merge import merge_stack
     from tuna_peft.models.stack.find import find_stack
 

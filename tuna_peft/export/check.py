@@ -57,7 +57,7 @@ def check_exports(
     """
     folders = [Path(export) for export in exports]
     adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
-    comparison = StackComparison(
+    comparison = ExportComparison(
         stack_dir,
         prompts,
         upto=upto,
@@ -71,7 +71,7 @@ def check_exports(
     return results
 
 
-class StackComparison:
+class ExportComparison:
     """Compares exports with the logits of the unmerged adapters on some prompts: first adapters, then models.
 
     Args:

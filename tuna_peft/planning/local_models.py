@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.settings import JudgeSettings, ScoreSettings
-from tuna_peft.models.base.any_model import local_stack
 from tuna_peft.models.stack.any_model import local_stack
 from tuna_peft.models.stack.files import quantization_method
 from tuna_peft.models.stack.manifest import read_manifest

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from tuna_peft.errors import UserError
-from tuna_peft.export.check import StackComparison
+from tuna_peft.export.check import ExportComparison
 from tuna_peft.export.combine import CombineReport, combine_stack
 from tuna_peft.export.divergence import Divergence
 from tuna_peft.export.factors import StackFactors
@@ -57,7 +57,7 @@ def compare_exports(
         UserError: A broken or empty stack, another base, no prompts.
     """
     source = find_stack(stack_dir)
-    comparison = StackComparison(source, prompts, upto=upto, base_model=base_model, device=device)
+    comparison = ExportComparison(source, prompts, upto=upto, base_model=base_model, device=device)
     yield ExportOption("base without the stack", None, comparison.base())
 
     full = max(shape.rank for shape in StackFactors(source, upto).shapes.values())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tuna_peft.evaluation.compare import compare_results
+from tuna_peft.evaluation.compare_results import compare_results
 from tuna_peft.evaluation.results import Metric, PromptResult, TaskResult
 
 

@@ -35,7 +35,7 @@ class Pairing:
 
 
 @dataclass
-class Comparison:
+class ResultComparison:
     """The second result compared with the first.
 
     Attributes:
@@ -63,9 +63,9 @@ class Comparison:
     unscored: int = 0
 
 
-def compare_results(first: TaskResult, second: TaskResult) -> Comparison:
+def compare_results(first: TaskResult, second: TaskResult) -> ResultComparison:
     """Pairs prompts of the same id and text. Only prompts that have a score in both and a weight above 0 count."""
-    comparison = Comparison(second.task, second.main)
+    comparison = ResultComparison(second.task, second.main)
     mine, theirs = _by_content(first.prompts), _by_content(second.prompts)
     comparison.only_first, comparison.only_second = len(mine.keys() - theirs), len(theirs.keys() - mine)
     pairings, weights = [], []
