@@ -12,10 +12,10 @@ from chain_llama import write_chain
 from honest_judge import grade, rows
 
 from tuna_peft.errors import UserError
+from tuna_peft.feedback import local_model
 from tuna_peft.feedback.judge import Judging, judge_pairs, judge_rows
 from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.journal import Journal
-from tuna_peft.models.stack import any_model
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_model_ranks(judge_model, tmp_path, monkeypatch):
             assert record["completions"] == [question.responses[i] for i in (2, 3, 1, 0)]
     assert (report.ranked, report.asked, report.left_out) == (5, 5, {})
     # What is known needs no model.
-    monkeypatch.setattr(any_model, "load_any_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr(local_model, "load_any_model", lambda *args, **kwargs: pytest.fail("loaded"))
     again, second = judge_rows(rows(5), JudgeSettings(model=judge_model), tmp_path / "j.jsonl")
     assert (again, second.found, second.asked) == (records, 5, 0)
 

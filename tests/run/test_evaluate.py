@@ -17,6 +17,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.evaluation import session as session_module
 from tuna_peft.evaluation.report.write import write_report
 from tuna_peft.evaluation.results import load_results
+from tuna_peft.models.base.load import resolve_device
 from tuna_peft.models.generation.generate import generate_responses
 from tuna_peft.models.stack import files as stack_files
 from tuna_peft.models.stack.adapters import active_adapters
@@ -124,8 +125,8 @@ def test_an_unknown_stage(files, tmp_path):
 def test_vicuna_compares_with_the_base_and_the_judge_may_fail_for_some(files, tmp_path, monkeypatch):
     asked = []
 
-    def judge_pairs(rows, judge, journal_path, *, description):
-        asked.append((judge.both_orders, Path(journal_path).name, description))
+    def judge_pairs(rows, judge, journal_path, *, device, description):
+        asked.append((judge.both_orders, Path(journal_path).name, device, description))
         return [1, None, -1], None
 
     monkeypatch.setattr("tuna_peft.run.tasks.judge_pairs", judge_pairs)
@@ -135,7 +136,8 @@ def test_vicuna_compares_with_the_base_and_the_judge_may_fail_for_some(files, tm
     later = results["ranking"]["vicuna"]
     assert (later.metrics["win"].value, later.metrics["lose"].value, later.metrics["win"].count) == (0.5, 0.5, 2)
     assert [one.names for one in later.excluded] == [["1"]]
-    assert asked == [(True, "judge.jsonl", "judging (sft)"), (True, "judge.jsonl", "judging (ranking)")]
+    device = str(resolve_device("auto"))  # the judge runs where the model does
+    assert asked == [(True, "judge.jsonl", device, f"judging ({stage})") for stage in ("sft", "ranking")]
     against = [prompt.details["against"] for prompt in later.prompts]
     assert against == [prompt.response for prompt in results["base"]["vicuna"].prompts]
 

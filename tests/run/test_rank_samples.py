@@ -17,6 +17,7 @@ from tuna_peft import AdapterStack, UserError
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_ranked
 from tuna_peft.data.texts import prompt_ids
+from tuna_peft.feedback import local_model
 from tuna_peft.models.generation.generate import stream_responses
 from tuna_peft.models.stack.adapters import adapter_names
 from tuna_peft.recipe.dump import dump_recipe
@@ -132,6 +133,21 @@ def test_responses_of_a_file_are_judged_without_sampling(files, tmp_path):  # no
     report = run_recipe(made(files, source, below=0), tmp_path / "run")
     counts = report["data"]["contextual"]
     assert "sample" not in counts and counts["judge"]["ranked"] > 0
+
+
+@pytest.mark.parametrize("who", ["judge", "score"])
+def test_judge_and_teacher_are_loaded_on_the_device_of_the_recipe(files, tmp_path, monkeypatch, who):  # noqa: F811
+    asked = []
+
+    def load_any_model(model, *, device, **options):
+        asked.append((model, device))
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(local_model, "load_any_model", load_any_model)
+    source = {"prompts": {"path": str(files / "ranked.jsonl"), "limit": 2}, who: {"model": str(files / "base")}}
+    with pytest.raises(UserError, match="seen enough"):
+        run_recipe(made(files, {"data": source}, below=0), tmp_path / "run")
+    assert asked == [(str(files / "base"), "cpu")]
 
 
 def test_rounds_sample_from_one_another(files, tmp_path, monkeypatch):  # noqa: F811

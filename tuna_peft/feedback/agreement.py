@@ -89,13 +89,21 @@ class Validation:
         people: See `read_people`.
         settings: The judge.
         journal: Where its answers are kept.
-        again: As in `Judging`.
+        again, device: As in `Judging`.
     """
 
-    def __init__(self, people: Sequence[People], settings: JudgeSettings, journal: Journal, *, again: bool = False):
+    def __init__(
+        self,
+        people: Sequence[People],
+        settings: JudgeSettings,
+        journal: Journal,
+        *,
+        again: bool = False,
+        device: str = "auto",
+    ):
         self.people = people
         settings = settings.model_copy(update={"both_orders": settings.function is None})
-        self.judging = Judging([person.row for person in people], settings, journal, again=again)
+        self.judging = Judging([person.row for person in people], settings, journal, again=again, device=device)
 
     def measure(self, where: str) -> tuple[Agreement, JudgeReport]:
         """Asks what is missing and compares.

@@ -87,6 +87,7 @@ def judge_rows(
     settings: JudgeSettings,
     journal_path: str | os.PathLike[str],
     *,
+    device: str = "auto",
     description: str = "judging",
 ) -> tuple[list[Record], JudgeReport]:
     """Ranks the completions of each row; run again after an interruption it asks only for what is missing.
@@ -96,6 +97,7 @@ def judge_rows(
             gives them.
         settings: Who judges, and how.
         journal_path: Where answers are kept, see `Journal`.
+        device: Where a judge on this machine runs, see `load_local_model`.
 
     Returns:
         Records of the ranked type, in the order of `rows`, and the counts.
@@ -105,7 +107,7 @@ def judge_rows(
             was reached. All answers so far are in the journal.
     """
     with Journal(journal_path) as journal:
-        return Judging(rows, settings, journal).records(description)
+        return Judging(rows, settings, journal, device=device).records(description)
 
 
 def judge_pairs(
@@ -113,6 +115,7 @@ def judge_pairs(
     settings: JudgeSettings,
     journal_path: str | os.PathLike[str],
     *,
+    device: str = "auto",
     description: str = "judging pairs",
 ) -> tuple[list[int | None], JudgeReport]:
     """Compares two responses to each prompt, see `judge_rows`.
@@ -128,7 +131,7 @@ def judge_pairs(
         UserError: As `judge_rows`, though none need be ranked.
     """
     with Journal(journal_path) as journal:
-        rankings, report = Judging(rows, settings, journal).rankings(description)
+        rankings, report = Judging(rows, settings, journal, device=device).rankings(description)
     return [None if ranking.ranks is None else pair_signs(ranking.ranks)[0] for ranking in rankings], report
 
 
@@ -140,13 +143,22 @@ class Judging:
         settings: Who judges, and how.
         journal: Open for as long as this is used.
         again: Ask once more where the journal says that an answer could not be read.
+        device: Where a judge on this machine runs, see `load_local_model`.
     """
 
-    def __init__(self, rows: Sequence[Record], settings: JudgeSettings, journal: Journal, *, again: bool = False):
+    def __init__(
+        self,
+        rows: Sequence[Record],
+        settings: JudgeSettings,
+        journal: Journal,
+        *,
+        again: bool = False,
+        device: str = "auto",
+    ):
         self.rows, self.settings, self.journal, self.again = rows, settings, journal, again
         server = settings.server
         self.spending = Spending.for_server(server) if server else Spending()
-        self.judge = make_judge(settings, self.spending)
+        self.judge = make_judge(settings, self.spending, device=device)
         self.questions: dict[str, Question] = {}
         self._asked = [self._ask_about(row) for row in rows]
 

@@ -62,8 +62,13 @@ class Judge(Protocol):
         """Brings the answers that are missing into the journal, see `answer_all`."""
 
 
-def make_judge(settings: JudgeSettings, spending: Spending | None = None) -> Judge:
-    """The judge that the settings name; models are loaded when the first question comes.
+def make_judge(settings: JudgeSettings, spending: Spending | None = None, *, device: str = "auto") -> Judge:
+    """The judge that the settings name; a model is loaded when the first question is asked.
+
+    Args:
+        settings: Which judge.
+        spending: Counts what a server's answers cost; by default a new counter.
+        device: Where a judge on this machine runs, see `load_local_model`.
 
     Raises:
         UserError: There is no such function, or no `openai` package.
@@ -71,7 +76,7 @@ def make_judge(settings: JudgeSettings, spending: Spending | None = None) -> Jud
     if settings.server is not None:
         return ServerJudge(settings, Server(settings.server, spending))
     if settings.model is not None:
-        return LocalJudge(settings, settings.model)
+        return LocalJudge(settings, settings.model, device)
     assert settings.function is not None
     return FunctionJudge(settings.function)
 
@@ -187,8 +192,8 @@ class ServerJudge:
 class LocalJudge:
     """A causal LM on this machine; its answers come in batches."""
 
-    def __init__(self, settings: JudgeSettings, model: str):
-        self.settings, self.model = settings, model
+    def __init__(self, settings: JudgeSettings, model: str, device: str):
+        self.settings, self.model, self.device = settings, model, device
 
     def key_parts(self, question: Question) -> dict[str, Any]:
         """The model by name and, where it is a folder, by what is in it."""
@@ -214,19 +219,14 @@ class LocalJudge:
         After an interruption the batches are the same again, and with them every rounding: what the journal has takes
         its place in them and is passed over.
         """
+        from tuna_peft.feedback.local_model import load_local_model
         from tuna_peft.models.generation.generate import context_of, stream_responses
-        from tuna_peft.models.stack.any_model import load_any_model
 
         outcome = Answering(found=sum(key in journal for key in questions))
         if outcome.found == len(questions):
             return outcome
         settings = self.settings
-        loaded = load_any_model(
-            self.model,
-            revision=settings.revision,
-            quantization=settings.quantization,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        loaded = load_local_model(settings, self.device)
         prompts = {key: self._prompt(question, loaded.tokenizer) for key, question in questions.items()}
         context = context_of(loaded.model) or sys.maxsize
         for key in [key for key, ids in prompts.items() if len(ids) >= context]:

@@ -11,13 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.data.ranked import BadRow, Record
+from tuna_peft.feedback.local_model import load_local_model
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, scored_records
 from tuna_peft.feedback.settings import ScoreSettings
 from tuna_peft.journal import Journal, content_key
+from tuna_peft.models.base.any_model import model_digest
 from tuna_peft.models.forward.scoring import stream_logps
 from tuna_peft.models.forward.verify import verify_packing
 from tuna_peft.models.generation.generate import context_of
-from tuna_peft.models.stack.any_model import load_any_model, model_digest
+from tuna_peft.models.stack.any_model import model_digest
 
 
 def score_with_model(
@@ -28,11 +30,7 @@ def score_with_model(
     Raises:
         UserError: It cannot be loaded, or as `score_rows`.
     """
-    assert settings.model is not None
-    loaded = load_any_model(
-        settings.model, revision=settings.revision, quantization=settings.quantization, device=device,
-        trust_remote_code=settings.trust_remote_code,
-    )  # fmt: skip
+    loaded = load_local_model(settings, device)
     return score_rows(loaded.model, loaded.tokenizer, rows, settings, journal)
 
 

@@ -152,7 +152,7 @@ def _rank(
     """
     if source.judge is not None:
         with Journal(journal_path) as journal:
-            judging = Judging(rows, source.judge, journal)
+            judging = Judging(rows, source.judge, journal, device=device)
             estimate = judging.estimate()
             cost = f", at a cost of {estimate.cost:.2f} at most" if estimate.cost else ""
             logger.info("judging: %d questions%s; %d answers cached", estimate.requests, cost, estimate.found)

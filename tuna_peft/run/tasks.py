@@ -185,7 +185,8 @@ def _vicuna(settings: VicunaTask, prompt: PromptConfig, stages: Sequence[str]) -
     def run(session: Session) -> TaskResult:
         def compare(rows: list[dict[str, Any]]) -> list[int | None]:
             journal = session.folder / FOLDER / "judge.jsonl"
-            return judge_pairs(rows, judge, journal, description=f"judging ({session.stage})")[0]
+            device = str(next(session.model.parameters()).device)  # that of the model under evaluation
+            return judge_pairs(rows, judge, journal, device=device, description=f"judging ({session.stage})")[0]
 
         against, excluded = answers_in_file, unusable
         if against is None and session.stage != settings.against:

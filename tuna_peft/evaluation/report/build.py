@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
-from tuna_peft.evaluation.compare import compare_results
 from tuna_peft.evaluation.compare_results import compare_results
 from tuna_peft.evaluation.report.curves import read_curves
 from tuna_peft.evaluation.report.distributions import by_rank

@@ -1,0 +1,28 @@
+"""Loading a teacher or a judge that runs on this machine."""
+
+from __future__ import annotations
+
+from tuna_peft.feedback.settings import JudgeSettings, ScoreSettings
+from tuna_peft.models.base.any_model import load_any_model
+from tuna_peft.models.stack.files import AdapterStack
+
+
+def load_local_model(settings: ScoreSettings | JudgeSettings, device: str) -> AdapterStack:
+    """The model that the settings name.
+
+    Args:
+        settings: With `model`.
+        device: The recipe's `base.device` or the command's `--device`, see `resolve_device`. Teachers and judges share
+            this rule: a run that must not touch a GPU must not load its judge there, and the planner counts on it.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
+    assert settings.model is not None
+    return load_any_model(
+        settings.model,
+        revision=settings.revision,
+        quantization=settings.quantization,
+        device=device,
+        trust_remote_code=settings.trust_remote_code,
+    )
