@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tuna_peft.cli.app import app
 from tuna_peft.cli.spending import agree_to
 from tuna_peft.errors import UserError
+from tuna_peft.feedback import local_model
 from tuna_peft.feedback.settings import ServerSettings
 from tuna_peft.feedback.spending import Estimate
 
@@ -81,6 +82,22 @@ def test_a_program_ranks(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stderr
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["completions"][0] == "quite a bit longer"
     del sys.modules["my_judge"]
+
+
+@pytest.mark.parametrize("validate", [[], ["--validate"]])
+def test_a_local_judge_is_loaded_as_the_options_say(monkeypatch, validate):
+    asked = []
+
+    def load_any_model(model, **options):
+        asked.append((model, options))
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(local_model, "load_any_model", load_any_model)
+    options = ["--model", "m", "--device", "cpu", "--revision", "r", "--quantization", "nf4", "--trust-remote-code"]
+    result = judge(f"out.json{'' if validate else 'l'}", *options, *validate)
+    assert result.exit_code == 2 and "seen enough" in result.stderr
+    loaded = {"device": "cpu", "revision": "r", "quantization": "nf4", "trust_remote_code": True}
+    assert asked == [("m", loaded)]
 
 
 def test_validation(tmp_path):

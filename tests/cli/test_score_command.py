@@ -47,13 +47,14 @@ def test_recorded_log_probabilities(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give one teacher: --model, --base-url or --logprobs, not none"),
+        ([], "give one teacher: --model, --server or --logprobs, not none"),
         (["--model", "x", "--logprobs", "y"], "not --model and --logprobs"),
+        (["--server", "http://h/v1", "--model", "m", "--logprobs", "y"], "not --server and --logprobs"),
         (["--logprobs", "logprobs"], "--logprobs needs to know where the responses are"),
         (["--model", "{run}", "--generate"], "`generate` has no effect with `model`"),
         (["--model", "{run}", "--quantization", "int4"], "quantization: expected 'none'"),
-        (["--base-url", "http://localhost:9/v1"], "server.model: "),
-        (["--base-url", "localhost", "--server-model", "m"], "not an address like https://host/v1"),
+        (["--server", "http://localhost:9/v1"], "needs the name of its model"),
+        (["--server", "localhost", "--model", "m"], "not an address like https://host/v1"),
         (["--model", "{run}/absent"], "neither a folder here nor a Hub id"),
         (["--model", "{run}", "--template", "x"], "has no {instruction} in it"),
     ],

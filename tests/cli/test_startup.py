@@ -18,6 +18,7 @@ SLOW = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "pan
         ["data", "inspect", "--help"],
         ["sample", "--help"],
         ["score", "--help"],
+        ["judge", "--help"],
         ["recipes", "list"],
     ],
 )

@@ -52,7 +52,8 @@ def mentioned(path):
 def check_options(line):
     """Of a command in running text, often only its name: that it exists, and its options do."""
     command, rest = command_of(shlex.split(line.replace("…", "X")))
-    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    parameters = command.get_params(typer.Context(command))
+    options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word.split("=")[0] for word in rest if word.startswith("--")} <= options | {"--help"}, line
 
 

@@ -18,7 +18,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 # Where data is and how to read it.
 Format = Annotated[
-    str, typer.Option("--format", help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns.")
+    str,
+    typer.Option(
+        "--format",
+        help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns.",
+        rich_help_panel="Data",
+    ),
 ]
 Column = Annotated[
     list[str] | None,
@@ -26,13 +31,21 @@ Column = Annotated[
         "--column",
         help="part=path, again for each part: --column completions=responses[].text; completions=a,b: two columns",
         show_default=False,
+        rich_help_panel="Data",
     ),
 ]
-Split = Annotated[str, typer.Option("--split", help="Split, with slices: train[:500].")]
+Split = Annotated[str, typer.Option("--split", help="Split, with slices: train[:500].", rich_help_panel="Data")]
 Template = Annotated[
-    str, typer.Option("--template", help="alpaca, chat, none, or a text with {instruction} and {input}.")
+    str,
+    typer.Option(
+        "--template", help="alpaca, chat, none, or a text with {instruction} and {input}.", rich_help_panel="Data"
+    ),
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out and count records that cannot be used.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Skip and count records that cannot be used.", rich_help_panel="Data")
+]
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")]
 
 # A model to answer, and how it is loaded.
 AnyModel = Annotated[

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuna_peft.cli.options import Column, Format, SkipBad, Split, Template, data_source, from_options, require_jsonl
+from tuna_peft.cli.options import (
+    Column,
+    Device,
+    Format,
+    SkipBad,
+    Split,
+    Template,
+    Yes,
+    data_source,
+    from_options,
+    require_jsonl,
+)
+from tuna_peft.cli.settings_options import SettingsCommand
 from tuna_peft.cli.spending import agree_to
 from tuna_peft.errors import UserError
 
@@ -15,77 +27,63 @@ if TYPE_CHECKING:
     from tuna_peft.data.ranked import Record
     from tuna_peft.feedback.scored import ScoreReport
 
+RECORDED = "With --logprobs"
+
+
+class ScoreCommand(SettingsCommand):
+    """Options of `ScoreSettings`."""
+
+    settings, panel = "ScoreSettings", "Teacher"
+
 
 def score(
-    data: Annotated[str, typer.Argument(help="Responses, in any format that can be read; with --generate: prompts.")],
-    out: Annotated[Path, typer.Argument(help="A .jsonl file of the ranked type to write.")],
-    model: Annotated[
-        str | None, typer.Option("--model", help="A teacher that runs here: path, Hub id, stack, run, builtin:.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of --model on the Hub.")] = None,
-    quantization: Annotated[
-        str, typer.Option("--quantization", help="Of --model: none, nf4, fp4 or int8; a stack keeps its own.")
-    ] = "none",
-    device: Annotated[str, typer.Option("--device", help="Of --model: auto, cpu, cuda, cuda:1 ...")] = "auto",
-    max_tokens_per_batch: Annotated[
-        int, typer.Option("--max-tokens-per-batch", min=1, help="Of --model: most tokens of a forward pass.")
-    ] = 4096,
-    base_url: Annotated[
-        str | None, typer.Option("--base-url", help="A completions server with log-probabilities, as teacher.")
-    ] = None,
-    server_model: Annotated[
-        str | None, typer.Option("--server-model", help="With --base-url: the model's name there.")
-    ] = None,
-    api_key_env: Annotated[
-        str, typer.Option("--api-key-env", help="The environment variable that holds its key.")
-    ] = "OPENAI_API_KEY",
-    in_flight: Annotated[int, typer.Option("--in-flight", min=1, help="Requests at the same time.")] = 8,
-    price_in: Annotated[float | None, typer.Option("--price-in", help="Of a million prompt tokens.")] = None,
-    price_out: Annotated[float | None, typer.Option("--price-out", help="Of a million answer tokens.")] = None,
-    max_cost: Annotated[float | None, typer.Option("--max-cost", help="Stop before the answers cost more.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")] = False,
-    generate: Annotated[
-        bool, typer.Option("--generate", help="The server draws the responses itself and scores them.")
-    ] = False,
-    n: Annotated[int, typer.Option("--n", min=2, help="With --generate: responses per prompt.")] = 4,
-    temperature: Annotated[float, typer.Option("--temperature", help="With --generate.")] = 1.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="With --generate.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="With --generate: longest response.")] = 512,
+    context: typer.Context,
+    data: Annotated[
+        str, typer.Argument(help="Prompts with responses, in any format that can be read; with --generate: prompts.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The .jsonl file of ranked responses to write.")],
+    device: Device = "auto",
+    yes: Yes = False,
     logprobs: Annotated[
         str | None,
-        typer.Option("--logprobs", help="Recorded log-probabilities, sums or lists: responses[].logprob_sum"),
+        typer.Option(
+            "--logprobs",
+            help="Path of recorded log-probabilities in each record, sums or lists: responses[].logprob_sum",
+            rich_help_panel=RECORDED,
+        ),
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option("--lengths", help="With --logprobs: numbers of tokens: responses[].tokens")
-    ] = None,
-    teacher: Annotated[str, typer.Option("--teacher", help="With --logprobs: the teacher's name.")] = "recorded",
-    tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", help="The teacher's: counts recorded responses, or sends token ids to a server."),
+        typer.Option(
+            "--lengths",
+            help="Path of the numbers of tokens: responses[].tokens; without it --tokenizer counts them.",
+            rich_help_panel=RECORDED,
+        ),
     ] = None,
-    length_penalty: Annotated[
-        float, typer.Option("--length-penalty", min=0, help="score = sum / length ** this.")
-    ] = 1.0,
-    skip_unanswered: Annotated[
-        bool, typer.Option("--skip-unanswered", help="Leave out and count what a server does not answer.")
-    ] = False,
+    teacher: Annotated[
+        str, typer.Option("--teacher", help="Name of the teacher in the output.", rich_help_panel=RECORDED)
+    ] = "recorded",
     format: Format = "auto",
     column: Column = None,
     split: Split = "train",
     template: Template = "alpaca",
     skip_bad_rows: SkipBad = False,
 ) -> None:
-    """Rank responses by a teacher's length-normalised log-probabilities; interrupted, the same command goes on."""
+    """Rank responses by a teacher's length-normalized log-probabilities. Run the same command again to resume."""
     from tuna_peft.data.load import load_candidates, load_prompts
     from tuna_peft.feedback.settings import ScoreSettings
     from tuna_peft.journal import Journal
 
-    given = {"--model": model, "--base-url": base_url, "--logprobs": logprobs}
-    if len(chosen := [name for name, value in given.items() if value is not None]) != 1:
+    given = context.obj
+    teachers = [f"--{name}" for name in ("model", "server") if name in given]
+    teachers += ["--logprobs"] if logprobs is not None else []
+    if len(teachers) != 1:
         raise UserError(
-            f"give one teacher: --model, --base-url or --logprobs, not {' and '.join(chosen) or 'none'}",
+            f"give one teacher: --model, --server or --logprobs, not {' and '.join(teachers) or 'none'}",
             fix="See `tuna-peft score --help`.",
         )
+    if logprobs is not None and (idle := given.keys() - {"tokenizer", "length_penalty"}):
+        raise UserError(f"options without effect with --logprobs: {', '.join(sorted(idle))}")
     require_jsonl(out)
     source, prompt = data_source(data, format, column, split, template, skip_bad_rows)
     if logprobs is not None:
@@ -99,26 +97,14 @@ def score(
                 fix="For example: --column instruction=instruction --column completions=responses[].text",
             )
         rows, _ = load_candidates(source, prompt)
+        tokenizer = load_tokenizer(given.pop("tokenizer", None))
         records, report = score_recorded(
-            rows, completions=source.columns.completions, logprobs=logprobs, lengths=lengths,
-            tokenizer=load_tokenizer(tokenizer), length_penalty=length_penalty, teacher=teacher,
-            skip_bad_rows=skip_bad_rows,
+            rows, completions=source.columns.completions, logprobs=logprobs, lengths=lengths, tokenizer=tokenizer,
+            teacher=teacher, skip_bad_rows=skip_bad_rows, **given,
         )  # fmt: skip
         return _write(out, records, report)
-    values: dict[str, Any] = {
-        "model": model, "revision": revision, "quantization": quantization,
-        "max_tokens_per_batch": max_tokens_per_batch, "tokenizer": tokenizer, "length_penalty": length_penalty,
-        "on_no_answer": "skip" if skip_unanswered else "error",
-    }  # fmt: skip
-    if base_url is not None:
-        values["server"] = {
-            "base_url": base_url, "model": server_model or "", "api_key_env": api_key_env, "in_flight": in_flight,
-            "price_in": price_in, "price_out": price_out, "max_cost": max_cost,
-        }  # fmt: skip
-    if generate:
-        values["generate"] = {"n": n, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-    settings = from_options(ScoreSettings, values)
-    rows, _ = (load_prompts if generate else load_candidates)(source, prompt)
+    settings = from_options(ScoreSettings, given)
+    rows, _ = (load_prompts if settings.generate else load_candidates)(source, prompt)
     with Journal(out.with_suffix(".journal.jsonl")) as journal:
         if settings.server is not None:
             from tuna_peft.feedback.teacher_server import score_with_server

@@ -197,7 +197,7 @@ class Judging:
                 fix=None
                 if none
                 else "All other answers are kept: run the same again to ask for these, or say `on_no_answer: skip` "
-                "(--skip-unanswered) to leave their prompts out.",
+                "(--on-no-answer skip) to leave their prompts out.",
             )
         rankings = [self._ranking(row, asked) for row, asked in zip(self.rows, self._asked, strict=True)]
         for ranking in rankings:
