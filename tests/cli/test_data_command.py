@@ -72,7 +72,7 @@ def test_convert_with_columns(folder):
     ("arguments", "message"),
     [
         (["inspect", "data.jsonl", "--format", "rankd"], "format: expected 'auto', 'ranked'"),
-        (["inspect", "data.jsonl", "--stage", "one"], "--stage goes with a recipe"),
+        (["inspect", "data.jsonl", "--stage", "one"], "--stage needs a recipe"),
         (["inspect", "r.yaml", "--stage", "three"], "the recipe has no stage `three`"),
         (["inspect", "absent.jsonl"], "there is no such file"),
         (["inspect", "data.jsonl", "--tokenizer", "./absent"], "cannot load a tokenizer"),

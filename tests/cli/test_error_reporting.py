@@ -68,7 +68,7 @@ def test_an_unexpected_error_is_one_line_with_a_hint(run):
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(run):
     result = run(KeyboardInterrupt())
     assert result.exit_code == 130
-    assert "Run the same command again to go on." in result.stderr
+    assert "Run the same command again to resume." in result.stderr
 
 
 def test_bad_options_exit_with_2():

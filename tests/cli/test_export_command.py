@@ -40,7 +40,7 @@ def test_a_run_gives_its_merged_model_or_its_adapters(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{run}/base", "{run}/out", "--upto", "sft"], "--upto goes with a stack"),
+        (["{run}/base", "{run}/out", "--upto", "sft"], "--upto needs a stack"),
         (["{run}", "{run}/out", "-t", "q3_k"], "'q3_k' cannot be written here"),
         (["{run}/stack", "{run}/out", "-t", "f16", "-t", "f32"], "an adapter is written in one type"),
         (["{run}/absent", "{run}/out"], "no model here"),

@@ -10,7 +10,7 @@ from scripted_server import chat, scripted_server
 from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
-from tuna_peft.cli.spending import agree_to
+from tuna_peft.cli.spending import confirm_spending
 from tuna_peft.errors import UserError
 from tuna_peft.feedback import local_model
 from tuna_peft.feedback.settings import ServerSettings
@@ -42,11 +42,11 @@ def test_a_server_ranks(tmp_path):
         assert "4 questions to ask (0 are answered already); about" in result.stderr
         assert result.stdout.splitlines() == [
             "wrote out.jsonl: 4 of 4 prompts ranked",
-            "  answers: 4 asked for, 0 known before; in all 400 tokens in, 80 out",
+            "  answers: 4 new, 0 from the journal; in total 400 tokens in, 80 out",
         ]
         before = (tmp_path / "out.jsonl").read_bytes()
         result = judge("out.jsonl", "--server", http.url, "--model", "m")
-        assert "0 asked for, 4 known before" in result.stdout
+        assert "0 new, 4 from the journal" in result.stdout
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert len(http.asked) == 4
     written = [json.loads(line) for line in before.splitlines()]
@@ -71,8 +71,8 @@ def test_money_is_spent_only_with_a_yes(tmp_path):
 def test_nobody_can_be_asked_without_a_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     server = ServerSettings(base_url="https://judge.invalid/v1", model="m")
-    with pytest.raises(UserError, match="nobody can be asked"):
-        agree_to(Estimate(0, 1, 100, 10, None), server, yes=False)
+    with pytest.raises(UserError, match="no terminal to ask"):
+        confirm_spending(Estimate(0, 1, 100, 10, None), server, yes=False)
 
 
 def test_a_program_ranks(tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_validation(tmp_path):
     with scripted_server(first_wins) as http:
         result = judge("report.json", "--server", http.url, "--model", "m", "--validate")
     assert result.exit_code == 0, result.stderr
-    assert "position bias     1.000   (the one shown first wins 100% of these)" in result.stdout
+    assert "position bias     1.000   (the response shown first wins 100% of these)" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["agreement"]["pairs"] == 4 and report["judge"]["asked"] == 8
 
@@ -114,8 +114,8 @@ def test_validation(tmp_path):
     [
         (["out.jsonl"], "give one of `server`, `model` and `function`"),
         (["out.jsonl", "--server", "http://localhost/v1"], "needs the name of its model"),
-        (["out.json", "--function", "builtin:pico"], "End it in .jsonl"),
-        (["--function", "builtin:pico"], "where should the ranked responses go"),
+        (["out.json", "--function", "builtin:pico"], "end in .jsonl"),
+        (["--function", "builtin:pico"], "the output file is missing"),
         (["out.jsonl", "--function", "os:sepp"], "no grader 'os:sepp'"),
         (["out.jsonl", "--function", "os:sep"], "sep is not a function"),
         (["out.jsonl", "--function", "__import__('os').system('touch pwned')"], "no grader"),

@@ -62,7 +62,7 @@ def test_combine_says_what_a_smaller_rank_costs(run, tmp_path):
 def test_merge_to_nf4_says_what_it_costs(run, tmp_path):
     result = invoke("merge", run, tmp_path / "merged", "--dtype", "nf4")
     assert result.exit_code == 0, result.stderr
-    assert re.search(r"quantising again changed the weights of a module by [\d.]+% on average", result.stdout)
+    assert re.search(r"quantizing again changed the weights of a module by [\d.]+% on average", result.stdout)
 
 
 def test_compare_measures_every_route_and_keeps_the_one_asked_for(run, tmp_path):

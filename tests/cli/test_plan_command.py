@@ -30,7 +30,7 @@ def test_what_does_not_fit_exits_with_1_and_says_what_to_change():
     assert result.exit_code == 1
     assert "It does not fit" in result.stdout and "not enough together" in result.stdout
     assert "stages.contextual.train.max_tokens_per_batch=" in result.stdout
-    assert "Take a smaller model. Unchanged it fits on:" in result.stdout
+    assert "Use a smaller model. Unchanged, it fits on:" in result.stdout
 
 
 def test_json_holds_the_same_and_all_cards_make_a_table():

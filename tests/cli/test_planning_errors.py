@@ -97,7 +97,7 @@ def test_a_recipe_that_cannot_fit(monkeypatch, tmp_path):
     assert planned.exit_code == 1
     lines = planned.stdout.partition("It does not fit: ")[2].splitlines()
     assert lines[0].endswith(" GiB needed of 7.70 GiB.")
-    assert any("Unchanged it fits on: " in line for line in lines)
+    assert any("Unchanged, it fits on: " in line for line in lines)
     ran = run_on(monkeypatch, tmp_path, Device("small card", 5e6))
     assert ran.exit_code == 2
     assert "this cannot fit: " in ran.stderr and "small card has 0.00 GiB free" in ran.stderr

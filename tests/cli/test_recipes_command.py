@@ -34,7 +34,7 @@ def test_copy_to_a_folder_or_a_file_and_never_over_one(tmp_path):
     (tmp_path / "quickstart.yaml").write_text("mine")
     refused = invoke("recipes", "copy", "quickstart", tmp_path)
     assert refused.exit_code == 2
-    assert "there is a file already" in refused.stderr
+    assert "the file exists already" in refused.stderr
     assert (tmp_path / "quickstart.yaml").read_text() == "mine"
     assert invoke("recipes", "copy", "quickstart", tmp_path, "--force").exit_code == 0
     assert (tmp_path / "quickstart.yaml").read_text() == original

@@ -60,4 +60,4 @@ def test_mistakes_exit_with_2(folder, tmp_path, options, message):
 
 def test_the_output_is_jsonl(folder, tmp_path):
     result = sample(folder, tmp_path / "out.json")
-    assert result.exit_code == 2 and "End it in .jsonl" in result.stderr
+    assert result.exit_code == 2 and "end in .jsonl" in result.stderr

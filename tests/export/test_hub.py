@@ -223,7 +223,7 @@ def test_a_dry_run_needs_neither_network_nor_token(
     assert result.exit_code == 0, result.stderr
     assert re.search(r"^ +[\d,]+  stack/ranking/adapter_model.safetensors$", result.stdout, re.MULTILINE)
     assert "8 files" in result.stdout
-    assert "would go to private me/x; nothing was sent" in result.stdout
+    assert "would be uploaded to private me/x; nothing was uploaded" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from scripted_server import chat, scripted_server
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.agreement import Validation, cohens_kappa, read_people
+from tuna_peft.feedback.agreement import Validation, cohens_kappa, read_annotated_rows
 from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.journal import Journal
 
@@ -33,7 +33,7 @@ def write_pairs(path, count, people):
             row = {"idx": i, "instruction": f"Task {i}", "input": "", "response1": f"grade {one}"}
             row |= {"response2": f"grade {two}", **{f"annotator{k + 1}": vote for k, vote in enumerate(votes)}}
             file.write(json.dumps(row) + "\n")
-    return read_people(DataSource(path=str(path)), PromptConfig())
+    return read_annotated_rows(DataSource(path=str(path)), PromptConfig())
 
 
 def measure(people, settings, path):
@@ -99,7 +99,7 @@ def test_ranked_data_of_any_format(tmp_path):
         for i in range(30)
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    people = read_people(DataSource(path=str(tmp_path / "r.jsonl")), PromptConfig())
+    people = read_annotated_rows(DataSource(path=str(tmp_path / "r.jsonl")), PromptConfig())
     assert {sign for person in people for sign in person.signs} == {1, -1}  # not best first
     with scripted_server(honest) as http:
         agreement, _ = measure(people, server(http.url), tmp_path / "j.jsonl")
@@ -118,7 +118,7 @@ def test_pandalm_with_length_as_judge(tmp_path, monkeypatch):
     module = types.ModuleType("length_judge")
     module.longer = lambda record, response: len(response)
     monkeypatch.setitem(sys.modules, "length_judge", module)
-    people = read_people(DataSource(path=str(PANDALM)), PromptConfig())
+    people = read_annotated_rows(DataSource(path=str(PANDALM)), PromptConfig())
     agreement, report = measure(people, JudgeSettings(function="length_judge:longer"), tmp_path / "j.jsonl")
     assert (agreement.pairs, agreement.without_majority, agreement.unjudged) == (999, 0, 0)
     # By a count of its own over the file.

@@ -84,7 +84,9 @@ def test_a_dead_server_ends_it(journal, in_flight):
             raise NoAnswer("no connection", where="http://host/v1", fix="Is it running?")
         return i
 
-    with pytest.raises(UserError, match=r"(?s)in a row have failed, the last with: no connection.* 50 answers .*kept"):
+    with pytest.raises(
+        UserError, match=r"(?s)in a row have failed, the last with: no connection.* 50 answers .*saved"
+    ):
         answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
     assert len(journal) == 50
     # Each of the other threads may be late with one good answer, and the counting then begins anew.

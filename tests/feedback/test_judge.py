@@ -171,7 +171,7 @@ def test_unreadable_answers_are_asked_again_and_then_counted(settings, tmp_path)
 def test_again_asks_what_failed_once_more(settings, tmp_path):
     answers = [chat("no"), chat("no"), chat("no"), honest]
     with scripted_server(lambda asked: answers[3](asked) if asked.number >= 3 else answers[asked.number]) as http:
-        with pytest.raises(UserError, match="(?s)ranked none of 1 .*unreadable: 1.*failure: no ranking in it"):
+        with pytest.raises(UserError, match="(?s)ranked none of 1 .*unreadable: 1.*failure: no ranking in the answer"):
             judge_rows(rows(1), settings(http.url), tmp_path / "j.jsonl")
         for again in (True, False, True):  # the new answer counts from then on
             with Journal(tmp_path / "j.jsonl") as journal:

@@ -208,7 +208,7 @@ def test_ctrl_c_keeps_what_is_under_way(tmp_path):
             assert line, "it ended without waiting"
         going.set()
         _, stderr = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 130 and "Run the same command again to go on." in stderr
+    assert run.returncode == 130 and "Run the same command again to resume." in stderr
     with Journal(tmp_path / "out.journal.jsonl") as journal:
         assert len(journal) == len(http.asked) < 200  # every answer that the server gave
     assert not (tmp_path / "out.jsonl").exists()

@@ -25,7 +25,7 @@ class Scripted:
     def __init__(self, tokenizer, script):
         self.tokenizer, self.script, self.asked = tokenizer, script, []
 
-    def draw(self, prompts, settings, *, temperature, seed, done):
+    def sample(self, prompts, settings, *, temperature, seed, done):
         for index, ids in enumerate(prompts):
             if index not in done:
                 name = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -105,7 +105,7 @@ def test_what_is_left_out_is_counted(base, journal):
         "the prompt fills the model's context": 1,
     }
     assert (report.empty, report.repeated, report.prompts, report.kept) == (3, 1, 5, 1)
-    assert any("left out: 2 prompts" in line for line in report.lines())
+    assert any("skipped: 2 prompts" in line for line in report.lines())
     with pytest.raises(UserError, match=r"none of the 1 prompts has two different responses \(all responses are eq"):
         sample_candidates(Scripted(base.tokenizer, script), [prompt("w3")], SampleSettings(n=2, trials=1), journal)
 

@@ -160,19 +160,19 @@ def test_sums_lists_and_lengths(tmp_path, model):
         del response["n"]
     [record], _ = recorded(tmp_path, sums, tokenizer=model[1])
     assert record["lengths"] == [2, 1]  # the tokenizer's words, EOS not counted
-    with pytest.raises(UserError, match="nothing says how many tokens.*\n.*--tokenizer"):
+    with pytest.raises(UserError, match="the numbers of tokens of the responses are unknown.*\n.*--tokenizer"):
         recorded(tmp_path, sums)
 
 
 @pytest.mark.parametrize(
     ("logprob", "length", "message"),
     [
-        (0.5, 1, "0.5 is no log-probability"),
-        (None, 1, "None is no log-probability"),
-        ("-1", 1, "'-1' is no log-probability"),
-        (float("nan"), 1, "nan is no log-probability"),
+        (0.5, 1, "0.5 is not a log-probability"),
+        (None, 1, "None is not a log-probability"),
+        ("-1", 1, "'-1' is not a log-probability"),
+        (float("nan"), 1, "nan is not a log-probability"),
         ([], 1, "the list of log-probabilities is empty"),
-        ([-1.0, None], 2, "None is no log-probability"),
+        ([-1.0, None], 2, "None is not a log-probability"),
         (-1.0, 0, "the length is 0, not a number of tokens"),
         (-1.0, 2.5, "the length is 2.5"),
     ],

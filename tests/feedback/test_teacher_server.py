@@ -144,15 +144,15 @@ def broken(choice):
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"text": "p a"}, "does the server know `echo`"),
-        ({"logprobs": {"tokens": ["p"], "token_logprobs": []}}, "does the server know `echo`"),
-        ({"logprobs": {"tokens": [1], "token_logprobs": [None]}}, "tokens are no texts"),
+        ({"text": "p a"}, "does the server support `echo`"),
+        ({"logprobs": {"tokens": ["p"], "token_logprobs": []}}, "does the server support `echo`"),
+        ({"logprobs": {"tokens": [1], "token_logprobs": [None]}}, "tokens are not text"),
         ({"logprobs": {"tokens": ["q", " a"], "token_logprobs": [None, -1]}}, "not those of the text"),
         ({"logprobs": {"tokens": ["q", " a"], "token_logprobs": [None, -1], "text_offset": [3, 0]}}, "not those of"),
-        ({"logprobs": {"tokens": ["p", " a"], "token_logprobs": [None, 0.3]}}, "0.3 is no log-probability"),
-        ({"logprobs": {"tokens": ["p", " a"], "token_logprobs": [None, None]}}, "None is no log-probability"),
-        ({"logprobs": {"tokens": ["p", " a"], "token_logprobs": [None, "-1"]}}, "is no log-probability"),
-        ({"logprobs": {"tokens": ["p a"], "token_logprobs": [None]}}, "None is no log-probability"),
+        ({"logprobs": {"tokens": ["p", " a"], "token_logprobs": [None, 0.3]}}, "0.3 is not a log-probability"),
+        ({"logprobs": {"tokens": ["p", " a"], "token_logprobs": [None, None]}}, "None is not a log-probability"),
+        ({"logprobs": {"tokens": ["p", " a"], "token_logprobs": [None, "-1"]}}, "is not a log-probability"),
+        ({"logprobs": {"tokens": ["p a"], "token_logprobs": [None]}}, "None is not a log-probability"),
     ],
 )
 def test_answers_that_are_no_log_probabilities_of_the_text(journal, choice, message):
@@ -166,9 +166,9 @@ def test_answers_that_are_no_log_probabilities_of_the_text(journal, choice, mess
     ("choice", "message"),
     [
         ({"text": 3}, "the answer has no text"),
-        ({"text": "a"}, "does the server know `logprobs`"),
-        ({"text": "a", "logprobs": {"token_logprobs": [None]}}, "None is no log-probability"),
-        ({"message": {"content": "a"}, "logprobs": {"content": [{"logprob": 2}]}}, "2 is no log-probability"),
+        ({"text": "a"}, "does the server support `logprobs`"),
+        ({"text": "a", "logprobs": {"token_logprobs": [None]}}, "None is not a log-probability"),
+        ({"message": {"content": "a"}, "logprobs": {"content": [{"logprob": 2}]}}, "2 is not a log-probability"),
         ({"message": "a"}, "the answer has no text"),
     ],
 )

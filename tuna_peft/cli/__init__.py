@@ -7,11 +7,11 @@ import os
 
 def main() -> None:
     """The entry point of `tuna-peft` and of `python -m tuna_peft`."""
-    # Read when torch is loaded. On a machine with other work, CPU threads that spin while they wait for one that has
-    # lost its core make small models many times slower.
+    # Must be set before torch is loaded. By default OpenMP's threads wait in a busy loop. On a machine with other work
+    # that makes small models many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("RANK", "0") != "0":
-        os.environ.setdefault("TQDM_DISABLE", "1")  # of several processes one shows its progress
+        os.environ.setdefault("TQDM_DISABLE", "1")  # only the first of several processes shows progress bars
 
     from tuna_peft.cli.app import app
 

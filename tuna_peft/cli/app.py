@@ -1,4 +1,4 @@
-"""The commands of `tuna-peft`, put together."""
+"""Registers the commands of `tuna-peft`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `tuna-peft doctor` looks at: one function per part, each returning what it found."""
+"""The checks of `tuna-peft doctor`: one function for each part, which returns its findings."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Check:
     """One line of the report.
 
     Args:
-        name: What was looked at.
-        status: `fail` means that a run could not work, `warning` that some could not.
-        detail: What was found, and for anything but `ok` the reason and the remedy.
+        name: What was checked.
+        status: `fail` means that no run can work, `warning` that some runs cannot.
+        detail: The finding; unless it is `ok`, with the reason and the remedy.
     """
 
     name: str
@@ -35,21 +35,21 @@ class Check:
 
 
 def run_checks() -> Iterator[Check]:
-    """All checks, in order; one that breaks down is itself a finding."""
+    """Runs all checks in order. A check that raises an error is a finding, too."""
     parts: list[Callable[[], list[Check]]] = [
         check_versions, check_torchao, check_device, check_bitsandbytes, check_ranking_step, check_disk, check_hub,
     ]  # fmt: skip
     for part in parts:
         try:
             yield from part()
-        except Exception as error:  # any failure of a library is what doctor is there to show
+        except Exception as error:  # doctor must report any failure of a library
             name = part.__name__.removeprefix("check_")
             yield Check(name, "fail", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
 def check_versions() -> list[Check]:
-    """Python and the packages, against the bounds that this package declares."""
-    checks = [Check("python", "ok", platform.python_version())]  # pip has checked its bound
+    """The versions of Python and of the packages, compared with the bounds that this package declares."""
+    checks = [Check("python", "ok", platform.python_version())]  # pip has checked the bound of Python
     bounds = _declared_bounds()
     for name in PACKAGES:
         try:
@@ -66,18 +66,18 @@ def check_versions() -> list[Check]:
 
 
 def check_torchao() -> list[Check]:
-    """PEFT refuses to make plain LoRA layers beside an old torchao, such as Colab's, though nothing here needs one."""
+    """PEFT cannot create LoRA layers if an old torchao is installed, as on Colab. tuna_peft does not need torchao."""
     from peft.import_utils import is_torchao_available
 
     try:
         is_torchao_available()
     except ImportError as error:
-        return [Check("torchao", "warning", f"{error}, and peft stops at it; run: pip uninstall torchao")]
+        return [Check("torchao", "warning", f"{error}, and PEFT fails because of it; run: pip uninstall torchao")]
     return []
 
 
 def check_device() -> list[Check]:
-    """The GPU, if any, and the dtype that `auto` means on it, with the reason."""
+    """The GPUs, and the dtype that `auto` means on them, with the reason."""
     import torch
 
     from tuna_peft.models.base.load import resolve_dtype
@@ -87,7 +87,7 @@ def check_device() -> list[Check]:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU or driver"
         return [
             Check("gpu", "warning", f"none ({why}): small models only, on {cores} CPU cores"),
-            Check("dtype", "ok", "float32: 16-bit products are slow or missing on CPUs"),
+            Check("dtype", "ok", "float32: 16-bit matrix products are slow or missing on CPUs"),
         ]
     checks = []
     for index in range(torch.cuda.device_count()):
@@ -107,7 +107,7 @@ def check_device() -> list[Check]:
 
 
 def check_bitsandbytes() -> list[Check]:
-    """Quantises a matrix to NF4 and back on the device that a run would use."""
+    """Quantizes a matrix to NF4 and dequantizes it on the device that a run would use."""
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -123,13 +123,15 @@ def check_bitsandbytes() -> list[Check]:
             Check("nf4", "fail", f"wrong on {device.type}: mean error {error:.3f} of normal weights, expected 0.07")
         ]
     return [
-        Check("nf4", "ok", f"quantises and dequantises on {device.type} (mean error {error:.3f} of normal weights)")
+        Check("nf4", "ok", f"quantizes and dequantizes on {device.type} (mean error {error:.3f} of normal weights)")
     ]
 
 
 def check_ranking_step() -> list[Check]:
-    """Scores a short and a long row with the built-in model in 4 bits, trains an adapter on them and generates, on the
-    device and in the precision that a run would use: the kernels of a ranking stage, at the size of a toy."""
+    """Runs the kernels of a ranking stage on a tiny model, on the device and in the precision that a run would use.
+
+    Scores a short and a long row with the built-in model in 4 bits, computes gradients of an adapter, and generates.
+    """
     import torch
     from peft import LoraConfig
     from transformers.utils import logging
@@ -150,7 +152,7 @@ def check_ranking_step() -> list[Check]:
     model.enable_input_require_grads()
     checkpoint_activations(model, True, use_reentrant=False)
     difference, draw = 0.0, torch.Generator().manual_seed(0)
-    for length in (8, LONG_ROW // 4):  # of the prompt and of three responses
+    for length in (8, LONG_ROW // 4):  # length of the prompt and of each response
         prompt, *responses = torch.randint(10, 1000, (4, length), generator=draw).tolist()
         row = {"prompt_ids": prompt, "completions_ids": responses, "completion_skips": [0] * 3, "ranks": [0, 1, 2]}
         batch = RankedCollator(0)([row]).to(device)
@@ -167,7 +169,7 @@ def check_ranking_step() -> list[Check]:
 
 
 def check_disk() -> list[Check]:
-    """Room for runs in the current directory, and for models in the Hub cache."""
+    """Free disk space in the current folder, for runs, and in the Hub cache, for models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     checks = []
@@ -189,7 +191,7 @@ def check_disk() -> list[Check]:
 
 
 def check_hub(timeout: float = 3.0) -> list[Check]:
-    """Whether the Hub answers. Being offline is no failure: local and cached models work."""
+    """Whether the Hub can be reached. Being offline is only a warning: local and cached models work."""
     from huggingface_hub import get_token
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 

@@ -15,7 +15,9 @@ def combine(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     rank: Annotated[
         int | None,
-        typer.Option("--rank", min=1, help="Compress to this rank.", show_default="exact: the ranks add up"),
+        typer.Option(
+            "--rank", min=1, help="Compress to this rank.", show_default="the sum of the ranks, which is exact"
+        ),
     ] = None,
     upto: Annotated[
         str | None, typer.Option("--upto", help="Combine the stack up to this stage.", show_default="all")
@@ -24,7 +26,7 @@ def combine(
     prompts: Prompts = None,
     check: Check = True,
 ) -> None:
-    """Write a stack of adapters as one, which plain PEFT loads on the base."""
+    """Concatenate a stack of adapters into one adapter, which plain PEFT loads on the base model."""
     from tuna_peft.cli.divergence import comparison_prompts, print_divergence
     from tuna_peft.export.combine import COMPRESSION, combine_stack
     from tuna_peft.models.stack.find import find_stack

@@ -13,19 +13,24 @@ if TYPE_CHECKING:
 
 def compare(
     first: Annotated[
-        str, typer.Argument(metavar="RUN[@STAGE]", help="A folder with results; of the last stage, or STAGE.")
+        str, typer.Argument(metavar="RUN[@STAGE]", help="A run or an evaluation; its last stage, or STAGE.")
     ],
-    second: Annotated[str, typer.Argument(metavar="RUN[@STAGE]", help="What is compared with it.")],
+    second: Annotated[
+        str, typer.Argument(metavar="RUN[@STAGE]", help="The run or evaluation to compare with the first.")
+    ],
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", "-t", help="Only this task. Repeatable.", show_default="all"),
+        typer.Option("--task", "-t", help="Compare only this task. Repeatable.", show_default="all"),
     ] = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="How many wins and losses to print.")] = 3,
+    show: Annotated[int, typer.Option("--show", min=0, help="Number of wins and of losses to print.")] = 3,
     json: Annotated[
-        Path | None, typer.Option("--json", help="Write everything, all wins and losses included.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--json", help="Write all results to this JSON file, with all wins and losses.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Compare two evaluations prompt by prompt: paired difference, wins and losses with both texts."""  # fmt: skip
+    """Compare two evaluations prompt by prompt: paired difference, wins and losses with both responses."""
     import dataclasses
 
     from rich.console import Console

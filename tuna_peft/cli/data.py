@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
     from tuna_peft.recipe.schema import BaseSettings
 
-app = typer.Typer(help="Look at data as training would see it, and convert it.", no_args_is_help=True)
+app = typer.Typer(help="Show data as training uses it, and convert it.", no_args_is_help=True)
 
 
 @app.command("inspect")
 def inspect(
     target: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe (file or shipped name), or data.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Prompts to show.")] = 3,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of prompts to show.")] = 3,
     stage: Annotated[
-        str | None, typer.Option("--stage", help="Of a recipe: only this stage.", show_default="all")
+        str | None, typer.Option("--stage", help="For a recipe: show only this stage.", show_default="all")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Hub id or path.", show_default="of a recipe: its base's")
+        str | None,
+        typer.Option("--tokenizer", help="Hub id or path.", show_default="for a recipe: that of its base model"),
     ] = None,
     format: Format = "auto",
     column: Column = None,
@@ -34,7 +35,7 @@ def inspect(
     template: Template = "alpaca",
     skip_bad_rows: SkipBad = False,
 ) -> None:
-    """Show prompts with every candidate in rank order: score, length, and which tokens carry loss."""
+    """Show prompts with their responses in rank order: score, length, and which tokens have a loss."""
     from rich.console import Console
 
     from tuna_peft.data.inspect import inspect_file, inspect_prompts
@@ -42,7 +43,7 @@ def inspect(
     console = Console()
     if not _is_recipe(target):
         if stage is not None:
-            raise UserError("--stage goes with a recipe, this is data", where=target)
+            raise UserError("--stage needs a recipe; this is data", where=target)
         source, prompt = data_source(target, format, column, split, template, skip_bad_rows)
         console.print(inspect_file(source, prompt, load_tokenizer(tokenizer), n))
         return
@@ -77,7 +78,7 @@ def inspect(
 @app.command("convert")
 def convert_file(
     file: Annotated[str, typer.Argument(help="Data in any format that can be read.")],
-    out: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file to write.")],
+    out: Annotated[Path, typer.Argument(help="The .jsonl or .parquet file to write.")],
     format: Format = "auto",
     column: Column = None,
     split: Split = "train",
@@ -100,7 +101,7 @@ def _is_recipe(target: str) -> bool:
 
 
 def load_tokenizer(name: str | None, base: BaseSettings | None = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of that name, None for none; UserError if it cannot be loaded."""
+    """The tokenizer with this name, or None without a name; UserError if it cannot be loaded."""
     if name is None:
         return None
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""`tuna-peft divergence`, and what `combine` and `merge` say of their distance from the stack."""
+"""`tuna-peft divergence`: the KL divergence of exports from their stack. `combine` and `merge` print it, too."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ PROMPTS = 16
 
 def divergence(
     stack: Stack,
-    exports: Annotated[list[Path], typer.Argument(help="Folders that `combine` and `merge` wrote.")],
+    exports: Annotated[list[Path], typer.Argument(help="Folders written by combine or merge.")],
     upto: Annotated[
-        str | None, typer.Option("--upto", help="Of what stage on they were made.", show_default="all")
+        str | None,
+        typer.Option("--upto", help="Compare exports made from the stack up to this stage.", show_default="all"),
     ] = None,
     base_model: BasePath = None,
     prompts: Prompts = None,
 ) -> None:
-    """Measure how far combined adapters and merged models are from the live stack, one loaded after the other."""
+    """Measure the KL divergence of combined adapters and merged models from their stack (unmerged adapters)."""
     from tuna_peft.models.stack.find import find_stack
 
     source = find_stack(stack)
@@ -35,7 +36,7 @@ def divergence(
 
 
 def comparison_prompts(stack: Path, data: str | None, base_model: str | None) -> list[list[int]]:
-    """Token ids of some prompts of `data`; without data, those that the run around the stack measured on, or none.
+    """Token ids of some prompts of `data`; without data, the prompts that the stack's run measured on, or none.
 
     Raises:
         UserError: The data cannot be read, or the base has no tokenizer.
@@ -61,7 +62,7 @@ def comparison_prompts(stack: Path, data: str | None, base_model: str | None) ->
 def print_divergence(
     stack: Path, exports: list[Path], prompts: list[list[int]], *, upto: str | None, base_model: str | None
 ) -> None:
-    """Loads stack and exports, one after the other, and prints how far each is from the stack."""
+    """Loads the stack and the exports, one after the other, and prints how far each export is from the stack."""
     from transformers.utils import logging
 
     from tuna_peft.export.check import check_exports
@@ -72,21 +73,21 @@ def print_divergence(
 
 
 def print_routes(routes: Iterable[ExportOption]) -> None:
-    """Prints a table of all routes, once the last one is measured."""
+    """Prints a table of all export options when the last one is measured."""
     from rich.console import Console
     from rich.table import Table
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    table = Table("route", title="Distance from the live stack")
-    for heading in ("MB", "KL, mean", "KL, largest", "same next token"):
+    table = Table("export", title="KL divergence from the stack")
+    for heading in ("MB", "KL, mean", "KL, largest", "top-1 agreement"):
         table.add_column(heading, justify="right")
     tokens = 0
     for route in routes:
         typer.echo(f"measured {route.name}", err=True)
         size = "-" if route.nbytes is None else f"{route.nbytes / 1e6:,.1f}"
         if (measured := route.divergence) is None:
-            table.add_row(route.name, size, f"closed: {route.reason}")
+            table.add_row(route.name, size, f"not possible: {route.reason}")
             continue
         tokens = measured.tokens
         agreement = f"{measured.top1_agreement:.2%}"

@@ -10,7 +10,7 @@ _SIGNS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "fail": ("✗", "r
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
-    """Check versions, GPU, dtypes, 4-bit arithmetic, disk and Hub; exit code 1 when a run could not work."""
+    """Check versions, GPU, dtypes, 4-bit quantization, disk and Hub. Exit code 1 if a run could not work."""
     from tuna_peft.cli.checks import run_checks
 
     checks = []

@@ -16,7 +16,7 @@ def evaluate(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="key=value below the recipe's `evaluation`, for example tasks.superni.shots=[0].", show_default=False
+            help="key=value of the recipe's `evaluation`, for example tasks.superni.shots=[0].", show_default=False
         ),
     ] = None,
     task: Annotated[
@@ -26,28 +26,32 @@ def evaluate(
             "-t",
             metavar="NAME[=PATH]",
             show_default="those of the run's recipe",
-            help="ranking, graded, superni, lmentry, vicuna, lm-eval; with the path of its data. Repeatable.",
+            help="ranking, graded, superni, lmentry, vicuna or lm-eval, with the path of its data. Repeatable.",
         ),
     ] = None,
     stage: Annotated[
         list[str] | None,
         typer.Option(
-            "--stage", help="Of a stack: this stage (or base) only. Repeatable.", show_default="base and every stage"
+            "--stage",
+            help="For a stack: evaluate only this stage, or base. Repeatable.",
+            show_default="base and every stage",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="For the results.", show_default="the run, or runs/evaluation-MODEL"),
+        typer.Option(
+            "--output", "-o", help="Folder for the results.", show_default="the run, or runs/evaluation-MODEL"
+        ),
     ] = None,
     template: OtherTemplate = None,
     base_model: StackBase = None,
     quantization: Quantization = "none",
     device: Device = "auto",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
 ) -> None:
-    """Measure a model, or every stage of a run, on benchmarks; again: only what is missing."""  # fmt: skip
+    """Evaluate a model, or every stage of a run, on benchmarks. Existing results are kept."""
     import logging
 
     from rich.console import Console
@@ -79,11 +83,11 @@ def evaluate(
     console.print(results_tables(results, console.width), crop=False)
     typer.echo(f"Every prompt's score: {folder}/evaluation/")
     write_report(folder)
-    typer.echo(f"Look at it: {folder}/report.html")
+    typer.echo(f"Report: {folder}/report.html")
 
 
 def _settings(recorded: dict[str, Any], tasks: list[str], overrides: list[str]) -> dict[str, Any]:
-    """A run's settings, with the tasks that are asked for (and only those) and the overrides laid over them."""
+    """A run's settings, restricted to the tasks that were named, with the overrides applied."""
     from tuna_peft.errors import UserError, did_you_mean
     from tuna_peft.recipe.document import Document
     from tuna_peft.recipe.evaluation_schema import TaskSettings

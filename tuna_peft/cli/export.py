@@ -21,7 +21,7 @@ def gguf(
         str,
         typer.Argument(
             metavar="RUN|MODEL|STACK|ADAPTER",
-            help="A merged model or a base; or a stack or adapter, for a GGUF adapter.",
+            help="A merged model or a base model; a stack or an adapter becomes a GGUF adapter.",
         ),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -31,19 +31,25 @@ def gguf(
             "--type", "-t", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; may be repeated.", show_default="q8_0"
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the file.", show_default="that of the source")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the file.", show_default="name of the source")
+    ] = None,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a run: its stack as a GGUF adapter, not its merged model.")
+        bool, typer.Option("--adapter", help="For a run: export its stack as a GGUF adapter, not its merged model.")
     ] = False,
     upto: Annotated[
-        str | None, typer.Option("--upto", help="Of a stack: with the stages up to this one.", show_default="all")
+        str | None, typer.Option("--upto", help="For a stack: use the stages up to this one.", show_default="all")
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option("--base-model", help="Of an adapter: where its base is now.", show_default="as recorded"),
+        typer.Option(
+            "--base-model",
+            help="For an adapter: path or Hub id of its base model, if it has moved.",
+            show_default="as recorded",
+        ),
     ] = None,
 ) -> None:
-    """Write GGUF files for llama.cpp, Ollama and LM Studio, with a Modelfile that has the prompt of training."""
+    """Write GGUF files for llama.cpp, Ollama and LM Studio, and a Modelfile with the prompt template of training."""
     from tuna_peft.errors import UserError
     from tuna_peft.export.gguf import require_gguf
     from tuna_peft.models.stack.manifest import MANIFEST
@@ -71,10 +77,12 @@ def gguf(
     else:
         for option, value in (("--upto", upto), ("--base-model", base_model), ("--adapter", adapter or None)):
             if value is not None:
-                raise UserError(f"{option} goes with a stack; this is a single model", where=source)
+                raise UserError(f"{option} needs a stack; this is a single model", where=source)
         report = export_gguf(folder, out, types=types or ("q8_0",), name=name)
     for file, size in report.files.items():
         typer.echo(f"wrote {report.path / file}: {size / 2**20:,.1f} MiB")
         if kept := report.kept_in_f16[file]:
-            typer.echo(f"  {len(kept)} tensors in f16, their rows are no multiple of 32: {kept[0]} ...")
+            typer.echo(
+                f"  {len(kept)} tensors in f16, because their row length is not a multiple of 32: {kept[0]} ..."
+            )
     typer.echo(f"{report.seconds:.1f} s; with Ollama: ollama create NAME -f {report.path / 'Modelfile'}")

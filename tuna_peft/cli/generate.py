@@ -17,9 +17,11 @@ def generate(
         str | None, typer.Argument(help="The instruction.", show_default="each line of standard input")
     ] = None,
     input: Annotated[
-        str | None, typer.Option("--input", help="The input that goes with it.", show_default=False)
+        str | None, typer.Option("--input", help="The input of the instruction.", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest response.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Maximum length of a response, in tokens.")
+    ] = 128,
     upto: Upto = None,
     template: OtherTemplate = None,
     base_model: StackBase = None,
@@ -49,7 +51,7 @@ def _instructions(prompt: str | None) -> Iterator[str]:
         yield prompt
         return
     if sys.stdin.isatty():
-        typer.echo("One instruction a line; Ctrl-D ends.", err=True)
+        typer.echo("One instruction per line; Ctrl-D ends.", err=True)
     for line in sys.stdin:
         if line.strip():
             yield line.strip()

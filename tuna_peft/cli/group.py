@@ -1,4 +1,4 @@
-"""Turns what a command raises into a message and an exit code."""
+"""Turns the errors of commands into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typer.core import TyperGroup
 
 from tuna_peft.errors import UserError
 
-# What the parser raises. Newer typer releases bundle click, older ones depend on it: this is the class in both.
+# The base class of the parser's errors. Newer typer releases bundle click, older ones depend on it; this works with
+# both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 # Options that had another name in the commands `score` and `judge`.
@@ -29,7 +30,7 @@ _RENAMED = {
 class ErrorReportingGroup(TyperGroup):
     """The top-level group. Exit codes: 2 for the user's mistakes, 130 after Ctrl-C, 1 for everything else.
 
-    `--debug`, wherever it stands, shows the traceback too.
+    `--debug`, before or after the command, also shows the traceback.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -41,9 +42,9 @@ class ErrorReportingGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         debug = bool(ctx.params.get("debug"))
         if not debug:
-            # On import it reports at length that an optional faster CPU kernel is not installed.
+            # On import it prints a long warning that an optional, faster CPU kernel is not installed.
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-            # Of libraries about each other's coming releases: nothing that a user can act on.
+            # Libraries warn about each other's future releases; a user cannot do anything about that.
             warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             return super().invoke(ctx)
@@ -57,7 +58,7 @@ class ErrorReportingGroup(TyperGroup):
             raise
         except KeyboardInterrupt as interrupt:
             again = (
-                " Run the same command again to go on."
+                " Run the same command again to resume."
                 if ctx.invoked_subcommand in ("run", "evaluate", "merge", "sample", "score", "judge")
                 else ""
             )
@@ -94,13 +95,13 @@ def describe_error(error: Exception) -> tuple[str, int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory was full; asks no torch that is not loaded."""
+    """Whether the GPU ran out of memory. Does not import torch: without it there is no such error."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether `error`, or what led to it, is a full disk. Rust's writers (safetensors, Arrow) say so in words only."""
+    """Whether `error`, or one of its causes, is a full disk. safetensors and Arrow only say so in their text."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -20,7 +20,7 @@ from tuna_peft.cli.options import (
     require_jsonl,
 )
 from tuna_peft.cli.settings_options import SettingsCommand
-from tuna_peft.cli.spending import agree_to
+from tuna_peft.cli.spending import confirm_spending
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,18 +85,18 @@ def _judge(
     from tuna_peft.journal import Journal
 
     if out is None:
-        raise UserError("where should the ranked responses go?", where="OUT", fix="Name a .jsonl file to write.")
+        raise UserError("the output file is missing", where="OUT", fix="Name a .jsonl file to write.")
     require_jsonl(out)
     rows, read = load_candidates(source, prompt)
     with Journal(journal_path or out.with_suffix(".journal.jsonl")) as journal:
         judging = Judging(rows, settings, journal, **options)
         if settings.function is None:
-            agree_to(judging.estimate(), settings.server, yes)
+            confirm_spending(judging.estimate(), settings.server, yes)
         records, report = judging.records()
     write_jsonl(out, records)
     typer.echo(f"wrote {out}: {report.ranked:,} of {read.read:,} prompts ranked")
     for reason, count in {**read.skipped, **report.left_out}.items():
-        typer.echo(f"  left out: {count:,} ({reason})")
+        typer.echo(f"  skipped: {count:,} ({reason})")
     _print_answers(report)
 
 
@@ -109,17 +109,17 @@ def _validate(
     yes: bool,
     options: dict[str, Any],
 ) -> None:
-    from tuna_peft.feedback.agreement import Validation, read_people
+    from tuna_peft.feedback.agreement import Validation, read_annotated_rows
     from tuna_peft.files import write_json
     from tuna_peft.journal import Journal
 
     if out is not None and out.suffix != ".json":
-        raise UserError("a report is written as JSON", where=str(out), fix="End it in .json.")
-    people = read_people(source, prompt)
+        raise UserError("a report is written as JSON", where=str(out), fix="Let its name end in .json.")
+    rows = read_annotated_rows(source, prompt)
     with Journal(journal_path or Path(out or "validation").with_suffix(".journal.jsonl")) as journal:
-        validation = Validation(people, settings, journal, **options)
+        validation = Validation(rows, settings, journal, **options)
         if settings.function is None:
-            agree_to(validation.judging.estimate(), settings.server, yes)
+            confirm_spending(validation.judging.estimate(), settings.server, yes)
         agreement, report = validation.measure(source.path)
     for line in agreement.lines():
         typer.echo(line)
@@ -130,15 +130,15 @@ def _validate(
 
 
 def _print_answers(report: JudgeReport) -> None:
-    asked = f"answers: {report.asked:,} asked for, {report.found:,} known before"
+    asked = f"answers: {report.asked:,} new, {report.found:,} from the journal"
     if report.tokens_in:
-        asked += f"; in all {report.tokens_in:,} tokens in, {report.tokens_out:,} out"
+        asked += f"; in total {report.tokens_in:,} tokens in, {report.tokens_out:,} out"
     if report.cost:
         asked += f", cost {report.cost:,.4f}"
     typer.echo(f"  {asked}")
     extra: dict[str, Any] = {
-        "pairs whose better response depends on the order of showing": (report.pairs_reversed, report.pairs),
-        "prompts in which the judge's own response is best": (
+        "pairs whose better response depends on the order shown": (report.pairs_reversed, report.pairs),
+        "prompts in which the judge ranks its own response first": (
             report.own_best,
             report.own_best + report.own_not_best,
         ),

@@ -14,10 +14,10 @@ def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | N
         config: A file that `accelerate config` or a user wrote, or the name of one in `recipes/accelerate`.
 
     Returns:
-        Its exit code.
+        The exit code of that command.
 
     Raises:
-        UserError: There is no such file, or it asks for DeepSpeed in vain.
+        UserError: There is no such file, or it requests an unsupported DeepSpeed setup.
     """
     from tuna_peft.recipe.load import load_recipe
     from tuna_peft.recipe.shipped import find_accelerate_config
@@ -25,7 +25,7 @@ def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | N
 
     file = find_accelerate_config(config)
     require_supported(file)
-    load_recipe(recipe, overrides)  # a mistake is said once, and not by every process
+    load_recipe(recipe, overrides)  # so that one process reports a mistake, not all of them
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     command += ["-m", "tuna_peft", "run", recipe, *overrides]
     command += ["--output", str(output)] if output else []
@@ -35,4 +35,4 @@ def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | N
         try:
             return process.wait()
         except KeyboardInterrupt:
-            continue  # the processes had it too: they finish their step, save, and end
+            continue  # the processes received Ctrl-C, too: they finish their step, save and end

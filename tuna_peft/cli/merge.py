@@ -16,7 +16,10 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32, or nf4.")] = "bfloat16",
     base: Annotated[
-        str, typer.Option("--base", help="Add to the dequantized weights of training, or to the original ones.")
+        str,
+        typer.Option(
+            "--base", help="Merge into the base model as in training (dequantized) or as published (original)."
+        ),
     ] = "dequantized",
     upto: Annotated[
         str | None, typer.Option("--upto", help="Merge the stack up to this stage.", show_default="all")
@@ -25,10 +28,13 @@ def merge(
     prompts: Prompts = None,
     check: Check = True,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also write and measure every other route, keep none, print a table.")
+        bool,
+        typer.Option(
+            "--compare", help="Also measure all other export options, and print a table. They are deleted again."
+        ),
     ] = False,
 ) -> None:
-    """Merge a stack of adapters into its base: one model, dequantised once and rounded once."""
+    """Merge a stack of adapters into its base model. The base is dequantized once and rounded once."""
     from tuna_peft.cli.divergence import comparison_prompts, print_divergence, print_routes
     from tuna_peft.export.compare_exports import compare_exports
     from tuna_peft.export.merge import merge_stack
@@ -45,7 +51,7 @@ def merge(
     )
     if report.requantisation_error:
         typer.echo(
-            "quantising again changed the weights of a module by {mean:.1%} on average, {max:.1%} at most "
+            "quantizing again changed the weights of a module by {mean:.1%} on average, {max:.1%} at most "
             "(Frobenius norm)".format(**report.requantisation_error)
         )
     if compare:

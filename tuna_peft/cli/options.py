@@ -1,4 +1,4 @@
-"""What several commands make of their options."""
+"""Options that several commands share, and how they become settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# Where data is and how to read it.
+# How to read data.
 Format = Annotated[
     str,
     typer.Option(
@@ -29,12 +29,15 @@ Column = Annotated[
     list[str] | None,
     typer.Option(
         "--column",
-        help="part=path, again for each part: --column completions=responses[].text; completions=a,b: two columns",
+        help="part=path, once for each part: --column completions=responses[].text. Two columns: completions=a,b.",
         show_default=False,
         rich_help_panel="Data",
     ),
 ]
-Split = Annotated[str, typer.Option("--split", help="Split, with slices: train[:500].", rich_help_panel="Data")]
+Split = Annotated[
+    str,
+    typer.Option("--split", help="Name of the split, with an optional slice: train[:500].", rich_help_panel="Data"),
+]
 Template = Annotated[
     str,
     typer.Option(
@@ -47,49 +50,67 @@ SkipBad = Annotated[
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")]
 
-# A model to answer, and how it is loaded.
+# Which model, and how to load it.
 AnyModel = Annotated[
-    str, typer.Argument(metavar="MODEL|RUN|STACK", help="A run's folder, a stack, a merged model, a Hub id, builtin:.")
+    str,
+    typer.Argument(
+        metavar="MODEL|RUN|STACK", help="A run's folder, a stack, a merged model, a Hub id, or builtin:pico-llama."
+    ),
 ]
 Upto = Annotated[
-    str | None, typer.Option("--upto", help="Of a stack: with the stages up to this one.", show_default="all")
+    str | None, typer.Option("--upto", help="For a stack: use the stages up to this one.", show_default="all")
 ]
 StackBase = Annotated[
-    str | None, typer.Option("--base-model", help="Of a stack: where its base is now.", show_default="as recorded")
+    str | None,
+    typer.Option(
+        "--base-model",
+        help="For a stack: path or Hub id of its base model, if it has moved.",
+        show_default="as recorded",
+    ),
 ]
 Quantization = Annotated[
-    str, typer.Option("--quantization", help="Of a single model: nf4, fp4, int8 or none; a stack keeps its own.")
+    str, typer.Option("--quantization", help="For a single model: nf4, fp4, int8 or none; a stack keeps its own.")
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
+Device = Annotated[
+    str, typer.Option("--device", help="Where a model on this machine runs: auto, cpu, cuda, cuda:1 ...")
+]
 OtherTemplate = Annotated[
-    str | None, typer.Option("--template", help="alpaca, chat, none, or a text.", show_default="that of training")
+    str | None,
+    typer.Option(
+        "--template",
+        help="alpaca, chat, none, or a text with {instruction} and {input}.",
+        show_default="as in training",
+    ),
 ]
 
-# A stack, and what its exports are measured on.
+# A stack, and how to measure its exports.
 Stack = Annotated[
     str, typer.Argument(metavar="STACK|RUN", help="A folder with stack.json, a run's folder, or a Hub id.")
 ]
 BasePath = Annotated[
-    str | None, typer.Option("--base-model", help="Where the base is now.", show_default="as recorded")
+    str | None,
+    typer.Option(
+        "--base-model", help="Path or Hub id of the base model, if it has moved.", show_default="as recorded"
+    ),
 ]
 Prompts = Annotated[
     str | None,
     typer.Option(
         "--prompts",
-        help="Data: measure on 16 of its prompts how far the export is from the stack.",
-        show_default="of a run: the run's own",
+        help="Dataset to measure on (16 prompts): how far is the export from the stack?",
+        show_default="for a run: prompts of the run",
     ),
 ]
 Check = Annotated[
-    bool, typer.Option("--check/--no-check", help="Where there are prompts: load stack and export and measure.")
+    bool, typer.Option("--check/--no-check", help="Measure the export on the prompts, if there are any.")
 ]
 
 
 def from_options(model: type[Model], values: dict[str, Any]) -> Model:
-    """A section of a recipe, made of command-line options.
+    """Validates the values of options as a section of a recipe.
 
     Raises:
-        UserError: The first value that is wrong, and what was expected.
+        UserError: A value is wrong; names the first one and what is expected.
     """
     try:
         return model.model_validate(values)
@@ -102,7 +123,7 @@ def from_options(model: type[Model], values: dict[str, Any]) -> Model:
 def data_source(
     path: str, format: str, columns: list[str] | None, split: str, template: str, skip_bad_rows: bool
 ) -> tuple[DataSource, PromptConfig]:
-    """The data and the prompt template that the options above describe; UserError for what does not fit."""
+    """The data and the prompt template that the options describe; UserError for wrong values."""
     from tuna_peft.data.config import DataSource, PromptConfig
 
     source: dict[str, Any] = {
@@ -124,14 +145,14 @@ def _pairs(columns: list[str]) -> dict[str, str | list[str]]:
             raise UserError(
                 "expected part=path", where=f"--column {text}", fix="For example: completions=responses[].text"
             )
-        several = part in ("completions", "scores", "ranks") and "," in path  # a column for each
+        several = part in ("completions", "scores", "ranks") and "," in path  # one column for each response
         pairs[part] = path.split(",") if several else path
     return pairs
 
 
 def require_jsonl(out: Path) -> None:
-    """UserError for an output file of another kind."""
+    """UserError for an output file that does not end in .jsonl."""
     if out.suffix != ".jsonl":
         raise UserError(
-            f"cannot write {out.suffix or 'a file without ending'}", where=str(out), fix="End it in .jsonl."
+            f"cannot write {out.suffix or 'a file without ending'}", where=str(out), fix="Let its name end in .jsonl."
         )

@@ -16,14 +16,14 @@ def plan(
     gpu: Annotated[
         str | None,
         typer.Option(
-            "--gpu", help='For example "RTX 3060 12GB"; `all` for every known card.', show_default="this machine's"
+            "--gpu", help='For example "RTX 3060 12GB"; `all` for every known GPU.', show_default="this machine's"
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Say what a run would take, without its weights: memory by part and phase, tokens, hours, disk.
+    """Estimate memory, tokens, hours and disk of a run, without loading weights.
 
-    Exit code 1 when it does not fit; then it says what to change, the cheapest change first.
+    If the run does not fit, prints what to change, the cheapest change first, and ends with exit code 1.
     """
     from rich.console import Console
 
@@ -33,9 +33,9 @@ def plan(
     from tuna_peft.planning.spec import Device
     from tuna_peft.recipe.load import load_recipe
 
-    cards = GPUS if gpu == "all" else [find_gpu(gpu)] if gpu else []
+    gpus = GPUS if gpu == "all" else [find_gpu(gpu)] if gpu else []
     loaded = load_recipe(recipe, overrides or [], missing=True)
-    devices = [Device.of(card) for card in cards] or [this_device(loaded.base.device)]
+    devices = [Device.of(one) for one in gpus] or [this_device(loaded.base.device)]
     plans, source = plan_recipe(loaded, devices)
     if as_json:
         import json
@@ -43,7 +43,7 @@ def plan(
         dicts = [plan_output.as_dict(made, source) for made in plans]
         typer.echo(json.dumps(dicts[0] if len(dicts) == 1 else dicts, indent=2))
     else:
-        shown = plan_output.describe(plans[0], source) if len(plans) == 1 else plan_output.over_cards(plans)
+        shown = plan_output.describe(plans[0], source) if len(plans) == 1 else plan_output.gpu_table(plans)
         Console(soft_wrap=True).print(shown)
     if not any(made.fits for made in plans):
         raise typer.Exit(1)

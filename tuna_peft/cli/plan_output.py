@@ -1,4 +1,4 @@
-"""A plan in words, as a table over cards, and as JSON."""
+"""Prints a plan: as text, as a table of GPUs, and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tuna_peft.planning.plan import Plan
 
 
 def describe(plan: Plan, source: str) -> RenderableType:
-    """Phases with peak and time, what the largest is made of, main memory and disk, and what to change."""
+    """Phases with peak and time, the parts of the largest phase, main memory and disk, and what to change."""
     run, device = plan.run, plan.device
     lines: list[RenderableType] = [
         Text(f"{run.model} on {device.name} ({gib(device.memory)}); sizes from {source}", style="bold"),
@@ -32,12 +32,14 @@ def describe(plan: Plan, source: str) -> RenderableType:
             lines += [Text(f"  {gib(size):>11}  {name}") for name, size in parts.items()]
     lines += [Text(f"not planned: {words}", style="yellow") for words in run.unplanned]
     if plan.hours is not None:
-        lines.append(Text(f"hours: every answer as long as it may be, drawn once; {TRAINING.source}", style="dim"))
+        lines.append(
+            Text(f"hours: every response has the maximum length and is sampled once; {TRAINING.source}", style="dim")
+        )
     return Group(*lines, *_verdict(plan))
 
 
-def over_cards(plans: Sequence[Plan]) -> RenderableType:
-    """One line for each card."""
+def gpu_table(plans: Sequence[Plan]) -> RenderableType:
+    """One line for each GPU."""
     table = Table("GPU", title=f"{plans[0].run.model}")
     for heading in ("memory GiB", "needed GiB", "peak GiB", "fits", "hours"):
         table.add_column(heading, justify="right")
@@ -104,7 +106,7 @@ def hours_text(hours: float | None) -> str:
 
 
 def _sources(plan: Plan) -> dict[str, str]:
-    """Where lengths come from, by stage and task."""
+    """The source of the lengths of texts, by stage and task."""
     tasks = plan.run.evaluation.tasks if plan.run.evaluation else {}
     found = {stage.name: stage.workload.source for stage in plan.run.stages}
     return found | {f"evaluation.{name}": task.workload.source for name, task in tasks.items()}
@@ -137,19 +139,19 @@ def _verdict(plan: Plan) -> list[RenderableType]:
     device = plan.device
     if plan.fits:
         room = device.memory - plan.needed
-        return [Text(f"It fits: {gib(plan.needed)} are needed, {gib(room)} are to spare.", style="bold green")]
+        return [Text(f"It fits: {gib(plan.needed)} needed, {gib(room)} to spare.", style="bold green")]
     lines: list[RenderableType] = [
         Text(f"It does not fit: {gib(plan.needed)} needed of {gib(device.memory)}.", style="bold red")
     ]
     changes = advise(plan)
     if changes:
-        title = "What to change, the cheapest first; each with those before it:"
-        lines.append(Text(title if changes[-1].fits else "Changes that save memory, and are not enough together:"))
+        title = "What to change, the cheapest first; each change includes those before it:"
+        lines.append(Text(title if changes[-1].fits else "Changes that save memory, but are not enough together:"))
     for change in changes:
         lines.append(Text(f"  {gib(change.peak)}  {change.cost}", style="green" if change.fits else ""))
         lines += [Text(f"               {override}", no_wrap=True) for override in change.overrides]
     if not (changes and changes[-1].fits):
-        card = smallest_gpu(plan.run)
-        larger = f"Unchanged it fits on: {card}." if card else "No single card of the table holds it."
-        lines.append(Text(f"Take a smaller model. {larger}"))
+        gpu = smallest_gpu(plan.run)
+        larger = f"Unchanged, it fits on: {gpu}." if gpu else "It fits on no single GPU of the table."
+        lines.append(Text(f"Use a smaller model. {larger}"))
     return lines

@@ -10,31 +10,38 @@ import typer
 
 def push(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN|STACK|MODEL", help="A run, a stack, or what `merge` or `export gguf` wrote.")
+        Path,
+        typer.Argument(metavar="RUN|STACK|MODEL", help="A run, a stack, or a folder written by merge or export gguf."),
     ],
     repo: Annotated[str, typer.Argument(help="NAME or ORGANISATION/NAME on the Hub; created if it does not exist.")],
     what: Annotated[
-        str | None, typer.Option("--what", help="Of a run: adapters, merged or gguf.", show_default="adapters")
+        str | None,
+        typer.Option("--what", help="For a run, what to publish: adapters, merged or gguf.", show_default="adapters"),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="A branch, created if it does not exist.", show_default="main")
+        str | None,
+        typer.Option("--revision", help="Branch to commit to; created if it does not exist.", show_default="main"),
     ] = None,
     pull_request: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
     base_id: Annotated[
         str | None,
-        typer.Option(
-            "--base-id", help="What the base is called on the Hub, if it was a local copy.", show_default=False
-        ),
+        typer.Option("--base-id", help="Hub id of the base model, if training used a local copy.", show_default=False),
     ] = None,
     license: Annotated[
-        str | None, typer.Option("--license", help="Identifier, for the card.", show_default="the base's, if known")
+        str | None,
+        typer.Option(
+            "--license", help="License identifier for the model card.", show_default="the base model's, if known"
+        ),
     ] = None,
     data_license: Annotated[
-        str | None, typer.Option("--data-license", help="Of the training data, for the card.", show_default=False)
+        str | None,
+        typer.Option("--data-license", help="License of the training data, for the model card.", show_default=False),
     ] = None,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and their sizes; send nothing.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message.", show_default=False)] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files and their sizes; upload nothing.")
+    ] = False,
 ) -> None:
     """Publish adapters, a merged model or GGUF files on the Hugging Face Hub; private by default."""
     from tuna_peft.errors import UserError
@@ -53,6 +60,6 @@ def push(
     total = sum(report.files.values()) / 2**20
     where = f"{'public' if public else 'private'} {report.repo_id}"
     if dry_run:
-        typer.echo(f"{len(report.files)} files, {total:,.1f} MiB, would go to {where}; nothing was sent")
+        typer.echo(f"{len(report.files)} files, {total:,.1f} MiB, would be uploaded to {where}; nothing was uploaded")
     else:
         typer.echo(f"{len(report.files)} files, {total:,.1f} MiB, are at {where}: {report.url}")

@@ -16,7 +16,7 @@ _Name = Annotated[str, typer.Argument(help="Name of a shipped recipe.")]
 
 @app.command("list")
 def list_recipes() -> None:
-    """List them, with what each is for."""
+    """List the recipes, with the purpose of each."""
     from tuna_peft.recipe.shipped import shipped_recipes, summary
 
     known = shipped_recipes()
@@ -27,7 +27,7 @@ def list_recipes() -> None:
 
 @app.command("show")
 def show_recipe(name: _Name) -> None:
-    """Print one."""
+    """Print a recipe."""
     from tuna_peft.recipe.shipped import shipped_recipe
 
     typer.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
@@ -41,7 +41,7 @@ def copy_recipe(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Copy one, to change it."""
+    """Copy a recipe, to change it."""
     from tuna_peft.files import write_text
     from tuna_peft.recipe.shipped import shipped_recipe
 
@@ -51,7 +51,7 @@ def copy_recipe(
         target = target / file.name
     if target.exists() and not force:
         raise UserError(
-            "there is a file already", where=str(target), fix="Give another DEST, or --force to overwrite it."
+            "the file exists already", where=str(target), fix="Give another DEST, or --force to overwrite it."
         )
     write_text(target, file.read_text(encoding="utf-8"))
     typer.echo(f"wrote {target}")

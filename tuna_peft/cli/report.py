@@ -12,10 +12,10 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not, or of an evaluation.")],
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="Id of a prompt to show with every stage's response. May be repeated."),
+        typer.Option("--prompt", help="Id of a prompt to show with every stage's response. Repeatable."),
     ] = None,
 ) -> None:
-    """Write report.html, report.json and report.md of a run or an evaluation again, from what it has measured."""
+    """Write report.html, report.json and report.md of a run or an evaluation again, from its saved results."""
     from tuna_peft.evaluation.report.write import write_report
 
     write_report(run, prompt or [])

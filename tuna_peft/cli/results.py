@@ -10,9 +10,9 @@ from tuna_peft.evaluation.results import TITLES, Metric, TaskResult
 
 
 def results_tables(results: dict[str, dict[str, TaskResult]], width: int) -> RenderableType:
-    """One table for each task, and below it what was left out.
+    """One table for each task, and below it the prompts that were skipped.
 
-    Stages are columns where that leaves each value and its interval in one line of `width` columns, else rows.
+    Stages are columns if every value with its interval then fits into one line of `width` characters, else rows.
     """
     parts: list[RenderableType] = []
     for task in dict.fromkeys(task for of_stage in results.values() for task in of_stage):
@@ -59,7 +59,7 @@ def _left_out(by_stage: dict[str, TaskResult]) -> list[Text]:
     for stage, result in by_stage.items():
         for one in result.excluded:
             names = ", ".join(one.names[:5]) + (", ..." if one.count > 5 else "")
-            stages_by_line.setdefault(f"{one.count} left out, {one.reason}: {names}", []).append(stage)
+            stages_by_line.setdefault(f"{one.count} skipped, {one.reason}: {names}", []).append(stage)
     return [
         Text(line if len(stages) == len(by_stage) else f"{', '.join(stages)}: {line}", style="yellow")
         for line, stages in stages_by_line.items()

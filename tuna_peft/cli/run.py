@@ -18,7 +18,7 @@ def run(
         Path | None, typer.Option("--output", "-o", help="The run's folder.", show_default="runs/NAME")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe and what each stage would do; run nothing.")
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and what each stage would do; train nothing.")
     ] = False,
     launch: Annotated[
         Path | None,
@@ -27,7 +27,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Train, evaluate and export what a recipe says; on the folder of an interrupted run: go on."""
+    """Train, evaluate and export as a recipe says. An interrupted run is resumed."""
     from rich.console import Console
 
     from tuna_peft.recipe.load import load_recipe
@@ -49,5 +49,5 @@ def run(
     from tuna_peft.run.pipeline import run_recipe
 
     report = run_recipe(loaded, folder)
-    if report:  # of several processes one has it
+    if report:  # only the first of several processes has it
         Console().print(run_summary(report, folder), crop=False)

@@ -11,7 +11,7 @@ def schema(
     field: Annotated[
         str | None,
         typer.Option(
-            "--field", help="Print the help of one key only: lora.r, stages.train.margin ...", show_default=False
+            "--field", help="Print only the help of this key: lora.r, stages.train.margin ...", show_default=False
         ),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print all keys as a page of Markdown.")] = False,

@@ -20,7 +20,7 @@ from tuna_peft.cli.options import (
     require_jsonl,
 )
 from tuna_peft.cli.settings_options import SettingsCommand
-from tuna_peft.cli.spending import agree_to
+from tuna_peft.cli.spending import confirm_spending
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def score(
             from tuna_peft.feedback.teacher_server import score_with_server
 
             records, report = score_with_server(
-                rows, settings, journal, agree=lambda estimate: agree_to(estimate, settings.server, yes)
+                rows, settings, journal, agree=lambda estimate: confirm_spending(estimate, settings.server, yes)
             )
         else:
             from tuna_peft.feedback.teacher import score_with_model

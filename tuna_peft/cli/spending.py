@@ -1,4 +1,4 @@
-"""Before money is spent: what will be asked, and a yes."""
+"""Asks the user before money is spent."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ if TYPE_CHECKING:
     from tuna_peft.feedback.spending import Estimate
 
 
-def agree_to(estimate: Estimate, server: ServerSettings | None, yes: bool) -> None:
-    """Says what will be asked; where it may cost money, only goes on with a yes.
+def confirm_spending(estimate: Estimate, server: ServerSettings | None, yes: bool) -> None:
+    """Prints what will be asked. If it may cost money, asks the user to confirm.
 
     Args:
-        estimate: What is still to be asked.
-        server: None for a model that runs here.
-        yes: The user has said it already.
+        estimate: The questions without an answer.
+        server: None for a judge or teacher on this machine.
+        yes: Do not ask the user (`--yes`).
 
     Raises:
-        UserError: Nobody can be asked.
+        UserError: The user cannot be asked, because there is no terminal.
     """
     if not estimate.requests:
         return
     parts = [f"{estimate.requests:,} questions to ask ({estimate.found:,} are answered already)"]
     parts.append(f"about {estimate.tokens_in:,} tokens in, at most {estimate.tokens_out:,} out")
     if estimate.cost is not None:
-        parts.append(f"at most {estimate.cost:,.2f} in the prices' currency if each is readable at once")
+        parts.append(f"at most {estimate.cost:,.2f} in the prices' currency if every first answer can be read")
     typer.echo("; ".join(parts), err=True)
     if yes or server is None or estimate.cost == 0 or (estimate.cost is None and server.is_local):
         return
     what = "this may cost money" if estimate.cost is not None else "this may cost money (--price-in and --price-out)"
     if sys.stdin is None or not sys.stdin.isatty():
-        raise UserError(f"{what}, and nobody can be asked", where=server.base_url, fix="Say --yes.")
-    typer.confirm(f"{what}; go on?", abort=True, err=True)
+        raise UserError(
+            f"{what}, and there is no terminal to ask you", where=server.base_url, fix="Confirm with --yes."
+        )
+    typer.confirm(f"{what}; continue?", abort=True, err=True)

@@ -1,4 +1,4 @@
-"""The last thing that `run` prints: the table, and the commands to go on with."""
+"""The summary at the end of `tuna-peft run`: a table of results, and the next commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuna_peft.evaluation.report.table import stage_table
 
 
 def run_summary(report: dict[str, Any], folder: Path) -> RenderableType:
-    """The base and every stage with their held-out measures, and what a user would do next.
+    """The held-out results of the base and of every stage, and the commands that a user may want next.
 
     Args:
         report: As `run_recipe` returns it.
@@ -24,7 +24,7 @@ def run_summary(report: dict[str, Any], folder: Path) -> RenderableType:
     return Group(_table(report), Text(), *_next_commands(report, folder))
 
 
-# A value whose change against the stage before is beyond doubt.
+# Colors for significant changes from the stage before.
 _STYLES = {"better": "green", "worse": "red"}
 
 
@@ -42,14 +42,14 @@ def _table(report: dict[str, Any]) -> Table:
 
 def _next_commands(report: dict[str, Any], folder: Path) -> list[Text]:
     base = report["base"]["model"]
-    commands = [("Ask it something:", f"tuna-peft generate {shlex.quote(str(folder))} 'Your instruction'")]
+    commands = [("Ask the model:", f"tuna-peft generate {shlex.quote(str(folder))} 'Your instruction'")]
     if (folder / "merged").is_dir():
         path = json.dumps(str(folder / "merged"))
-        commands.append(("Use the merged model, plain transformers:", f"AutoModelForCausalLM.from_pretrained({path})"))
+        commands.append(("Load the merged model with transformers:", f"AutoModelForCausalLM.from_pretrained({path})"))
     if (folder / "combined").is_dir():
         path = json.dumps(str(folder / "combined"))
-        commands.append((f"Use the adapter on {base}, plain PEFT:", f"PeftModel.from_pretrained(model, {path})"))
-    commands.append(("Look at it (the same numbers: report.json):", str(folder / "report.html")))
+        commands.append((f"Load the adapter on {base} with PEFT:", f"PeftModel.from_pretrained(model, {path})"))
+    commands.append(("Report (the same numbers are in report.json):", str(folder / "report.html")))
     lines = []
     for what, command in commands:
         lines += [Text(what), Text(f"  {command}", style="bold", no_wrap=True, overflow="ignore")]

@@ -1,4 +1,7 @@
-"""How far a judge agrees with people: accuracy, Cohen's kappa, and how much the order of showing decides."""
+"""Agreement of a judge with human annotators: accuracy, Cohen's kappa and position bias.
+
+Used by `tuna-peft judge --validate`.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +28,22 @@ _PANDALM_SIGNS = {1: 1, 2: -1, 0: 0}
 
 @dataclasses.dataclass
 class Agreement:
-    """Pairs of responses, each with what people and the judge say: first, second, or tie.
+    """Agreement on pairs of responses, each of which people and the judge label: first, second or tie.
 
     Args:
-        pairs: Pairs that both decided.
-        accuracy: Share of them with the same of the three.
-        kappa: Cohen's kappa over the three: 0 is chance, 1 is full agreement.
-        decided_accuracy: The same share where neither says tie; None without such pairs.
-        majority: Accuracy of always saying what people say most often.
-        judge_ties: Share of ties in what the judge says.
-        position_bias: Share of pairs whose better response depends on which is shown first; None for a program.
-        first_shown: Where it depends, the share in which the one shown first wins; None where it never does.
-        annotators_accuracy, annotators_kappa: The same between two annotators, over all couples of them; None where
-            there is one.
-        without_majority: Pairs left out because annotators have no majority.
-        unjudged: Pairs left out because the judge could not be read.
+        pairs: Number of pairs that have both labels.
+        accuracy: Share of pairs with equal labels.
+        kappa: Cohen's kappa of the labels: 0 is chance, 1 is full agreement.
+        decided_accuracy: Accuracy on the pairs that neither label calls a tie; None without such pairs.
+        majority: Accuracy of a judge that always gives the label that people give most often.
+        judge_ties: Share of ties among the judge's labels.
+        position_bias: Share of pairs in which the judge changes its mind with the order of the responses; None for a
+            Python function.
+        first_shown: Share of these pairs in which the response shown first wins; None without such pairs.
+        annotators_accuracy, annotators_kappa: Accuracy and kappa between two annotators, over all couples of them;
+            None where there is only one annotator.
+        without_majority: Number of pairs skipped because the annotators have no majority.
+        unjudged: Number of rows skipped because they have no ranking by the judge.
     """
 
     pairs: int
@@ -56,12 +60,12 @@ class Agreement:
     unjudged: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The measures as plain JSON values."""
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """For people."""
-        left_out = f"{self.without_majority:,} without a majority, {self.unjudged:,} that the judge left open"
+        """Lines of text for the terminal."""
+        left_out = f"skipped: {self.without_majority:,} without a majority, {self.unjudged:,} without a verdict"
         found = [
             f"agreement with people on {self.pairs:,} pairs ({left_out})",
             f"  accuracy          {self.accuracy:.3f}   (always the most frequent label: {self.majority:.3f})",
@@ -72,99 +76,98 @@ class Agreement:
                 f"  without ties      {self.decided_accuracy:.3f}   (ties by the judge: {self.judge_ties:.3f})"
             )
         if self.position_bias is not None:
-            toward = (
-                "" if self.first_shown is None else f"   (the one shown first wins {self.first_shown:.0%} of these)"
-            )
+            first = self.first_shown
+            toward = "" if first is None else f"   (the response shown first wins {first:.0%} of these)"
             found.append(f"  position bias     {self.position_bias:.3f}{toward}")
         if self.annotators_accuracy is not None:
-            kappa = f"   (two annotators; kappa {self.annotators_kappa:.3f})"
-            found.append(f"  people themselves {self.annotators_accuracy:.3f}{kappa}")
+            kappa = f"   (agreement of two annotators; kappa {self.annotators_kappa:.3f})"
+            found.append(f"  annotators        {self.annotators_accuracy:.3f}{kappa}")
         return found
 
 
 class Validation:
-    """A judge on responses that people have compared; models are asked in both orders.
+    """Measures a judge on responses that people have compared. A judge that is a model is asked in both orders.
 
     Args:
-        people: See `read_people`.
-        settings: The judge.
-        journal: Where its answers are kept.
+        rows: See `read_annotated_rows`.
+        settings: Which judge, and how it is asked.
+        journal: Caches the judge's answers.
         again, device: As in `Judging`.
     """
 
     def __init__(
         self,
-        people: Sequence[People],
+        rows: Sequence[AnnotatedRow],
         settings: JudgeSettings,
         journal: Journal,
         *,
         again: bool = False,
         device: str = "auto",
     ):
-        self.people = people
+        self.rows = rows
         settings = settings.model_copy(update={"both_orders": settings.function is None})
-        self.judging = Judging([person.row for person in people], settings, journal, again=again, device=device)
+        self.judging = Judging([one.row for one in rows], settings, journal, again=again, device=device)
 
     def measure(self, where: str) -> tuple[Agreement, JudgeReport]:
-        """Asks what is missing and compares.
+        """Asks the questions that have no answer yet, and compares labels.
 
         Args:
-            where: The data's name, for the error.
+            where: Name of the data, for errors.
 
         Raises:
-            UserError: As `judge_rows`; or nothing can be compared.
+            UserError: See `judge_rows`; or no pair has both labels.
         """
         rankings, report = self.judging.rankings("validating")
-        said: list[tuple[int, int]] = []
+        labels: list[tuple[int, int]] = []
         compared = dependent = first_wins = 0
-        for person, ranking in zip(self.people, rankings, strict=True):
+        for row, ranking in zip(self.rows, rankings, strict=True):
             if ranking.ranks is None:
                 continue
-            if person.signs is not None:
-                said += zip(person.signs, pair_signs(ranking.ranks), strict=True)
+            if row.signs is not None:
+                labels += zip(row.signs, pair_signs(ranking.ranks), strict=True)
             if len(ranking.each) == 2:
                 one_way, other_way = map(pair_signs, ranking.each)
                 compared += len(one_way)
                 for one, other, earlier in zip(one_way, other_way, pair_signs(ranking.shown), strict=True):
                     dependent += one * other < 0
                     first_wins += one * other < 0 and one == earlier
-        if not said:
+        if not labels:
             reasons = report.left_out or "no majority among annotators"
-            raise UserError(f"none of {len(self.people)} records can be compared: {reasons}", where=where)
-        decided = [(a, b) for a, b in said if a and b]
-        couples = [couple for person in self.people for couple in person.couples]
+            raise UserError(f"none of {len(self.rows)} records can be compared: {reasons}", where=where)
+        decided = [(a, b) for a, b in labels if a and b]
+        couples = [couple for row in self.rows for couple in row.annotator_pairs]
         return Agreement(
-            pairs=len(said),
-            accuracy=_accuracy(said),
-            kappa=cohens_kappa(said),
+            pairs=len(labels),
+            accuracy=_accuracy(labels),
+            kappa=cohens_kappa(labels),
             decided_accuracy=_accuracy(decided) if decided else None,
-            majority=max(Counter(human for human, _ in said).values()) / len(said),
-            judge_ties=sum(judge == 0 for _, judge in said) / len(said),
+            majority=max(Counter(human for human, _ in labels).values()) / len(labels),
+            judge_ties=sum(judge == 0 for _, judge in labels) / len(labels),
             position_bias=dependent / compared if compared else None,
             first_shown=first_wins / dependent if dependent else None,
             annotators_accuracy=_accuracy(couples) if couples else None,
             annotators_kappa=cohens_kappa(couples) if couples else None,
-            without_majority=sum(person.signs is None for person in self.people),
+            without_majority=sum(row.signs is None for row in self.rows),
             unjudged=sum(ranking.ranks is None for ranking in rankings),
         ), report
 
 
 @dataclasses.dataclass(frozen=True)
-class People:
-    """What people say about a row.
+class AnnotatedRow:
+    """A row of responses with the labels that people gave them.
 
     Args:
         row: `{"id", "prompt", "completions", "record"}`.
-        signs: For each pair i < j of completions 1, -1 or 0, see `pair_signs`; None without a majority.
-        couples: What two annotators say about the same pair, for all couples of annotators.
+        signs: The majority's label of each pair i < j of completions, see `pair_signs`; None without a majority.
+        annotator_pairs: The labels that two annotators give to the same pair, for all couples of annotators.
     """
 
     row: Record
     signs: list[int] | None
-    couples: list[tuple[int, int]]
+    annotator_pairs: list[tuple[int, int]]
 
 
-def read_people(source: DataSource, prompt: PromptConfig) -> list[People]:
+def read_annotated_rows(source: DataSource, prompt: PromptConfig) -> list[AnnotatedRow]:
     """Reads responses that people have compared: PandaLM's test set, or any ranked data.
 
     Raises:
@@ -179,15 +182,16 @@ def read_people(source: DataSource, prompt: PromptConfig) -> list[People]:
     return [_pandalm(raw, where, template) for where, raw in raw_records]
 
 
-def _shuffled(record: Record) -> People:
-    """Not best first: else "the first is better" would always be right, and kappa would have nothing to correct."""
+def _shuffled(record: Record) -> AnnotatedRow:
+    # If the best response always stood first, "the first is better" would always be right, and kappa could not tell
+    # agreement from chance.
     order = list(range(len(record["ranks"])))
     random.Random(content_key(record=record)).shuffle(order)
     row = {**record, "completions": [record["completions"][i] for i in order], "record": record}
-    return People(row, pair_signs([record["ranks"][i] for i in order]), [])
+    return AnnotatedRow(row, pair_signs([record["ranks"][i] for i in order]), [])
 
 
-def _pandalm(raw: Record, where: str, template: PromptTemplate) -> People:
+def _pandalm(raw: Record, where: str, template: PromptTemplate) -> AnnotatedRow:
     labels = [value for key, value in sorted(raw.items()) if key.startswith("annotator")]
     if not labels or not all(label in _PANDALM_SIGNS for label in labels):
         raise UserError(f"the annotations {labels} are not 1, 2 or 0 (tie)", where=where)
@@ -196,19 +200,19 @@ def _pandalm(raw: Record, where: str, template: PromptTemplate) -> People:
     row = {
         "id": str(raw.get("idx", where)),
         "prompt": template.render(raw["instruction"], raw.get("input"), where),
-        # The file holds the response "True" as a truth value. Empty responses were judged by people, too: both stay.
+        # The file stores the response "True" as a boolean. Empty responses stay: people judged them, too.
         "completions": [str(raw["response1"]), str(raw["response2"])],
         "record": raw,
     }
     majority = [most] if 2 * votes > len(signs) else None
-    return People(row, majority, list(itertools.combinations(signs, 2)))
+    return AnnotatedRow(row, majority, list(itertools.combinations(signs, 2)))
 
 
 def cohens_kappa(pairs: Sequence[tuple[int, int]]) -> float:
     """Cohen's kappa of two raters (Cohen 1960): (observed - chance) / (1 - chance) agreement.
 
     Args:
-        pairs: What the one and the other say about the same thing. 1.0 if both say the same single thing throughout.
+        pairs: The two raters' labels of each item. If both give one and the same label to all items, kappa is 1.0.
     """
     one, other = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
     chance = sum(one[label] * other[label] for label in one) / len(pairs) ** 2

@@ -1,4 +1,4 @@
-"""Many questions, each asked once: in parallel, each answer in the journal as it arrives."""
+"""Asks many questions in parallel and saves each answer in the journal as it arrives."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ Question = TypeVar("Question")
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 8
-"""So many failed requests without an answer in between mean that the server, not a question, is the reason."""
+"""After this many failures in a row the server, not a single question, is the likely reason: all work stops."""
 
 
 @dataclasses.dataclass
 class Answering:
-    """What became of the questions.
+    """How many questions were answered.
 
     Args:
-        found: Answers that the journal had already.
-        asked: Answers that were asked for and came.
-        unanswered: Why there is none, by key. They are not in the journal and will be asked again.
+        found: Number of questions that the journal had an answer to.
+        asked: Number of questions answered now.
+        unanswered: The reason for each question that has no answer, by key. The journal does not have it, so that
+            the next run asks it again.
     """
 
     found: int = 0
@@ -44,20 +45,20 @@ def answer_all(
     in_flight: int | None = None,
     description: str = "asking",
 ) -> Answering:
-    """Brings an answer to every question into the journal.
+    """Puts an answer to every question into the journal.
 
-    Ctrl-C waits for the answers that are under way, and keeps them; a second one does not wait.
+    Ctrl-C waits for the requests that are already sent and keeps their answers; a second Ctrl-C does not wait.
 
     Args:
-        journal: Keys that it has are not asked again.
+        journal: Questions whose key it has are not asked again.
         questions: By key, see `tuna_peft.journal.content_key`.
-        ask: Gives the answer, a JSON value. `RequestFailed` costs this question, any other exception ends it all once
-            the others' answers are in.
-        in_flight: Threads to ask from. None asks from this one, and Ctrl-C does not wait: for programs, which may
-            need to be in the main thread.
+        ask: Returns the answer, a JSON value. After `RequestFailed` only this question has no answer; any other
+            exception stops all, once the requests that are already sent have their answers.
+        in_flight: Number of threads that ask. None asks in the current thread, and Ctrl-C does not wait: a user's
+            Python function may need the main thread.
 
     Raises:
-        UserError: The server answers nothing any more.
+        UserError: `MAX_FAILURES_IN_A_ROW` requests in a row have failed.
     """
     missing = [key for key in questions if key not in journal]
     run = _Run(journal, questions, ask, missing, Answering(found=len(questions) - len(missing)))
@@ -69,17 +70,17 @@ def answer_all(
     if run.error is not None:
         raise run.error
     if run.last_failure is not None:
-        kept = f"The {run.outcome.found + run.outcome.asked} answers so far are kept: "
+        kept = f"The {run.outcome.found + run.outcome.asked} answers so far are saved: "
         raise UserError(
             f"{MAX_FAILURES_IN_A_ROW} requests in a row have failed, the last with: {run.last_failure.what}",
             where=run.last_failure.where,
-            fix=f"{kept}run the same command again to go on. {run.last_failure.fix or ''}".rstrip(),
+            fix=f"{kept}run the same command again to resume. {run.last_failure.fix or ''}".rstrip(),
         )
     return run.outcome
 
 
 def _in_threads(run: _Run, count: int) -> None:
-    # Daemons: a second Ctrl-C need not wait for them.
+    # Daemon threads: Python does not wait for them when a second Ctrl-C ends it.
     threads = [threading.Thread(target=run.work, daemon=True) for _ in range(count)]
     try:
         for thread in threads:
@@ -88,7 +89,7 @@ def _in_threads(run: _Run, count: int) -> None:
             thread.join()
     except KeyboardInterrupt:
         run.stop()
-        logger.warning("waiting for the answers that are under way; Ctrl-C again gives them up")
+        logger.warning("waiting for the answers to requests already sent; press Ctrl-C again to stop without them")
         for thread in threads:
             if thread.is_alive():
                 thread.join()
@@ -96,7 +97,7 @@ def _in_threads(run: _Run, count: int) -> None:
 
 
 class _Run:
-    """The state that the threads of one `answer_all` share."""
+    """State shared by the threads of one `answer_all`."""
 
     bar: Any
 
@@ -118,7 +119,7 @@ class _Run:
         self._guard = threading.Lock()
 
     def stop(self) -> None:
-        """No further question is begun."""
+        """Asks no further question."""
         self._stopped = True
 
     def work(self) -> None:

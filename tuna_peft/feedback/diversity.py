@@ -1,4 +1,4 @@
-"""How alike the responses of a prompt are."""
+"""Similarity of the responses to one prompt."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def similarities(texts: Sequence[str]) -> list[float]:
 
 
 class _Words:
-    """Tokens in any script: words of Latin letters and digits by their stem, single characters of all others.
+    """A tokenizer for any script: stems of words in Latin letters and digits, single characters of all other scripts.
 
-    The library's own tokenizer drops every other script, so that two texts in Chinese would never be alike.
+    rouge_score's own tokenizer drops all other scripts, so that two Chinese texts would never count as similar.
     """
 
     def __init__(self) -> None:
@@ -32,6 +32,6 @@ class _Words:
 
 @cache
 def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # brings nltk: seconds, not for `--help`
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes seconds
 
     return RougeScorer(["rougeL"], tokenizer=_Words())

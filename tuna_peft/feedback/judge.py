@@ -1,4 +1,7 @@
-"""Contextual ranking: a judge reads a prompt with all of its responses and puts them in order."""
+"""Contextual ranking: a judge reads a prompt with all of its responses and ranks them.
+
+Used by `tuna-peft judge`, by stages with `data.judge`, and by Vicuna QA (`judge_pairs`).
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,19 @@ from tuna_peft.journal import Journal, content_key
 
 @dataclasses.dataclass
 class JudgeReport:
-    """What became of the rows.
+    """How many rows were ranked, and what was asked for that.
 
     Args:
-        rows: Rows given.
-        ranked: Rows with a ranking that has a pair.
-        left_out: Number of the others, by reason.
-        found: Answers that the journal had.
-        asked: Answers that were asked for.
-        own_best, own_not_best: Rows in which the judge ranks its own response first, and in which it does not (it
-            does not join the others then); counted where it is wanted.
-        pairs, pairs_reversed: With both orders: pairs of responses, and those whose better one depends on the order.
-        tokens_in, tokens_out, cost: Of all answers, those found included; 0 where nothing is counted.
+        rows: Number of rows.
+        ranked: Number of rows with a ranking in which two responses differ in rank.
+        left_out: Number of skipped rows, by reason.
+        found: Number of questions that the journal had an answer to.
+        asked: Number of questions answered now.
+        own_best, own_not_best: With `include_judge_answer`: number of rows in which the judge ranks its own response
+            first, and of rows in which it does not (its response is then not used).
+        pairs, pairs_reversed: With `both_orders`: number of pairs of responses, and of pairs whose better response
+            depends on the order.
+        tokens_in, tokens_out, cost: Totals of all answers, those of the journal included; 0 where nothing is counted.
     """
 
     rows: int = 0
@@ -55,14 +59,14 @@ class JudgeReport:
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """How a row's responses were ranked.
+    """The ranking of one row's responses.
 
     Args:
-        ranks: Of the row's completions, dense from 0, equal where tied; None where there is no ranking.
-        each: The ranks by each order in which they were shown.
-        shown: At which place each completion stood in the first of these orders.
-        scores: Of a program; None for other judges.
-        own_response: The judge's own, if it is best by its own ranks; else None.
+        ranks: Rank of each completion, dense from 0, equal for ties; None without a ranking.
+        each: The ranks from each order in which the responses were shown.
+        shown: Position of each completion in the first of these orders.
+        scores: Scores by a Python function; None for other judges.
+        own_response: The judge's own response, if the judge ranks it first; else None.
         reason: Why there is no ranking.
     """
 
@@ -76,7 +80,7 @@ class Ranking:
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """What is asked about a row: its completions without repetitions, and by key the order in which they are shown."""
+    """The questions about a row: its completions without repetitions, and the order of each question, by key."""
 
     distinct: list[str]
     orders: dict[str, tuple[int, ...]]
@@ -90,21 +94,21 @@ def judge_rows(
     device: str = "auto",
     description: str = "judging",
 ) -> tuple[list[Record], JudgeReport]:
-    """Ranks the completions of each row; run again after an interruption it asks only for what is missing.
+    """Ranks the completions of each row. After an interruption it only asks the questions without an answer.
 
     Args:
-        rows: `{"id", "prompt", "completions"}`, optional `reference` and `record` (for programs), as `load_candidates`
-            gives them.
-        settings: Who judges, and how.
-        journal_path: Where answers are kept, see `Journal`.
+        rows: `{"id", "prompt", "completions"}`, optional `reference` and `record` (for Python functions), as
+            `load_candidates` returns them.
+        settings: Which judge, and how it is asked.
+        journal_path: File that caches the answers, see `Journal`.
         device: Where a judge on this machine runs, see `load_local_model`.
 
     Returns:
         Records of the ranked type, in the order of `rows`, and the counts.
 
     Raises:
-        UserError: No row could be ranked, none or (unless `on_no_answer` is `skip`) not all had an answer, or a limit
-            was reached. All answers so far are in the journal.
+        UserError: No row could be ranked, no question had an answer, some had none and `on_no_answer` is `error`, or
+            the limit of the cost was reached. All answers so far are in the journal.
     """
     with Journal(journal_path) as journal:
         return Judging(rows, settings, journal, device=device).records(description)
@@ -125,10 +129,10 @@ def judge_pairs(
 
     Returns:
         For each row 1 if the first is better, -1 if the second is, 0 for a tie (with `both_orders` also where the
-        orders disagree), None where the judge could not be read; and the counts.
+        orders disagree), None without a ranking; and the counts.
 
     Raises:
-        UserError: As `judge_rows`, though none need be ranked.
+        UserError: See `judge_rows`; rows without a ranking are no error.
     """
     with Journal(journal_path) as journal:
         rankings, report = Judging(rows, settings, journal, device=device).rankings(description)
@@ -136,13 +140,13 @@ def judge_pairs(
 
 
 class Judging:
-    """The questions of some rows to one judge.
+    """Asks one judge about some rows.
 
     Args:
         rows: As in `judge_rows`.
-        settings: Who judges, and how.
-        journal: Open for as long as this is used.
-        again: Ask once more where the journal says that an answer could not be read.
+        settings: Which judge, and how it is asked.
+        journal: Must stay open while this object is used.
+        again: Ask again where the journal says that an answer could not be read.
         device: Where a judge on this machine runs, see `load_local_model`.
     """
 
@@ -163,7 +167,7 @@ class Judging:
         self._asked = [self._ask_about(row) for row in rows]
 
     def estimate(self) -> Estimate:
-        """What `rankings` would ask for."""
+        """Estimate of the questions that `rankings` would ask."""
         missing = [question for key, question in self.questions.items() if key not in self.journal]
         found, server = len(self.questions) - len(missing), self.settings.server
         if self.settings.function is not None:
@@ -177,7 +181,7 @@ class Judging:
         return Estimate(found, len(missing), tokens_in, tokens_out, cost)
 
     def rankings(self, description: str = "judging") -> tuple[list[Ranking], JudgeReport]:
-        """Asks what is missing and reads all answers.
+        """Asks the questions without an answer, and reads all answers.
 
         Returns:
             One `Ranking` for each row, and the counts (`ranked` counts those with ranks here).
@@ -196,8 +200,8 @@ class Judging:
                 where=self.questions[key].where,
                 fix=None
                 if none
-                else "All other answers are kept: run the same again to ask for these, or say `on_no_answer: skip` "
-                "(--on-no-answer skip) to leave their prompts out.",
+                else "All other answers are saved: run the same command again to ask these, or set "
+                "`on_no_answer: skip` (--on-no-answer skip) to skip their prompts.",
             )
         rankings = [self._ranking(row, asked) for row, asked in zip(self.rows, self._asked, strict=True)]
         for ranking in rankings:
@@ -234,7 +238,7 @@ class Judging:
             failure = next((f" The first failure: {answer['failed']}." for answer in answers if failed(answer)), "")
             raise UserError(
                 f"the judge ranked none of {len(self.rows)} prompts ({reasons})",
-                fix=f"Its answers are in the journal: is it a model that can follow the protocol?{failure}",
+                fix=f"Read its answers in the journal: can this model follow the instructions?{failure}",
             )
         return records, report
 
@@ -255,14 +259,14 @@ class Judging:
         return asked
 
     def _orders(self, prompt: Prompt, responses: list[str]) -> Iterator[tuple[int, ...]]:
-        """The orders in which responses are shown; none where there is nothing to compare, or too much."""
+        """The orders in which responses are shown; none if there are too few or too many responses."""
         count = len(responses)
         if not 2 <= count <= MAX_RESPONSES:
             return
         if self.settings.function is not None:
             yield tuple(range(count))
             return
-        # By content: the order does not depend on where in the file a row stands.
+        # Seeded by content, so that the order does not depend on the row's place in the file.
         order = list(range(count))
         content = content_key(prompt=prompt, responses=responses)
         random.Random(f"{self.settings.seed} {content}").shuffle(order)
@@ -271,7 +275,7 @@ class Judging:
             yield tuple(reversed(order))
 
     def _current(self, key: str) -> str:
-        """The key of the last attempt at a question: `again` makes a new one behind each that failed."""
+        """The key of the last attempt at a question: with `again`, a new key follows each attempt that failed."""
         while key in self.journal and failed(self.journal[key]):
             following = content_key(again=key)
             if following not in self.journal and not self.again:
@@ -299,7 +303,7 @@ class Judging:
             return Ranking(ranks, (ranks,), scores=scores)
         try:
             verdicts = [read_verdict(answer["text"], count) for answer in answers]
-        except Unreadable:  # another version of this package was less strict when it asked
+        except Unreadable:  # accepted by an earlier, less strict version of this package
             return Ranking(reason="unreadable")
         each = []
         for verdict, order in zip(verdicts, asked.orders.values(), strict=True):
@@ -324,16 +328,16 @@ class Judging:
 
 
 def agreed_ranks(each: Sequence[Sequence[int]]) -> list[int]:
-    """The ranks on which several rankings of the same responses agree; where they differ there is a tie.
+    """The ranks on which several rankings of the same responses agree; where they disagree, responses are tied.
 
-    Two responses of which one ranking says the opposite of another are tied, and so is what stands between them:
-    ranks cannot say "a over c" when b is tied with both. This is the finest ranking without a contradicted pair.
+    If two rankings order a pair of responses differently, the pair and every response ranked between them become ties:
+    ranks cannot express "a over c" when b is tied with both. The result is the finest ranking that none contradicts.
 
     Args:
-        each: Dense ranks of the responses, by each ranking.
+        each: Each ranking as dense ranks of the responses.
     """
     count = len(each[0])
-    # A cut after the k best is safe where all rankings have the same k best.
+    # A boundary after the k best responses is kept if all rankings have the same k best responses.
     cuts = [
         {frozenset(i for i in range(count) if ranks[i] <= level) for level in range(max(ranks) + 1)} for ranks in each
     ]

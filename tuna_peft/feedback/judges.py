@@ -1,4 +1,7 @@
-"""Three kinds of judges: a server, a model that runs here, a program. Each brings its answers into a journal."""
+"""Three kinds of judges: a model on a server, a model on this machine, a Python function.
+
+`tuna_peft.feedback.judge` makes the questions and reads the answers; a judge puts its answers into the journal.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,13 @@ from tuna_peft.journal import Journal
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One prompt with its responses in the order in which they are shown.
+    """One prompt with its responses in the order in which the judge sees them.
 
     Args:
         prompt: Text or messages.
-        responses: In the shown order.
-        record: What the prompt came from, for programs.
-        guidance: The user's own words to the judge.
+        responses: The responses in that order.
+        record: The record that the prompt came from, for Python functions.
+        guidance: The user's additional criteria.
         where: The prompt's id, for errors.
     """
 
@@ -44,22 +47,22 @@ class Question:
 
     @functools.cached_property
     def messages(self) -> list[dict[str, str]]:
-        """What a model is told."""
+        """The messages that are sent to a model."""
         return judge_messages(self.prompt, self.responses, self.guidance)
 
 
 class Judge(Protocol):
-    """Answers questions into a journal.
+    """Puts answers to questions into a journal.
 
-    An answer is `{"text"}` with a readable verdict, `{"scores"}` of a program, or `{"failed": reason, "text"}` of a
-    judge that was asked as often as allowed; `usage` beside it where tokens are counted.
+    An answer is `{"text"}` with a verdict that can be read, `{"scores"}` by a Python function, or
+    `{"failed": reason, "text"}` when no attempt could be read; with `usage` where tokens are counted.
     """
 
     def key_parts(self, question: Question) -> dict[str, Any]:
-        """All that the answer to `question` depends on."""
+        """Everything that the answer to `question` depends on; the journal's key is a hash of it."""
 
     def answer(self, journal: Journal, questions: Mapping[str, Question], description: str) -> Answering:
-        """Brings the answers that are missing into the journal, see `answer_all`."""
+        """Puts the missing answers into the journal, see `answer_all`."""
 
 
 def make_judge(settings: JudgeSettings, spending: Spending | None = None, *, device: str = "auto") -> Judge:
@@ -82,14 +85,14 @@ def make_judge(settings: JudgeSettings, spending: Spending | None = None, *, dev
 
 
 def failed(answer: Mapping[str, Any]) -> bool:
-    """Whether a journal's answer is the record of a failure."""
+    """Whether an answer in the journal is the record of a failure."""
     return "failed" in answer
 
 
 def why_unreadable(text: str, cut: bool, responses: int) -> str | None:
-    """Why an answer is no verdict; None if it is one."""
+    """Why an answer is not a verdict; None if it is one."""
     if cut:
-        return "the answer is cut at `max_tokens`"
+        return "the answer is truncated at `max_tokens`"
     try:
         read_verdict(text, responses)
     except Unreadable as error:
@@ -102,23 +105,23 @@ def _failure(reason: str, text: str) -> dict[str, Any]:
 
 
 def _attempt_temperature(settings: JudgeSettings, attempt: int) -> float:
-    # The same question at temperature 0 has the same answer.
+    # At temperature 0 a second attempt would give the same answer.
     return min(settings.temperature + 0.3 * attempt, max(settings.temperature, 1.0))
 
 
-# A server
+# A model on a server
 
 
 @dataclasses.dataclass(frozen=True)
 class _Dialect:
-    """What the server understands; it begins with everything and loses what is refused."""
+    """The request fields that the server accepts: all of them at first, less those that it rejects."""
 
     structured: bool
     temperature: bool = True
     limit: str = "max_tokens"
 
     def without(self, complaint: str) -> _Dialect | None:
-        """The next simpler one, None if there is nothing left to drop."""
+        """Without the field that the error message is about; None if nothing is left to drop."""
         if self.limit == "max_tokens" and "max_completion_tokens" in complaint:
             return dataclasses.replace(self, limit="max_completion_tokens")
         if self.temperature and "temperature" in complaint:
@@ -129,19 +132,19 @@ class _Dialect:
 
 
 class ServerJudge:
-    """A chat model behind a server."""
+    """A chat model on a server."""
 
     def __init__(self, settings: JudgeSettings, server: Server):
         self.settings, self.server = settings, server
         self._dialect = _Dialect(settings.structured)
 
     def key_parts(self, question: Question) -> dict[str, Any]:
-        """The model's name, not its address: a server may move, and a model behind another name is another one."""
+        """The model's name and not the address: a server may move, but another name means another model."""
         judge = {"server_model": self.server.settings.model, "temperature": self.settings.temperature}
         return {"judge": judge, "messages": question.messages}
 
     def answer(self, journal: Journal, questions: Mapping[str, Question], description: str) -> Answering:
-        """As many questions at once as `in_flight` allows."""
+        """Sends up to `in_flight` questions at once."""
         in_flight = self.server.settings.in_flight
         return answer_all(journal, questions, self._ask, in_flight=in_flight, description=description)
 
@@ -172,7 +175,7 @@ class ServerJudge:
                     raise
                 dialect = simpler
             else:
-                # Only now: it was the dialect, and not this question, that was refused.
+                # Only after a success: the server may have rejected this question, not the fields.
                 self._dialect = dialect
                 return reply
 
@@ -186,17 +189,17 @@ class ServerJudge:
         return self.server.chat(question.messages, **options)
 
 
-# A model that runs here
+# A model on this machine
 
 
 class LocalJudge:
-    """A causal LM on this machine; its answers come in batches."""
+    """A causal LM on this machine, which answers in batches."""
 
     def __init__(self, settings: JudgeSettings, model: str, device: str):
         self.settings, self.model, self.device = settings, model, device
 
     def key_parts(self, question: Question) -> dict[str, Any]:
-        """The model by name and, where it is a folder, by what is in it."""
+        """The model's name and, if it is a folder, its files."""
         judge = {
             "local_model": self.model,
             "revision": self.settings.revision,
@@ -208,16 +211,16 @@ class LocalJudge:
 
     @functools.cached_property
     def _files(self) -> list[list[Any]]:
-        """Name, size and time of every file of a local model: a model that was trained again judges anew."""
+        """Name, size and modification time of every file: a model that was trained again is asked again."""
         folder = Path(self.model)
         found = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
         return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in found]
 
     def answer(self, journal: Journal, questions: Mapping[str, Question], description: str) -> Answering:
-        """All in batches; those whose answer cannot be read again, as often as `attempts` allows.
+        """Asks all questions in batches, and those whose answer cannot be read up to `attempts` times.
 
-        After an interruption the batches are the same again, and with them every rounding: what the journal has takes
-        its place in them and is passed over.
+        After an interruption the batches are formed as before, so that rounding does not change an answer: questions
+        that the journal has an answer to keep their place in a batch, but nothing is generated for them.
         """
         from tuna_peft.feedback.local_model import load_local_model
         from tuna_peft.models.generation.generate import context_of, stream_responses
@@ -258,22 +261,22 @@ class LocalJudge:
         from tuna_peft.data.texts import prompt_ids
 
         messages = question.messages
-        # A model without a chat template goes on where a text ends.
+        # A model without a chat template continues a text.
         return prompt_ids(messages if tokenizer.chat_template else messages[0]["content"] + "\n\n", tokenizer)
 
 
-# A program
+# A Python function
 
 
 class FunctionJudge:
-    """A grader: `function(record, response)` gives a number."""
+    """A grader: `function(record, response)` returns a number."""
 
     def __init__(self, name: str):
         self.name = name
         self._grade = load_grader(name, "judge.function")
 
     def key_parts(self, question: Question) -> dict[str, Any]:
-        """The function by name and by the source of its module."""
+        """The function's name, and the source code of its module."""
         return {
             "judge": {"function": self.name, "source": self._source},
             "record": hashlib.sha256(repr(question.record).encode("utf-8", "backslashreplace")).hexdigest(),
@@ -286,11 +289,11 @@ class FunctionJudge:
         module = sys.modules[BUILTIN.get(self.name, self.name).partition(":")[0]]
         try:
             return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
-        except (OSError, TypeError):  # compiled
+        except (OSError, TypeError):  # a compiled module
             return None
 
     def answer(self, journal: Journal, questions: Mapping[str, Question], description: str) -> Answering:
-        """One after the other."""
+        """Asks one question after the other."""
         return answer_all(journal, questions, self._ask, description=description)
 
     def _ask(self, question: Question) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuna_peft.feedback.settings import JudgeSettings, ScoreSettings
-from tuna_peft.models.base.any_model import load_any_model
+from tuna_peft.models.stack.any_model import load_any_model
 from tuna_peft.models.stack.files import AdapterStack
 
 

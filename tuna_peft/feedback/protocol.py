@@ -1,8 +1,9 @@
-"""What a judge is shown and told: the protocol of Tuna's contextual ranking (arXiv 2310.13385).
+"""The prompt for a judge: the protocol of Tuna's contextual ranking (arXiv 2310.13385).
 
-Decide whether the prompt is open-ended, write a best answer, set duplicates aside, grade on three aspects of 0 to 5,
-rank. Responses are numbered from 0 as they are shown; the judge's own answer has the next number. The reference's
-published answers are numbered the same way, so one parser reads both.
+The judge decides whether the prompt is open-ended, writes a response of its own, marks duplicates, grades each
+response on three aspects from 0 to 5, and ranks. Responses are numbered from 0 in the order shown; the judge's own
+response has the next number. The published answers of the reference code are numbered the same way, so that one parser
+reads both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tuna_peft.data.ranked import Prompt
 ASPECTS = 3
 MAX_GRADE = 5
 MAX_RESPONSES = 20
-"""More than anyone can compare at once."""
+"""More responses are too many to compare at once; such a prompt is skipped."""
 
 _RULES = """\
 You compare responses that language models gave to one prompt, and put them in order from best to worst.
@@ -47,14 +48,14 @@ Reply with one JSON object and nothing else:
 
 
 def judge_messages(prompt: Prompt, responses: Sequence[str], guidance: str | None = None) -> list[dict[str, str]]:
-    """The message that asks for a ranking: rules, quotes, and the form of the answer.
+    """The message that asks for a ranking: rules, quoted texts, and the form of the answer.
 
-    One user message: the chat templates of many models refuse any other, some servers with an error 500.
+    It is a single user message, because the chat templates of many models reject system messages.
 
     Args:
-        prompt: Text, or messages, which are quoted as a dialogue.
+        prompt: Text, or messages, which are shown as a dialogue.
         responses: In the order in which they are to be shown.
-        guidance: What else should count, in the user's own words.
+        guidance: The user's additional criteria.
     """
     dialogue = prompt if isinstance(prompt, str) else "\n\n".join(f"({m['role']}) {m['content']}" for m in prompt)
     mark = _mark([dialogue, *responses])
@@ -71,7 +72,7 @@ def judge_messages(prompt: Prompt, responses: Sequence[str], guidance: str | Non
 
 
 def answer_schema(responses: int) -> dict[str, Any]:
-    """The JSON schema of the answer, in the part of the language that OpenAI's strict mode takes."""
+    """The JSON schema of the answer, with only the features that OpenAI's strict mode supports."""
     number = {"type": "integer", "enum": list(range(responses + 1))}
     aspects = {"type": "array", "items": {"type": "integer", "enum": list(range(MAX_GRADE + 1))}}
     return _object(
@@ -95,7 +96,11 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mark(texts: Sequence[str]) -> str:
-    """A code that occurs in none of the texts: it is made from all of them, so that none of them can foresee it."""
+    """A delimiter that occurs in none of the texts.
+
+    It is a hash of all texts, so that a response cannot contain its own delimiter and pretend that its quote has ended
+    (prompt injection).
+    """
     digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass"))
     while any((mark := f"#{digest.hexdigest()[:16]}") in text for text in texts):
         digest.update(b"again")

@@ -1,4 +1,4 @@
-"""Probabilistic ranking by log-probabilities that somebody recorded: as sums, or token by token."""
+"""Probabilistic ranking by log-probabilities that a data set has recorded, as sums or token by token."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def score_recorded(
     teacher: str = "recorded",
     skip_bad_rows: bool = False,
 ) -> tuple[list[Record], ScoreReport]:
-    """Ranks each row's completions by log-probabilities that stand in its record.
+    """Ranks the completions of each row by log-probabilities in its record.
 
     Args:
         rows: `{"id", "prompt", "completions", "record"}`, see `tuna_peft.data.load.load_candidates`.
         completions: Path of the responses in a record, such as `responses[].text` (see `data.config.Columns`).
         logprobs: Path of their log-probabilities (natural logarithms): one sum each, or a list with one per token.
         lengths: Path of their numbers of tokens; not needed where log-probabilities are listed by token.
-        tokenizer: The teacher's, to count tokens where neither is given: those of the response behind its prompt,
-            without EOS.
+        tokenizer: The teacher's tokenizer. It counts the tokens of a response (after its prompt, without EOS) where
+            neither lists nor `lengths` tell the number.
         length_penalty: score = sum / length ** length_penalty.
-        teacher: Name for the records.
-        skip_bad_rows: Leave out and count rows that cannot be used.
+        teacher: Name of the teacher in the records.
+        skip_bad_rows: Skip and count rows that cannot be used.
 
     Raises:
-        UserError: A value is missing or no log-probability, there is no way to know a length, or no row is left.
+        UserError: A value is missing or is not a log-probability, a length is unknown, or no row can be ranked.
     """
     report = ScoreReport()
     answers: list[Scored | None] = []
@@ -66,7 +66,7 @@ def _scored(
             reason="different numbers of scores and responses",
             where=where,
         )
-    # Rows have exact duplicates merged: the first one's values count.
+    # Identical responses of a row were merged: the values of the first one count.
     first = {text: place for place, text in reversed(list(enumerate(texts)))}
     places = [first[text] for text in row["completions"]]
     sums = [_sum(values[place], f"{where}, candidate {place}") for place in places]
@@ -74,9 +74,9 @@ def _scored(
     if None in tokens:
         if tokenizer is None:
             raise UserError(
-                "nothing says how many tokens the responses have",
+                "the numbers of tokens of the responses are unknown",
                 where=where,
-                fix="Give --lengths, or --tokenizer: the teacher's, to count them.",
+                fix="Give --lengths, or the teacher's --tokenizer to count them.",
             )
         counted = _counted(row, tokenizer)
         tokens = [known or count for known, count in zip(tokens, counted, strict=True)]
@@ -88,10 +88,10 @@ def _sum(value: Any, where: str) -> float:
     for part in parts:
         if not is_logprob(part):
             raise BadRow(
-                f"{part!r:.40} is no log-probability",
+                f"{part!r:.40} is not a log-probability",
                 reason="bad score",
                 where=where,
-                fix="Wanted are natural logarithms of probabilities: finite, and never above 0.",
+                fix="Give natural logarithms of probabilities: finite, and never above 0.",
             )
     if not parts:
         raise BadRow("the list of log-probabilities is empty", reason="bad score", where=where)
@@ -107,7 +107,7 @@ def _length(value: Any, count: Any, where: str) -> int | None:
 
 
 def _counted(row: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each completion behind its prompt, EOS not counted."""
+    """Number of tokens of each completion after its prompt, without EOS."""
     encoded = encode_in_order(row, tokenizer, None)
     return [
         len(ids) - skip - 1 for ids, skip in zip(encoded["completions_ids"], encoded["completion_skips"], strict=True)

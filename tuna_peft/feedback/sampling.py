@@ -1,4 +1,7 @@
-"""Responses drawn from a model, several per prompt, drawn again and hotter where they are alike."""
+"""Samples several responses per prompt, and samples again at a higher temperature where they are too similar.
+
+Used by `tuna-peft sample` and by stages with `data.sample`.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ from tuna_peft.models.stack.any_model import model_digest
 
 
 class Sampler(Protocol):
-    """Something that draws responses.
+    """A model that responses are sampled from.
 
     Attributes:
-        tokenizer: Turns prompts into tokens.
-        identity: Plain JSON; another identity means other samples.
-        context: Most tokens of a prompt with its response; None for no limit.
+        tokenizer: The model's tokenizer.
+        identity: What the samples depend on besides prompt and settings, as plain JSON; part of the journal's keys.
+        context: Maximum tokens of a prompt with its response; None for no limit.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -35,7 +38,7 @@ class Sampler(Protocol):
     @property
     def context(self) -> int | None: ...
 
-    def draw(
+    def sample(
         self,
         prompts: Sequence[Sequence[int]],
         settings: SampleSettings,
@@ -44,15 +47,15 @@ class Sampler(Protocol):
         seed: str,
         done: Container[int],
     ) -> Iterator[Generated]:
-        """`settings.n` samples of every prompt but those in `done`, each prompt's when they are complete."""
+        """Yields `settings.n` samples of every prompt whose index is not in `done`, prompt by prompt."""
         ...
 
 
 class ModelSampler:
-    """Draws with a loaded model, see `tuna_peft.models.generation.generate`.
+    """Samples from a loaded model, see `tuna_peft.models.generation.generate`.
 
     Args:
-        adapters: Names of those that are active; all of them by default.
+        adapters: Names of the active adapters; by default all.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class ModelSampler:
         """See `Sampler`."""
         return context_of(self.model)
 
-    def draw(
+    def sample(
         self,
         prompts: Sequence[Sequence[int]],
         settings: SampleSettings,
@@ -85,20 +88,20 @@ class ModelSampler:
 
 @dataclass
 class SampleReport:
-    """What became of the prompts.
+    """How many prompts have responses, and how they were sampled.
 
     Args:
-        prompts: Prompts given.
-        kept: Prompts with two different responses or more.
-        left_out: Number of prompts left out, by reason.
-        draws: Number of prompts by draws that they took.
-        alike: Kept prompts whose responses are still alike after the last draw.
-        responses: Responses kept.
-        empty: Responses left out as empty.
-        repeated: Responses left out because they repeat another one word for word.
-        cut: Kept responses that did not end by themselves.
-        tokens: Tokens generated for all draws, in this run and before.
-        seconds: Of this run.
+        prompts: Number of prompts.
+        kept: Number of prompts with at least two different responses.
+        left_out: Number of skipped prompts, by reason.
+        draws: Number of prompts, by the sampling attempts that they took.
+        alike: Number of kept prompts whose responses are still too similar after the last attempt.
+        responses: Number of responses kept.
+        empty: Number of empty responses, which are dropped.
+        repeated: Number of responses that repeat another one word for word, which are dropped.
+        cut: Number of kept responses that were truncated.
+        tokens: Tokens generated in all attempts, those before an interruption included.
+        seconds: Duration of this call.
     """
 
     prompts: int = 0
@@ -118,17 +121,17 @@ class SampleReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """What a user wants to know of it."""
-        lines = [f"left out: {count:,} prompts ({reason})" for reason, count in self.left_out.items()]
+        """A summary for the terminal."""
+        lines = [f"skipped: {count:,} prompts ({reason})" for reason, count in self.left_out.items()]
         again = sum(count for draws, count in self.draws.items() if draws != "1")
-        lines += [f"drawn again: {again:,} prompts; still alike after it: {self.alike:,}"] if again else []
-        lines += [f"cut at the longest length: {self.cut:,} responses"] if self.cut else []
+        lines += [f"sampled again: {again:,} prompts; still too similar: {self.alike:,}"] if again else []
+        lines += [f"truncated: {self.cut:,} responses"] if self.cut else []
         dropped = self.empty + self.repeated
-        lines += [f"not kept: {self.repeated:,} repeated and {self.empty:,} empty responses"] if dropped else []
+        lines += [f"dropped: {self.repeated:,} repeated and {self.empty:,} empty responses"] if dropped else []
         return lines
 
     def leave_out(self, reason: str) -> None:
-        """Counts a prompt that is left out."""
+        """Counts a prompt that is skipped."""
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
 
@@ -140,22 +143,22 @@ def sample_candidates(
     *,
     seed: int | str = 0,
 ) -> tuple[list[Record], SampleReport]:
-    """Several responses to each prompt.
+    """Samples several responses to each prompt.
 
-    As in the paper (section 3.3 and its released code): where two responses of a prompt are alike, all of them are
-    drawn again at a higher temperature, at most `trials` times, and the most diverse draw is kept.
+    As in the paper (section 3.3 and its released code): if two responses to a prompt are too similar, all of them are
+    sampled again at a higher temperature. After at most `trials` attempts the most diverse set is kept.
 
     Args:
-        sampler: Draws them.
+        sampler: The model.
         prompts: `{"id", "prompt", "reference", "record"}`, see `tuna_peft.data.load.load_prompts`.
-        settings: How many, how hot, how different.
-        journal: Gets every draw as it is complete; what it has is not drawn again.
-        seed: With the prompt's tokens and the number of the draw, what the samples depend on.
+        settings: Number of responses, temperature, and required diversity.
+        journal: Saves the samples of each prompt and attempt; what it has is not sampled again.
+        seed: The random numbers depend on it, on the prompt's tokens and on the number of the attempt.
 
     Returns:
-        Records as `tuna_peft.data.load.load_candidates` reads them (`id`, `prompt`, `completions`, `reference`,
-        `record`), each with `sampling` (temperature, draws, similarity, and for each response whether it was cut), in
-        the order of the prompts; and the counts.
+        Records as `tuna_peft.data.load.load_candidates` returns them (`id`, `prompt`, `completions`, `reference`,
+        `record`), each with `sampling` (temperature, number of the attempt, similarity, and whether each response was
+        truncated), in the order of the prompts; and the counts.
 
     Raises:
         UserError: No prompt has two different responses.
@@ -164,17 +167,18 @@ def sample_candidates(
     ids = [prompt_ids(prompt["prompt"], sampler.tokenizer) for prompt in prompts]
     limit = sampler.context
     pending = [index for index, tokens in enumerate(ids) if limit is None or len(tokens) < limit]
-    kept: dict[int, _Draw] = {}
+    kept: dict[int, _Attempt] = {}
     for trial in range(settings.trials):
         temperature = round(settings.temperature + trial * settings.hotter_by, 6)
-        draws = _draws(sampler, [ids[index] for index in pending], settings, temperature, f"{seed}/{trial}", journal)
-        for index, draw in zip(pending, draws, strict=True):
-            report.tokens += sum(draw.lengths)
-            draw.number = trial + 1
-            draw.alike = draw.most_alike >= settings.max_similarity
+        prompts_left = [ids[index] for index in pending]
+        attempts = _attempt_all(sampler, prompts_left, settings, temperature, f"{seed}/{trial}", journal)
+        for index, attempt in zip(pending, attempts, strict=True):
+            report.tokens += sum(attempt.lengths)
+            attempt.number = trial + 1
+            attempt.alike = attempt.most_alike >= settings.max_similarity
             before = kept.get(index)
-            if before is None or (draw.alike, draw.mean) < (before.alike, before.mean):
-                kept[index] = draw
+            if before is None or (attempt.alike, attempt.mean) < (before.alike, before.mean):
+                kept[index] = attempt
             kept[index].of = trial + 1
         pending = [index for index in pending if kept[index].alike]
         if not pending:
@@ -190,14 +194,14 @@ def sample_candidates(
         reasons = ", ".join(f"{reason}: {count}" for reason, count in report.left_out.items())
         raise UserError(
             f"none of the {report.prompts} prompts has two different responses ({reasons})",
-            fix="Sample hotter, or more responses per prompt.",
+            fix="Raise the temperature, or sample more responses per prompt.",
         )
     return records, report
 
 
 @dataclass
-class _Draw:
-    """The responses of one draw for one prompt; `number` of `of` draws that the prompt took."""
+class _Attempt:
+    """The responses to one prompt from one attempt: number `number` of the `of` attempts that the prompt took."""
 
     texts: list[str]
     lengths: list[int]
@@ -212,43 +216,43 @@ class _Draw:
         self.most_alike, self.mean = max(pairs), sum(pairs) / len(pairs)
 
 
-def _draws(
+def _attempt_all(
     sampler: Sampler,
     prompts: list[list[int]],
     settings: SampleSettings,
     temperature: float,
     seed: str,
     journal: Journal,
-) -> list[_Draw]:
-    """One draw for each prompt, from the journal or made now."""
+) -> list[_Attempt]:
+    """One attempt for each prompt, from the journal or sampled now."""
     question = {
         "what": "sample", "model": sampler.identity, "n": settings.n, "temperature": temperature,
         "top_p": settings.top_p, "max_new_tokens": settings.max_new_tokens, "seed": seed,
     }  # fmt: skip
     keys = [content_key(**question, prompt=prompt) for prompt in prompts]
     done = {place for place, key in enumerate(keys) if key in journal}
-    for generated in sampler.draw(prompts, settings, temperature=temperature, seed=seed, done=done):
-        if keys[generated.index] not in journal:  # the same prompt may be there twice
+    for generated in sampler.sample(prompts, settings, temperature=temperature, seed=seed, done=done):
+        if keys[generated.index] not in journal:  # two rows may have the same prompt
             values = {"texts": generated.texts, "lengths": generated.lengths, "ended": generated.ended}
             journal.add(keys[generated.index], values)
-    return [_Draw(**journal[key], temperature=temperature) for key in keys]
+    return [_Attempt(**journal[key], temperature=temperature) for key in keys]
 
 
-def _candidates(prompt: Record, draw: _Draw, report: SampleReport) -> Record | None:
-    """The record of a prompt with its different responses; None, and counted, where there are not two of them."""
+def _candidates(prompt: Record, attempt: _Attempt, report: SampleReport) -> Record | None:
+    """The record of a prompt with its different responses; None if there are fewer than two, which is counted."""
     cut: dict[str, bool] = {}
-    for text, ended in zip(draw.texts, draw.ended, strict=True):
+    for text, ended in zip(attempt.texts, attempt.ended, strict=True):
         if text:
             cut.setdefault(text, not ended)
-    empty = draw.texts.count("")
+    empty = attempt.texts.count("")
     report.empty += empty
-    report.repeated += len(draw.texts) - empty - len(cut)
-    report.draws[str(draw.of)] = report.draws.get(str(draw.of), 0) + 1
+    report.repeated += len(attempt.texts) - empty - len(cut)
+    report.draws[str(attempt.of)] = report.draws.get(str(attempt.of), 0) + 1
     if len(cut) < 2:
         report.leave_out("all responses are equal" if cut else "all responses are empty")
         return None
     report.kept += 1
-    report.alike += draw.alike
+    report.alike += attempt.alike
     report.responses += len(cut)
     report.cut += sum(cut.values())
     return {
@@ -258,9 +262,9 @@ def _candidates(prompt: Record, draw: _Draw, report: SampleReport) -> Record | N
         "reference": prompt["reference"],
         "record": prompt["record"],
         "sampling": {
-            "temperature": draw.temperature,
-            "draw": draw.number,
-            "similarity": round(draw.mean, 4),
+            "temperature": attempt.temperature,
+            "draw": attempt.number,
+            "similarity": round(attempt.mean, 4),
             "cut": list(cut.values()),
         },
     }

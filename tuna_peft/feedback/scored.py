@@ -1,4 +1,4 @@
-"""What every teacher gives: responses with log-probabilities, counted, as records of the ranked type."""
+"""Ranked records from responses with log-probabilities, and their counts: the common part of all teachers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tuna_peft.errors import UserError
 
 @dataclass
 class ScoreReport:
-    """What became of the rows.
+    """How many rows were ranked, and what was asked for that.
 
     Args:
-        rows: Rows given.
-        scored: Rows with scores that have a pair.
-        left_out: Number of the others, by reason.
-        responses: Responses scored.
-        tokens: Their tokens, in the teacher's count.
-        found: Answers that the journal had.
-        asked: Answers that were made now.
-        cut: Responses of a generating server that did not end by themselves.
-        cost: Of a server's answers, those found included; 0 without prices.
+        rows: Number of rows.
+        scored: Number of rows with scores in which two responses differ.
+        left_out: Number of skipped rows, by reason.
+        responses: Number of responses scored.
+        tokens: Number of their tokens, as the teacher counts them.
+        found: Number of answers that the journal had.
+        asked: Number of answers computed or asked for now.
+        cut: With `generate`: number of responses that were truncated.
+        cost: Cost of a server's answers, those of the journal included; 0 without prices.
     """
 
     rows: int = 0
@@ -45,25 +45,25 @@ class ScoreReport:
         return asdict(self)
 
     def leave_out(self, reason: str) -> None:
-        """Counts a row that is left out."""
+        """Counts a row that is skipped."""
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
     def lines(self) -> list[str]:
-        """What a user wants to know of it."""
-        lines = [f"left out: {count:,} rows ({reason})" for reason, count in self.left_out.items()]
-        lines += [f"cut at the longest length: {self.cut:,} responses"] if self.cut else []
+        """A summary for the terminal."""
+        lines = [f"skipped: {count:,} rows ({reason})" for reason, count in self.left_out.items()]
+        lines += [f"truncated: {self.cut:,} responses"] if self.cut else []
         lines += [f"cost: {self.cost:.4f}"] if self.cost else []
         return lines
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The responses of one prompt under a teacher.
+    """The responses to one prompt with their log-probabilities under a teacher.
 
     Args:
         completions: The responses.
-        logprobs: Their summed log-probabilities, nats.
-        lengths: Their tokens, in the teacher's count.
+        logprobs: Sum of the token log-probabilities of each response, in nats.
+        lengths: Number of tokens of each response, as the teacher counts them.
     """
 
     completions: Sequence[str]
@@ -82,17 +82,17 @@ def scored_records(
 
     Args:
         rows: `{"id", "prompt"}`, optional `reference`.
-        answers: None where a row is left out, which is counted already.
+        answers: One for each row; None if the row is skipped, which is counted already.
         length_penalty: beta of v = sum / length ** beta (equation 2 of the paper).
-        teacher: Name and revision, as they stand in each record.
-        report: Is added to.
+        teacher: Name and revision, which each record gets.
+        report: The counts, which are updated.
 
     Returns:
-        `id`, `prompt`, `completions`, `scores`, `ranks`, `reference`, and beside them `logprobs`, `lengths`,
+        Records with `id`, `prompt`, `completions`, `scores`, `ranks`, `reference`, `logprobs`, `lengths`,
         `length_penalty` and `teacher`.
 
     Raises:
-        UserError: No row is left.
+        UserError: No row can be ranked.
     """
     records = []
     for row, answer in zip(rows, answers, strict=True):
@@ -119,16 +119,16 @@ def scored_records(
         reasons = ", ".join(f"{reason}: {count}" for reason, count in report.left_out.items())
         raise UserError(
             f"the teacher ranks none of {len(rows)} prompts ({reasons})",
-            fix="Each needs two different responses whose scores differ.",
+            fix="A prompt needs two different responses whose scores differ.",
         )
     return records
 
 
 def encode_in_order(row: Record, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
-    """The tokens of a row whose completions have no ranks, in their order; see `encode_ranked`.
+    """The tokens of a row whose completions have no ranks, in the given order; see `encode_ranked`.
 
     Raises:
-        BadRow: It is longer than `max_length`.
+        BadRow: The row is longer than `max_length`.
     """
     record = {**row, "reference": None, "scores": None, "ranks": list(range(len(row["completions"])))}
     encoded = encode_ranked(record, tokenizer, max_length=max_length, where=f"prompt {row.get('id')}")
@@ -137,5 +137,5 @@ def encode_in_order(row: Record, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def is_logprob(value: Any) -> bool:
-    """A finite number that can be a log-probability (rounding may lift it a little above 0)."""
+    """Whether `value` can be a log-probability: a finite number, at most 0 (or a little more, by rounding)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value <= 1e-6

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server: one request in, one checked JSON object out. Several threads may share a `Server`.
+"""Requests to an OpenAI-compatible server. Several threads may share a `Server`.
 
-The `openai` client repeats requests by itself after 408, 409, 429, 5xx, time-outs and lost connections, with growing
-and jittered waits, and keeps to `Retry-After` (up to two minutes).
+The `openai` client retries a request after 408, 409, 429, 5xx, timeouts and lost connections. It waits longer each
+time, with random jitter, and respects `Retry-After` (up to two minutes).
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from tuna_peft.feedback.settings import ServerSettings
 from tuna_peft.feedback.spending import Spending, Usage, estimate_tokens
 
 MAX_ANSWER_BYTES = 16 << 20
-"""A body that is longer is given up; log-probabilities of a long prompt need some megabytes."""
+"""A longer answer is an error. The log-probabilities of a long prompt need some megabytes."""
 
 
 class RequestFailed(UserError):
-    """This one request has no usable answer; others may have one."""
+    """This request has no usable answer; other requests may have one."""
 
 
 class NoAnswer(RequestFailed):
-    """Nothing came back, however often it was asked: overload, time-out, lost connection. Worth asking another day."""
+    """No answer after all retries: overload, timeout or lost connection. A later run may get one."""
 
 
 class Refused(RequestFailed):
-    """The server will not answer this request, however often it is asked (400, 413, 422)."""
+    """The server rejects this request (400, 413, 422); a retry would not help."""
 
 
 class BadAnswer(RequestFailed):
-    """What came back cannot be read. Another attempt may differ."""
+    """The answer cannot be read. Another attempt may give a different answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Reply:
     """A server's answer.
 
     Args:
-        data: The JSON object, of which nothing is checked but that it is one.
-        usage: As the server says, or estimated where it says nothing.
+        data: The JSON object. Its content is not checked yet.
+        usage: As the server reports it, or an estimate.
     """
 
     data: dict[str, Any]
@@ -54,12 +54,12 @@ class Server:
     """A client for one model on one server.
 
     Args:
-        settings: See `ServerSettings`. The key is read from the environment here, and goes nowhere but into the
-            requests' headers: errors have it removed.
-        spending: Counts tokens and holds the limit; by default a fresh one from the settings.
+        settings: See `ServerSettings`. The API key is read from the environment here. It is only used in the headers
+            of requests, and removed from error messages.
+        spending: Counts tokens and enforces the limit; by default a new counter with the settings' prices.
 
     Raises:
-        UserError: The `openai` package is missing, or the key has characters that no key has.
+        UserError: The `openai` package is missing, or the key contains characters that no key can have.
     """
 
     def __init__(self, settings: ServerSettings, spending: Spending | None = None):
@@ -71,18 +71,18 @@ class Server:
         self.spending = spending or Spending.for_server(settings)
         self._key = os.environ.get(settings.api_key_env, "").strip()
         if not re.fullmatch(r"[!-~]*", self._key):
-            raise UserError("the key has spaces or unprintable characters in it", where=settings.api_key_env)
+            raise UserError("the API key contains spaces or unprintable characters", where=settings.api_key_env)
         self._openai = openai
         self._client = openai.OpenAI(
             base_url=settings.base_url,
-            api_key=self._key or "none",  # local servers want none, and the client insists on one
+            api_key=self._key or "none",  # local servers need no key, but the client requires one
             max_retries=settings.max_retries,
             timeout=settings.timeout,
             http_client=_limited_client(settings),
         )
 
     def chat(self, messages: list[dict[str, str]], **options: Any) -> Reply:
-        """POST chat/completions with further fields of the request in `options`; for errors see `post`."""
+        """POST chat/completions. `options` are further fields of the request; for errors see `post`."""
         return self.post("/chat/completions", {"messages": messages, **options})
 
     def complete(self, prompt: str | list[int], **options: Any) -> Reply:
@@ -90,21 +90,21 @@ class Server:
         return self.post("/completions", {"prompt": prompt, **options})
 
     def post(self, path: str, body: dict[str, Any]) -> Reply:
-        """One request, repeated by the client as its settings allow.
+        """Sends one request, with the retries that the settings allow.
 
         Args:
-            path: Below the base URL.
-            body: The request without `model`. `max_tokens` (times `n`) bounds what it can cost.
+            path: Path below the base URL.
+            body: The request without `model`. Its `max_tokens` (times `n`) is the upper bound of its cost.
 
         Raises:
             NoAnswer, Refused, BadAnswer: This request failed.
-            CostLimitReached: It could cost too much, and was not sent.
-            UserError: No request can succeed: wrong key, no such model or path.
+            CostLimitReached: The request could exceed the limit of the cost; it was not sent.
+            UserError: No request can succeed: wrong key, or no such model or path.
         """
         worst = Usage(1, _tokens_of(body), body.get("n", 1) * (body.get("max_tokens") or 0))
         with self.spending.request(worst) as used:
             content = self._send(path, {"model": self.settings.model, **body})
-            used.append(worst)  # what cannot be read has been paid for, too
+            used.append(worst)  # an answer that cannot be read costs money, too
             data = self._parse(content)
             used[0] = usage = _usage(data, worst)
         return Reply(data, usage)
@@ -113,16 +113,18 @@ class Server:
         try:
             return self._client.post(path, body=body, cast_to=self._response_class).content
         except UnicodeEncodeError:
-            raise Refused("the text holds half of a surrogate pair", where=self._where) from None
+            raise Refused("the text contains half of a surrogate pair", where=self._where) from None
         except self._openai.APIStatusError as error:
             raise self._fault_of_status(error.status_code, self._message(error)) from None
         except self._openai.APITimeoutError:
-            what = f"no answer within {self.settings.timeout:g} s, asked up to {self.settings.max_retries + 1} times"
-            raise NoAnswer(what, where=self._where, fix="Allow a longer time-out, or fewer in flight.") from None
+            what = f"no answer within {self.settings.timeout:g} s in up to {self.settings.max_retries + 1} attempts"
+            fix = "Allow a longer timeout, or fewer concurrent requests."
+            raise NoAnswer(what, where=self._where, fix=fix) from None
         except self._openai.APIConnectionError as error:
             reason = self.scrub(str(error.__cause__ or error))
-            what = f"no connection, tried {self.settings.max_retries + 1} times: {reason}"
-            raise NoAnswer(what, where=self._where, fix="Is the server running, and the address right?") from None
+            what = f"no connection in {self.settings.max_retries + 1} attempts: {reason}"
+            fix = "Check that the server is running and that the address is right."
+            raise NoAnswer(what, where=self._where, fix=fix) from None
         except self._openai.OpenAIError as error:
             raise BadAnswer(self.scrub(str(error)), where=self._where) from None
 
@@ -139,17 +141,21 @@ class Server:
     def _fault_of_status(self, status: int, message: str) -> UserError:
         name = self.settings.api_key_env
         if status in (401, 403):
-            held = f"the key in {name} is not accepted" if self._key else f"it wants a key, and {name} is not set"
-            return UserError(f"{held} ({status}: {message})", where=self._where, fix=f"Set {name} to a valid key.")
+            reason = f"requires an API key, and {name} is not set"
+            if self._key:
+                reason = f"rejects the API key in {name}"
+            return UserError(
+                f"the server {reason} ({status}: {message})", where=self._where, fix=f"Set {name} to a valid key."
+            )
         if status == 402:
             return UserError(f"the account has no credit left ({message})", where=self._where)
         if status in (404, 405):
             fix = f"Check the base URL and the model's name, {self.settings.model!r}."
             return UserError(f"no such path or model ({status}: {message})", where=self._where, fix=fix)
         if status in (408, 409, 429) or status >= 500:
-            what = f"{status}, asked up to {self.settings.max_retries + 1} times: {message}"
+            what = f"{status} after up to {self.settings.max_retries + 1} attempts: {message}"
             return NoAnswer(what, where=self._where)
-        return Refused(f"the server refuses the request ({status}: {message})", where=self._where)
+        return Refused(f"the server rejects the request ({status}: {message})", where=self._where)
 
     def _message(self, error: Any) -> str:
         body = error.body
@@ -158,7 +164,7 @@ class Server:
         return self.scrub(str(body if body else error.message))
 
     def scrub(self, text: str, most: int = 300) -> str:
-        """A server's words, fit for a terminal or a log: the key taken out, on one line, not long."""
+        """A server's text made safe for a terminal or a log: without the API key, on one line, shortened."""
         if self._key:
             text = text.replace(self._key, "[key]")
         text = re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", text).strip()
@@ -170,12 +176,12 @@ class Server:
         except (ValueError, RecursionError):
             raise BadAnswer(f"the answer is not JSON: {self.scrub(repr(content[:80]))}", where=self._where) from None
         if not isinstance(data, dict):
-            raise BadAnswer("the answer is JSON, but no object", where=self._where)
+            raise BadAnswer("the answer is JSON, but not an object", where=self._where)
         return data
 
 
 def _limited_client(settings: ServerSettings) -> Any:
-    """An HTTP client that stops reading a body that is too long or takes too long."""
+    """An HTTP client that stops reading an answer that is too long or takes too long."""
     import httpx2
     import openai
 
@@ -188,9 +194,10 @@ def _limited_client(settings: ServerSettings) -> Any:
                 for chunk in response.iter_bytes():
                     body += chunk
                     if len(body) > MAX_ANSWER_BYTES:
-                        # Of this class, so that the client does not repeat the request.
+                        # The client does not retry after an error of this class.
                         raise openai.OpenAIError(f"the answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
-                    if time.monotonic() - began > settings.timeout:  # a drip keeps the socket's own time-out away
+                    # The socket's own timeout starts anew with every chunk.
+                    if time.monotonic() - began > settings.timeout:
                         raise httpx2.ReadTimeout("the whole answer took too long", request=request)
             finally:
                 response.close()
@@ -218,7 +225,7 @@ def _tokens_of(body: dict[str, Any]) -> int:
 
 
 def _usage(data: dict[str, Any], estimate: Usage) -> Usage:
-    """The server's count, where it gives numbers that can be true."""
+    """The server's count if its numbers are plausible, else the estimate."""
     usage = data.get("usage")
     counts = (
         [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [None]
@@ -229,14 +236,14 @@ def _usage(data: dict[str, Any], estimate: Usage) -> Usage:
 
 
 def choices(reply: Reply, n: int = 1) -> list[dict[str, Any]]:
-    """The `n` choices of a reply, in the order of their `index`; what is in them is still to be checked.
+    """The `n` choices of a reply, in the order of their `index`. Their content is not checked yet.
 
     Raises:
-        BadAnswer: There are not `n` of them.
+        BadAnswer: The number or the indices of the choices are wrong.
     """
     found = reply.data.get("choices")
     if not isinstance(found, list) or len(found) != n or not all(isinstance(choice, dict) for choice in found):
-        raise BadAnswer(f"the answer has no {n} choices")
+        raise BadAnswer(f"the answer does not have {n} choices")
     places = [choice.get("index", place) for place, choice in enumerate(found)]
     if sorted(places, key=str) != sorted(range(n), key=str):
         raise BadAnswer(f"the choices have the indices {places!r:.80}, not 0 to {n - 1}")
@@ -244,19 +251,19 @@ def choices(reply: Reply, n: int = 1) -> list[dict[str, Any]]:
 
 
 def message_text(reply: Reply) -> tuple[str, bool]:
-    """The text of a chat reply with one choice, and whether it was cut at `max_tokens`.
+    """The text of a chat reply with one choice, and whether it was truncated at `max_tokens`.
 
     Raises:
-        BadAnswer: There is no such text.
+        BadAnswer: The reply has no such text.
     """
     [choice] = choices(reply)
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else None
     if not isinstance(text, str):
         raise BadAnswer("the answer has no text")
-    return sound_text(text), choice.get("finish_reason") == "length"
+    return replace_surrogates(text), choice.get("finish_reason") == "length"
 
 
-def sound_text(text: str) -> str:
-    """`text` with halves of surrogate pairs replaced: JSON can spell them, nothing downstream can hold them."""
+def replace_surrogates(text: str) -> str:
+    """`text` with lone halves of surrogate pairs replaced: JSON can contain them, UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

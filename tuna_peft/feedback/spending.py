@@ -1,4 +1,4 @@
-"""What a server's answers cost: estimated before, counted after, and never above a limit."""
+"""Cost of a server's answers: estimated before, counted after, and never above a limit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Tokens of one answer or of many.
+    """Tokens of one or more answers.
 
     Args:
-        requests: Answers counted.
+        requests: Number of answers.
         tokens_in: Tokens of their prompts.
         tokens_out: Tokens that were generated.
     """
@@ -36,26 +36,26 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """In any currency, per million tokens."""
+    """Prices of a million tokens, in any currency."""
 
     tokens_in: float = 0.0
     tokens_out: float = 0.0
 
     def cost(self, usage: Usage) -> float:
-        """What `usage` costs."""
+        """Cost of `usage`."""
         return (usage.tokens_in * self.tokens_in + usage.tokens_out * self.tokens_out) / 1e6
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What is still to be asked, before it is asked.
+    """Estimate of the questions that have no answer yet.
 
     Args:
-        found: Answers that the journal has.
-        requests: Answers to ask for.
-        tokens_in: About the tokens of their prompts.
-        tokens_out: The most tokens that they can have; most judges use a fraction.
-        cost: At most, if each is readable at the first attempt; None where no prices are known.
+        found: Number of questions that the journal has an answer to.
+        requests: Number of questions to ask.
+        tokens_in: Estimated tokens of their prompts.
+        tokens_out: Maximum tokens of the answers; most judges use a fraction of it.
+        cost: Maximum cost if every first attempt can be read; None without prices.
     """
 
     found: int
@@ -66,17 +66,17 @@ class Estimate:
 
 
 class CostLimitReached(UserError):
-    """The next request could cost more than is left."""
+    """The next request could cost more than the limit leaves."""
 
 
 class Spending:
-    """Counts tokens from several threads, and stops requests that could go above `max_cost`.
+    """Counts tokens in several threads, and stops requests that could exceed `max_cost`.
 
-    A request reserves what it can cost at most, and is settled with what it did cost.
+    A request reserves its maximum cost before it is sent; the real cost replaces that when the answer is there.
 
     Args:
         prices: See `Prices`.
-        max_cost: None for no limit. What is added with `count` (answers of an earlier, interrupted run) is part of it.
+        max_cost: None for no limit. It includes what is added with `count`: answers of an earlier, interrupted run.
     """
 
     def __init__(self, prices: Prices | None = None, max_cost: float | None = None):
@@ -92,20 +92,23 @@ class Spending:
 
     @property
     def cost(self) -> float:
-        """Spent so far."""
+        """Cost so far."""
         return self.prices.cost(self.usage)
 
     def count(self, usage: Usage) -> None:
-        """Adds what was spent already."""
+        """Adds earlier usage."""
         with self._guard:
             self.usage += usage
 
     @contextmanager
     def request(self, worst: Usage) -> Iterator[list[Usage]]:
-        """Around one request; put what it used into the list that is yielded. Nothing in it counts nothing.
+        """Reserves the cost of one request while it runs.
 
-        Raises:
-            CostLimitReached: Before the request, if `worst` does not fit beside what is spent and reserved.
+        Put the usage of its answer into the list that is yielded; if the list stays empty, nothing is counted.
+
+            Raises:
+                CostLimitReached: Before the request, if `worst` would exceed the limit beside the cost so far and all
+                    reservations.
         """
         reserve = self.prices.cost(worst)
         with self._guard:
@@ -113,7 +116,7 @@ class Spending:
                 spent = f"{self.cost:.4f} of at most {self.max_cost:g} is spent"
                 raise CostLimitReached(
                     f"{spent}, and another answer could cost {reserve:.4f}",
-                    fix="Every answer so far is kept. Run the same command with a higher limit to go on.",
+                    fix="All answers so far are saved. Run the same command with a higher limit to resume.",
                 )
             self._reserved += reserve
         used: list[Usage] = []
@@ -126,6 +129,6 @@ class Spending:
 
 
 def estimate_tokens(text: str) -> int:
-    """About how many tokens `text` has: one for four ASCII characters, as in English, one for any other character."""
+    """Estimated tokens of `text`: one for four ASCII characters, as in English, and one for any other character."""
     other = sum(not character.isascii() for character in text)
     return -(-(len(text) - other) // 4) + other

@@ -1,4 +1,4 @@
-"""Probabilistic ranking with a teacher that runs here: its log-probabilities of given responses."""
+"""Probabilistic ranking with a teacher on this machine: its log-probabilities of given responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tuna_peft.feedback.local_model import load_local_model
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, scored_records
 from tuna_peft.feedback.settings import ScoreSettings
 from tuna_peft.journal import Journal, content_key
-from tuna_peft.models.base.any_model import model_digest
 from tuna_peft.models.forward.scoring import stream_logps
 from tuna_peft.models.forward.verify import verify_packing
 from tuna_peft.models.generation.generate import context_of
@@ -25,10 +24,10 @@ from tuna_peft.models.stack.any_model import model_digest
 def score_with_model(
     rows: Sequence[Record], settings: ScoreSettings, journal: Journal, *, device: str = "auto"
 ) -> tuple[list[Record], ScoreReport]:
-    """As `score_rows`, with the teacher that the settings name.
+    """Loads the teacher that the settings name and ranks with it, see `score_rows`.
 
     Raises:
-        UserError: It cannot be loaded, or as `score_rows`.
+        UserError: The teacher cannot be loaded; or see `score_rows`.
     """
     loaded = load_local_model(settings, device)
     return score_rows(loaded.model, loaded.tokenizer, rows, settings, journal)
@@ -43,17 +42,18 @@ def score_rows(
 ) -> tuple[list[Record], ScoreReport]:
     """Ranks the completions of each row by their length-normalised log-probabilities under `model`.
 
-    A prompt and its responses are one row that computes the prompt once, as in training. EOS is part of a response.
+    A prompt and its responses are packed into one sequence, in which the prompt is computed once, as in training. EOS
+    is part of a response.
 
     Args:
         model: Any causal LM, with or without adapters.
         tokenizer: Its tokenizer; prompts that are messages go through its chat template.
         rows: `{"id", "prompt", "completions"}`, optional `reference`, see `tuna_peft.data.load.load_candidates`.
-        settings: The length penalty and the size of a batch.
-        journal: Gets the sums and lengths of every row; what it has is not computed again.
+        settings: Gives the length penalty and the maximum tokens of a batch.
+        journal: Saves the sums and lengths of every row; what it has is not computed again.
 
     Raises:
-        UserError: No row is left, or one row does not fit into memory.
+        UserError: No row can be ranked, or a row does not fit into memory.
     """
     model.eval()
     digest, report = model_digest(model), ScoreReport()
@@ -89,7 +89,7 @@ def _score(
     max_tokens: int,
     journal: Journal,
 ) -> None:
-    """Brings sums and lengths of every row into the journal, like lengths together, the longest first."""
+    """Puts the sums and lengths of every row into the journal; the longest rows are computed first."""
     if encoded:
         shortest = min(encoded.values(), key=_tokens)
         verify_packing(model, shortest, next(model.parameters()).device)
@@ -103,6 +103,7 @@ def _score(
 
 
 def _batches(encoded: dict[str, dict[str, Any]], max_tokens: int) -> list[list[str]]:
+    """Keys in batches of at most `max_tokens` tokens, padding included; rows of similar length share a batch."""
     batches: list[list[str]] = []
     width = 0
     for key in sorted(encoded, key=lambda key: -_tokens(encoded[key])):
@@ -114,7 +115,7 @@ def _batches(encoded: dict[str, dict[str, Any]], max_tokens: int) -> list[list[s
 
 
 def _tokens(row: dict[str, Any]) -> int:
-    """Of a prompt with all of its responses, before what they share is shared."""
+    """Number of tokens of a prompt and its responses; prefixes that responses share count for each."""
     return len(row["prompt_ids"]) + sum(map(len, row["completions_ids"]))
 
 

@@ -1,4 +1,4 @@
-"""Probabilistic ranking with a teacher behind a completions server."""
+"""Probabilistic ranking with a teacher on a completions server."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from tuna_peft.data.ranked import Prompt, Record
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.answering import answer_all
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, is_logprob, scored_records
-from tuna_peft.feedback.server import BadAnswer, Reply, Server, choices, sound_text
+from tuna_peft.feedback.server import BadAnswer, Reply, Server, choices, replace_surrogates
 from tuna_peft.feedback.settings import ScoreSettings, ServerSettings
 from tuna_peft.feedback.spending import Estimate, Spending, Usage, estimate_tokens
 from tuna_peft.journal import Journal, content_key
 
 
 class Question(NamedTuple):
-    """One request: its key, how to make it, and about how many tokens it has and may be answered with."""
+    """One request.
+
+    Args:
+        key: Key of the answer in the journal.
+        ask: Sends the request and returns the answer.
+        tokens_in: Estimated tokens of the request.
+        tokens_out: Maximum tokens of the answer.
+    """
 
     key: str
     ask: Callable[[], Any]
@@ -34,16 +41,16 @@ def score_with_server(
     journal: Journal,
     agree: Callable[[Estimate], None] = lambda estimate: None,
 ) -> tuple[list[Record], ScoreReport]:
-    """Ranks by the log-probabilities that a server gives: of the rows' completions, or of responses of its own.
+    """Ranks by log-probabilities from a server: those of the rows' completions, or of responses that it generates.
 
     Args:
         rows: `{"id", "prompt"}`, with `completions` unless the server generates; optional `reference`.
-        settings: Has `server`.
-        journal: Gets every answer as it arrives; what it has is not asked again.
-        agree: Is told what will be asked before it is; may raise.
+        settings: With `server`.
+        journal: Saves every answer as it arrives; what it has is not asked again.
+        agree: Called with the estimate before anything is asked; may raise an error.
 
     Raises:
-        UserError: The server gives no answer to some (unless `on_no_answer` is `skip`), or no row is left.
+        UserError: Some requests have no answer (unless `on_no_answer` is `skip`), or no row can be ranked.
     """
     assert settings.server is not None
     server = Server(settings.server)
@@ -63,7 +70,7 @@ def score_with_server(
         raise UserError(
             f"{len(outcome.unanswered)} of {len(questions)} requests have no answer; the first: {reason}",
             where=settings.server.base_url,
-            fix="All other answers are kept: run the same again to ask for these, or say `on_no_answer: skip`.",
+            fix="All other answers are saved: run the same command again to ask these, or set `on_no_answer: skip`.",
         )
     answers = []
     for row, of_row in zip(rows, asked, strict=True):
@@ -78,14 +85,14 @@ def score_with_server(
 
 
 class _Scoring:
-    """Asks for the log-probabilities of a prompt with a response behind it."""
+    """Asks for the log-probabilities of a prompt followed by a response."""
 
     def __init__(self, server: Server, settings: ScoreSettings):
         self.server = server
         self.tokenizer = None if settings.tokenizer is None else _tokenizer(settings.tokenizer)
 
     def questions(self, row: Record) -> list[Question]:
-        """One for each completion."""
+        """One question for each completion."""
         if self.tokenizer is not None:
             encoded = encode_in_order(row, self.tokenizer, None)
             ids = encoded["prompt_ids"]
@@ -107,7 +114,7 @@ class _Scoring:
         ]  # fmt: skip
 
     def scored(self, row: Record, answers: list[dict[str, Any]], report: ScoreReport) -> Scored | None:
-        """The sums of a row."""
+        """The sums and lengths of a row."""
         return Scored(
             row["completions"], [answer["logprob"] for answer in answers], [answer["length"] for answer in answers]
         )
@@ -116,7 +123,7 @@ class _Scoring:
         return content_key(what="score", server_model=self.server.settings.model, prompt=sent, first=first)
 
     def _ask_text(self, prompt: str, response: str) -> dict[str, Any]:
-        # One token is generated and not looked at: some servers take 0 for no limit.
+        # Generates one token, which is ignored: some servers read `max_tokens=0` as no limit.
         reply = self.server.complete(prompt + response, echo=True, logprobs=1, max_tokens=1, temperature=0)
         return _answer(echoed_logprobs(reply, prompt, response), reply)
 
@@ -126,14 +133,14 @@ class _Scoring:
 
 
 class _Generating:
-    """Asks for responses and their log-probabilities at once."""
+    """Asks for responses together with their log-probabilities."""
 
     def __init__(self, server: Server, settings: ScoreSettings):
         assert settings.generate is not None
         self.server, self.settings = server, settings.generate
 
     def questions(self, row: Record) -> list[Question]:
-        """One for each prompt."""
+        """One question for each prompt."""
         options = self.settings.model_dump()
         key = content_key(
             what="generate", server_model=self.server.settings.model, prompt=row["prompt"], options=options
@@ -143,7 +150,7 @@ class _Generating:
         return [Question(key, functools.partial(self._ask, row["prompt"]), tokens, most)]
 
     def scored(self, row: Record, answers: list[dict[str, Any]], report: ScoreReport) -> Scored | None:
-        """The responses that are not empty, with their sums."""
+        """The responses that are not empty, with their sums and lengths."""
         found = [sample for sample in answers[0]["samples"] if sample["text"]]
         if not found:
             report.leave_out("all responses are empty")
@@ -173,21 +180,21 @@ def _estimate(questions: dict[str, Question], journal: Journal, server: ServerSe
 
 
 def echoed_logprobs(reply: Reply, prompt: str, response: str) -> list[float]:
-    """The log-probabilities of a response's tokens, from a reply that repeats prompt and response.
+    """The log-probabilities of a response's tokens, from a reply to a request with `echo`.
 
-    A token that begins in the prompt and ends in the response counts to the response, as in training.
+    A token that begins in the prompt and ends in the response belongs to the response, as in training.
 
     Raises:
-        BadAnswer: The reply has none, or not for this text.
+        BadAnswer: The reply has no log-probabilities, or those of another text.
     """
     [choice] = choices(reply)
     given = choice.get("logprobs")
     found = given if isinstance(given, dict) else {}
     tokens, values = found.get("tokens"), found.get("token_logprobs")
     if not isinstance(tokens, list) or not isinstance(values, list) or len(tokens) != len(values):
-        raise BadAnswer("the answer has no log-probabilities of the prompt: does the server know `echo`?")
+        raise BadAnswer("the answer has no log-probabilities of the prompt: does the server support `echo`?")
     if not all(isinstance(token, str) for token in tokens):
-        raise BadAnswer("the answer's tokens are no texts")
+        raise BadAnswer("the answer's tokens are not text")
     starts = _starts(tokens, found.get("text_offset"), prompt + response)
     ends = [*starts[1:], starts[-1] + len(tokens[-1])] if starts else []
     chosen = [
@@ -199,10 +206,10 @@ def echoed_logprobs(reply: Reply, prompt: str, response: str) -> list[float]:
 
 
 def prompt_logprobs(reply: Reply, tokens: Sequence[int]) -> list[float | None]:
-    """vLLM's log-probability of each of the prompt's tokens (None for the first).
+    """The log-probability of each token of the prompt, from vLLM's `prompt_logprobs` (None for the first).
 
     Raises:
-        BadAnswer: The reply has none, or not for these tokens.
+        BadAnswer: The reply has no log-probabilities, or those of other tokens.
     """
     [choice] = choices(reply)
     found = choice.get("prompt_logprobs")
@@ -219,10 +226,10 @@ def prompt_logprobs(reply: Reply, tokens: Sequence[int]) -> list[float | None]:
 
 
 def generated_sample(choice: dict[str, Any]) -> dict[str, Any]:
-    """Text, summed log-probability and length of one generated response, from either kind of reply.
+    """Text, summed log-probability and length of one generated response, from a reply to `complete` or `chat`.
 
     Raises:
-        BadAnswer: It has no text, or no log-probability for each token.
+        BadAnswer: The response has no text, or not a log-probability for every token.
     """
     found = choice.get("logprobs")
     if "message" in choice:
@@ -237,22 +244,22 @@ def generated_sample(choice: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(text, str):
         raise BadAnswer("the answer has no text")
     if text and not values:
-        raise BadAnswer("the answer has no log-probabilities: does the server know `logprobs`?")
+        raise BadAnswer("the answer has no log-probabilities: does the server support `logprobs`?")
     total = sum(_checked(values)) if values else 0.0
     cut = choice.get("finish_reason") == "length"
-    return {"text": sound_text(text).strip(), "logprob": total, "length": len(values), "cut": cut}
+    return {"text": replace_surrogates(text).strip(), "logprob": total, "length": len(values), "cut": cut}
 
 
 def _starts(tokens: list[str], offsets: Any, text: str) -> list[int]:
-    """Where each token begins in `text`."""
+    """Position in `text` at which each token begins."""
     joined, places = "", []
     for token in tokens:
         places.append(len(joined))
         joined += token
-    before = joined.find(text)  # BOS may stand before it
+    before = joined.find(text)  # BOS may come first
     if before >= 0:
         return [place - before for place in places]
-    # Pieces of characters do not join to the text; the server's own count goes by characters, or so it should.
+    # Tokens that are parts of a character do not join to the text; then use the server's offsets, in characters.
     sound = (
         isinstance(offsets, list)
         and len(offsets) == len(tokens)
@@ -269,7 +276,7 @@ def _checked(values: Sequence[Any]) -> list[float]:
         raise BadAnswer("the answer has no token of the response")
     for value in values:
         if not is_logprob(value):
-            raise BadAnswer(f"{value!r:.40} is no log-probability")
+            raise BadAnswer(f"{value!r:.40} is not a log-probability")
     return [float(value) for value in values]
 
 
@@ -288,7 +295,7 @@ def _text(prompt: Prompt, row: Record) -> str:
     raise UserError(
         "the prompt is a list of messages, and a completions server takes text",
         where=f"prompt {row.get('id')}",
-        fix="Give `tokenizer`, whose chat template makes tokens of it, or use another prompt template.",
+        fix="Give `tokenizer`, whose chat template formats the messages, or use another prompt template.",
     )
 
 

@@ -1,7 +1,7 @@
-"""From a judge's words to a ranking, or to the reason why they are none. Nothing is guessed.
+"""Reads the ranking from a judge's answer, or gives the reason why there is none. Nothing is guessed.
 
-Two forms are read: the JSON object that `protocol` asks for, wherever in the text it stands, and the plain text of the
-reference project ("Response 0: 12 ... rank: [2, 0, 1, 4]"). Both number responses from 0 as they were shown.
+Two forms are read: the JSON object that `protocol` asks for, anywhere in the text, and the plain text of the reference
+code ("Response 0: 12 ... rank: [2, 0, 1, 4]"). Both number responses from 0 in the order shown.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from tuna_peft.data.ranked import dense_ranks
 from tuna_peft.feedback.protocol import ASPECTS, MAX_GRADE
 
 MAX_CHARACTERS = 200_000
-"""Of an answer; no verdict is that long."""
+"""Maximum length of an answer; no verdict is that long."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A judge's ranking of the responses in the order in which it was shown them.
+    """A judge's ranking of the responses, which are numbered in the order shown.
 
     Args:
         ranks: Dense ranks from 0, equal for responses that the judge calls duplicates.
-        own_response: The judge's own, None if it gave none.
-        own_is_best: Whether the judge ranks its own response above all others (or does not rank it at all).
+        own_response: The judge's own response; None if it gave none.
+        own_is_best: Whether the judge gave a response of its own and ranks it above all others, or does not rank it.
         kind: `open-ended`, `closed-ended` or None.
     """
 
@@ -37,7 +37,7 @@ class Verdict:
 
 
 class Unreadable(ValueError):
-    """The text holds no ranking that can be trusted; the message says why."""
+    """The text contains no ranking that can be trusted; the message says why."""
 
 
 def read_verdict(text: str, responses: int) -> Verdict:
@@ -49,10 +49,11 @@ def read_verdict(text: str, responses: int) -> Verdict:
     """
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"{len(text)} characters are too many")
-    text = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL)  # what it thinks of is not what it says
+    # A reasoning model's thoughts are not its answer.
+    text = re.sub(r"\A\s*<think>.*?</think>", "", text, flags=re.DOTALL)
     objects = [value for value in _json_objects(text) if "rank" in value]
     if not objects and re.search(r'"rank"\s*:', text):
-        raise Unreadable("JSON that is not whole")
+        raise Unreadable("incomplete JSON")
     verdicts = [_read_object(value, responses) for value in objects] or [_read_plain(text, responses)]
     if any(verdict.ranks != verdicts[0].ranks for verdict in verdicts):
         raise Unreadable("several rankings that differ")
@@ -65,15 +66,15 @@ _STRAY_BRACES = 500
 
 
 def _json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text that are not part of another one: what an object quotes is not looked at."""
+    """The outermost JSON objects in a text; objects inside them, such as quoted ones, are ignored."""
     decoder, position, stray = json.JSONDecoder(), 0, 0
     while (position := text.find("{", position)) >= 0:
         try:
             value, position = decoder.raw_decode(text, position)
         except ValueError:
             position, stray = position + 1, stray + 1
-            if stray > _STRAY_BRACES:  # each costs a look at the whole text
-                raise Unreadable("too many braces that begin no object") from None
+            if stray > _STRAY_BRACES:  # each one costs a scan of the whole text
+                raise Unreadable("too many braces that do not begin an object") from None
         except RecursionError:
             raise Unreadable("JSON that is nested too deeply") from None
         else:
@@ -106,7 +107,7 @@ def _read_object(value: dict[str, Any], responses: int) -> Verdict:
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
-        raise Unreadable(f"`{name}` is no list")
+        raise Unreadable(f"`{name}` is not a list")
     return value
 
 
@@ -114,13 +115,13 @@ def _number(value: Any, responses: int) -> int:
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(?:response\s*)?(\d{1,3})\s*", value, re.IGNORECASE)):
         value = int(match[1])
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= responses:
-        raise Unreadable(f"{value!r:.40} is no number from 0 to {responses}")
+        raise Unreadable(f"{value!r:.40} is not a number from 0 to {responses}")
     return value
 
 
 def _graded(entry: Any, responses: int) -> tuple[int, float]:
     if not isinstance(entry, dict):
-        raise Unreadable("an entry of `grades` is no object")
+        raise Unreadable("an entry of `grades` is not an object")
     aspects = _list(entry.get("aspects"), "aspects")
     sound = len(aspects) == ASPECTS and all(
         isinstance(grade, (int, float)) and not isinstance(grade, bool) and 0 <= grade <= MAX_GRADE
@@ -131,7 +132,7 @@ def _graded(entry: Any, responses: int) -> tuple[int, float]:
     return _number(entry.get("response"), responses), float(sum(aspects))
 
 
-# The plain form of the reference project
+# The plain text of the reference code
 
 _RANK = re.compile(
     r"^[^\w\n]*(?:final\s+)?(?:rank(?:ing|s)?|from best to worst)[^\w\n\[]*:[\s*_`]*(.*)$",
@@ -147,29 +148,29 @@ _SAME = re.compile(r"[^.\n]*\b(?:duplicates?|identical)\b[^.\n]*", re.IGNORECASE
 def _read_plain(text: str, responses: int) -> Verdict:
     lines = [match[1].strip() for match in _RANK.finditer(text)]
     if not lines:
-        raise Unreadable("no ranking in it")
+        raise Unreadable("no ranking in the answer")
     orders = [_plain_order(line, responses) for line in lines]
     if any(order != orders[0] for order in orders):
         raise Unreadable("several rankings that differ")
     totals: dict[int, float] = {}
     for number, total in ((int(match[1]), float(match[2])) for match in _TOTAL.finditer(text)):
         if number > responses or total > ASPECTS * MAX_GRADE or totals.get(number, total) != total:
-            raise Unreadable(f"the total {total:g} of response {number} cannot be")
+            raise Unreadable(f"the total {total:g} of response {number} is impossible")
         totals[number] = total
     own = re.search(rf"###\s*Response {responses}:(.*?)(?:\n\s*\n|\Z)", text, re.DOTALL | re.IGNORECASE)
-    # Prose is trusted only to say why a number is missing.
+    # Sentences are used only to explain why a number is missing from the ranking.
     missing = set(range(responses)) - set(orders[0])
     groups = [group for group in _plain_groups(text, responses) if missing & set(group)]
     return _verdict(orders[0], groups, totals, responses, own=(own[1].strip() if own else None) or None)
 
 
 def _plain_order(line: str, responses: int) -> list[int]:
-    """`[2, 0, 1]`, `2 > 0 > 1` or `Response 2 > Response 0`; anything else on the line is refused."""
+    """`[2, 0, 1]`, `2 > 0 > 1` or `Response 2 > Response 0`; anything else on the line is an error."""
     bare = re.sub(r"response\s*", "", line.rstrip("*_`. "), flags=re.IGNORECASE)
     match = re.fullmatch(r"\[\s*(.*?)\s*\]\W*", bare) or re.fullmatch(r"(\d+(?:\s*[>,]\s*\d+)+)", bare)
     parts = re.split(r"\s*[>,]\s*", match[1]) if match else []
     if not parts or not all(re.fullmatch(r"\d{1,3}", part) for part in parts):
-        raise Unreadable(f"the ranking {line!r:.60} is no list of numbers")
+        raise Unreadable(f"the ranking {line!r:.60} is not a list of numbers")
     return [_number(int(part), responses) for part in parts]
 
 
@@ -184,7 +185,7 @@ def _plain_groups(text: str, responses: int) -> list[list[int]]:
     return groups
 
 
-# What both have in common
+# Common to both
 
 
 def _verdict(
@@ -200,12 +201,12 @@ def _verdict(
         raise Unreadable(f"the ranking {order} names a response twice")
     for better, worse in zip(order, order[1:]):  # noqa: B905 - neighbours
         if totals.get(better, 0.0) < totals.get(worse, 0.0) and better in totals:
-            raise Unreadable(f"the ranking {order} is against the grades of {better} and {worse}")
+            raise Unreadable(f"the ranking {order} contradicts the grades of {better} and {worse}")
     place: dict[int, float] = {number: float(position) for position, number in enumerate(order)}
     for group in groups:
         ranked = sorted(place[number] for number in group if number in place)
         if ranked and ranked[-1] - ranked[0] > len(ranked) - 1:
-            raise Unreadable(f"the duplicates {group} do not stand together in the ranking {order}")
+            raise Unreadable(f"the duplicates {group} are not next to each other in the ranking {order}")
         for number in group:
             if ranked:
                 place[number] = ranked[0]

@@ -1,4 +1,4 @@
-"""Samples through vLLM (extra `vllm`), which generates many sequences at once much faster than transformers does."""
+"""Sampling with vLLM (extra `vllm`), which generates many sequences at once much faster than transformers does."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from tuna_peft.files import sha256
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.generation.generate import Generated
 
-# What vLLM allocates adapters for; other ranks are refused.
+# The adapter ranks that vLLM supports as a maximum.
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _CUDA_CONTEXT = 2**30
-"""What vLLM's process takes before it looks at what is free."""
+"""Memory that vLLM's process allocates before it measures the free memory, in bytes."""
 _CHUNK = 256
-"""Prompts given to the engine at once: it schedules them by itself, and they are recorded when all are done."""
+"""Prompts given to the engine at once. It schedules them itself; they are saved when all of them are finished."""
 
 
 class VllmSampler:
-    """Draws with a vLLM engine, see `tuna_peft.feedback.sampling.Sampler`.
+    """Samples with a vLLM engine, see `tuna_peft.feedback.sampling.Sampler`.
 
-    A prompt's samples depend on its seed and not on what runs beside it, but for rounding; they are others than those
-    of the transformers backend.
+    Except for rounding, a prompt's samples depend on its seed and not on the other prompts of a batch. They are not
+    those of the transformers backend.
 
     Args:
         base: Hub id or folder of the base model.
-        tokenizer: The base's.
-        adapter: Folder of the stack as one adapter (see `tuna_peft.export.combine`); None samples from the base.
+        tokenizer: The base model's tokenizer.
+        adapter: Folder of the stack as one adapter (see `tuna_peft.export.combine`); None samples from the base model.
         revision: Branch, tag or commit of the base.
-        quantized: Quantise the base to NF4 while it is loaded, as for training.
+        quantized: Quantize the base model to NF4 on loading, as for training.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: vLLM is not installed, or the adapter's rank is beyond what it serves.
+        UserError: vLLM is not installed, or vLLM does not support the adapter's rank.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class VllmSampler:
         }
 
     def close(self) -> None:
-        """Ends the engine, whose memory on the GPU is for what comes next."""
+        """Ends the engine and frees its GPU memory."""
         self._engine = None
-        free_memory()  # collects: an engine ends when nobody refers to it
+        free_memory()  # also collects garbage, which ends an engine without references
 
     @property
     def context(self) -> int | None:
         """See `Sampler`."""
         return self._engine.llm_engine.model_config.max_model_len
 
-    def draw(
+    def sample(
         self,
         prompts: Sequence[Sequence[int]],
         settings: SampleSettings,
@@ -121,13 +121,15 @@ class VllmSampler:
                 )
 
     def _text(self, sample: Any) -> str:
-        # From its tokens, so that white space and special tokens are treated as by the other backend.
+        # Decoded from tokens, so that white space and special tokens are treated as in the transformers backend.
         return self.tokenizer.decode(list(sample.token_ids), skip_special_tokens=True).strip()
 
 
 def _share_of_gpu() -> dict[str, float]:
-    """vLLM wants nine tenths of a GPU for itself and refuses to start where this process, with the model that is in
-    training, leaves it less."""
+    """The share of the GPU's memory that vLLM may use.
+
+    By default vLLM takes 90 % and does not start if this process, which holds the model in training, leaves less.
+    """
     if not torch.cuda.is_initialized():
         return {}
     free_memory()
