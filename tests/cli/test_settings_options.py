@@ -124,7 +124,7 @@ def test_two_options_of_one_name_are_found_out():
         (["judge", "d", "o.jsonl", "--model", "m", "--in-flight", "2"], "--in-flight has no effect without --server"),
         (["score", "d", "o.jsonl", "--model", "m", "--n", "2"], "--n has no effect without --generate"),
         (["score", "d", "o.jsonl", "--server", "http://h/v1"], "a server needs the name of its model"),
-        (["score", "d", "o.jsonl", "--base-url", "http://h/v1"], "--base-url is now called --server"),
+        (["score", "d", "o.jsonl", "--base-url=http://h/v1"], "--base-url is now called --server"),
         (["score", "d", "o.jsonl", "--server-model", "m"], "--server-model is now called --model"),
         (["judge", "d", "o.jsonl", "--retries", "2"], "--retries is now called --max-retries"),
         (["judge", "d", "o.jsonl", "--skip-unanswered"], "--skip-unanswered is now called --on-no-answer skip"),

@@ -18,14 +18,6 @@ from tuna_peft.errors import UserError
 # both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
-# Options that had another name in the commands `score` and `judge`.
-_RENAMED = {
-    "--base-url": "--server",
-    "--server-model": "--model",
-    "--retries": "--max-retries",
-    "--skip-unanswered": "--on-no-answer skip",
-}
-
 
 class ErrorReportingGroup(TyperGroup):
     """The top-level group. Exit codes: 2 for the user's mistakes, 130 after Ctrl-C, 1 for everything else.
@@ -48,13 +40,7 @@ class ErrorReportingGroup(TyperGroup):
             warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             return super().invoke(ctx)
-        except _UsageError as error:
-            old = getattr(error, "option_name", None)
-            if old not in _RENAMED:
-                raise
-            _print_error(f"{old} is now called {_RENAMED[old]}")
-            raise typer.Exit(2) from error
-        except (typer.Exit, typer.Abort, BrokenPipeError):
+        except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
             raise
         except KeyboardInterrupt as interrupt:
             again = (
@@ -68,13 +54,11 @@ class ErrorReportingGroup(TyperGroup):
             if debug:
                 traceback.print_exc()
             message, code = describe_error(error)
-            _print_error(message if debug or code == 2 else f"{message}\n  Run it with --debug for the traceback.")
+            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            typer.echo(
+                message if debug or code == 2 else f"{message}\n  Run it with --debug for the traceback.", err=True
+            )
             raise typer.Exit(code) from error
-
-
-def _print_error(message: str) -> None:
-    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(message, err=True)
 
 
 def describe_error(error: Exception) -> tuple[str, int]:

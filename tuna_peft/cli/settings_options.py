@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
+# Options that had another name in `score` and `judge`.
+_RENAMED = {
+    "--base-url": "--server",
+    "--server-model": "--model",
+    "--retries": "--max-retries",
+    "--skip-unanswered": "--on-no-answer skip",
+}
+
 
 class SettingsCommand(TyperCommand):
     """A command with an option for every field of some settings.
@@ -53,6 +61,13 @@ class SettingsCommand(TyperCommand):
         own = super().get_params(ctx)
         arguments = [one for one in own if one.param_type_name == "argument"]
         return arguments + [option.param for option in self._options.values()] + own[len(arguments) :]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """UserError for an old name."""
+        for name in (arg.partition("=")[0] for arg in args):
+            if name in _RENAMED:
+                raise UserError(f"{name} is now called {_RENAMED[name]}")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command with what was given in `ctx.obj`."""
