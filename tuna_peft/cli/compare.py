@@ -102,14 +102,14 @@ def _print_unpaired(one: ResultComparison, first: str, second: str) -> None:
 
 
 def _print_pairing(task: str, title: str, pairing: Pairing) -> None:
-    def cut(text: str) -> str:
+    def shortened(text: str) -> str:
         line = " ".join(text.split())
         return line if len(line) <= 300 else line[:297] + "..."
 
     scores = f"{pairing.scores[0]:.3f} -> {pairing.scores[1]:.3f}"
     typer.secho(f"\n{task}, {title}, {pairing.id}: {scores}", bold=True)
-    typer.echo(f"  prompt  {cut(pairing.prompt)}")
-    typer.echo(f"  first   {cut(pairing.responses[0])}")
-    typer.echo(f"  second  {cut(pairing.responses[1])}")
+    typer.echo(f"  prompt  {shortened(pairing.prompt)}")
+    typer.echo(f"  first   {shortened(pairing.responses[0])}")
+    typer.echo(f"  second  {shortened(pairing.responses[1])}")
     if pairing.references:
-        typer.echo(f"  right   {cut(pairing.references[0])}")
+        typer.echo(f"  right   {shortened(pairing.references[0])}")

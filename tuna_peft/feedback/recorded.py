@@ -48,7 +48,7 @@ def score_recorded(
         except BadRow as error:
             if not skip_bad_rows:
                 raise
-            report.leave_out(error.reason)
+            report.count_skipped(error.reason)
             answers.append(None)
     name = {"model": teacher, "revision": None}
     return scored_records(rows, answers, length_penalty, name, report), report

@@ -130,7 +130,7 @@ class SampleReport:
         lines += [f"dropped: {self.repeated:,} repeated and {self.empty:,} empty responses"] if dropped else []
         return lines
 
-    def leave_out(self, reason: str) -> None:
+    def count_skipped(self, reason: str) -> None:
         """Counts a prompt that is skipped."""
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
@@ -186,7 +186,7 @@ def sample_candidates(
     records = []
     for index, prompt in enumerate(prompts):
         if index not in kept:
-            report.leave_out("the prompt fills the model's context")
+            report.count_skipped("the prompt fills the model's context")
         elif (record := _candidates(prompt, kept[index], report)) is not None:
             records.append(record)
     report.seconds = round(time.monotonic() - began, 2)
@@ -240,31 +240,31 @@ def _attempt_all(
 
 def _candidates(prompt: Record, attempt: _Attempt, report: SampleReport) -> Record | None:
     """The record of a prompt with its different responses; None if there are fewer than two, which is counted."""
-    cut: dict[str, bool] = {}
+    truncated: dict[str, bool] = {}
     for text, ended in zip(attempt.texts, attempt.ended, strict=True):
         if text:
-            cut.setdefault(text, not ended)
+            truncated.setdefault(text, not ended)
     empty = attempt.texts.count("")
     report.empty += empty
-    report.repeated += len(attempt.texts) - empty - len(cut)
+    report.repeated += len(attempt.texts) - empty - len(truncated)
     report.draws[str(attempt.of)] = report.draws.get(str(attempt.of), 0) + 1
-    if len(cut) < 2:
-        report.leave_out("all responses are equal" if cut else "all responses are empty")
+    if len(truncated) < 2:
+        report.count_skipped("all responses are equal" if truncated else "all responses are empty")
         return None
     report.kept += 1
     report.alike += attempt.alike
-    report.responses += len(cut)
-    report.cut += sum(cut.values())
+    report.responses += len(truncated)
+    report.cut += sum(truncated.values())
     return {
         "id": prompt["id"],
         "prompt": prompt["prompt"],
-        "completions": list(cut),
+        "completions": list(truncated),
         "reference": prompt["reference"],
         "record": prompt["record"],
         "sampling": {
             "temperature": attempt.temperature,
             "draw": attempt.number,
             "similarity": round(attempt.mean, 4),
-            "cut": list(cut.values()),
+            "cut": list(truncated.values()),
         },
     }

@@ -44,7 +44,7 @@ class ScoreReport:
         """The counts as plain JSON values."""
         return asdict(self)
 
-    def leave_out(self, reason: str) -> None:
+    def count_skipped(self, reason: str) -> None:
         """Counts a row that is skipped."""
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
@@ -106,7 +106,7 @@ def scored_records(
                 {**ranked, "completions": answer.completions, "scores": scores}, f"prompt {row.get('id')}"
             ).record
         except BadRow as error:
-            report.leave_out(error.reason)
+            report.count_skipped(error.reason)
             continue
         of = {text: pair for text, pair in reversed(list(zip(answer.completions, pairs, strict=True)))}
         record["logprobs"] = [of[text][0] for text in record["completions"]]

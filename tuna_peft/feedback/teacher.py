@@ -77,7 +77,7 @@ def score_rows(
         if key in journal:
             answers.append(Scored(row["completions"], **journal[key]))
         else:
-            report.leave_out(unusable[key])
+            report.count_skipped(unusable[key])
             answers.append(None)
     return scored_records(rows, answers, settings.length_penalty, _name(digest), report), report
 

@@ -77,7 +77,7 @@ def score_with_server(
         if all(question.key in journal for question in of_row):
             answers.append(teacher.scored(row, [journal[question.key] for question in of_row], report))
         else:
-            report.leave_out("no answer")
+            report.count_skipped("no answer")
             answers.append(None)
     name = {"model": settings.server.model, "revision": None, "server": settings.server.base_url}
     report.cost = server.spending.cost
@@ -153,7 +153,7 @@ class _Generating:
         """The responses that are not empty, with their sums and lengths."""
         found = [sample for sample in answers[0]["samples"] if sample["text"]]
         if not found:
-            report.leave_out("all responses are empty")
+            report.count_skipped("all responses are empty")
             return None
         report.cut += sum(sample["cut"] for sample in found)
         return Scored(
