@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +118,29 @@ def test_any_other_error_ends_it_and_keeps_what_was_under_way(journal, in_flight
     assert len(journal) <= 60 + (in_flight or 1)
 
 
+@pytest.mark.parametrize("in_flight", [1, 4])
+def test_ctrl_c_waits_for_all_requests_that_are_sent(journal, monkeypatch, in_flight):
+    """Also for the thread on which the main thread waits at that moment."""
+    all_ask, warned = threading.Barrier(in_flight), threading.Event()
+
+    def ask(i):
+        if all_ask.wait(timeout=PATIENCE) == 0:
+            time.sleep(0.2)  # the main thread waits by now
+            os.kill(os.getpid(), signal.SIGINT)
+        warned.wait(timeout=PATIENCE)
+        time.sleep(0.2)  # long enough for a main thread that does not wait
+        return i
+
+    monkeypatch.setattr(answering.logger, "warning", lambda message: warned.set())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores Ctrl-C
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            answer_all(journal, QUESTIONS, ask, in_flight=in_flight)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(journal) == {str(i) for i in range(in_flight)}
+
+
 def test_ctrl_c_before_all_threads_have_started_keeps_what_is_under_way(journal, monkeypatch):
     two_ask, waiting, started = threading.Barrier(3), threading.Event(), []
 
@@ -131,7 +157,9 @@ def test_ctrl_c_before_all_threads_have_started_keeps_what_is_under_way(journal,
         waiting.wait(timeout=PATIENCE)
         return i
 
-    monkeypatch.setattr(answering, "threading", SimpleNamespace(Thread=Thread, Lock=threading.Lock))
+    monkeypatch.setattr(
+        answering, "threading", SimpleNamespace(Thread=Thread, Lock=threading.Lock, Event=threading.Event)
+    )
     monkeypatch.setattr(answering.logger, "warning", lambda message: waiting.set())
     with pytest.raises(KeyboardInterrupt):
         answer_all(journal, QUESTIONS, ask, in_flight=4)

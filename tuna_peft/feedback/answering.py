@@ -80,19 +80,29 @@ def answer_all(
 
 
 def _in_threads(run: _Run, count: int) -> None:
-    # Daemon threads: Python does not wait for them when a second Ctrl-C ends it.
-    threads = [threading.Thread(target=run.work, daemon=True) for _ in range(count)]
+    # Not `Thread.join`: on Python 3.11, a join that Ctrl-C interrupts marks a running thread as finished (because of
+    # the fix for bpo-45274), and its answer would be lost.
+    ends = [threading.Event() for _ in range(count)]
+    begun: list[threading.Event] = []
+
+    def work(end: threading.Event) -> None:
+        begun.append(end)
+        try:
+            run.work()
+        finally:
+            end.set()
+
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for end in ends:
+            # Daemon threads: Python does not wait for them when a second Ctrl-C ends it.
+            threading.Thread(target=work, args=(end,), daemon=True).start()
+        for end in ends:
+            end.wait()
     except KeyboardInterrupt:
-        run.stop()
+        run.stop()  # a thread that begins after this asks nothing
         logger.warning("waiting for the answers to requests already sent; press Ctrl-C again to stop without them")
-        for thread in threads:
-            if thread.is_alive():
-                thread.join()
+        for end in list(begun):
+            end.wait()
         raise
 
 
