@@ -12,6 +12,7 @@ import torch
 from benchmarks import ours, reference, trl_pairs
 from benchmarks.workloads import RESPONSES, Group
 from tuna_peft.data.batch import PackedBatch
+from tuna_peft.limits import GIB
 
 Loss = Callable[[Any], torch.Tensor]
 
@@ -51,7 +52,7 @@ ARMS = {
     "trl-dpo": Arm(trl_pairs.dpo_batch, _of_trainer(trl_pairs.dpo_trainer), agrees=False, fused=False),
     "ours": Arm(ours.batch_of, _plain(ours.loss_of)),
     "ours-no-checkpointing": Arm(ours.batch_of, _plain(ours.loss_of), checkpointing=False),
-    "ours-24gb": Arm(ours.batch_of, _plain(ours.loss_of), card=24 * 2**30),
+    "ours-24gb": Arm(ours.batch_of, _plain(ours.loss_of), card=24 * GIB),
     "ours-dense-mask": Arm(ours.batch_of, _plain(ours.loss_with_dense_mask)),
     "ours-peft-lora": Arm(ours.batch_of, _plain(ours.loss_of), fused=False),
     "ours-share-prompt-only": Arm(partial(ours.batch_of, share_responses=False), _plain(ours.loss_of)),

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tuna_peft.cli.plan_output import hours_text
+from tuna_peft.limits import GIB
 from tuna_peft.planning.from_recipe import plan_recipe
-from tuna_peft.planning.gpus import GIB, find_gpu
+from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.plan import Plan
 from tuna_peft.planning.spec import Device
 from tuna_peft.recipe.load import load_recipe

@@ -17,6 +17,7 @@ from benchmarks.meta import meta_step
 from benchmarks.shapes import set_checkpointing, set_fused
 from benchmarks.workloads import Group
 from tuna_peft.data.batch import PackedBatch
+from tuna_peft.limits import GIB
 from tuna_peft.training.activation_memory import GIB, ActivationMemory
 
 SPARE = 2 * GIB  # context, workspaces and fragmentation, left free on a card

@@ -20,8 +20,7 @@ from benchmarks.planner import PRECISION, Case, adapter_of, config_of, measured
 from benchmarks.shapes import build, build_plain
 from benchmarks.workloads import Workload as Groups
 from tuna_peft.planning.flops import sft_flops
-from tuna_peft.planning.inference import generation_bytes, logits_bytes, scoring_bytes
-from tuna_peft.planning.memory import activation_bytes
+from tuna_peft.planning.memory import activation_bytes, generation_bytes, logits_bytes, scoring_bytes
 from tuna_peft.planning.shapes import KNOWN, ModelShape
 from tuna_peft.planning.workload import Row, Workload, packed_pass, padded_pass
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+# Bytes of a GiB.
+GIB = 2**30
 # Rows of logits in memory at a time: 256 rows of a 128k vocabulary are 134 MB in fp32.
 CHUNK_ROWS = 256
 # The width of a batch of packed rows is a multiple of this.
@@ -26,6 +28,8 @@ QUANTIZATION_BLOCK, SCALES_BLOCK = 64, 256
 ACTIVATIONS_ON_GPU = 0.92
 # The same of main memory, which other programs need too.
 ACTIVATIONS_IN_RAM = 0.5
+# Adapter ranks that vLLM accepts as `--max-lora-rank`; an adapter of another rank takes the next larger one.
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Share of free memory, on a GPU or in main memory, that the weights of a merged model may fill while it is compared;
 # the rest is for activations and logits.
 MERGED_WEIGHTS = 0.9

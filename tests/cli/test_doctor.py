@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tuna_peft.cli import checks
 from tuna_peft.cli.app import app
 from tuna_peft.cli.checks import Check
+from tuna_peft.limits import GIB
 from tuna_peft.models.forward import prefix, scoring
 
 
@@ -100,7 +101,7 @@ def test_an_old_torchao_is_named_with_the_command_that_helps(monkeypatch):
 @pytest.mark.parametrize(("free", "status"), [(0.1, "fail"), (5, "warning"), (100, "ok")])
 def test_disk(monkeypatch, free, status):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage(0, 0, int(free * checks.GIB)))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage(0, 0, int(free * GIB)))
     assert checks.check_disk()[0].status == status
 
 

@@ -9,9 +9,10 @@ import pytest
 from test_plan import run_of
 
 from tuna_peft.export.gguf.tensors import TYPES
+from tuna_peft.limits import GIB
 from tuna_peft.planning import storage
 from tuna_peft.planning.advice import advise
-from tuna_peft.planning.gpus import GIB, find_gpu
+from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.memory import Precision
 from tuna_peft.planning.plan import make_plan
 from tuna_peft.planning.shapes import KNOWN

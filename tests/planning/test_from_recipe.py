@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tuna_peft.errors import UserError
+from tuna_peft.limits import GIB
 from tuna_peft.planning.from_recipe import plan_recipe
-from tuna_peft.planning.gpus import GIB, find_gpu
+from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.shapes import UnplannedModel
 from tuna_peft.planning.spec import Device
 from tuna_peft.recipe.load import load_recipe

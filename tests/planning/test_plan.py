@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from tuna_peft.errors import UserError
+from tuna_peft.limits import GIB
 from tuna_peft.planning.advice import advise, smallest_gpu
-from tuna_peft.planning.gpus import GIB, GPUS, find_gpu
+from tuna_peft.planning.gpus import GPUS, find_gpu
 from tuna_peft.planning.memory import Adapter, Precision
 from tuna_peft.planning.plan import make_plan
 from tuna_peft.planning.shapes import KNOWN, ModelShape

@@ -9,8 +9,9 @@ from transformers import GPT2Config
 
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.errors import UserError
+from tuna_peft.limits import GIB
 from tuna_peft.planning.from_recipe import plan_recipe, require_native_bf16
-from tuna_peft.planning.gpus import GIB, find_gpu
+from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.lengths import encoded_workload, source_workload
 from tuna_peft.planning.spec import Device
 from tuna_peft.planning.workload import Row

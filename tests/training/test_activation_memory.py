@@ -11,13 +11,13 @@ from transformers import HfArgumentParser
 
 from tuna_peft import limits
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.limits import ACTIVATIONS_ON_GPU
+from tuna_peft.limits import ACTIVATIONS_ON_GPU, GIB
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.forward.scoring import response_logps
 from tuna_peft.models.stack.adapters import push_adapter
 from tuna_peft.recipe.train_fields import check_train
 from tuna_peft.training import activation_memory
-from tuna_peft.training.activation_memory import GIB, ActivationMemory, saved_bytes
+from tuna_peft.training.activation_memory import ActivationMemory, saved_bytes
 from tuna_peft.training.config import TunaConfig
 
 LAYERS = 4

@@ -15,8 +15,9 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from tuna_peft.limits import GIB
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tuna_peft.limits import GIB
 from tuna_peft.planning.advice import advise, smallest_gpu
 from tuna_peft.planning.flops import TRAINING
-from tuna_peft.planning.gpus import GIB
-from tuna_peft.planning.phases import Phase
-from tuna_peft.planning.plan import Plan
+from tuna_peft.planning.plan import Phase, Plan
 
 
 def describe(plan: Plan, source: str) -> RenderableType:

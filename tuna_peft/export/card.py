@@ -17,11 +17,10 @@ from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.export.card_results import eval_results, evaluation_tables
 from tuna_peft.export.release import Release, dump_yaml, is_on_hub
+from tuna_peft.limits import VLLM_LORA_RANKS
 from tuna_peft.rendering import code, render
 
 _LIBRARY = {"adapters": "peft", "merged": "transformers", "gguf": "llama.cpp"}
-# The values that vLLM accepts as --max-lora-rank.
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def model_card(release: Release, repo_id: str, *, license: str | None = None, data_license: str | None = None) -> str:
@@ -79,7 +78,7 @@ def _vllm_rank(release: Release) -> int:
     """The smallest rank that vLLM accepts and that holds the combined adapter."""
     config = release.files["adapter_config.json"]
     rank = json.loads(config if isinstance(config, bytes) else config.read_bytes())["r"]
-    return next((accepted for accepted in _VLLM_RANKS if accepted >= rank), rank)
+    return next((accepted for accepted in VLLM_LORA_RANKS if accepted >= rank), rank)
 
 
 def _prompts(release: Release) -> tuple[str, str] | str | None:

@@ -14,12 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.settings import SampleSettings
 from tuna_peft.files import sha256
+from tuna_peft.limits import GIB, VLLM_LORA_RANKS
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.generation.generate import Generated
 
-# The adapter ranks that vLLM supports as a maximum.
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_CUDA_CONTEXT = 2**30
+_CUDA_CONTEXT = GIB
 """Memory that vLLM's process allocates before it measures the free memory, in bytes."""
 _CHUNK = 256
 """Prompts given to the engine at once. It schedules them itself; they are saved when all of them are finished."""
@@ -139,10 +138,10 @@ def _share_of_gpu() -> dict[str, float]:
 
 def _lora_rank(adapter: Path) -> int:
     rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-    fitting = [allowed for allowed in _LORA_RANKS if allowed >= rank]
+    fitting = [allowed for allowed in VLLM_LORA_RANKS if allowed >= rank]
     if not fitting:
         raise UserError(
-            f"the combined adapter has rank {rank}, vLLM serves up to {_LORA_RANKS[-1]}",
+            f"the combined adapter has rank {rank}, vLLM serves up to {VLLM_LORA_RANKS[-1]}",
             fix="Merge the stack and sample from the merged model, or use the backend `transformers`.",
         )
     return fitting[0]

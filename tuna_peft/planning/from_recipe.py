@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings, ScoreSettings
 from tuna_peft.limits import available_ram, is_ampere_or_later
+from tuna_peft.models.stack.any_model import local_stack
+from tuna_peft.models.stack.files import quantization_method
+from tuna_peft.models.stack.manifest import read_manifest
 from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.hub_config import is_on_disk, read_shape
-from tuna_peft.planning.local_models import local_model
-from tuna_peft.planning.memory import Adapter, Precision
-from tuna_peft.planning.phases import CUDA_CONTEXT
+from tuna_peft.planning.lengths import questions, ranked_workload, read_workloads
+from tuna_peft.planning.memory import CUDA_CONTEXT, Adapter, Precision
 from tuna_peft.planning.plan import Plan, make_plan
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.spec import (
     Device,
     EvaluationSpec,
     JudgeSpec,
+    LocalModel,
     MergeSpec,
     RunSpec,
     SampleSpec,
@@ -27,7 +31,6 @@ from tuna_peft.planning.spec import (
     TeacherSpec,
 )
 from tuna_peft.planning.workload import Row, Workload
-from tuna_peft.planning.workloads import questions, ranked_workload, read_workloads
 from tuna_peft.recipe.evaluation_schema import VicunaTask
 from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
@@ -161,15 +164,48 @@ def _ranking_models(source: FeedbackSource, rows: Workload, device: Device, key:
             sample.n, sample.max_new_tokens, sample.batch_size, sample.top_p < 1,
             draws=sample.trials if sample.max_similarity <= 1 else 1,
         )  # fmt: skip
-    if (score := source.score) is not None and (teacher := local_model(score, device, f"{key}.score")) is not None:
+    if (score := source.score) is not None and (teacher := _local_model(score, device, f"{key}.score")) is not None:
         made["teacher"] = TeacherSpec(teacher, score.max_tokens_per_batch)
     if source.judge is not None:
         made["judge"] = _judge(source.judge, rows, device, f"{key}.judge")
     return made
 
 
+def _local_model(settings: ScoreSettings | JudgeSettings, device: Device, key: str) -> LocalModel | None:
+    """The model that the settings name; None where a server or a program ranks.
+
+    Args:
+        key: Of the settings in the recipe, for errors.
+
+    Raises:
+        UserError: There is no such model, it cannot be reached, or its layout is unknown; names the key.
+    """
+    if settings.model is None:
+        return None
+    name, revision = settings.model, settings.revision
+    method: str = settings.quantization
+    double, adapters = True, 0
+    try:
+        if (stack := local_stack(name)) is not None:
+            manifest = read_manifest(stack)
+            name, revision = manifest.base["model"], manifest.base["revision"]
+            method = quantization_method(manifest.quantization)
+            double = (manifest.quantization or {}).get("bnb_4bit_use_double_quant", True)
+            adapters = sum(_parameters(stack / entry.path) for entry in manifest.adapters)
+        shape, _ = read_shape(name, revision)
+    except UserError as error:
+        raise type(error)(error.what, where=f"{key}.model ({settings.model})", fix=error.fix) from error
+    precision = Precision(method, double, 2 if device.cuda else 4, flash=device.bf16 and device.cuda)
+    return LocalModel(settings.model, shape, precision, adapters, downloads=not is_on_disk(name, revision))
+
+
+def _parameters(folder: Path) -> int:
+    """Of an adapter, which is kept in fp32."""
+    return (folder / "adapter_model.safetensors").stat().st_size // 4
+
+
 def _judge(settings: JudgeSettings, rows: Workload, device: Device, key: str) -> JudgeSpec | None:
-    model = local_model(settings, device, key)
+    model = _local_model(settings, device, key)
     if model is None:
         return None
     asked = questions(rows, settings.both_orders, settings.instructions)

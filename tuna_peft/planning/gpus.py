@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from tuna_peft.errors import UserError
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Gpu:

@@ -10,12 +10,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuna_peft.limits import CHUNK_ROWS, QUANTIZATION_BLOCK, SCALES_BLOCK
+from tuna_peft.limits import CACHE_ROOM, CHUNK_ROWS, GIB, QUANTIZATION_BLOCK, SCALES_BLOCK
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ForwardPass
 
 SUPERVISED_TILE = (4096, 32768)  # tokens and vocabulary at a time in TRL's fused head; a test compares
 
+# What the CUDA context, the libraries' kernels and their workspaces take of a card: 0.35 to 0.6 GiB on cards that
+# others have reported; not measured here.
+CUDA_CONTEXT = 0.5 * GIB
+# Blocks that the allocator cannot use, as a share of what comes and goes.
+FRAGMENTATION = 0.08
+# Python with torch, transformers and the rest, before any model, and what its allocator keeps (the quickstart on CPU).
+PROCESS = 0.8 * GIB
+# Tokens by which a cache grows: its room, and the token that it grows for.
+_CACHE_STEP = CACHE_ROOM + 1
+# Bytes beside a logit while a token is drawn: the logits in fp32, and a 64-bit random number through its rounds
+# (`models/generation/generate.py`); with `top_p` the sorted vocabulary beside it. Measured on meta tensors.
+_DRAWN, _DRAWN_BY_TOP_P = 28, 41
 # Bytes that a trainable parameter's optimiser state takes, by the beginning of its name; AdamW otherwise.
 _OPTIMIZERS = {
     "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "ademamix_8bit": 3, "lion_8bit": 1,
@@ -182,3 +194,80 @@ def supervised_head_bytes(shape: ModelShape, batch: ForwardPass, b: int) -> floa
     """TRL's fused head going back: the states that carry loss, their gradient in fp32, and a tile of logits."""
     tile = min(batch.targets, SUPERVISED_TILE[0]) * min(shape.vocab, SUPERVISED_TILE[1])
     return batch.targets * shape.hidden * (4 + b) + b * tile
+
+
+def forward_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision) -> float:
+    """Most bytes alive inside the layers of a pass."""
+    b, tokens = precision.compute, batch.positions
+    weight = dequantised_bytes(shape, precision)
+    # The model's input, the residual stream, and what a norm gives, with one more while it is made; rotary embeddings
+    # and masks for each kind of layer.
+    stream = b * tokens * (4 * shape.hidden + 2 * shape.masks * shape.head_dim) + mask_bytes(shape, batch)
+    inner = b * tokens * shape.intermediate
+    # Gate and up beside their matrix; or the activation, up and their product, and the gate where it is one with up.
+    mlp = max(2 * inner + weight, (4 if shape.family == "phi3" else 3) * inner)
+    return stream + max(mlp, attention_bytes(shape, batch, precision))
+
+
+def scoring_bytes(shape: ModelShape, batch: ForwardPass, precision: Precision) -> float:
+    """Most bytes alive while the log-probabilities of responses are taken."""
+    b = precision.compute
+    head = b * (batch.positions + batch.targets) * shape.hidden + chunk_bytes(shape, batch, b)
+    return max(forward_bytes(shape, batch, precision), head)
+
+
+def logits_bytes(shape: ModelShape, tokens: int, precision: Precision) -> float:
+    """Most bytes alive while a text's logits are all made."""
+    batch = ForwardPass(1, tokens, tokens)
+    return max(forward_bytes(shape, batch, precision), precision.compute * tokens * (shape.vocab + 2 * shape.hidden))
+
+
+def cache_bytes(shape: ModelShape, sequences: int, tokens: int, precision: Precision) -> float:
+    """Keys and values of one layer."""
+    return 2.0 * precision.compute * shape.kv_size * sequences * tokens
+
+
+def _all_caches(shape: ModelShape, sequences: int, tokens: int, room: int, precision: Precision) -> float:
+    """Keys and values of all layers: those that grow in place have room, sliding ones hold what is there."""
+    growing, sliding = (cache_bytes(shape, sequences, held, precision) for held in (room, tokens))
+    return (shape.layers - shape.sliding) * growing + shape.sliding * sliding
+
+
+def generation_bytes(
+    shape: ModelShape,
+    precision: Precision,
+    *,
+    prompts: int,
+    n: int,
+    prompt: int,
+    new: int,
+    greedy: bool = True,
+    top_p: bool = False,
+) -> dict[str, float]:
+    """Most bytes alive while `n` responses of `new` tokens are written to each of some prompts, by part.
+
+    It is one of two moments: the prompts are read, or the last tokens are written.
+    """
+    b, sequences = precision.compute, prompts * n
+    reading = {
+        f"keys and values of {prompts} x {prompt:,} tokens": _all_caches(
+            shape, prompts, prompt, prompt + _CACHE_STEP, precision
+        ),
+        "a forward pass over the prompts": max(
+            forward_bytes(shape, ForwardPass(prompts, prompt, prompts, None), precision),
+            b * prompts * (shape.vocab + 2 * prompt * shape.hidden),
+        ),
+    }
+    room = prompt + _CACHE_STEP * math.ceil(new / _CACHE_STEP)
+    drawn = b if greedy else (_DRAWN_BY_TOP_P if top_p else _DRAWN) + b
+    step = dequantised_bytes(shape, precision) + b * sequences * (3 * shape.intermediate + 4 * shape.hidden)
+    writing = {
+        f"keys and values of {sequences} x {prompt + new:,} tokens": _all_caches(
+            shape, sequences, min(prompt + new, shape.window or room), room, precision
+        ),
+        # A layer's old room, while it moves into a larger one; or one step; or the choice of a token.
+        "the next tokens": max(
+            cache_bytes(shape, sequences, room - _CACHE_STEP, precision), step, sequences * shape.vocab * drawn
+        ),
+    }
+    return max(reading, writing, key=lambda parts: sum(parts.values()))

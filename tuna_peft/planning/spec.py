@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tuna_peft.limits import prompts_per_batch
-from tuna_peft.planning.gpus import GIB, Gpu
+from tuna_peft.limits import GIB, prompts_per_batch
+from tuna_peft.planning.gpus import Gpu
 from tuna_peft.planning.memory import Adapter, Precision, weight_parts
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ForwardPass, Workload, packed_pass, padded_pass

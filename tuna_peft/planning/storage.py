@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tuna_peft.limits import MERGED_WEIGHTS
-from tuna_peft.planning.phases import CUDA_CONTEXT, PROCESS
+from tuna_peft.planning.memory import CUDA_CONTEXT, PROCESS
 from tuna_peft.planning.spec import Device, RunSpec
 
 # Main memory for each parameter of a layer that is merged into 16 bits, measured (`python -m benchmarks.merge`).

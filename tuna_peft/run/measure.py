@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import tuna_peft
+from tuna_peft.limits import GIB
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -26,7 +27,7 @@ class Peak:
         """`peak_memory_gib`, and `peak_memory_of`: `cuda` or `process`."""
         if self._gpu:
             peak = torch.cuda.max_memory_allocated(self._gpu)
-            return {"peak_memory_gib": round(peak / 2**30, 3), "peak_memory_of": "cuda"}
+            return {"peak_memory_gib": round(peak / GIB, 3), "peak_memory_of": "cuda"}
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"peak_memory_gib": round(kib / 2**20, 3), "peak_memory_of": "process"}
 

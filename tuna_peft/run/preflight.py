@@ -12,13 +12,12 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
+from tuna_peft.limits import GIB
 from tuna_peft.planning.advice import advise
 from tuna_peft.planning.from_recipe import require_native_bf16, run_spec, this_device
-from tuna_peft.planning.gpus import GIB
-from tuna_peft.planning.lengths import encoded_workload, records_workload
+from tuna_peft.planning.lengths import encoded_workload, prompt_workload, records_workload
 from tuna_peft.planning.plan import Plan, make_plan
 from tuna_peft.planning.shapes import ModelShape, UnplannedModel
-from tuna_peft.planning.workloads import prompt_workload
 from tuna_peft.recipe.resolved import resolve_stages
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.inputs import Inputs

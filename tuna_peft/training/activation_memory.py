@@ -18,10 +18,8 @@ from torch.utils._pytree import tree_iter
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tuna_peft.limits import ACTIVATIONS_IN_RAM, ACTIVATIONS_ON_GPU, activation_policy, available_ram
+from tuna_peft.limits import ACTIVATIONS_IN_RAM, ACTIVATIONS_ON_GPU, GIB, activation_policy, available_ram
 from tuna_peft.models.forward.scoring import unwrap
-
-GIB = 2**30
 
 logger = logging.getLogger("tuna_peft")
 
