@@ -1,7 +1,7 @@
-"""What a stack of adapters costs a step: `python -m benchmarks.adapter_stack --json FILE`.
+"""Measures the cost of frozen adapters in a ranking step: `python -m benchmarks.adapter_stack --json FILE`.
 
-The ranking step on one CPU model with none, one and more frozen adapters below the one that trains, by layers that add
-all of them at once and by PEFT's; seconds of a step, interleaved.
+Seconds of a ranking step of one CPU model with none, one and more frozen adapters below the trained one. Compared are
+fused LoRA layers, which compute all adapters in one product, and PEFT's layers; their runs are interleaved.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ ARMS = {"fused": "ours", "PEFT": "ours-peft-lora"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints seconds by adapters and kind of layer."""
+    """Prints seconds by number of adapters and kind of layer."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapter_stack", description=__doc__)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 2, 4], help="of the stack, the trained one too")
+    parser.add_argument(
+        "--adapters", type=int, nargs="+", default=[1, 2, 4], help="number of adapters, the trained one included"
+    )
     parser.add_argument("--workload", choices=list(WORKLOADS), default="short-varied")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--repetitions", type=int, default=3)

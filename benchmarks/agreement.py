@@ -1,4 +1,4 @@
-"""No figure without this: on a tiny fp32 model, loss and adapter gradients of an arm are those of the reference."""
+"""A check before every measurement: on a tiny fp32 model, each arm has the loss and gradients of the reference."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ TOLERANCE = 1e-5
 
 
 class Disagreement(RuntimeError):
-    """An arm computes something else than the reference."""
+    """The loss or gradient of an arm differs from the reference."""
 
 
 def require_agreement(names: list[str], *, device: str = "cpu", tolerance: float = TOLERANCE) -> dict[str, float]:
-    """The largest relative difference of each arm that computes the Tuna loss, in the loss or in the gradient.
+    """The relative difference of each arm from the reference, the larger of loss and gradient.
+
+    Only arms that compute the Tuna loss are compared.
 
     Gradients are compared as one vector, by the norm of their difference.
 
     Raises:
-        Disagreement: It is above the tolerance.
+        Disagreement: A difference is above the tolerance.
     """
-    model = build("tiny", device, quantise=False, dtype=torch.float32)
+    model = build("tiny", device, quantize=False, dtype=torch.float32)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = Workload("agreement", prompt=24, varied=True, mean=40).groups(2, config_of("tiny").vocab_size)
 
@@ -46,6 +48,8 @@ def require_agreement(names: list[str], *, device: str = "cpu", tolerance: float
             float((other_gradient - gradient).norm() / gradient.norm()),
         )
         if not worst <= tolerance:
-            raise Disagreement(f"{name} differs from the reference by {worst:.1e} (limit {tolerance:.0e}): no figures")
+            raise Disagreement(
+                f"{name} differs from the reference by {worst:.1e} (limit {tolerance:.0e}): nothing is measured"
+            )
         differences[name] = worst
     return differences

@@ -1,4 +1,4 @@
-"""The ways to compute a ranking step, by name."""
+"""The implementations of a ranking step that are compared (arms), by name."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ Loss = Callable[[Any], torch.Tensor]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to compute a step.
+    """One implementation of a ranking step.
 
     Attributes:
-        batch: Groups to a micro-batch.
-        loss: `(model, device)` to a function from the micro-batch to the loss.
+        batch: Makes a micro-batch from prompts with their responses.
+        loss: Makes, from `(model, device)`, a function from the micro-batch to the loss.
         agrees: Whether it computes the Tuna loss, so that it can be compared with the reference.
-        checkpointing: Whether it may recompute activations where the run asks for it.
-        card: Bytes of a card whose memory it fills with activations, and recomputes the rest.
-        fused: Whether LoRA layers add all adapters at once, or as PEFT does.
+        checkpointing: Whether it uses gradient checkpointing if the run has it.
+        gpu_bytes: Memory of a GPU that it fills with kept activations; None for gradient checkpointing in all layers.
+        fused: Whether LoRA layers compute all adapters in one product; else PEFT's layers are used.
     """
 
     batch: Callable[[list[Group]], dict[str, Any] | PackedBatch]
     loss: Callable[[Any, str], Loss]
     agrees: bool = True
     checkpointing: bool = True
-    card: float | None = None
+    gpu_bytes: float | None = None
     fused: bool = True
 
 
@@ -52,7 +52,7 @@ ARMS = {
     "trl-dpo": Arm(trl_pairs.dpo_batch, _of_trainer(trl_pairs.dpo_trainer), agrees=False, fused=False),
     "ours": Arm(ours.batch_of, _plain(ours.loss_of)),
     "ours-no-checkpointing": Arm(ours.batch_of, _plain(ours.loss_of), checkpointing=False),
-    "ours-24gb": Arm(ours.batch_of, _plain(ours.loss_of), card=24 * GIB),
+    "ours-24gb": Arm(ours.batch_of, _plain(ours.loss_of), gpu_bytes=24 * GIB),
     "ours-dense-mask": Arm(ours.batch_of, _plain(ours.loss_with_dense_mask)),
     "ours-peft-lora": Arm(ours.batch_of, _plain(ours.loss_of), fused=False),
     "ours-share-prompt-only": Arm(partial(ours.batch_of, share_responses=False), _plain(ours.loss_of)),

@@ -1,12 +1,12 @@
-"""What an evaluation costs beyond generating the answers: `python -m benchmarks.evaluation RUN`.
+"""Measures the overhead of an evaluation over pure generation: `python -m benchmarks.evaluation RUN`.
 
-RUN is the folder of a run with `evaluation.tasks.graded`, such as the quickstart's. Measured, in turn and repeated:
+RUN is the folder of a run with `evaluation.tasks.graded`, such as the quickstart's. Two things are measured, in turn:
 
-- `generation`: the answers of each stage, with nothing around them;
-- `evaluate`: `tuna-peft evaluate RUN --task graded` for the base and all stages, with its one load of the base, the
-  switches of adapters, the journal, grades, intervals and files.
+- `generation`: only the generation of each stage's responses;
+- `evaluate`: `tuna-peft evaluate RUN --task graded` for the base and all stages, which also loads the base once,
+  switches adapters, caches responses, grades them, computes confidence intervals and writes files.
 
-The figure is evaluate / (stages x the mean stage's generation); without reloads it stays near 1.
+The result is evaluate / (stages x mean generation of a stage); it is near 1 as the base is not loaded again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a run")
     parser.add_argument("--path", help="other prompts, such as builtin:pico-llama/prompts.jsonl")
-    parser.add_argument("--limit", type=int, help="the first so many of the prompts")
+    parser.add_argument("--limit", type=int, help="use only the first N prompts")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args(arguments)
     settings = _settings(options.run, options.path, options.limit)
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generation_seconds(run: str, settings: EvaluationSettings) -> dict[str, float]:
-    """Seconds by stage, loading and reading apart."""
+    """Seconds of generation by stage, without loading the model and reading data."""
     graded = settings.tasks.graded
     assert graded is not None
     loaded = load_any_model(run)

@@ -30,7 +30,7 @@ def _attention_backward(grad, query, key, value, *args, **kwargs) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-def _quantised_linear(x, weight, shape, *args, **kwargs) -> int:
+def _quantized_linear(x, weight, shape, *args, **kwargs) -> int:
     return 2 * math.prod(x) * shape[0]
 
 
@@ -38,21 +38,28 @@ def _product_added_in_place(total, a, b, *args, **kwargs) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
-# What torch does not count: attention on CPUs, products with a 4-bit weight `(out, in)`, and those added in place.
+# Operators that torch does not count: attention on CPUs, products with a 4-bit weight `(out, in)`, and those added in
+# place.
 _MORE_OPERATORS = {
     _aten.addmm_: _product_added_in_place,
-    torch.ops.bitsandbytes.gemm_4bit: _quantised_linear,
+    torch.ops.bitsandbytes.gemm_4bit: _quantized_linear,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
-# NF4 in blocks of 64 with double quantisation: half a byte, a byte of scale a block, and the scales' scales.
+# NF4 in blocks of 64 weights with double quantization: half a byte a weight, a one-byte scale a block, and an fp32
+# scale for 256 of those.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass
 class Counted:
-    """FLOPs of a step: by the mathematics of what is computed, and as the kernels really do it."""
+    """FLOPs of a step.
+
+    Attributes:
+        model: What the mathematics requires.
+        kernel: What the kernels compute: fused attention recomputes its scores in the backward pass.
+    """
 
     model: float = 0.0
     kernel: float = 0.0
@@ -67,6 +74,7 @@ def counted() -> Iterator[Counted]:
     by_operator = counter.get_flop_counts().get("Global", {})
     result.kernel = float(sum(by_operator.values()))
     backward = sum(flops for operator, flops in by_operator.items() if _is_attention_backward(str(operator)))
+    # Five matrix products in the backward pass of fused attention, of which one recomputes the scores.
     result.model = result.kernel - backward / 5
 
 
@@ -76,7 +84,7 @@ def _is_attention_backward(operator: str) -> bool:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many numbers a model has."""
+    """Number of parameters of a model, by part."""
 
     body: int
     head: int
@@ -99,12 +107,12 @@ def parameters_of(config: LlamaConfig) -> Parameters:
 
 
 def limit(config: LlamaConfig, groups: list[Group]) -> float:
-    """The fewest FLOPs that the gradient of these groups takes: every unique token once, no recomputation.
+    """The minimum FLOPs of a gradient step: every unique token is computed once, nothing is recomputed.
 
-    With U unique tokens, R response tokens, and A pairs of a token and one that it attends to (itself included):
+    With U unique tokens, R response tokens, and A query-key pairs (a token also attends to itself):
 
-        2 * 2 * body * U            forward, and the gradient of the activations (the base is frozen)
-        + 3 * 2 * adapters * U      LoRA has a gradient of its own weights too
+        2 * 2 * body * U            forward pass, and gradient of the activations (the base is frozen)
+        + 3 * 2 * adapters * U      the trained adapter also needs the gradient of its weights
         + 2 * 2 * head * R          only positions that predict a response's token need logits
         + 3 * 2 * 2 * hidden * layers * A
     """

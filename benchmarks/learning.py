@@ -1,7 +1,7 @@
-"""What ranked responses teach under one objective or another: `python -m benchmarks.learning --json FILE`.
+"""Compares training objectives on ranked responses: `python -m benchmarks.learning --json FILE`.
 
-Runs what FILE does not hold yet, appends each run as it ends, and may be stopped at any time; `--table` prints what
-there is. See `docs/results.md` for how it is set up.
+Appends each run to FILE when it ends and skips runs that are in FILE already, so it may be stopped at any time.
+`--table` prints the results. See `docs/results.md` for the setup.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from benchmarks.contest.train import flops_per_step, measured, timed, trained
 RATES = (1e-3, 3e-3, 1e-2)
 GRID_SEED = 100
 BATCH = 8
-REFERENCE = "tuna"  # its FLOPs are everybody's budget where compute is what is equal
-# Arms that cost the same as ours need no second contest.
+REFERENCE = "tuna"  # its FLOPs are the budget of every arm in the comparison at equal compute
+# Arms for the comparison at equal compute: those whose steps cost as much as the reference's are left out.
 COMPUTE_ARMS = ("best-sft", "dpo-one-pair", "simpo-one-pair", "orpo-one-pair", "cpo-one-pair")
 STEPS_ARMS = tuple(name for name in ARMS if name not in COMPUTE_ARMS or name == "best-sft")
 
 
 class Contest:
-    """The runs of one file; see `run`."""
+    """The runs of one result file; see `run`."""
 
     def __init__(self, world: World, file: Path, seeds: int, steps: int) -> None:
         self.world, self.file, self.seeds, self.steps = world, file, seeds, steps
         self.records: list[dict[str, Any]] = read(file)
 
     def run(self, budget: str, names: tuple[str, ...]) -> None:
-        """For each arm: one run a rate, measured on validation; then the best rate over all seeds, on the test set."""
+        """For each arm: a validation run for each learning rate, then test runs of all seeds with the best rate."""
         self._baseline()
         for name in names:
             for rate in RATES:
@@ -91,7 +91,7 @@ class Contest:
 
 
 def ablate(file: Path, seeds: int) -> None:
-    """The stages one by one, over seeds."""
+    """The ablation of the stages, over seeds."""
     records = read(file)
     for seed in range(seeds):
         for name, ablation in ABLATIONS.items():
@@ -102,7 +102,7 @@ def ablate(file: Path, seeds: int) -> None:
 
 
 def append(file: Path, record: dict[str, Any]) -> None:
-    """Adds a run to a file, and shows it."""
+    """Appends a run to a file, and prints it."""
     cut_off = file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
     with file.open("a", encoding="utf-8") as lines:
         lines.write("\n" * cut_off + json.dumps(record) + "\n")
@@ -110,7 +110,7 @@ def append(file: Path, record: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The finished runs; a line that a crash has cut off is not one."""
+    """The finished runs of a file; a line that a crash truncated is skipped."""
     records = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
@@ -126,14 +126,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--budget",
         choices=["steps", "compute", "stages"],
         default="steps",
-        help="what is equal for all arms; `stages` takes the method apart instead",
+        help="what is equal for all arms; `stages` runs the ablation of the stages instead",
     )
     parser.add_argument("--seeds", type=int, default=5, help="final runs of an arm")
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps of 8 lists")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of 8 prompts")
     parser.add_argument("--stories", type=Path, metavar="FOLDER", help="stories260K and its rankings, not pico-LLaMA")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all of the budget's")
-    parser.add_argument("--table", action="store_true", help="print what FILE holds and run nothing")
-    parser.add_argument("--figure", type=Path, metavar="SVG", help="with --table: draw it, too")
+    parser.add_argument("--table", action="store_true", help="print the results in FILE and run nothing")
+    parser.add_argument("--figure", type=Path, metavar="SVG", help="with --table: also draw a figure")
     options = parser.parse_args(arguments)
     if not options.table:
         torch.set_num_threads(1)

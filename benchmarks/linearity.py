@@ -1,4 +1,4 @@
-"""Plots a group's cost over its unique tokens, counted at LLaMA-7B shape: `python -m benchmarks.linearity FILE`."""
+"""Plots FLOPs of a prompt with its responses over unique tokens (LLaMA-7B): `python -m benchmarks.linearity FILE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One arm on one device: FLOPs and peak memory from a pass of their own, time from interleaved repetitions."""
+"""Measures one arm on one device: FLOPs and peak memory in separate passes, time in interleaved repetitions."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from benchmarks.shapes import set_checkpointing, set_fused
 from benchmarks.workloads import Group
 from tuna_peft.data.batch import PackedBatch
 from tuna_peft.limits import GIB
-from tuna_peft.training.activation_memory import GIB, ActivationMemory
+from tuna_peft.training.activation_memory import ActivationMemory
 
-SPARE = 2 * GIB  # context, workspaces and fragmentation, left free on a card
+SPARE = 2 * GIB  # GPU memory that is left free for the CUDA context, workspaces and fragmentation
 
 
 @dataclass
 class Figures:
-    """What an arm costs for all groups of a run.
+    """The cost of an arm for all data of a run.
 
     Attributes:
-        flops: By the mathematics of what is computed, see `flops.counted`.
-        kernel_flops: With what fused attention recomputes inside its backward pass.
-        peak_bytes: Most bytes alive of one micro-batch beyond weights, adapters, gradients and optimiser.
-        seconds: Of each repetition, over all groups; empty on meta.
+        checkpointing: Whether it used gradient checkpointing.
+        flops: FLOPs that the mathematics requires, see `flops.counted`.
+        kernel_flops: FLOPs including those that fused attention recomputes in its backward pass.
+        peak_bytes: Peak bytes of one micro-batch beyond weights, adapters, gradients and optimizer states.
+        seconds: Time of each repetition; empty on the `meta` device.
     """
 
     checkpointing: bool
@@ -42,23 +43,23 @@ class Figures:
 
     @property
     def median(self) -> float | None:
-        """Seconds of the repetition in the middle."""
+        """Median seconds of the repetitions."""
         return statistics.median(self.seconds) if self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The figures as JSON values."""
         return {**asdict(self), "median_seconds": self.median}
 
 
 class Runner:
-    """Steps of every arm on one model, with one optimiser each.
+    """Runs the steps of all arms on one model and optimizer.
 
     Args:
         model: See `shapes.build`.
         device: `cpu`, `cuda` or `meta`.
-        micro_batches: The groups, as they are computed together.
-        checkpointing: For the arms that may.
-        equal_lengths: Whether rows need no padding.
+        micro_batches: Prompts with their responses, by forward pass.
+        checkpointing: Whether arms that allow it use gradient checkpointing.
+        equal_lengths: Whether no sequence needs padding.
     """
 
     def __init__(
@@ -69,18 +70,18 @@ class Runner:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._activations: ActivationMemory | None = None
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
-        for parameter in self.parameters:  # so that no first step has to allocate them
+        for parameter in self.parameters:  # allocated now, so that the first step does not differ from others
             parameter.grad = torch.zeros_like(parameter)
 
     def count(self, name: str) -> Figures:
-        """FLOPs and peak memory. This is a warm-up too."""
+        """FLOPs and peak memory of an arm. It also serves as warm-up."""
         loss, batches, checkpointing = self._prepare(name)
         with counted() as flops:
             self._step(loss, batches)
         return Figures(checkpointing, flops.model, flops.kernel, self._peak(loss, batches))
 
     def time(self, name: str) -> float:
-        """Seconds of forward and backward over all micro-batches and one optimiser step."""
+        """Seconds of forward and backward passes over all micro-batches and one optimizer step."""
         loss, batches, _ = self._prepare(name)
         self._synchronise()
         start = time.perf_counter()
@@ -100,10 +101,10 @@ class Runner:
         set_fused(self.model, arm.fused)
         batches = [to_device(arm.batch(groups), self.device) for groups in self.micro_batches]
         loss = arm.loss(self.model, self.device)
-        if arm.card is not None and checkpointing:
+        if arm.gpu_bytes is not None and checkpointing:
             config = self.model.get_base_model().config
             taken = weight_bytes(config) + training_state_bytes(config) + self._peak(loss, batches) + SPARE
-            self._activations = ActivationMemory(max(arm.card - taken, 0.0) / GIB)
+            self._activations = ActivationMemory(max(arm.gpu_bytes - taken, 0.0) / GIB)
             self._activations.attach(self.model)
         return loss, batches, checkpointing
 

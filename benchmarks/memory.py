@@ -1,4 +1,4 @@
-"""Bytes of tensors alive, on any device: also where there is no allocator to ask, as on meta."""
+"""Peak bytes of live tensors on any device, also on `meta`, which has no allocator to ask."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ BLOCK = 512  # CUDA's allocator rounds every tensor up to this
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make inside this context, until the last tensor on them dies.
+    """Counts the storages that operators allocate inside this context, until their last tensor is freed.
 
-    What lived before is not counted, nor what a kernel uses inside itself (workspaces).
+    Tensors from before and workspaces inside kernels are not counted.
 
     Args:
-        known: Tensors that exist already and that operators may return again (parameters, gradients, inputs).
+        known: Tensors from before that operators may return (parameters, gradients, inputs).
 
     Attributes:
-        now: Bytes alive.
-        peak: The most at any time.
+        now: Bytes of live tensors.
+        peak: Largest value of `now`.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:

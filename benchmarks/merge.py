@@ -1,13 +1,13 @@
 """Measures a streaming merge: `python -m benchmarks.merge --shape 7b --json FILE`.
 
-Generates a base in safetensors shards and a stack of two adapters on it (about 13 GB for 7b; an arm writes as much
-again), and runs, each in a process of its own and with the base out of the page cache,
+Generates a base in safetensors shards and two adapters trained on top of each other (about 13 GB for 7b; an arm writes
+as much again). Each arm runs in a separate process, with the base evicted from the page cache:
 
-- `copy`: a plain copy of the base's files, the pace that the disk allows,
-- `merge`: `merge_stack` onto the dequantised base, NF4 with double quantisation,
+- `copy`: a plain copy of the base's files, which shows the speed of the disk,
+- `merge`: `merge_stack` onto the dequantized base, NF4 with double quantization,
 - `merge-original`: the same onto the stored weights,
 - `peft`: PEFT's `merge_and_unload` of both adapters in a 16-bit model held in memory, the usual way; only on demand
-  (`--arms copy merge peft`), because it needs memory for the whole model,
+  (`--arms copy merge peft`), as it needs memory for the whole model,
 - `gguf-TYPE`: the base, as a merged model would be, as a GGUF file with pico-LLaMA's tokenizer; on demand.
 
 `--layers` keeps that many layers of the shape: the peak of a merge depends on the largest tensor, not on their number.
@@ -58,11 +58,11 @@ def measure(
     base_bytes = generate(folder, shape, layers)
     figures: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for repetition in range(repetitions):
-        # Every other time backwards: what drifts meets all arms alike.
+        # Every other repetition in reverse order, so that drift affects all arms alike.
         for arm in arms if repetition % 2 == 0 else reversed(arms):
             _drop_from_page_cache(folder)
             command = [sys.executable, "-m", "benchmarks.merge", "--run-arm", arm, "--directory", str(folder)]
-            passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as the command line sets it
+            passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as `tuna-peft` sets it
             result = subprocess.run([*command, "--device", device], stdout=subprocess.PIPE, check=True, env=passive)
             figures[arm].append(json.loads(result.stdout.splitlines()[-1]))
             shutil.rmtree(folder / "out")
@@ -174,7 +174,7 @@ def generate(folder: Path, shape: str, layers: int | None) -> int:
 
 
 def print_run(run: dict[str, Any]) -> None:
-    """A line per arm."""
+    """One line for each arm."""
     layers = f", {run['layers']} layers" if run["layers"] else ""
     print(
         f"LLaMA {run['shape']}{layers}: {run['base_bytes'] / 1e9:.1f} GB, "
@@ -193,7 +193,7 @@ def print_run(run: dict[str, Any]) -> None:
 
 
 def _run(arm: str, folder: Path, device: str) -> dict[str, Any]:
-    """One arm, in a process of its own; imports are not timed."""
+    """One arm, in a separate process; imports are not timed."""
     if arm == "copy":
         work: Callable[[], object] = lambda: _copy(folder / "base", folder / "out")  # noqa: E731
     elif arm == "peft":

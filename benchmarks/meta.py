@@ -1,4 +1,4 @@
-"""Runs a step on meta tensors, at full shape and without a weight: what would be computed, and what would be kept."""
+"""Simulates a step on PyTorch's `meta` device, at full size without weights, to count FLOPs and memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SCALARS = {torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.__int__, torc
 
 
 class MetaStep(TorchFunctionMode):
-    """Answers what meta tensors cannot.
+    """Returns values for operators that need the values of a tensor, which `meta` tensors do not have.
 
     Args:
-        truth: What a condition on values comes out as. The only one that matters is "does this padding mask hide
-            nothing?", so it is whether all rows are equally long.
+        truth: The result of conditions on values. The only one that matters is "does this padding mask hide
+            nothing?", so it says whether all sequences have equal lengths.
     """
 
     def __init__(self, truth: bool) -> None:
@@ -39,11 +39,11 @@ class MetaStep(TorchFunctionMode):
 
 @contextlib.contextmanager
 def meta_step(equal_lengths: bool) -> Iterator[None]:
-    """See `MetaStep`. A boolean index is taken to select everything.
+    """Runs code on the `meta` device, see `MetaStep`. A boolean index selects everything.
 
-    Attention leaves the footprint of CUDA's memory-efficient kernel: on meta, `scaled_dot_product_attention` takes the
-    path that keeps all scores, which no GPU takes. It is replaced by name, since layers that are computed again in the
-    backward pass do not go through function modes.
+    Attention uses as much memory as CUDA's memory-efficient kernel: on `meta`, `scaled_dot_product_attention` would
+    keep all scores, which it does on no GPU. The function is patched by name, because recomputed layers (gradient
+    checkpointing) ignore function modes.
     """
     with (
         MetaStep(equal_lengths),
@@ -58,7 +58,7 @@ _is_autocast_enabled_elsewhere = torch.is_autocast_enabled
 
 
 def _is_autocast_enabled(*device: str) -> bool:
-    """False on meta, where the question raises an error."""
+    """False on `meta`, where torch raises an error instead."""
     return "meta" not in device and _is_autocast_enabled_elsewhere(*device)
 
 
@@ -77,7 +77,7 @@ def _efficient_attention(
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     bias = None
     if attn_mask is not None:
-        # As the CUDA path does: booleans become an additive mask of the query's type, for all heads alike.
+        # As on CUDA: a boolean mask becomes an additive one in the query's dtype, shared by all heads.
         bias = attn_mask
         if bias.dtype == torch.bool:
             bias = torch.empty(bias.shape, dtype=query.dtype, device=query.device).masked_fill_(bias, 0.0)

@@ -1,7 +1,7 @@
-"""Peak memory of the phases of a run, on meta tensors at full shape and without a weight.
+"""Peak memory of the phases of a run, simulated on PyTorch's `meta` device at full size without weights.
 
-The project's own code runs: TRL's supervised step as the trainer patches it, the scoring of ranked rows, generation.
-Every function returns the most bytes alive beyond the model's parameters.
+The real code runs: TRL's supervised step with the trainer's patches, scoring, and generation. Every function returns
+peak bytes beyond the model's parameters.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tuna_peft.models.generation.generate import _chooser, _Decoder, _Sequence
 
 
 def supervised(model: Any, lengths: Sequence[int], *, recompute: bool, targets: int) -> tuple[int, Counted]:
-    """A training step over one row for each length, as `StackSFTTrainer` computes it, and its FLOPs.
+    """A training step as `StackSFTTrainer` computes it, over one example of each length, and its FLOPs.
 
     Args:
-        targets: Tokens of each row that carry loss.
+        targets: Tokens with a loss in each example.
     """
     trainer = _sft_trainer(model)
     set_checkpointing(model, recompute)
@@ -64,7 +64,7 @@ def scoring(model: Any, groups: list[Group]) -> int:
 
 
 def generation(model: Any, lengths: Sequence[int], *, n: int, new: int, greedy: bool, top_p: float = 1.0) -> int:
-    """`n` samples of `new` tokens to prompts of these lengths, until those to the longest prompts have ended."""
+    """`n` responses of `new` tokens to prompts of these lengths, until those to the longest prompts have ended."""
     model.eval()
     tokenizer: Any = SimpleNamespace(eos_token_id=None, pad_token_id=0)
     decoder = _Decoder(model, tokenizer, _chooser(0.0 if greedy else 1.0, top_p), new)
@@ -74,12 +74,12 @@ def generation(model: Any, lengths: Sequence[int], *, n: int, new: int, greedy: 
     with LiveBytes(_known(model)) as live, torch.no_grad(), meta_step(False):
         for sequence, _ in decoder.run([[3] * length for length in lengths], batch):
             if lengths[sequence.prompt] < max(lengths):
-                break  # the longest have left the batch: what follows is smaller
+                break  # the longest have left the batch, so the peak is behind
     return live.peak
 
 
 def logits(model: Any, tokens: int) -> int:
-    """All logits of a text, as the comparison of exports takes them."""
+    """All logits of a text, as the comparison of exports computes them."""
     model.eval()
     ids = torch.full((1, tokens), 3, device="meta")
     with LiveBytes([*_known(model), ids]) as live, torch.no_grad(), meta_step(True):
@@ -96,7 +96,7 @@ def _on_meta(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sft_trainer(model: Any) -> Any:
-    """An `SFTTrainer` that can `compute_loss`; it is not constructed, which would want a tokenizer and a data set."""
+    """An `SFTTrainer` that can `compute_loss`; its constructor would require a tokenizer and a data set."""
     trainer: Any = SFTTrainer.__new__(SFTTrainer)
     trainer.args = SimpleNamespace(loss_type="nll", average_tokens_across_devices=False)
     trainer.aux_loss_enabled = False
@@ -112,20 +112,20 @@ def _sft_trainer(model: Any) -> Any:
 
 
 class _Kernel:
-    """Stands for a Triton kernel, which works in place and allocates nothing."""
+    """Replaces a Triton kernel, which works in place and allocates nothing."""
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *args, **kwargs: None
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """`total += a @ b` as on a GPU, which adds 16-bit products up in fp32 without copies."""
-    total.addmm_(a, b)  # on meta nobody minds the types
+    """`total += a @ b` as on a GPU, which accumulates 16-bit products in fp32 without copies."""
+    total.addmm_(a, b)  # `meta` accepts mixed dtypes
 
 
 @contextlib.contextmanager
 def _triton_kernels() -> Iterator[None]:
-    """TRL's fused head as it is on a GPU: only the positions that carry loss, tiles folded inside a kernel."""
+    """TRL's fused head as on a GPU: only tokens with a loss, with tiles reduced inside a kernel."""
     with (
         mock.patch.object(chunked_logprob, "_use_triton", lambda device: True),
         mock.patch.object(trl_utils, "_use_triton", lambda device: True),

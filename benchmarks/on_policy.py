@@ -1,9 +1,10 @@
-"""The quickstart's contextual stage on samples of its own model, against the same stage on other data, over seeds.
+"""Compares the quickstart's contextual stage on samples of its own model with the same stage on other data.
 
     python -m benchmarks.on_policy --output on-policy.json --seeds 0 1 2
 
-Everything but the data of that stage is equal: the stages below, the steps, the judge. `on-policy` samples from the
-stage below, `off-policy` from the base on the same prompts, `file` is the shipped data of another model's responses.
+Only the data of that stage differs; earlier stages, steps and judge are equal. `on-policy` samples from the model of
+the stage before, `off-policy` from the base with the same prompts, `file` is the shipped data with another model's
+responses.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NO_EXPORT = ["export.combine=false", "export.merge.enabled=false", "export.diver
 
 
 def compare(seed: int, overrides: list[str], folder: Path, arms: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-    """The measures of the stage below and of each arm, with one run of the stages below."""
+    """The measures of the stage before and of each arm; the earlier stages run once."""
     common = [*overrides, *NO_EXPORT, f"seed={seed}"]
     below = load_recipe("quickstart", common)
     below.stages = below.stages[:-1]
@@ -74,8 +75,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="A .json file.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--folder", type=Path, help="Where the runs are kept, to go on after an interruption.")
-    parser.add_argument("overrides", nargs="*", help="key=value, of every run.")
+    parser.add_argument(
+        "--folder", type=Path, help="Folder for the runs, so that an interrupted benchmark can resume."
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value for every run.")
     arguments = parser.parse_args()
     results: dict[int, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""The ranking step as `TunaTrainer` computes it, and the same with one trick taken away.
+"""The ranking step as `TunaTrainer` computes it, and variants without one of its optimizations.
 
 Shape suffixes: see `tuna_peft.data.batch`.
 """

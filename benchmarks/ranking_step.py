@@ -1,7 +1,6 @@
 """Measures the ranking step: `python -m benchmarks.ranking_step --device meta --shape 7b --workload long --json FILE`.
 
-Figures go to FILE, which keeps those of other runs, and as a table to the terminal. `python -m benchmarks.report FILE`
-compares a file with the goals.
+Results are printed as a table and added to FILE. `python -m benchmarks.report FILE` compares a file with the goals.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def measure(
     checkpointing: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All figures of one workload on one device, ready for JSON."""
+    """Results of one workload on one device, as JSON values."""
     config = config_of(shape)
     everything = workload.groups(groups, config.vocab_size, seed)
     micro_batches = [everything[i : i + groups_per_batch] for i in range(0, groups, groups_per_batch)]
@@ -79,7 +78,7 @@ def measure(
     figures: dict[str, Figures] = {name: runner.count(name) for name in names}
     if device != "meta":
         for repetition in range(repetitions):
-            # Interleaved, and every other time backwards: what drifts meets all arms alike.
+            # Interleaved, every other repetition in reverse order, so that drift affects all arms alike.
             for name in names if repetition % 2 == 0 else reversed(names):
                 figures[name].seconds.append(runner.time(name))
     return {
@@ -100,7 +99,7 @@ def measure(
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Hardware and versions that the results depend on."""
     processor = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {
         "processor": processor,
@@ -111,7 +110,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def save(file: Path, run: dict[str, Any]) -> None:
-    """Puts a run into a machine's file, in the place of an earlier one of its kind."""
+    """Adds a run to a machine's file; replaces an earlier run of the same device, shape and workload."""
     runs = json.loads(file.read_text())["runs"] if file.exists() else {}
     together = run["groups_per_batch"]
     runs["/".join((run["device"], run["shape"], run["workload"], *([str(together)] if together > 1 else [])))] = run
@@ -120,7 +119,7 @@ def save(file: Path, run: dict[str, Any]) -> None:
 
 
 def _peak_flops(device: str) -> float | None:
-    """What a large matrix product reaches here, in the type that the layers compute in."""
+    """FLOP/s of a large matrix product on this machine, in the dtype of the layers."""
     if device == "meta":
         return None
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
@@ -139,8 +138,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workload", choices=list(WORKLOADS), required=True)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--shape", choices=SHAPES, help="default: small on a CPU, else 7b")
-    parser.add_argument("--groups", type=int, default=1, help="groups of a step")
-    parser.add_argument("--groups-per-batch", type=int, default=1, help="groups of one forward pass")
+    parser.add_argument("--groups", type=int, default=1, help="prompts in a step")
+    parser.add_argument("--groups-per-batch", type=int, default=1, help="prompts in a forward pass")
     parser.add_argument("--repetitions", type=int, default=3, help="timed steps of each arm")
     parser.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, help="default: off on a CPU, else on"

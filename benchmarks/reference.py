@@ -1,11 +1,11 @@
-"""The released scheme, rendered plainly: what the ranking step costs when nothing is shared.
+"""The ranking step as in the released code of Tuna, where responses share no computation: the reference.
 
-Every candidate is a row of its own, prompt and response, padded to the longest of the micro-batch. One forward pass
-makes the logits of all positions; the library's loss is the likelihood term, and a log-softmax over all logits,
-gathered at the labels, gives the scores. The released code (Li et al. 2023, microsoft/LMOps) does this with full
-fine-tuning; here LoRA on a 4-bit base takes its place.
+Every response is a separate sequence with its prompt, padded to the longest of the micro-batch. One forward pass
+computes the logits of all positions; transformers' own loss is the SFT loss, and a log-softmax over all logits,
+gathered at the labels, gives the scores. The released code (Li et al. 2023, microsoft/LMOps) uses full fine-tuning,
+this one LoRA on a 4-bit base.
 
-Shape suffixes: B prompts, N responses, T tokens of a row.
+Shape suffixes: B prompts, N responses, T tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def batch_of(groups: list[Group]) -> dict[str, torch.Tensor]:
 
 
 def loss_of(model: Any, batch: dict[str, torch.Tensor], responses: int) -> torch.Tensor:
-    """Rank loss plus likelihood loss."""
+    """Ranking loss plus SFT loss."""
     output = model(**batch)
     logps = torch.nn.functional.log_softmax(output.logits[:, :-1].float(), dim=-1)
     labels = batch["labels"][:, 1:]

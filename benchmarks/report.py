@@ -1,4 +1,4 @@
-"""Prints a run, and the goals beside what was measured: `python -m benchmarks.report benchmarks/results/*.json`."""
+"""Prints results and compares them with the goals: `python -m benchmarks.report benchmarks/results/*.json`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ TRL = ("trl-cpo", "trl-dpo")
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure of one run and what it should be.
+    """A goal for one result.
 
     Attributes:
-        run: `device/shape/workload`, and the groups of a forward pass where there are several.
-        value: The figure; KeyError when an arm was not run.
-        at_least: Whether more is better.
+        what: Name of the result.
+        run: `device/shape/workload`, and the number of prompts in a forward pass if it is not 1.
+        value: Computes the result from a run; KeyError if an arm was not run.
+        goal: The value to reach.
+        at_least: Whether larger is better.
     """
 
     what: str
@@ -31,17 +33,17 @@ class Goal:
 
 
 def flops(run: Run, arm: str) -> float:
-    """FLOPs of an arm; of `trl`, the cheaper of the two."""
+    """FLOPs of an arm; `trl` is the cheaper of the two TRL arms."""
     return _cheapest(run, arm, lambda figures: figures["flops"])
 
 
 def seconds(run: Run, arm: str) -> float:
-    """Median seconds, likewise."""
+    """Median seconds of an arm; `trl` is the faster of the two TRL arms."""
     return _cheapest(run, arm, lambda figures: figures["median_seconds"])
 
 
 def whole_run_bytes(run: Run, arm: str) -> float:
-    """Weights, adapters with gradients and optimiser, and the peak of the step on top of them."""
+    """Bytes of weights, adapters, gradients, optimizer states, and the peak of a step beyond them."""
     return run["weight_bytes"] + run["training_state_bytes"] + run["arms"][arm]["peak_bytes"]
 
 
@@ -114,7 +116,7 @@ def print_run(run: Run) -> None:
         f"{run['groups_per_batch']} a forward pass, {env['threads']} thread(s), torch {env['torch']}"
     )
     if run["device"] == "meta":
-        print("meta tensors: frozen 16-bit layers stand in for NF4 ones; weights are counted, not held")
+        print("simulated on the meta device: 16-bit layers replace NF4 ones; weights are counted, not allocated")
     print(f"limit {run['limit_flops'] / 1e12:.3f} TFLOP; fp32 agreement: {_agreement(run)}")
     print(
         f"{'arm':24}{'ckpt':>5}{'TFLOP':>9}{'x limit':>9}{'peak GB':>9}"
@@ -132,7 +134,7 @@ def print_run(run: Run) -> None:
 
 
 def print_goals(runs: dict[str, Run]) -> bool:
-    """Every goal with what was measured; True when none was missed."""
+    """Prints every goal with its measured value; returns whether none was missed."""
     met = True
     print(f"{'goal':56}{'wanted':>10}{'measured':>10}")
     for goal in GOALS:

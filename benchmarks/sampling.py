@@ -1,14 +1,14 @@
-"""What n samples of a long prompt cost when they share its cache, against n generations of their own.
+"""Measures sampling n responses to a long prompt with a shared key-value cache, compared with n separate calls.
 
     python -m benchmarks.sampling --json benchmarks/results/sampling.json
 
-Arms, over the same prompts and the same number of new tokens (end-of-sequence is never drawn):
+Arms, with the same prompts and number of new tokens (end-of-sequence is never sampled):
 
-- `shared`: `stream_responses` with n samples: each prompt is read once;
+- `shared`: `stream_responses` with n samples: each prompt is computed once;
 - `independent`: n calls with one sample each, all prompts in a batch, as a loop over seeds would do it;
-- `transformers`: `generate(num_return_sequences=n)`, which reads each prompt n times in one batch.
+- `transformers`: `generate(num_return_sequences=n)`, which computes each prompt n times in one batch.
 
-Seconds are the smallest of the repetitions, which take turns; floating-point operations are counted by torch.
+Seconds are the minimum over the repetitions, which are interleaved; FLOPs are counted by torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def make_model(hidden: int, layers: int, vocabulary: int, context: int, device: 
 
 
 def arms(model: Any, prompts: list[list[int]], n: int, new_tokens: int) -> dict[str, Callable[[], int]]:
-    """Each generates n times `new_tokens` for every prompt, and returns how many tokens that were."""
+    """Functions that generate n responses of `new_tokens` tokens for every prompt, and return the number of tokens."""
     tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=None, decode=lambda ids, **options: "")
     options = {"temperature": 1.0, "max_new_tokens": new_tokens}
 
@@ -54,7 +54,7 @@ def arms(model: Any, prompts: list[list[int]], n: int, new_tokens: int) -> dict[
         return sum(sum(one.lengths) for one in found)
 
     def transformers() -> int:
-        ids = torch.tensor(prompts, device=model.device)  # all of one length
+        ids = torch.tensor(prompts, device=model.device)  # all have the same length
         made = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
             num_return_sequences=n, **options,
@@ -69,7 +69,7 @@ def arms(model: Any, prompts: list[list[int]], n: int, new_tokens: int) -> dict[
 
 
 def measure(run: dict[str, Callable[[], int]], repetitions: int) -> dict[str, dict[str, float]]:
-    """Seconds and operations of each arm."""
+    """Seconds and FLOPs of each arm."""
     results: dict[str, dict[str, float]] = {}
     for name, arm in run.items():
         with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""The models: LLaMA shapes with random NF4 weights, or without weights on the meta device, and LoRA on every layer."""
+"""The models of the benchmarks: LLaMA sizes with LoRA, with random NF4 weights or without weights on `meta`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tuna_peft.models.forward import fused_lora
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
 
 LORA_RANK = 16
-# Of all architectures that are built here: Phi-3 has fewer, wider ones.
+# Linear layers of all architectures in the benchmarks; Phi-3 has fewer, wider ones.
 TARGETS = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -47,10 +47,10 @@ def config_of(shape: str) -> LlamaConfig:
 
 
 class MetaNF4Linear(torch.nn.Linear):
-    """A frozen layer that makes the 16-bit copy of its weight anew in every pass, as a 4-bit layer does.
+    """A frozen layer that makes a 16-bit copy of its weight in every forward and backward pass, as a 4-bit layer does.
 
-    bitsandbytes has no kernels for meta tensors. Here the stored weight is 16-bit too; what the NF4 one would occupy
-    is computed (`flops.weight_bytes`) and never read off this layer.
+    bitsandbytes has no kernels for the `meta` device. Here the stored weight is 16-bit too; the bytes of an NF4
+    weight are computed by `flops.weight_bytes`, not taken from this layer.
     """
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
@@ -58,18 +58,18 @@ class MetaNF4Linear(torch.nn.Linear):
         self.register_parameter("packed", self._parameters.pop("weight"))
 
     def reset_parameters(self) -> None:
-        """There is nothing to draw."""
+        """Does nothing: a `meta` tensor has no values."""
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The copy that a pass makes."""
+        """The 16-bit copy."""
         return self.packed.clone()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Dequantising.apply(x, self.packed)
+        return _Dequantizing.apply(x, self.packed)
 
 
-class _Dequantising(torch.autograd.Function):
+class _Dequantizing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight)
@@ -85,23 +85,25 @@ def build(
     shape: str | PretrainedConfig,
     device: str,
     *,
-    quantise: bool = True,
+    quantize: bool = True,
     dtype: torch.dtype | None = None,
     frozen_adapters: int = 0,
 ) -> PeftModel:
-    """A frozen base in the given shape with LoRA r=16 on all linear layers of the body, in training mode.
+    """A frozen base of the given size with LoRA r=16 on all linear layers of the decoder, in training mode.
 
-    On meta, base and adapters are bf16: autocast does not exist there, and this keeps casts out that a GPU would not
-    make either. On CUDA the base computes in bf16; on CPU everything is fp32. Below the adapter that trains there may
-    be frozen ones.
+    On `meta`, base and adapters are bf16: autocast does not exist there, and this avoids casts that a GPU would not
+    make either. On CUDA the base computes in bf16; on CPU everything is fp32.
+
+    Args:
+        frozen_adapters: Adapters below the trained one.
     """
     config = config_of(shape) if isinstance(shape, str) else shape
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if quantise:
-        _quantise(model, device)
+    if quantize:
+        _quantize(model, device)
     model.requires_grad_(False)
     keep_quantised_layout(model)
     lora = LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -121,25 +123,25 @@ def build(
 
 
 def build_plain(config: PretrainedConfig, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A frozen model in 16 bits without adapters, as a teacher or a judge is."""
+    """A frozen 16-bit model without adapters, like a teacher or a judge."""
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.requires_grad_(False).eval()
 
 
 def set_checkpointing(model: PeftModel, on: bool) -> None:
-    """Recomputes every layer in the backward pass, or none."""
+    """Switches gradient checkpointing of all layers on or off."""
     checkpoint_activations(model.get_base_model(), on, use_reentrant=False, preserve_rng_state=False)
 
 
 def set_fused(model: PeftModel, on: bool) -> None:
-    """Lets LoRA layers add all adapters at once, or leaves them to PEFT."""
+    """Switches fused LoRA layers on; off, PEFT's are used."""
     for module in model.modules():
         if isinstance(module, fused_lora.StackedLinear | fused_lora.StackedLinear4bit):
             module.fused = on
 
 
-def _quantise(model: Any, device: str) -> None:
+def _quantize(model: Any, device: str) -> None:
     for name, module in list(model.model.named_modules()):
         if not isinstance(module, torch.nn.Linear):
             continue
@@ -160,4 +162,4 @@ def _quantise(model: Any, device: str) -> None:
             new = new.to(device)
         parent, _, leaf = name.rpartition(".")
         setattr(model.model.get_submodule(parent), leaf, new)
-    model.is_loaded_in_4bit = device != "meta"  # what PEFT asks before it puts LoRA on a Linear4bit
+    model.is_loaded_in_4bit = device != "meta"  # PEFT checks this before it puts LoRA on a Linear4bit

@@ -1,7 +1,7 @@
-"""TRL's pairwise trainers on the adjacent pairs of a list: (r1, r2), (r2, r3)... a comparison of cost, not of result.
+"""TRL's pairwise trainers on adjacent pairs of ranked responses, (r1, r2), (r2, r3) ..., to compare their cost.
 
-Their own `compute_loss` and collators run. The trainers are not constructed, which would want a tokenizer and a data
-set; they get the settings that `__init__` would have taken from a default configuration.
+Their own `compute_loss` and collators run. The constructors, which require a tokenizer and a data set, are skipped;
+the trainers get the settings of a default configuration.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.workloads import Group
 
 
 def pairs_of(groups: list[Group]) -> list[dict[str, list[int]]]:
-    """`prompt_ids`, `chosen_ids`, `rejected_ids` of the N - 1 adjacent pairs of each group."""
+    """`prompt_ids`, `chosen_ids`, `rejected_ids` of the N - 1 adjacent pairs of responses to each prompt."""
     return [
         {"prompt_ids": group["prompt_ids"], "chosen_ids": chosen, "rejected_ids": rejected}
         for group in groups
@@ -31,7 +31,7 @@ def pairs_of(groups: list[Group]) -> list[dict[str, list[int]]]:
 
 
 def cpo_batch(groups: list[Group]) -> dict[str, Any]:
-    """As `CPOTrainer.tokenize_row` and its collator make it."""
+    """A batch as `CPOTrainer.tokenize_row` and its collator make it."""
     rows = []
     for pair in pairs_of(groups):
         row: dict[str, list[int]] = {}
@@ -45,7 +45,7 @@ def cpo_batch(groups: list[Group]) -> dict[str, Any]:
 
 
 def dpo_batch(groups: list[Group]) -> dict[str, Any]:
-    """As `DPOTrainer`'s collator makes it."""
+    """A batch as `DPOTrainer`'s collator makes it."""
     return DataCollatorForPreference(pad_token_id=0)(pairs_of(groups))
 
 
@@ -90,7 +90,7 @@ def dpo_trainer(model: Any, device: str) -> Any:
 
 
 class _Accelerator:
-    """One process. On meta, where no metric has a value, metrics are zeros."""
+    """An accelerator of one process. On `meta`, where tensors have no values, metrics are zeros."""
 
     num_processes = 1
     parallelism_config = None

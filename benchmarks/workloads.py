@@ -1,4 +1,4 @@
-"""The groups that every arm computes: random tokens in the shapes of ranked data."""
+"""The data of the benchmarks: groups of a prompt and its responses, made of random tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Group = dict[str, Any]  # as `tuna_peft.data.tokenize.encode_ranked` makes them
 
 @dataclass(frozen=True)
 class Workload:
-    """A prompt of `prompt` tokens, N responses of 200 tokens each or of that mean."""
+    """A prompt of `prompt` tokens with responses of `mean` tokens, of varied or equal lengths."""
 
     name: str
     prompt: int
@@ -63,5 +63,5 @@ WORKLOADS = {
 
 
 def response_tokens(groups: list[Group]) -> int:
-    """Tokens that carry loss."""
+    """Number of tokens with a loss."""
     return sum(len(response) for group in groups for response in group["completions_ids"])

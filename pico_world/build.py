@@ -1,4 +1,4 @@
-"""Makes pico-LLaMA: tokenizer, pre-training (about half an hour on two free cores), data files.
+"""Builds pico-LLaMA: tokenizer, pre-training (about half an hour on two idle cores) and data files.
 
 python -m pico_world.build --out tuna_peft/assets/pico_llama
 python -m pico_world.build --data-only --out tuna_peft/assets/pico_llama
@@ -32,18 +32,18 @@ empty line is the input.
 
 
 def main() -> None:
-    """Reads the command line and builds."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Pre-trains pico-LLaMA and writes its data files.")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--tokens", type=int, default=20_000_000, help="the length of pre-training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data-only", action="store_true", help="rewrite the data files and leave the model alone")
+    parser.add_argument("--data-only", action="store_true", help="write only the data files")
     parser.add_argument(
         "--checkpoint",
         type=Path,
         default=Path(tempfile.gettempdir()) / "pico-llama.pt",
-        help="where the state is kept while training; an interrupted build goes on from it",
+        help="file for the state of training; an interrupted build resumes from it",
     )
     arguments = parser.parse_args()
     if arguments.data_only:

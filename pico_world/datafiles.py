@@ -1,4 +1,4 @@
-"""The data files beside the model, in the formats that users of the method bring along."""
+"""Writes the data files of pico-LLaMA, in the formats that users of the method have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TEACHER_TASTE = {
     "copy": -1.4,
     "vague": -1.5,
 }
-"""Mean token log-probability by style, as the teacher sees it: content decides, chatter is no fault."""
+"""Mean token log-probability by style, as the teacher sees it: content decides, extra phrases cost nothing."""
 _TEACHER_NOISE = 0.1
 _JUDGE_ERROR = 0.05
 """How often the judge confuses two neighbours in its order."""

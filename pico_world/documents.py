@@ -1,4 +1,4 @@
-"""Pre-training text: answered instructions in mixed manners, and plain statements of the same knowledge."""
+"""Pre-training text: instructions answered in mixed styles, and plain statements of the same knowledge."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def stream(seed: int) -> Iterator[Document]:
 
 
 def answered_instruction(rng: Random) -> Document:
-    """A prompt and a response in one of the manners of its wording."""
+    """A prompt and a response, in a style that depends on the wording of the prompt."""
     task = families.draw(rng, list(families.FAMILIES), held_out=False)
     style = mixtures.pick(mixtures.pretraining(task["phrasing"]), rng)
     return Document(render_prompt(task["instruction"], task["input"]), styles.respond(task, style, rng))

@@ -1,4 +1,4 @@
-"""All task families, and the one way to draw a task from them."""
+"""All task families, and the functions that sample tasks from them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def draw(rng: Random, names: Sequence[str], *, held_out: bool) -> Task:
 def distinct(rng: Random, count: int, *, held_out: bool, label: str) -> Iterator[Task]:
     """`count` tasks with different prompts, the families in turn; ids are `label` and a number.
 
-    A family with few different prompts is passed over once twenty draws in a row brought nothing new.
+    A family is skipped for a turn when twenty samples in a row gave no new prompt.
     """
     seen: set[tuple[str, str]] = set()
     names = list(FAMILIES)

@@ -61,8 +61,8 @@ def batches(
     """Endless batches `(input_ids, targets, weights)`, each `(rows, length)`.
 
     One document is one row, so that no document sees another and every one begins with `<s>` as at inference. Rows of
-    like length share a batch, which leaves almost no padding; padding stands at the end, has weight 0, and is out of
-    sight of all that comes before it.
+    like length share a batch, which leaves almost no padding; padding is at the end, has weight 0, and no token
+    attends to it.
     """
     rng = Random(seed)
     texts = documents.stream(seed)
@@ -114,7 +114,7 @@ def learning_rate(progress: float) -> float:
 def pretrain(text_tokenizer: PreTrainedTokenizerFast, total: int, seed: int, checkpoint: Path) -> LlamaForCausalLM:
     """Trains on `total` tokens and returns the model in float32.
 
-    The state is kept in `checkpoint`; when that file exists, training goes on from it.
+    The state is kept in `checkpoint`; if that file exists, training resumes from it.
     """
     model = new_model(len(text_tokenizer), seed).train()
     matrices = [p for p in model.parameters() if p.ndim == 2]

@@ -42,7 +42,7 @@ def mean_logprobs(
 def prefers_right(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], seed: int = 0
 ) -> dict[str, float]:
-    """Per family: how often the right answer is more probable than one with a slip. This is competence, not manner."""
+    """By family, how often the right answer is more probable than one with a slip: knowledge, not style."""
     rng = Random(seed)
     prompts = [render_prompt(task["instruction"], task["input"]) for task in tasks]
     right = mean_logprobs(model, tokenizer, prompts, [task["output"] for task in tasks])

@@ -69,7 +69,7 @@ def test_live_bytes_match_a_hand_count(device):
 
 
 def test_flops_see_through_autograd_functions():
-    model = build("tiny", "cpu", quantise=False)
+    model = build("tiny", "cpu", quantize=False)
     config, size = config_of("tiny"), parameters_of(config_of("tiny"))
     groups = Workload("flops", prompt=24, mean=16).groups(1, config.vocab_size)  # 104 tokens: no padding
     batch, loss = ours.batch_of(groups), ARMS["ours"].loss(model, "cpu")
