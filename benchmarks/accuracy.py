@@ -1,8 +1,8 @@
-"""Writes what the planner is worth, case by case: `python -m benchmarks.accuracy` (ten minutes).
+"""Writes the accuracy of the planner into docs/planning.md: `python -m benchmarks.accuracy` (ten minutes).
 
-Into docs/planning.md the tables of `benchmarks.planner` and `benchmarks.planner_phases`: planned and measured peak of
-each model under each policy. `--check` measures nothing: it exits with 1 when the planner says something else by now
-than the tables do.
+The tables have the planned and the simulated peak of every case of `benchmarks.planner` and
+`benchmarks.planner_phases`. `--check` measures and writes nothing: it exits with 1 when planned numbers differ from
+those in the tables.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TITLES = (
 
 
 def tables(found: Sequence[Sequence[Comparison]]) -> str:
-    """Markdown: models in columns, policies in rows; the models of a table in two parts where they are many."""
+    """Markdown tables with models in columns and policies in rows."""
     parts = []
     for title, comparisons in zip(_TITLES, found, strict=True):
         models = list(dict.fromkeys(one.model for one in comparisons))
@@ -45,7 +45,7 @@ def _cell(one: Comparison) -> str:
 
 
 def stale(text: str, cases: Iterable[Case]) -> Iterator[str]:
-    """The cases of which the tables have another plan, or none."""
+    """A message for each case whose planned bytes differ from the tables or are missing there."""
     planned: dict[tuple[str, str], str] = {}
     models: list[str] = []
     for line in text.partition(_SECTION)[2].partition(_END)[0].splitlines():
@@ -58,8 +58,8 @@ def stale(text: str, cases: Iterable[Case]) -> Iterator[str]:
     for case in cases:
         now, then = f"{case.planned_bytes / 1e9:.3f}", planned.pop((case.model, case.policy), "nothing")
         if now != then:
-            yield f"{case.model}, {case.policy}: {now} GB are planned, and the docs say {then}"
-    yield from (f"{model}, {policy}: no such case any more" for model, policy in planned)
+            yield f"{case.model}, {case.policy}: {now} GB planned, but the docs have {then}"
+    yield from (f"{model}, {policy}: this case does not exist any more" for model, policy in planned)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if options.check:
         wrong = list(stale(DOCS.read_text("utf-8"), [*planner.all_cases(), *planner_phases.all_cases()]))
-        print("\n".join(wrong) if wrong else "docs/planning.md is as planned")
+        print("\n".join(wrong) if wrong else "docs/planning.md is up to date")
         return 1 if wrong else 0
     found = [planner.measured(cases) for cases in (planner.all_cases(), planner_phases.all_cases())]
     before, _, rest = DOCS.read_text("utf-8").partition(_SECTION)  # now: measuring takes a while

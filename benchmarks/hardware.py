@@ -1,7 +1,7 @@
-"""Writes what the planner says of the shipped recipes: `python -m benchmarks.hardware`.
+"""Writes planned memory and hours into docs and recipes: `python -m benchmarks.hardware`.
 
-Into docs/planning.md the tables of recipes and models by card, into README.md the short one, and into the head of
-every recipe its expected peak and hours. `--check` writes nothing and exits with 1 when something is not as planned.
+docs/planning.md gets the tables of recipes and models by GPU, README.md the short table, and the comment at the top of
+every recipe its expected peak and hours. `--check` writes nothing and exits with 1 when something is not up to date.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.shipped import shipped_recipes
 
 ROOT = Path(__file__).parents[1]
-CARDS = ("RTX 4060 8GB", "RTX 3060 12GB", "T4", "RTX 4090", "A100 40GB", "RTX 6000 Ada", "A100 80GB", "H100 80GB")
+GPUS = ("RTX 4060 8GB", "RTX 3060 12GB", "T4", "RTX 4090", "A100 40GB", "RTX 6000 Ada", "A100 80GB", "H100 80GB")
 MODELS = (
     "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "Qwen/Qwen3-4B", "meta-llama/Llama-2-7b-hf",
     "mistralai/Mistral-7B-v0.3", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B",
@@ -33,12 +33,12 @@ README_MODELS = (
     "meta-llama/Llama-3.2-1B", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-2-13b-hf",
     "meta-llama/Llama-3.1-70B",
 )  # fmt: skip
-# The line of a recipe's head that is written here names the card that it is planned for.
+# The lines at the top of a recipe that this program writes; they name the GPU that the recipe is planned for.
 _HEAD = re.compile(r"^# Expected peak:(?:.|\n#)*? --gpu \"?(?P<gpu>[^\n\"]+)\"?$", re.MULTILINE)
 
 
 def files() -> Iterator[tuple[Path, str]]:
-    """Every file that holds planned figures, and what it should hold."""
+    """Every file that has planned numbers, and the text that it should have."""
     recipes = {name: file for name, file in shipped_recipes().items() if _HEAD.search(file.read_text("utf-8"))}
     for name, file in recipes.items():
         text = file.read_text("utf-8")
@@ -61,26 +61,26 @@ def _head(name: str, gpu: str) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str, Sequence[str]]]) -> str:
-    lines = ["| | " + " | ".join(CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
+    lines = ["| | " + " | ".join(GPUS) + " |", "|---" * (len(GPUS) + 1) + "|"]
     for recipe, title, overrides in rows:
         cells = [
             f"{plan.needed / GIB:.1f}, {hours_text(plan.hours)} h" if plan.fits else "–"
-            for plan in _plans(recipe, overrides, CARDS)
+            for plan in _plans(recipe, overrides, GPUS)
         ]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _plans(recipe: str, overrides: Sequence[str], cards: Sequence[str]) -> list[Plan]:
+def _plans(recipe: str, overrides: Sequence[str], gpus: Sequence[str]) -> list[Plan]:
     loaded = load_recipe(recipe, overrides, check=False)
-    return plan_recipe(loaded, [Device.of(find_gpu(card)) for card in cards])[0]
+    return plan_recipe(loaded, [Device.of(find_gpu(gpu)) for gpu in gpus])[0]
 
 
 def _between(text: str, name: str, table: str) -> str:
     begin, end = f"<!-- plan of {name}: python -m benchmarks.hardware -->", "<!-- end -->"
     before, found, rest = text.partition(begin)
     if not found:
-        raise ValueError(f"there is no {begin}")
+        raise ValueError(f"the file has no line {begin}")
     return f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
 
 
@@ -89,12 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 when something differs.")
     options = parser.parse_args(arguments)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the sizes known to the package: the same tables everywhere
+    os.environ["HF_HUB_OFFLINE"] = "1"  # use the package's table of models, so that the result is the same everywhere
     differing = 0
     for file, text in files():
         if file.read_text("utf-8") != text:
             differing += 1
-            print(f"{file.relative_to(ROOT)}: {'is not as planned' if options.check else 'written'}")
+            print(f"{file.relative_to(ROOT)}: {'is not up to date' if options.check else 'written'}")
             if not options.check:
                 file.write_text(text, encoding="utf-8")
     return 1 if options.check and differing else 0

@@ -1,8 +1,8 @@
-"""Compares the planner with what is measured on meta tensors: `python -m benchmarks.planner`.
+"""Compares planned and simulated peak memory of a ranking step: `python -m benchmarks.planner`.
 
-Peak bytes of a ranking step beyond weights, adapters, gradients and optimiser (`measure.Runner`), and counted FLOPs,
-at the full shapes of real models without a weight. Exit code 1 when a peak is off by more than 10 %, or under by more
-than 3 %, or FLOPs by more than 10 %.
+The step runs on PyTorch's `meta` device at the full size of real models, without weights (`measure.Runner`). It
+compares bytes beyond weights, adapters, gradients and optimizer states, and FLOPs. Exits with 1 when a planned peak
+is more than 10 % above or 3 % below the simulated one, or FLOPs differ by more than 10 %.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GROUPS = {"short": Groups("short", 100), "long": Groups("long", 400), "brief": G
 
 @dataclass(frozen=True)
 class Comparison:
-    """One case: planned over measured, minus one."""
+    """Planned and measured bytes of one case; `flops` is the relative difference of FLOPs."""
 
     model: str
     policy: str
@@ -49,21 +49,21 @@ class Comparison:
 
     @property
     def peak(self) -> float:
-        """How far the planned peak is off."""
+        """Relative difference of the planned peak to the measured one."""
         return self.planned_bytes / self.measured_bytes - 1
 
     @property
     def holds(self) -> bool:
-        """Whether it keeps what docs/planning.md promises."""
+        """Whether the differences are within the goal of docs/planning.md."""
         return -0.03 <= self.peak <= 0.10 and abs(self.flops) <= 0.10
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned, at once, and how it is measured, which takes its time.
+    """A case: planned bytes, and how to measure them.
 
     Attributes:
-        measure: Gives bytes, and FLOPs where `planned_flops` are compared.
+        measure: Returns bytes, and FLOPs where `planned_flops` are compared; takes seconds to minutes.
     """
 
     model: str
@@ -73,7 +73,7 @@ class Case:
     planned_flops: float = 0.0
 
     def compare(self) -> Comparison:
-        """Measures."""
+        """Measures the case."""
         size, flops = self.measure()
         off = self.planned_flops / flops - 1 if self.planned_flops else 0.0
         return Comparison(self.model, self.policy, self.planned_bytes, size, off)
@@ -93,7 +93,7 @@ class KeepingRunner(Runner):
 
 
 def step(shape: ModelShape, groups: Groups, *, kept: int, model: str, policy: str = "", count: int = 1) -> Case:
-    """A micro-batch of `count` groups.
+    """A forward and backward pass over `count` prompts with their responses.
 
     Args:
         kept: Layers that keep their activations.
@@ -110,8 +110,8 @@ def step(shape: ModelShape, groups: Groups, *, kept: int, model: str, policy: st
         return figures.peak_bytes, figures.flops
 
     return Case(
-        model, policy, activation_bytes(shape, packed_pass(rows, count, None), PRECISION, own, unchecked=kept),
-        measure, count * ranking_flops(shape, Workload(tuple(rows), count, ""), own, unchecked=kept),
+        model, policy, activation_bytes(shape, packed_pass(rows, count, None), PRECISION, own, kept_layers=kept),
+        measure, count * ranking_flops(shape, Workload(tuple(rows), count, ""), own, kept_layers=kept),
     )  # fmt: skip
 
 
@@ -121,25 +121,25 @@ def all_cases(
     count: int = 1,
     layers: int | None = None,
 ) -> Iterator[Case]:
-    """Those of docs/planning.md."""
+    """The cases of docs/planning.md."""
     for model in models:
         shape = KNOWN[model]
         if layers:
             shape = dataclasses.replace(shape, layers=layers)
         for name in groups:
             for words, kept in (("no", 0), ("half of the", shape.layers // 2), ("all", shape.layers)):
-                policy = f"{name} rows, {words} layers kept"
+                policy = f"{name} prompt, {words} layers kept"
                 yield step(shape, GROUPS[name], kept=kept, model=model, policy=policy, count=count)
 
 
 def measured(cases: Iterable[Case]) -> list[Comparison]:
-    """Measures, and prints a line for each."""
+    """Measures all cases, and prints a line for each."""
     found = []
-    print(f"{'case':62}{'planned GB':>12}{'measured GB':>12}{'peak':>9}{'FLOPs':>9}")
+    print(f"{'case':100}{'planned GB':>12}{'measured GB':>12}{'peak':>9}{'FLOPs':>9}")
     for case in cases:
         found.append(one := case.compare())
         print(
-            f"{one.model + ', ' + one.policy:62}{one.planned_bytes / 1e9:12.3f}{one.measured_bytes / 1e9:12.3f}"
+            f"{one.model + ', ' + one.policy:100}{one.planned_bytes / 1e9:12.3f}{one.measured_bytes / 1e9:12.3f}"
             f"{one.peak:+9.1%}{one.flops:+9.1%}" + ("" if one.holds else "  OFF"),
             flush=True,
         )
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, choices=KNOWN)
     parser.add_argument("--groups", nargs="+", default=["short", "long"], choices=GROUPS)
-    parser.add_argument("--count", type=int, default=1, help="Groups to a micro-batch.")
+    parser.add_argument("--count", type=int, default=1, help="Prompts in a forward pass.")
     parser.add_argument("--layers", type=int, help="Cut every model to this many layers.")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -1,8 +1,9 @@
-"""Compares planned peaks of other phases with those measured on meta: `python -m benchmarks.planner_phases`.
+"""Compares planned and simulated peak memory of all phases but ranking: `python -m benchmarks.planner_phases`.
 
-Supervised steps, scoring and generation by the run's own model and by a teacher or judge in 16 bits, and the logits of
-a whole text, at the full width of real models, cut to a few layers: what layers hold adds up. Exit code 1 when a peak
-is off by more than 10 %, or under by more than 3 %, or FLOPs by more than 10 %.
+The phases are supervised steps, scoring and generation by the run's own model and by a 16-bit teacher or judge, and
+the logits of a whole text. They are simulated on the `meta` device at the full width of real models, cut to a few
+layers, as memory grows linearly with layers. Exits with 1 when a planned peak is more than 10 % above or 3 % below the
+simulated one, or FLOPs differ by more than 10 %.
 """
 
 from __future__ import annotations
@@ -26,24 +27,26 @@ from tuna_peft.planning.workload import Row, Workload, packed_pass, padded_pass
 
 MODELS = ("llama-7b", "llama-3.1-8b", "llama-3.2-1b", "qwen3-8b", "gemma-3-1b", "phi-3-mini", "phi-4")
 LAYERS = 6
-_SUPERVISED = (((512, 400, 300, 300), 200), ((256, 200) * 8, 100))  # lengths of rows, tokens of each that carry loss
-_SCORED = ((4, 60), (4, 200), (1, 200))  # groups, tokens of a response
-# Lengths of prompts, responses to each, new tokens, greedy, top_p.
+_SUPERVISED = (((512, 400, 300, 300), 200), ((256, 200) * 8, 100))  # tokens of each example, and those with a loss
+_SCORED = ((4, 60), (4, 200), (1, 200))  # prompts, tokens of each of five responses
+# Lengths of prompts, responses to each, tokens of a response, greedy, top_p.
 _GENERATED = (
     ((300, 280, 200, 100), 1, 200, True, 1.0), ((300, 280, 200, 100), 4, 200, False, 1.0),
     ((600, 599) * 8, 1, 70, False, 0.9), ((30, 28) * 64, 1, 30, False, 1.0), ((30, 28) * 64, 1, 30, False, 0.9),
     ((30, 28) * 16, 1, 30, True, 1.0),
 )  # fmt: skip
-# Of a model in 16 bits without adapters: what a teacher scores, and what a judge is asked and answers.
+# The same for a 16-bit model without adapters: what a teacher scores, and what a judge reads and answers.
 _TEACHER, _JUDGE = (4, 200), ((1500, 1400) * 4, 1, 70, False, 1.0)
-_TEXT = 500  # tokens whose logits are all made
+_TEXT = 500  # tokens of the text whose logits are computed at once
 
 
 def cases(shape: ModelShape, *, name: str, brief: bool = False) -> Iterator[Case]:
-    """What is planned and how it is measured.
+    """The cases of a model: planned bytes, and how they are measured.
 
     Args:
-        brief: One or two cases of each kind.
+        shape: The sizes of the model.
+        name: Its name in the tables.
+        brief: Only one or two cases of each kind, for a test.
     """
     with_adapter = functools.cache(lambda: build(config_of(shape), "meta"))
     plain = functools.cache(lambda: build_plain(config_of(shape), "meta"))
@@ -52,8 +55,8 @@ def cases(shape: ModelShape, *, name: str, brief: bool = False) -> Iterator[Case
         yield _scoring(shape, name, with_adapter, scored)
     for generated in _GENERATED[3:4] if brief else _GENERATED:
         yield _generation(shape, name, with_adapter, generated)
-    yield _scoring(shape, name, plain, _TEACHER, wide=True)
-    yield _generation(shape, name, plain, ((300,) * 8, *_JUDGE[1:]) if brief else _JUDGE, wide=True)
+    yield _scoring(shape, name, plain, _TEACHER, unquantized=True)
+    yield _generation(shape, name, plain, ((300,) * 8, *_JUDGE[1:]) if brief else _JUDGE, unquantized=True)
     yield Case(
         name, f"all logits of {_TEXT} tokens", logits_bytes(shape, _TEXT, PRECISION),
         lambda: (meta_phases.logits(with_adapter(), _TEXT), 0.0),
@@ -64,7 +67,7 @@ def _supervised(shape: ModelShape, name: str, model: Any, brief: bool) -> Iterat
     own = adapter_of(shape)
     for lengths, targets in _SUPERVISED[: 1 if brief else None]:
         rows = [Row(length - targets, (targets,)) for length in lengths]
-        # On meta every token is taken to carry loss.
+        # On the `meta` device labels have no values: every token counts as one with a loss.
         batch = dataclasses.replace(padded_pass(rows, len(rows)), targets=len(rows) * max(lengths))
         for kept in (0, shape.layers):
             even = Workload((Row(0, (batch.width,)),), 1, "")
@@ -74,44 +77,50 @@ def _supervised(shape: ModelShape, name: str, model: Any, brief: bool) -> Iterat
                 return peak, flops.model
 
             yield Case(
-                name, f"{len(rows)} x {max(lengths)} supervised, {'all' if kept else 'no'} layers kept",
-                activation_bytes(shape, batch, PRECISION, own, unchecked=kept, supervised=True), measure,
-                len(rows) * sft_flops(shape, even, own, unchecked=kept),
+                name, f"supervised, {len(rows)} x {max(lengths)} tokens, {'all' if kept else 'no'} layers kept",
+                activation_bytes(shape, batch, PRECISION, own, kept_layers=kept, supervised=True), measure,
+                len(rows) * sft_flops(shape, even, own, kept_layers=kept),
             )  # fmt: skip
 
 
-def _scoring(shape: ModelShape, name: str, model: Any, scored: tuple[int, int], *, wide: bool = False) -> Case:
+def _scoring(shape: ModelShape, name: str, model: Any, scored: tuple[int, int], *, unquantized: bool = False) -> Case:
     count, mean = scored
     batch = packed_pass([Row(100, (mean,) * 5)], count, None)
 
     def measure() -> tuple[float, float]:
         return meta_phases.scoring(model(), Groups("scored", 100, mean=mean).groups(count, shape.vocab)), 0.0
 
-    who = "teacher in 16 bits scores" if wide else "scoring"
-    return Case(name, f"{who} {count} x 5 x {mean}", scoring_bytes(shape, batch, _precision(wide)), measure)
+    kind = "scoring by a 16-bit teacher" if unquantized else "scoring"
+    return Case(
+        name,
+        f"{kind}, {count} prompts x 5 responses x {mean} tokens",
+        scoring_bytes(shape, batch, _precision(unquantized)),
+        measure,
+    )
 
 
-def _generation(shape: ModelShape, name: str, model: Any, generated: Any, *, wide: bool = False) -> Case:
+def _generation(shape: ModelShape, name: str, model: Any, generated: Any, *, unquantized: bool = False) -> Case:
     lengths, n, new, greedy, top_p = generated
     parts = generation_bytes(
-        shape, _precision(wide), prompts=len(lengths), n=n, prompt=max(lengths), new=new, greedy=greedy,
+        shape, _precision(unquantized), prompts=len(lengths), n=n, prompt=max(lengths), new=new, greedy=greedy,
         top_p=top_p < 1,
     )  # fmt: skip
 
     def measure() -> tuple[float, float]:
         return meta_phases.generation(model(), lengths, n=n, new=new, greedy=greedy, top_p=top_p), 0.0
 
-    how = "greedy" if greedy else f"top_p {top_p}"
-    policy = f"{len(lengths)} x {n} of {new} behind {max(lengths)}, {how}"
-    return Case(name, f"judge in 16 bits: {policy}" if wide else policy, sum(parts.values()), measure)
+    kind = "generation by a 16-bit judge" if unquantized else "generation"
+    sizes = f"{len(lengths)} prompts of {max(lengths)} tokens x {n} responses of {new}"
+    policy = f"{kind}, {sizes}, {'greedy' if greedy else f'top_p {top_p}'}"
+    return Case(name, policy, sum(parts.values()), measure)
 
 
-def _precision(wide: bool) -> Any:
-    return dataclasses.replace(PRECISION, method="none") if wide else PRECISION
+def _precision(unquantized: bool) -> Any:
+    return dataclasses.replace(PRECISION, method="none") if unquantized else PRECISION
 
 
 def all_cases(models: tuple[str, ...] = MODELS, layers: int = LAYERS) -> Iterator[Case]:
-    """Those of docs/planning.md."""
+    """The cases of docs/planning.md."""
     for model in models:
         yield from cases(dataclasses.replace(KNOWN[model], layers=layers), name=model)
 

@@ -1,4 +1,4 @@
-"""Facts that a run and its plan share; free memory as fake files of the kernel report it."""
+"""Limits that a run and its plan share; free memory as reported by fake files of the kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAT = "anon 4000\nfile 1500\nshmem 500\nactive_file 600\ninactive_file 400\n"  
 
 @pytest.fixture
 def kernel(tmp_path, monkeypatch):
-    """Takes files by path; any other does not exist."""
+    """Writes the kernel's files, by path; no others exist."""
     monkeypatch.setattr(limits, "_ROOT", tmp_path)
 
     def write(**groups: str) -> None:
@@ -29,12 +29,12 @@ def kernel(tmp_path, monkeypatch):
 
 
 def group(folder: str, limit: str, used: int, stat: str = STAT) -> dict[str, str]:
-    """The files of a control group of version 2."""
+    """The files of a control group, version 2."""
     return {f"{folder}/memory.max": limit, f"{folder}/memory.current": str(used), f"{folder}/memory.stat": stat}
 
 
 def group_v1(folder: str, limit: int, used: int) -> dict[str, str]:
-    """Of version 1, whose plain keys leave out the groups below."""
+    """The files of a control group, version 1, whose keys without `total_` exclude its child groups."""
     stat = "active_file 1\ninactive_file 2\ntotal_active_file 600\ntotal_inactive_file 400\n"
     names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
     return {f"{folder}/{name}": str(text) for name, text in zip(names, (limit, used, stat), strict=True)}

@@ -1,7 +1,7 @@
 """Limits that a run obeys and a plan must know: context, device rules, sizes of allocations, free main memory.
 
-Both `tuna_peft.planning` and the code that runs import them from here, so that a plan cannot differ from the run. No
-torch is imported.
+Both `tuna_peft.planning` and the code that runs import them from here, so that a plan and the run cannot disagree. The
+module imports no torch.
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ from typing import Any
 
 # Bytes of a GiB.
 GIB = 2**30
-# Rows of logits in memory at a time: 256 rows of a 128k vocabulary are 134 MB in fp32.
+# Tokens whose logits are in memory at a time: for 256 tokens and a vocabulary of 128k they take 134 MB in fp32.
 CHUNK_ROWS = 256
-# The width of a batch of packed rows is a multiple of this.
+# Packed sequences are padded to a multiple of this many tokens.
 PAD_TO = 8
-# From this many tokens a row on, attention is computed segment by segment instead of with a dense mask.
+# Packed sequences of at least this many tokens use attention segment by segment, shorter ones a dense mask.
 LONG_ROW = 512
-# Tokens of free space that a growing key-value cache allocates at a time, beyond the tokens that it has to hold.
+# Tokens of free space that a growing key-value cache allocates beyond the tokens that it must store.
 CACHE_ROOM = 64
-# Weights that share a scale in 4-bit quantization, and scales that share one when they are quantized too: the defaults
+# Weights that share a scale in 4-bit quantization, and scales that share a scale in double quantization: defaults
 # of bitsandbytes.
 QUANTIZATION_BLOCK, SCALES_BLOCK = 64, 256
-# Share of the free memory of a GPU that kept activations may fill: the allocator's blocks never fit perfectly.
+# Share of a GPU's free memory that kept activations may fill; the rest is for fragmentation, as the allocator's blocks
+# never fit exactly.
 ACTIVATIONS_ON_GPU = 0.92
-# The same of main memory, which other programs need too.
+# The same share of main memory, which other programs need too.
 ACTIVATIONS_IN_RAM = 0.5
 # Adapter ranks that vLLM accepts as `--max-lora-rank`; an adapter of another rank takes the next larger one.
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Share of free memory, on a GPU or in main memory, that the weights of a merged model may fill while it is compared;
-# the rest is for activations and logits.
+# Share of free memory, on a GPU or in main memory, that the weights of a merged model may fill while it is compared
+# with the unmerged adapters; the rest is for activations and logits.
 MERGED_WEIGHTS = 0.9
 
-# Where the files of the kernel are; tests put other files there.
+# Root of the kernel's files; tests replace it.
 _ROOT = Path("/")
-# Files and keys of a control group, versions 1 and 2: limit, memory in use, and the part of it that caches files.
+# Files of a control group, versions 1 and 2: limit, memory in use, and the keys of the file cache, a part of it.
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 _V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
 
@@ -66,27 +67,27 @@ def within_context(max_length: int | None, context: int | None) -> int | None:
 
 
 def response_room(max_new_tokens: int, prompt_tokens: int, context: int | None) -> int:
-    """Maximum tokens of a response: the context ends it too."""
+    """Maximum tokens of a response to a prompt, as far as the context allows."""
     return min(max_new_tokens, context - prompt_tokens) if context else max_new_tokens
 
 
 def prompts_per_batch(batch_size: int, n: int) -> int:
-    """Prompts that are generated for at once when a batch holds `batch_size` responses, `n` of each prompt."""
+    """Prompts in a batch of `batch_size` responses, `n` to each prompt; at least one."""
     return max(1, batch_size // n)
 
 
 def activation_policy(setting: str | float, processes: int) -> str | float:
-    """The `activation_memory` that applies: `auto` is `none` with several processes, as their choices would differ."""
+    """The `activation_memory` in effect: with several processes `auto` is `none`, as their choices would differ."""
     return "none" if setting == "auto" and processes > 1 else setting
 
 
 def available_ram() -> float:
     """Bytes of main memory that this process can still allocate without swapping.
 
-    It is what the kernel reports as available or, if that is less, what the control groups of the process (a
-    container, a batch job) still allow: the limit minus the memory in use. The file cache is not counted as in use,
+    This is what the kernel reports as available or, if that is less, what the control groups of the process (a
+    container, a batch job) still allow: the limit minus the memory in use. The file cache does not count as in use,
     because the kernel reclaims it.
-    Without the files of Linux it is all of the machine's memory, or 0 on Windows, which reports none to Python.
+    Outside Linux it is the machine's whole memory, or 0 on Windows, where Python cannot read it.
     """
     return min([_available_in_system(), *_available_in_groups()])
 
@@ -102,7 +103,7 @@ def _available_in_system() -> float:
 
 
 def _available_in_groups() -> Iterator[float]:
-    """What each control group that limits memory still allows: that of this process and those above it."""
+    """Bytes that each control group with a memory limit still allows: the group of this process and its parents."""
     try:
         lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -115,7 +116,8 @@ def _available_in_groups() -> Iterator[float]:
             mount, names = _ROOT / "sys/fs/cgroup", _V2
         else:
             continue
-        # A container may see its own group as the top one whatever the path says: a missing folder is skipped.
+        # Inside a container the path may be that of the host, while the container's own group is the root: skip
+        # folders that do not exist.
         path = PurePosixPath(group.lstrip("/"))
         for each in (path, *path.parents):
             try:

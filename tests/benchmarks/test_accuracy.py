@@ -6,7 +6,7 @@ from benchmarks import accuracy  # noqa: E402
 from benchmarks.planner import Case, Comparison  # noqa: E402
 
 
-def case(model, planned, policy="short rows"):
+def case(model, planned, policy="short prompt"):
     return Case(model, policy, planned, lambda: (1.25e9, 0.0))
 
 
@@ -17,13 +17,13 @@ def test_the_docs_show_what_is_planned_today(capsys):
 def test_what_is_planned_otherwise_by_now_is_named():
     measured = [case(model, planned).compare() for model, planned in (("a", 1.2e9), ("b", 1.3e9))]
     text = f"{accuracy._SECTION}\n{accuracy.tables([measured, []])}\n{accuracy._END}"
-    assert "| short rows | 1.200 / 1.250, -4.0 % | 1.300 / 1.250, +4.0 % |" in text
+    assert "| short prompt | 1.200 / 1.250, -4.0 % | 1.300 / 1.250, +4.0 % |" in text
     assert not list(accuracy.stale(text, [case("a", 1.2e9), case("b", 1.3e9)]))
     assert list(accuracy.stale(text, [case("a", 1.2e9), case("b", 1.4e9), case("c", 1e9)])) == [
-        "b, short rows: 1.400 GB are planned, and the docs say 1.300",
-        "c, short rows: 1.000 GB are planned, and the docs say nothing",
+        "b, short prompt: 1.400 GB planned, but the docs have 1.300",
+        "c, short prompt: 1.000 GB planned, but the docs have nothing",
     ]
-    assert list(accuracy.stale(text, [case("a", 1.2e9)])) == ["b, short rows: no such case any more"]
+    assert list(accuracy.stale(text, [case("a", 1.2e9)])) == ["b, short prompt: this case does not exist any more"]
 
 
 def test_what_a_case_may_be_off():

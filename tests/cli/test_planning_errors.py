@@ -45,7 +45,7 @@ def test_a_model_that_cannot_be_had(hub, tmp_path, command, model, message):  # 
 
 def test_a_gated_model_of_known_sizes_is_planned_and_a_warning_says_how_to_get_it(hub, caplog):  # noqa: F811
     result = tuna("plan", "two-stage", "base.model=meta-llama/Llama-2-7b-hf", "--gpu", "t4")
-    assert result.exit_code == 0 and "sizes from those known to this package" in result.stdout
+    assert result.exit_code == 0 and "sizes from the table of known models" in result.stdout
     assert "a run will stop here: meta-llama/Llama-2-7b-hf: the model is gated" in caplog.text
     assert "hf auth login" in caplog.text
 

@@ -1,4 +1,4 @@
-"""From a recipe to what is planned: rows that the run makes, models beside its own, benchmarks that are not here."""
+"""Plans of recipes: training data that the run makes, local teachers and judges, benchmarks that are not here."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_rounds_are_sampled_judged_and_trained_one_after_the_other():
     kinds = ("sample", "judge", "train")
     assert names == [f"{kind} contextual-{number}" for number in (1, 2) for kind in kinds]
     first, second = (phases[f"sample contextual-{number}"].parts for number in (1, 2))
-    assert second["frozen adapters, 32-bit and joined"] > first["frozen adapters, 32-bit and joined"]
+    assert second["frozen adapters, 32-bit and concatenated"] > first["frozen adapters, 32-bit and concatenated"]
     assert stages["contextual-2"].key == "stages.contextual"
 
 
@@ -81,7 +81,7 @@ def test_servers_and_programs_take_nothing_and_vllm_is_named():
     plan, phases, _ = planned(contextual(sample={**SAMPLE, "backend": "vllm"}, judge=server))
     assert [name for name in phases if "contextual" in name] == ["train contextual"]
     assert plan.run.unplanned == (
-        "sampling of contextual: vLLM holds a second copy of the model, and takes what memory is left",
+        "sampling of contextual: vLLM loads a second copy of the model and uses all free memory",
     )
 
 

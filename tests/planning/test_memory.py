@@ -44,7 +44,7 @@ def test_parameters_are_those_of_the_model():
         every = sum(parameter.numel() for parameter in model.parameters())
         assert shape.adapter(LORA_RANK, "all-linear") == trained
         norms = 2 * shape.head_dim * shape.layers if shape.head_norms else 0
-        assert shape.body + shape.unquantised == every - trained - norms
+        assert shape.body + shape.unquantized == every - trained - norms
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_parameters_are_those_of_the_model():
 )
 def test_known_shapes_have_the_published_sizes(model, billions):
     shape = KNOWN[model]
-    assert (shape.body + shape.unquantised) / 1e9 == pytest.approx(billions, abs=1e-3)
+    assert (shape.body + shape.unquantized) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
 def test_the_tile_of_supervised_logits_is_that_of_trl():

@@ -1,4 +1,4 @@
-"""A plan's phases, the changes that it proposes, and cards by name."""
+"""A plan's phases, the changes that it proposes, and GPUs by name."""
 
 from __future__ import annotations
 
@@ -78,19 +78,21 @@ def test_phases_add_up_and_grow_with_what_they_hold():
     for phase in plan.phases:
         assert phase.smallest <= phase.allocated < phase.peak
     first, second = plan.phases[:2]
-    assert second.parts["frozen adapters, 32-bit and joined"] == 6 * plan.run.stages[0].adapter.parameters
-    assert "frozen adapters, 32-bit and joined" not in first.parts
+    assert second.parts["frozen adapters, 32-bit and concatenated"] == 6 * plan.run.stages[0].adapter.parameters
+    assert "frozen adapters, 32-bit and concatenated" not in first.parts
     assert plan.hours == pytest.approx(sum(phase.hours for phase in plan.phases))
     assert plan.fits and advise(plan) == []
 
 
-def test_a_base_that_is_here_is_no_download():
-    card = Device.of(find_gpu("A100 80GB"))
-    on_hub, here = (make_plan(dataclasses.replace(run_of(), downloads=on_hub), card).disk for on_hub in (True, False))
+def test_a_base_on_this_machine_is_not_downloaded():
+    device = Device.of(find_gpu("A100 80GB"))
+    on_hub, here = (
+        make_plan(dataclasses.replace(run_of(), downloads=on_hub), device).disk for on_hub in (True, False)
+    )
     assert sum(on_hub.values()) - sum(here.values()) == pytest.approx(2 * 6.738e9, rel=1e-3)
 
 
-def test_a_cpu_has_no_hours_and_an_optimiser_of_8_bits_is_smaller():
+def test_a_cpu_has_no_hours_and_an_optimizer_of_8_bits_is_smaller():
     on_cpu = make_plan(run_of(), Device("CPU", 500 * GIB, cuda=False))
     assert on_cpu.hours is None and on_cpu.ram == {}
     small = make_plan(run_of(optimizer="paged_adamw_8bit"), Device("CPU", 500 * GIB, cuda=False))
@@ -99,14 +101,14 @@ def test_a_cpu_has_no_hours_and_an_optimiser_of_8_bits_is_smaller():
 
 
 def test_activations_are_kept_in_as_many_layers_as_fit():
-    card = Device.of(find_gpu("RTX 4080"))
+    device = Device.of(find_gpu("RTX 4080"))
     none, auto, some, full = (
-        make_plan(run_of(activation_memory=setting), card).phases[1] for setting in ("none", "auto", 2, "full")
+        make_plan(run_of(activation_memory=setting), device).phases[1] for setting in ("none", "auto", 2, "full")
     )
-    assert none.peak < some.peak < auto.peak <= card.memory < full.peak
+    assert none.peak < some.peak < auto.peak <= device.memory < full.peak
     assert none.flops > some.flops > auto.flops > full.flops
-    assert auto.needed == none.needed == none.peak  # what is kept because there is room is not needed
-    assert none.note == "keeps 0/32" and full.note == "keeps 32/32"
+    assert auto.needed == none.needed == none.peak  # activations that `auto` keeps are not needed
+    assert none.note == "0/32 layers keep activations" and full.note == "32/32 layers keep activations"
 
 
 def test_changes_come_cheapest_first_and_only_those_that_help():
@@ -119,7 +121,7 @@ def test_changes_come_cheapest_first_and_only_those_that_help():
     assert changes[-1].peak <= plan.device.memory
 
 
-def test_what_cannot_fit_says_on_which_card_it_would():
+def test_what_cannot_fit_says_on_which_gpu_it_would():
     plan = make_plan(run_of("llama-3.1-70b", activation_memory="none", batch_size=1), Device.of(find_gpu("T4")))
     changes = advise(plan)
     assert changes and not changes[-1].fits
@@ -132,18 +134,18 @@ def test_what_cannot_fit_says_on_which_card_it_would():
      ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("NVIDIA H100 80GB HBM3", "H100 80GB"), ("a100", "A100 80GB"),
      ("3060", "RTX 3060 12GB")],
 )  # fmt: skip
-def test_cards_go_by_the_names_that_people_and_drivers_use(text, name):
+def test_gpus_go_by_the_names_that_people_and_drivers_use(text, name):
     assert find_gpu(text).name == name
 
 
-def test_an_unknown_card_gets_the_nearest_and_the_list():
+def test_an_unknown_gpu_gets_the_nearest_and_the_list():
     with pytest.raises(UserError) as error:
         find_gpu("RTX 4095")
     assert "unknown GPU 'RTX 4095'" in str(error.value) and "Did you mean 'RTX 4090'?" in str(error.value)
     assert "A100 40GB" in str(error.value)
 
 
-def test_names_of_cards_are_unique():
+def test_names_of_gpus_are_unique():
     names = [name.lower().replace(" ", "") for gpu in GPUS for name in (gpu.name, *gpu.aliases)]
     assert len(names) == len(set(names))
 
@@ -158,6 +160,6 @@ def test_names_of_cards_are_unique():
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "'gemma3': with its vision model"),
     ],
 )
-def test_layouts_that_the_arithmetic_does_not_cover_are_refused(config, message):
+def test_layouts_that_the_planner_does_not_support_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         ModelShape.from_config(config, "model")

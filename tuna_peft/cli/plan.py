@@ -21,9 +21,9 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Estimate memory, tokens, hours and disk of a run, without loading weights.
+    """Estimate the memory, hours and disk space of a run, without loading weights.
 
-    If the run does not fit, prints what to change, the cheapest change first, and ends with exit code 1.
+    Exits with code 1 when the run does not fit, and lists what to change, the cheapest change first.
     """
     from rich.console import Console
 
@@ -43,7 +43,7 @@ def plan(
         dicts = [plan_output.as_dict(made, source) for made in plans]
         typer.echo(json.dumps(dicts[0] if len(dicts) == 1 else dicts, indent=2))
     else:
-        shown = plan_output.describe(plans[0], source) if len(plans) == 1 else plan_output.gpu_table(plans)
+        shown = plan_output.describe(plans[0], source) if len(plans) == 1 else plan_output.over_gpus(plans)
         Console(soft_wrap=True).print(shown)
     if not any(made.fits for made in plans):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Prints a plan: as text, as a table of GPUs, and as JSON."""
+"""A plan as text, as a table over GPUs, and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tuna_peft.planning.plan import Phase, Plan
 
 
 def describe(plan: Plan, source: str) -> RenderableType:
-    """Phases with peak and time, the parts of the largest phase, main memory and disk, and what to change."""
+    """Phases with memory and time, the parts of the largest phase, main memory, disk, and what to change."""
     run, device = plan.run, plan.device
     lines: list[RenderableType] = [
         Text(f"{run.model} on {device.name} ({gib(device.memory)}); sizes from {source}", style="bold"),
@@ -32,13 +32,13 @@ def describe(plan: Plan, source: str) -> RenderableType:
     lines += [Text(f"not planned: {words}", style="yellow") for words in run.unplanned]
     if plan.hours is not None:
         lines.append(
-            Text(f"hours: every response has the maximum length and is sampled once; {TRAINING.source}", style="dim")
+            Text(f"hours: assumes that every response has the maximum length; {TRAINING.source}", style="dim")
         )
     return Group(*lines, *_verdict(plan))
 
 
-def gpu_table(plans: Sequence[Plan]) -> RenderableType:
-    """One line for each GPU."""
+def over_gpus(plans: Sequence[Plan]) -> RenderableType:
+    """A table with one line for each GPU."""
     table = Table("GPU", title=f"{plans[0].run.model}")
     for heading in ("memory GiB", "needed GiB", "peak GiB", "fits", "hours"):
         table.add_column(heading, justify="right")
@@ -53,7 +53,7 @@ def gpu_table(plans: Sequence[Plan]) -> RenderableType:
 
 
 def as_dict(plan: Plan, source: str) -> dict[str, Any]:
-    """The plan as plain JSON values; bytes are bytes."""
+    """The plan as JSON values."""
     return {
         "model": plan.run.model,
         "sizes_from": source,
@@ -105,7 +105,7 @@ def hours_text(hours: float | None) -> str:
 
 
 def _sources(plan: Plan) -> dict[str, str]:
-    """The source of the lengths of texts, by stage and task."""
+    """Where the lengths of data come from, by stage and task."""
     tasks = plan.run.evaluation.tasks if plan.run.evaluation else {}
     found = {stage.name: stage.workload.source for stage in plan.run.stages}
     return found | {f"evaluation.{name}": task.workload.source for name, task in tasks.items()}
@@ -125,7 +125,7 @@ def _phases(plan: Plan) -> Table:
 
 
 def _parts(phase: Phase, cuda: bool) -> RenderableType:
-    text = Text(f"the largest, {phase.name}: {gib(phase.peak)}\n", style="bold")
+    text = Text(f"largest phase, {phase.name}: {gib(phase.peak)}\n", style="bold")
     rest = "CUDA context, workspaces, fragmentation" if cuda else "Python and its libraries, fragmentation"
     rows = {**phase.parts, rest: phase.margin}
     for name, size in rows.items():
@@ -137,20 +137,20 @@ def _parts(phase: Phase, cuda: bool) -> RenderableType:
 def _verdict(plan: Plan) -> list[RenderableType]:
     device = plan.device
     if plan.fits:
-        room = device.memory - plan.needed
-        return [Text(f"It fits: {gib(plan.needed)} needed, {gib(room)} to spare.", style="bold green")]
+        spare = device.memory - plan.needed
+        return [Text(f"It fits: {gib(plan.needed)} needed, {gib(spare)} to spare.", style="bold green")]
     lines: list[RenderableType] = [
         Text(f"It does not fit: {gib(plan.needed)} needed of {gib(device.memory)}.", style="bold red")
     ]
     changes = advise(plan)
     if changes:
-        title = "What to change, the cheapest first; each change includes those before it:"
-        lines.append(Text(title if changes[-1].fits else "Changes that save memory, but are not enough together:"))
+        title = "What to change, the cheapest first (each line includes the changes before it):"
+        lines.append(Text(title if changes[-1].fits else "Changes that save memory, but not enough:"))
     for change in changes:
         lines.append(Text(f"  {gib(change.peak)}  {change.cost}", style="green" if change.fits else ""))
         lines += [Text(f"               {override}", no_wrap=True) for override in change.overrides]
     if not (changes and changes[-1].fits):
         gpu = smallest_gpu(plan.run)
-        larger = f"Unchanged, it fits on: {gpu}." if gpu else "It fits on no single GPU of the table."
-        lines.append(Text(f"Use a smaller model. {larger}"))
+        larger = f"Unchanged it fits on: {gpu}." if gpu else "It fits on no known single GPU."
+        lines.append(Text(f"Take a smaller model. {larger}"))
     return lines

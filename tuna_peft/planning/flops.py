@@ -1,6 +1,6 @@
-"""Operations of a run and the hours that they take.
+"""FLOPs of a run and the hours that they take.
 
-Matrix products only, a multiplication and an addition each, as `benchmarks/flops.py` counts them.
+Only matrix products are counted, two FLOPs for each multiplication with its addition, as in `benchmarks/flops.py`.
 """
 
 from __future__ import annotations
@@ -15,74 +15,83 @@ from tuna_peft.planning.workload import Workload
 
 
 @dataclass(frozen=True)
-class Utilisation:
-    """The share of a card's arithmetic that training reaches, and who measured it."""
+class Utilization:
+    """The share of a GPU's peak FLOP/s that training reaches, and who measured it."""
 
     share: float
     source: str
 
 
-# None of this package's own: it has not been timed on a GPU yet.
-TRAINING = Utilisation(
+# This package has not been timed on a GPU yet.
+TRAINING = Utilization(
     0.30,
-    "not measured with this package: 30 % of a card's 16-bit peak is what 2,415 tokens/s of Llama-2-7B QLoRA with the "
-    "Hugging Face libraries on an A100 comes to, as unsloth's benchmark has it",
+    "not measured with this package: 30 % of a GPU's 16-bit peak corresponds to 2,415 tokens/s of Llama-2-7B QLoRA "
+    "with the Hugging Face libraries on an A100, from unsloth's benchmark",
 )
 
 
 def ranking_flops(
-    shape: ModelShape, workload: Workload, own: Adapter, below: Sequence[Adapter] = (), unchecked: int = 0
+    shape: ModelShape, workload: Workload, own: Adapter, below: Sequence[Adapter] = (), kept_layers: int = 0
 ) -> float:
-    """FLOPs of a packed row's training step.
+    """FLOPs of a training step for one packed sequence.
 
     Args:
-        unchecked: Layers that are not computed twice.
+        own: The adapter that is trained.
+        below: The frozen adapters that it is trained on top of.
+        kept_layers: Layers without gradient checkpointing.
     """
-    again = 1 - unchecked / shape.layers
+    recomputed = 1 - kept_layers / shape.layers
     return (
-        _step(shape, workload.tokens, workload.attended, own, below, again) + 4 * shape.head * workload.response_tokens
+        _step(shape, workload.tokens, workload.attended, own, below, recomputed)
+        # The head is frozen: forward pass and gradient of its input, two FLOPs a parameter each.
+        + 4 * shape.head * workload.response_tokens
     )
 
 
 def sft_flops(
-    shape: ModelShape, workload: Workload, own: Adapter, below: Sequence[Adapter] = (), unchecked: int = 0
+    shape: ModelShape, workload: Workload, own: Adapter, below: Sequence[Adapter] = (), kept_layers: int = 0
 ) -> float:
-    """FLOPs of a supervised row's training step; TRL makes its logits again in the backward pass."""
-    again = 1 - unchecked / shape.layers
+    """FLOPs of a training step for one response in supervised fine-tuning; arguments as for `ranking_flops`."""
+    recomputed = 1 - kept_layers / shape.layers
     tokens = workload.tokens
-    return _step(shape, tokens, tokens**2, own, below, again) + 6 * shape.head * workload.response_tokens
+    # The head: 2 + 2 as for ranking, and 2 because TRL recomputes the logits in the backward pass.
+    return _step(shape, tokens, tokens**2, own, below, recomputed) + 6 * shape.head * workload.response_tokens
 
 
 def forward_flops(shape: ModelShape, tokens: float, targets: float) -> float:
-    """FLOPs of a pass without gradients."""
+    """FLOPs of a forward pass without gradients, with logits for `targets` of its tokens."""
     return 2 * shape.body * tokens + 2 * shape.head * targets
 
 
 def _step(
-    shape: ModelShape, tokens: float, attended: float, own: Adapter, below: Sequence[Adapter], again: float
+    shape: ModelShape, tokens: float, attended: float, own: Adapter, below: Sequence[Adapter], recomputed: float
 ) -> float:
-    frozen = shape.body + sum(adapter.parameters for adapter in below)  # forward, gradient of the activations
+    """FLOPs inside the layers, of which the share `recomputed` runs its forward pass twice."""
+    frozen = shape.body + sum(adapter.parameters for adapter in below)
+    # Two FLOPs a parameter for the forward pass and two for the gradient of the input; a trained parameter needs two
+    # more for its own gradient. Attention has two products (scores, weighted sum): 4 in the forward pass and twice
+    # that in the backward pass.
     return (
-        (4 + 2 * again) * frozen * tokens
-        + (6 + 2 * again) * own.parameters * tokens
-        + (12 + 4 * again) * shape.query_size * shape.layers * attended
+        (4 + 2 * recomputed) * frozen * tokens
+        + (6 + 2 * recomputed) * own.parameters * tokens
+        + (12 + 4 * recomputed) * shape.query_size * shape.layers * attended
     )
 
 
 def hours(flops: float, gpu: Gpu) -> float:
-    """Time on a card at the utilisation of `TRAINING`."""
+    """Hours on a GPU at the utilization of `TRAINING`."""
     return flops / (gpu.tflops * 1e12 * TRAINING.share) / 3600
 
 
-def decode_hours(shape: ModelShape, precision: Precision, steps: float, seen: float, gpu: Gpu) -> float:
-    """Time of `steps` generated positions of a batch, bound by what is read: weights, keys and values.
+def decode_hours(shape: ModelShape, precision: Precision, steps: float, cached: float, gpu: Gpu) -> float:
+    """Hours of `steps` decoding steps, limited by memory bandwidth: each reads all weights, keys and values.
 
-    Of a 4-bit base every step unpacks all matrices: it writes and reads them in 16 bits.
+    With a 4-bit base every step also dequantizes all matrices, which writes and reads them in 16 bits.
 
     Args:
-        seen: Mean tokens whose keys and values a step reads, over the whole batch.
+        cached: Mean tokens in the key-value cache during a step, summed over the batch.
     """
-    unpacked = 2.0 * precision.compute * shape.body if precision.method in ("nf4", "fp4") else 0.0
-    weights = shape.body * precision.body + precision.compute * shape.head + unpacked
-    keys = 2.0 * precision.compute * shape.kv_size * shape.layers * seen
+    dequantized = 2.0 * precision.compute * shape.body if precision.method in ("nf4", "fp4") else 0.0
+    weights = shape.body * precision.body + precision.compute * shape.head + dequantized
+    keys = 2.0 * precision.compute * shape.kv_size * shape.layers * cached
     return steps * (weights + keys) / (gpu.gb_per_second * 1e9) / 3600

@@ -1,4 +1,4 @@
-"""A recipe in the terms of `tuna_peft.planning`."""
+"""Plans of a recipe: reads what `spec.RunSpec` needs from the recipe, the model's configuration and the device."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _MERGED_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nf4": 0.6}
 
 
 def plan_recipe(recipe: Recipe, devices: Sequence[Device]) -> tuple[list[Plan], str]:
-    """The plans of a recipe on some devices, from the model's configuration and the data that is here; no weights.
+    """Plans a recipe on some devices; reads the model's configuration and the data, but no weights.
 
     Returns:
-        The plans, and where the model's sizes come from.
+        The plans, and where the model's sizes come from, in words.
 
     Raises:
-        UserError: No such model, one that cannot be reached or planned, data that cannot be used, bf16 on a single
-            card without it.
+        UserError: The model does not exist, cannot be reached or is not supported; data cannot be used; or the recipe
+            requires bf16 and the only device does not support it.
     """
     if len(devices) == 1:
         require_native_bf16(recipe, devices[0].name, has_bf16=devices[0].bf16)
@@ -58,10 +58,10 @@ def plan_recipe(recipe: Recipe, devices: Sequence[Device]) -> tuple[list[Plan], 
 
 
 def this_device(setting: str = "auto") -> Device:
-    """The GPU that a run would use, or this machine's main memory.
+    """The GPU that a run would use, or the CPU with this machine's free memory.
 
     Args:
-        setting: As `base.device`.
+        setting: The recipe's `base.device`.
     """
     import torch
 
@@ -75,7 +75,7 @@ def this_device(setting: str = "auto") -> Device:
         gpu = find_gpu(name)
     except UserError:
         gpu = None
-    # What is free, and what this process holds already, its context included.
+    # Free memory, and what this process has reserved already, its CUDA context included.
     own = torch.cuda.memory_reserved(device) + CUDA_CONTEXT
     return Device(name, free + own, gpu, bf16=is_ampere_or_later(torch.cuda.get_device_capability(device)))
 
@@ -88,25 +88,27 @@ def run_spec(
     processes: int = 1,
     ranked: Container[str] = (),
 ) -> RunSpec:
-    """What the arithmetic needs of a recipe.
+    """What the planner needs to know of a recipe.
 
     Args:
-        workloads: As `read_workloads` gives them; a task without one is left out.
-        device: Decides what is computed in, and by which attention kernel.
-        processes: GPUs that share each step.
-        ranked: Stages whose rows are made already.
+        recipe: The recipe.
+        shape: The sizes of its base model.
+        workloads: See `read_workloads`; an evaluation task without one is not planned.
+        device: Determines the compute dtype and the attention kernel.
+        processes: GPUs that share each optimizer step.
+        ranked: Stages whose training data is ranked already.
 
     Raises:
-        UserError: A teacher or judge that should run here cannot be found or planned.
+        UserError: A local teacher or judge cannot be found or is not supported.
     """
-    wide = not device.cuda or recipe.base.dtype == "float32"
+    fp32 = not device.cuda or recipe.base.dtype == "float32"
     quantization = recipe.quantization
     precision = Precision(
-        quantization.method, quantization.double_quant, 4 if wide else 2, flash=device.bf16 and not wide
+        quantization.method, quantization.double_quant, 4 if fp32 else 2, flash=device.bf16 and not fp32
     )
     export = recipe.export
     stages = tuple(
-        _stage(stage, shape, workloads[stage.name], device, processes, made=stage.name in ranked)
+        _stage(stage, shape, workloads[stage.name], device, processes, ranked=stage.name in ranked)
         for stage in resolve_stages(recipe)
     )
     compared = workloads.get("evaluation.ranking", stages[-1].workload)
@@ -125,17 +127,17 @@ def run_spec(
 
 
 def _stage(
-    stage: ResolvedStage, shape: ModelShape, workload: Workload, device: Device, processes: int, *, made: bool
+    stage: ResolvedStage, shape: ModelShape, workload: Workload, device: Device, processes: int, *, ranked: bool
 ) -> StageSpec:
-    """The stage; `made` says that its rows are ranked already."""
+    """The stage; `ranked` says whether its training data is ranked already."""
     lora, train = stage.lora, stage.train
     targets = list(shape.linears) if lora.target_modules == "all-linear" else lora.target_modules
     policy = train.get("activation_memory", "none")
-    ranking: dict[str, Any] = {}
+    models: dict[str, Any] = {}
     if stage.feedback is not None:
-        if not made:
+        if not ranked:
             key = f"{stage.key}.data"
-            ranking = {"prompt_workload": workload, **_ranking_models(stage.feedback, workload, device, key)}
+            models = {"prompt_workload": workload, **_ranking_models(stage.feedback, workload, device, key)}
         workload = ranked_workload(stage, workload)
     return StageSpec(
         stage.name,
@@ -152,33 +154,35 @@ def _stage(
         processes=processes,
         continues=stage.replaces is not None,
         section=stage.section,
-        **ranking,
+        **models,
     )
 
 
 def _ranking_models(source: FeedbackSource, rows: Workload, device: Device, key: str) -> dict[str, Any]:
-    """The models that sample and rank here; a server and a Python function need no memory of this machine."""
-    made: dict[str, Any] = {}
+    """The local models that sample and rank; a server or a Python function needs no memory on this machine."""
+    models: dict[str, Any] = {}
     if (sample := source.sample) is not None and sample.backend == "transformers":
-        made["sample"] = SampleSpec(
+        models["sample"] = SampleSpec(
             sample.n, sample.max_new_tokens, sample.batch_size, sample.top_p < 1,
-            draws=sample.trials if sample.max_similarity <= 1 else 1,
+            attempts=sample.trials if sample.max_similarity <= 1 else 1,
         )  # fmt: skip
     if (score := source.score) is not None and (teacher := _local_model(score, device, f"{key}.score")) is not None:
-        made["teacher"] = TeacherSpec(teacher, score.max_tokens_per_batch)
+        models["teacher"] = TeacherSpec(teacher, score.max_tokens_per_batch)
     if source.judge is not None:
-        made["judge"] = _judge(source.judge, rows, device, f"{key}.judge")
-    return made
+        models["judge"] = _judge(source.judge, rows, device, f"{key}.judge")
+    return models
 
 
 def _local_model(settings: ScoreSettings | JudgeSettings, device: Device, key: str) -> LocalModel | None:
-    """The model that the settings name; None where a server or a program ranks.
+    """A local teacher or judge, from its configuration; None where a server or a Python function ranks.
 
     Args:
-        key: Of the settings in the recipe, for errors.
+        settings: The settings of the teacher or judge.
+        device: The device of the run, which the model shares.
+        key: Key of the settings in the recipe, for errors.
 
     Raises:
-        UserError: There is no such model, it cannot be reached, or its layout is unknown; names the key.
+        UserError: The model does not exist, cannot be reached or is not supported; the message has the key.
     """
     if settings.model is None:
         return None
@@ -200,7 +204,7 @@ def _local_model(settings: ScoreSettings | JudgeSettings, device: Device, key: s
 
 
 def _parameters(folder: Path) -> int:
-    """Of an adapter, which is kept in fp32."""
+    """Parameters of a saved adapter, which is stored in fp32."""
     return (folder / "adapter_model.safetensors").stat().st_size // 4
 
 
@@ -209,13 +213,13 @@ def _judge(settings: JudgeSettings, rows: Workload, device: Device, key: str) ->
     if model is None:
         return None
     asked = questions(rows, settings.both_orders, settings.instructions)
-    # An answer that cannot be read is asked for again, and then drawn.
+    # An answer that cannot be parsed is asked for again, and sampled then.
     greedy = settings.temperature == 0 and settings.attempts == 1
     return JudgeSpec(model, asked, settings.max_tokens, settings.batch_size, greedy)
 
 
 def _evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) -> EvaluationSpec | None:
-    """The tasks whose lengths are known; each number of Super-NI's shots is one."""
+    """The tasks whose lengths are known; Super-NI is one task for each number of shots."""
     if recipe.evaluation is None:
         return None
     given, tasks = recipe.evaluation.tasks.given(), {}
@@ -237,7 +241,7 @@ def _evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) 
 
 
 def _longest(workload: Workload, count: int) -> tuple[int, ...]:
-    """Tokens of so many texts: the longest, since nothing says which ones it will be."""
+    """Lengths of `count` texts: the longest, as it is not known which ones will be used."""
     count = min(count, workload.total)
     lengths = sorted((row.longest for row in workload.rows), reverse=True)[:count]
     return tuple(lengths + lengths[-1:] * (count - len(lengths)))
@@ -247,16 +251,16 @@ def _unplanned(recipe: Recipe) -> Iterator[str]:
     for stage in recipe.stages:
         sample = stage.feedback.sample if stage.feedback else None
         if sample is not None and sample.backend == "vllm":
-            yield f"sampling of {stage.name}: vLLM holds a second copy of the model, and takes what memory is left"
+            yield f"sampling of {stage.name}: vLLM loads a second copy of the model and uses all free memory"
     if recipe.evaluation is not None and recipe.evaluation.tasks.lm_eval is not None:
-        yield "evaluation of lm_eval: the harness knows how many answers that is"
+        yield "evaluation of lm_eval: only the harness knows the number of prompts"
 
 
 def require_native_bf16(recipe: Recipe, device: str, *, has_bf16: bool) -> None:
-    """Refuses bf16 on a GPU that only emulates it.
+    """Rejects a recipe that requires bf16 on a GPU that only emulates it.
 
     Raises:
-        UserError: Names the first key that asks for it.
+        UserError: A key requires bf16; the message names the first one.
     """
     if has_bf16:
         return
@@ -270,5 +274,5 @@ def require_native_bf16(recipe: Recipe, device: str, *, has_bf16: bool) -> None:
             raise UserError(
                 f"the {device} has no bf16, and `{key}` asks for it",
                 where=key,
-                fix="Leave the key out: dtypes follow the GPU by themselves (fp16 here, with fp32 adapters).",
+                fix="Leave the key out: the dtype is chosen for the GPU (fp16 here, with fp32 adapters).",
             )

@@ -1,4 +1,4 @@
-"""GPUs by name: memory, arithmetic, and whether they know bf16."""
+"""GPUs by name: memory, FLOP/s, bandwidth, and whether they support bf16."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tuna_peft.errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card as its vendor's data sheet has it.
+    """The specifications of a GPU, from its vendor's data sheet.
 
     Attributes:
-        name: As people write it.
-        memory_gib: What the driver offers to programs, a little below the number in the name.
+        name: Its usual name.
+        memory_gib: GiB that the driver offers to programs, a little less than the number in the name.
         tflops: Dense 16-bit tensor-core TFLOP/s with fp32 accumulation.
-        gb_per_second: Memory bandwidth.
-        bf16: Native bf16 (compute capability 8.0 on).
+        gb_per_second: Memory bandwidth in GB/s.
+        bf16: Whether it supports bf16 natively (compute capability 8.0 or later).
         aliases: Other names.
     """
 
@@ -59,10 +59,10 @@ GPUS = (
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by its name, as people or its driver write it: case, spaces, `NVIDIA`, `GeForce` and `RTX` do not matter.
+    """The GPU of this name. Case, spaces, `NVIDIA`, `GeForce` and `RTX` do not matter.
 
     Raises:
-        UserError: An unknown one; names the nearest and all others.
+        UserError: The GPU is unknown; the message has the most similar name and all known ones.
     """
     by_name = {_plain(alias): gpu for gpu in GPUS for alias in (gpu.name, *gpu.aliases)}
     wanted = _plain(name)

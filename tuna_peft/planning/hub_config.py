@@ -18,7 +18,7 @@ logger = logging.getLogger("tuna_peft")
 
 
 def read_shape(model: str, revision: str | None = None) -> tuple[ModelShape, str]:
-    """The shape of a model, and where it was read.
+    """The shape of a model, and where it was read, in words.
 
     Args:
         model: Hub id, local path, or `builtin:` name.
@@ -37,14 +37,14 @@ def read_shape(model: str, revision: str | None = None) -> tuple[ModelShape, str
     except UserError as error:
         if (shape := known_shape(model)) is None:
             raise
-        if isinstance(error.__cause__, RepositoryNotFoundError):  # gated ones are, too
+        if isinstance(error.__cause__, RepositoryNotFoundError):  # also for gated models
             logger.warning("a run will stop here: %s", error)
-        return shape, "those known to this package (its config.json could not be read)"
+        return shape, "the table of known models (its config.json could not be read)"
     return _read(file, model), source
 
 
 def is_on_disk(model: str, revision: str | None = None) -> bool:
-    """Whether all weights are here: in a folder, in the package, or in the Hub's cache."""
+    """Whether all weights are on this machine: in a folder, in the package, or in the Hub's cache."""
     if model.startswith("builtin:") or Path(model).is_dir():
         return True
 
@@ -69,5 +69,7 @@ def _read(file: Path, model: str) -> ModelShape:
             f"cannot read config.json: {error.strerror}", where=model, fix="Check `base.model`."
         ) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"its config.json is no JSON: {error}", where=model, fix="Get the model again.") from error
+        raise UserError(
+            f"its config.json is not valid JSON: {error}", where=model, fix="Download the model again."
+        ) from error
     return ModelShape.from_config(config, model)

@@ -1,4 +1,7 @@
-"""The lengths of all that a recipe reads, for a plan: of files that are here, and typical ones for what is not."""
+"""Lengths of all data that a recipe reads: counted for files on this machine, assumed for data that is not.
+
+`tuna-peft plan` counts a sample of each file; at the start of a run the encoded data gives exact lengths.
+"""
 
 from __future__ import annotations
 
@@ -32,27 +35,33 @@ logger = logging.getLogger("tuna_peft")
 
 Kind = Literal["sft", "ranking", "prompts", "candidates"]
 
-# Rows that a plan tokenises: the longest by characters, and as many spread over the rest.
+# Examples that a plan tokenizes: the longest by characters, and a number spread evenly over the rest.
 LONGEST, SPREAD = 200, 800
-# Without a tokenizer. Alpaca-style English has 3.7 to 4.6 under the vocabularies of LLaMA to Qwen3: fewer is cautious.
+# Used without a tokenizer. Alpaca-style English has 3.7 to 4.6 characters a token with the tokenizers of LLaMA to
+# Qwen3; a smaller number gives an upper bound of the length.
 CHARACTERS_PER_TOKEN = 3.5
-_BY_CHARACTERS = f"counted in characters, {CHARACTERS_PER_TOKEN} to a token (no tokenizer here)"
+_BY_CHARACTERS = f"estimated from characters, {CHARACTERS_PER_TOKEN} for a token (no tokenizer)"
 
-# Benchmarks that are not here, in LLaMA's tokens within the Alpaca prompt: typical and longest prompts.
+# Benchmarks that are not on this machine: typical and longest prompts, in LLaMA's tokens with the Alpaca template. For
+# Super-NI by the number of shots.
 _SUPERNI_TASKS = 119
 _SUPERNI = {0: (230, 2950), 2: (430, 3600)}
-_LMENTRY_TASKS, _LMENTRY_EXAMPLES, _LMENTRY = 41, 900, (60, 90)  # examples of a template; a task has three
+_LMENTRY_TASKS, _LMENTRY_EXAMPLES, _LMENTRY = (
+    41,
+    900,
+    (60, 90),
+)  # examples of each template; a task has three templates
 _VICUNA_QUESTIONS, _VICUNA = 80, (60, 80)
 
 
 def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
-    """By stage name, and under `evaluation.<task>`, with a name for each number of shots.
+    """Lengths by stage name and by `evaluation.<task>`; a task with several numbers of shots has one entry for each.
 
-    Of a stage whose rows the run makes they are the prompts with the longest responses that it may draw to them, or
-    with those that stand in the file.
+    For a stage whose training data the run makes, they are the prompts, each with the longest responses that may be
+    sampled for it or with the responses in the file.
 
     Raises:
-        UserError: A file that cannot be used.
+        UserError: A file cannot be used.
     """
     tokenizer = _tokenizer(recipe) if any(map(is_here, recipe.sources().values())) else None
     workloads: dict[str, Workload] = {}
@@ -79,7 +88,7 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
             workloads[f"evaluation.{name}"] = found
         elif isinstance(task, SuperNITask | LMentryTask | VicunaTask):
             for result, found in _benchmark(name, task, recipe, tokenizer):
-                workloads[f"evaluation.{result}"] = _with_room(found, shape, task.max_new_tokens)
+                workloads[f"evaluation.{result}"] = _within_context(found, shape, task.max_new_tokens)
     return workloads
 
 
@@ -101,14 +110,14 @@ def ranked_workload(stage: ResolvedStage, prompts: Workload) -> Workload:
         responses = (*row.responses, *([max(row.responses)] if own else []))
         if longest is None:
             return Row(row.prompt, responses)
-        prompt = min(row.prompt, longest - 1)  # what is longer is cut, or its prompt is skipped
+        prompt = min(row.prompt, longest - 1)  # a longer prompt is truncated or skipped
         return Row(prompt, tuple(min(response, longest - prompt) for response in responses))
 
     return dataclasses.replace(prompts, rows=tuple(map(within, prompts.rows)))
 
 
 def questions(rows: Workload, both_orders: bool, guidance: str | None) -> Workload:
-    """What a judge that runs here is asked: its rules, a prompt, and all responses."""
+    """Prompts of a local judge: its instructions, a prompt, and all responses to it."""
 
     def question(row: Row) -> Row:
         rules = judge_messages("", [""] * len(row.responses), guidance)[0]["content"]
@@ -121,22 +130,22 @@ def questions(rows: Workload, both_orders: bool, guidance: str | None) -> Worklo
 def _benchmark(
     name: str, task: SuperNITask | LMentryTask | VicunaTask, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[tuple[str, Workload]]:
-    """The results of a benchmark by name, with the prompts of each."""
-    here = Path(task.path).expanduser()
+    """The name of each result of a benchmark, with the lengths of its prompts."""
+    path = Path(task.path).expanduser()
     template = PromptTemplate(recipe.prompt if task.wrap else PromptConfig(template="none"))
     if isinstance(task, SuperNITask):
-        instances = read_superni(here, task.tasks, task.per_task)[0] if here.exists() else []
+        instances = read_superni(path, task.tasks, task.per_task)[0] if path.exists() else []
         for shots in task.shots:
             asked = superni_questions(instances, shots, template)[0]
             total = len(task.tasks or [0] * _SUPERNI_TASKS) * task.per_task
             sizes = _SUPERNI.get(shots, _SUPERNI[2])
             yield f"{name}-{shots}shot", _asked(asked, tokenizer, total, sizes)
     elif isinstance(task, LMentryTask):
-        asked = read_lmentry(here, template, task.tasks, task.per_template)[0] if here.exists() else []
+        asked = read_lmentry(path, template, task.tasks, task.per_template)[0] if path.exists() else []
         total = len(task.tasks or [0] * _LMENTRY_TASKS) * 3 * min(task.per_template or 1000, _LMENTRY_EXAMPLES)
         yield name, _asked(asked, tokenizer, total, _LMENTRY)
     else:
-        asked = read_vicuna_questions(here, template)[0] if here.exists() else []
+        asked = read_vicuna_questions(path, template)[0] if path.exists() else []
         yield name, _asked(asked, tokenizer, _VICUNA_QUESTIONS, _VICUNA)
 
 
@@ -150,8 +159,8 @@ def _asked(
     return Workload.of_prompts(total, typical, longest, note)
 
 
-def _with_room(workload: Workload, shape: ModelShape, new: int) -> Workload:
-    """Without the prompts that an evaluation leaves out: those that leave no room for an answer."""
+def _within_context(workload: Workload, shape: ModelShape, new: int) -> Workload:
+    """Shortens prompts that leave no `new` tokens of the context for an answer; evaluation skips them."""
     if shape.context is None:
         return workload
     rows = tuple(Row(min(row.prompt, max(shape.context - new, 1)), row.responses) for row in workload.rows)
@@ -159,7 +168,7 @@ def _with_room(workload: Workload, shape: ModelShape, new: int) -> Workload:
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, where it can be had; a plan goes on without it."""
+    """The model's tokenizer; None if it cannot be read, as a plan can do without it."""
     from transformers import AutoTokenizer
 
     from tuna_peft.models.base.load import resolve_model_path
@@ -167,12 +176,12 @@ def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(resolve_model_path(recipe.base.model), revision=recipe.base.revision)
     except (OSError, ValueError):
-        logger.warning("%s: its tokenizer cannot be read; lengths are counted in characters", recipe.base.model)
+        logger.warning("%s: its tokenizer cannot be read; lengths are estimated from characters", recipe.base.model)
         return None
 
 
 def encoded_workload(dataset: datasets.Dataset) -> Workload:
-    """The exact lengths of encoded rows, ranked or supervised, see `tuna_peft.data.tokenize.encode_dataset`."""
+    """The exact lengths of encoded examples, ranked or supervised, see `tuna_peft.data.tokenize.encode_dataset`."""
     import pyarrow.compute
 
     lengths = pyarrow.compute.list_value_length
@@ -185,14 +194,14 @@ def encoded_workload(dataset: datasets.Dataset) -> Workload:
             for prompt, count in zip(lengths(table["prompt_ids"]).to_pylist(), counts, strict=True)
         ]
     else:
-        carrying = [sum(mask) for mask in table["completion_mask"].to_pylist()]
+        targets = [sum(mask) for mask in table["completion_mask"].to_pylist()]
         whole = lengths(table["input_ids"]).to_pylist()
-        rows = [Row(length - own, (own,)) for length, own in zip(whole, carrying, strict=True)]
+        rows = [Row(length - own, (own,)) for length, own in zip(whole, targets, strict=True)]
     return Workload(tuple(rows), len(rows), f"counted in tokens: {len(rows):,} rows")
 
 
 def is_here(source: DataSource) -> bool:
-    """Whether the data is a file of this machine or of the package."""
+    """Whether the data is a file on this machine or in the package."""
     return source.path.startswith("builtin:") or Path(source.path).exists()
 
 
@@ -206,11 +215,16 @@ def source_workload(
     overflow: Overflow = "skip",
     assumed: int = ASSUMED_ROWS,
 ) -> Workload:
-    """The lengths of a data set that is a file here; typical ones for any other.
+    """The lengths of a data set: counted in a file on this machine, assumed for any other.
 
     Args:
-        tokenizer: None counts characters.
-        assumed: Rows of a data set that is not here, before its slice.
+        source: The data set.
+        recipe: For its prompt template.
+        tokenizer: The model's; without it lengths are estimated from characters.
+        kind: What is read: `prompts` alone, or `candidates`, which may have responses.
+        max_length: Maximum tokens of a prompt with a response.
+        overflow: What happens to longer ones.
+        assumed: Number of examples in a data set that is not on this machine, before its slice.
 
     Raises:
         UserError: The file cannot be used.
@@ -229,7 +243,7 @@ def source_workload(
         return records_workload(read(source, recipe.prompt)[0], tokenizer)
 
     dataset = (load_sft if kind == "sft" else load_ranked)(source, recipe.prompt)[0]
-    chosen = dataset.select(_some(range(len(dataset)), key=lambda index: _characters(dataset[index])))
+    chosen = dataset.select(_sample(range(len(dataset)), key=lambda index: _characters(dataset[index])))
     if tokenizer is None:
         return _by_characters(chosen, len(dataset))
     from tuna_peft.data.tokenize import encode_dataset
@@ -244,11 +258,11 @@ def source_workload(
 
 
 def records_workload(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase | None) -> Workload:
-    """The lengths of prompts, with the responses that some of them may have; exact where there are few.
+    """The lengths of prompts and of their responses, if they have any; of a sample where there are many.
 
     Args:
-        records: `{"prompt"}` and optional `completions`.
-        tokenizer: None counts characters.
+        records: Dictionaries with `prompt` and optional `completions`.
+        tokenizer: The model's; without it lengths are estimated from characters.
     """
     responses = any(record.get("completions") for record in records)
     note = f"{len(records):,} prompts{' with responses' if responses else ''}"
@@ -261,15 +275,15 @@ def records_workload(records: Sequence[Record], tokenizer: PreTrainedTokenizerBa
     from tuna_peft.data.texts import TextTokenizer, prompt_ids
 
     tokens, rows = TextTokenizer(tokenizer), []
-    for record in _some(records, key=_characters):
+    for record in _sample(records, key=_characters):
         texts = record.get("completions")
         lengths = [len(ids) + 1 for ids in tokens(texts, special=False)] if texts else [0]  # EOS is part of it
         rows.append(Row(len(prompt_ids(record["prompt"], tokenizer)), tuple(lengths)))
     return Workload(tuple(rows), len(records), note)
 
 
-def _some(items: Any, key: Any = len) -> list[Any]:
-    """The longest, and some of the others."""
+def _sample(items: Any, key: Any) -> list[Any]:
+    """The longest items, and some of the others."""
     if len(items) <= LONGEST + SPREAD:
         return list(items)
     by_length = sorted(items, key=key, reverse=True)
@@ -290,7 +304,7 @@ def _in_tokens(text: Any) -> int:
 
 
 def _characters(part: Any) -> int:
-    """Of a text, of messages, or of all of a record's texts."""
+    """Number of characters of a text, of messages, or of all texts of a record."""
     if isinstance(part, str):
         return len(part)
     if isinstance(part, dict):

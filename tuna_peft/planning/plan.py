@@ -1,9 +1,9 @@
-"""Memory and time of a whole run, phase by phase in their order, on a card or in main memory."""
+"""Memory and time of a whole run, phase by phase in their order, on a GPU or on a CPU."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tuna_peft.limits import ACTIVATIONS_IN_RAM, ACTIVATIONS_ON_GPU, GIB, activation_policy, response_room
@@ -30,16 +30,19 @@ from tuna_peft.planning.workload import ForwardPass, Workload, packed_pass
 
 @dataclass
 class Phase:
-    """One part of a run at its peak.
+    """Memory and time of one part of a run.
 
     Attributes:
-        name: `train sft`, `evaluate: rank` ...
-        parts: Bytes by part.
-        margin: Context and fragmentation, which `max_memory_allocated` does not show.
-        needed: Bytes of memory without activations that are kept only because there is room for them.
-        smallest: Bytes that tensors hold at least, where it can go on with smaller passes.
-        hours: None where nothing is known about the device's speed.
-        note: What else to say.
+        name: For example `train sft` or `evaluate: rank`.
+        parts: Bytes at the peak, by part.
+        margin: Bytes of the CUDA context and of fragmentation, which `max_memory_allocated` does not show.
+        needed: Minimum memory in bytes: without activations that `auto` keeps because there is free memory.
+        smallest: Bytes of tensors with the smallest forward passes that the phase can use.
+        tokens: Tokens that are computed.
+        flops: FLOPs of the phase.
+        hours: None where the device's speed is unknown.
+        steps: Optimizer steps; None for a phase that does not train.
+        note: A remark for the reader.
     """
 
     name: str
@@ -55,19 +58,19 @@ class Phase:
 
     @property
     def allocated(self) -> float:
-        """Bytes that tensors hold: what `torch.cuda.max_memory_allocated` would say."""
+        """Bytes of tensors at the peak, comparable with `torch.cuda.max_memory_allocated`."""
         return sum(self.parts.values())
 
     @property
     def peak(self) -> float:
-        """Bytes of memory that it takes."""
+        """Bytes of memory at the peak, the margin included."""
         return self.allocated + self.margin
 
 
 def training(run: RunSpec, index: int, device: Device) -> Phase:
-    """A stage that trains."""
+    """The training of stage `index`."""
     stage, below, shape = run.stages[index], run.below(index), run.shape
-    held = weight_parts(shape, run.precision) | trainer_parts(stage.adapter, below, stage.optimizer, run.precision)
+    fixed = weight_parts(shape, run.precision) | trainer_parts(stage.adapter, below, stage.optimizer, run.precision)
     batch = stage.largest_pass
 
     def activations(batch: ForwardPass, kept: int) -> float:
@@ -75,28 +78,32 @@ def training(run: RunSpec, index: int, device: Device) -> Phase:
             shape, batch, run.precision, stage.adapter, below, kept, supervised=stage.kind == "sft"
         )
 
-    kept = _kept_layers(run, index, device, sum(held.values()))
-    moving = activations(batch, kept)
-    # What is kept only because there is room is not needed.
-    at_least = activations(batch, 0) if stage.activation_memory == "auto" else moving
+    kept = _kept_layers(run, index, device, sum(fixed.values()))
+    temporary = activations(batch, kept)
+    # Activations that `auto` keeps because there is free memory are not needed.
+    minimum = activations(batch, 0) if stage.activation_memory == "auto" else temporary
     count = sft_flops if stage.kind == "sft" else ranking_flops
     flops = count(shape, stage.workload, stage.adapter, below, kept) * stage.rows_seen
     return Phase(
         f"train {stage.name}",
-        {**held, f"activations of {batch.positions:,} tokens": moving},
-        _margin(device, moving),
-        needed=sum(held.values()) + at_least + _margin(device, at_least),
-        smallest=sum(held.values()) + activations(stage.smallest_pass, 0 if stage.kind == "ranking" else kept),
+        {**fixed, f"activations of {batch.positions:,} tokens": temporary},
+        _margin(device, temporary),
+        needed=sum(fixed.values()) + minimum + _margin(device, minimum),
+        smallest=sum(fixed.values()) + activations(stage.smallest_pass, 0 if stage.kind == "ranking" else kept),
         tokens=stage.workload.tokens * stage.rows_seen,
         flops=flops,
         hours=hours(flops / stage.processes, device.gpu) if device.gpu else None,
         steps=stage.steps,
-        note=f"keeps {kept}/{shape.layers}",
+        note=f"{kept}/{shape.layers} layers keep activations",
     )
 
 
-def _kept_layers(run: RunSpec, index: int, device: Device, held: float) -> int:
-    """Layers that keep their activations in the largest pass, as `training/activation_memory.py` chooses them."""
+def _kept_layers(run: RunSpec, index: int, device: Device, fixed: float) -> int:
+    """Layers that keep their activations in the largest forward pass, as `training/activation_memory.py` chooses them.
+
+    Args:
+        fixed: Bytes of weights, adapters, gradients and optimizer states.
+    """
     stage, below, layers = run.stages[index], run.below(index), run.shape.layers
     setting, batch = activation_policy(stage.activation_memory, stage.processes), stage.largest_pass
     if setting == "full":
@@ -107,25 +114,29 @@ def _kept_layers(run: RunSpec, index: int, device: Device, held: float) -> int:
         budget = float(setting) * GIB
     elif device.cuda:
         recomputing = activation_bytes(run.shape, batch, run.precision, stage.adapter, below)
-        budget = ACTIVATIONS_ON_GPU * (device.memory - CUDA_CONTEXT - held) - recomputing
+        budget = ACTIVATIONS_ON_GPU * (device.memory - CUDA_CONTEXT - fixed) - recomputing
     else:
-        budget = ACTIVATIONS_IN_RAM * (device.memory - PROCESS - held)
+        budget = ACTIVATIONS_IN_RAM * (device.memory - PROCESS - fixed)
     layer = layer_bytes(run.shape, batch, run.precision, stage.adapter, below)
     return max(min(int(budget / layer), layers), 0)
 
 
 @dataclass(frozen=True)
-class Passes:
-    """Who reads or writes, and how often.
+class Inference:
+    """A phase without gradients: which model computes, and what else is in memory.
 
     Attributes:
-        held: Bytes that stay, by part: the weights of all models that are loaded.
-        shape, precision: Of the model that computes.
-        times: How often the whole work is done.
+        name: Name of the phase.
+        fixed: Bytes of the weights of all loaded models, by part.
+        shape: The model that computes.
+        precision: How that model is stored.
+        device: Where it computes.
+        times: Number of times that the work is done, for example once for each stage.
+        note: A remark for the reader.
     """
 
     name: str
-    held: Mapping[str, float]
+    fixed: Mapping[str, float]
     shape: ModelShape
     precision: Precision
     device: Device
@@ -133,59 +144,75 @@ class Passes:
     note: str = ""
 
     def scoring(self, workload: Workload, batch_size: int, max_tokens: int | None = None) -> Phase:
-        """Log-probabilities of responses, in passes of so many rows, or of so many tokens."""
+        """Log-probabilities of responses, `batch_size` packed sequences and at most `max_tokens` tokens at a time."""
         batch = packed_pass(workload.rows, batch_size, max_tokens)
-        moving = scoring_bytes(self.shape, batch, self.precision)
+        temporary = scoring_bytes(self.shape, batch, self.precision)
         one = scoring_bytes(self.shape, packed_pass(workload.rows, 1, None), self.precision)
         count = workload.total * self.times
         tokens = workload.tokens * count
         flops = forward_flops(self.shape, tokens, workload.response_tokens * count)
         gpu = self.device.gpu
-        parts = {f"a forward pass of {batch.positions:,} tokens": moving}
-        return self.phase(parts, one, tokens, flops, hours(flops, gpu) if gpu else None)
+        parts = {f"a forward pass of {batch.positions:,} tokens": temporary}
+        return self._phase(parts, one, tokens, flops, hours(flops, gpu) if gpu else None)
 
     def generation(
         self, workload: Workload, new: int, prompts: int, n: int = 1, *, greedy: bool = True, top_p: bool = False
     ) -> Phase:
-        """`n` responses of `new` tokens to every prompt, `prompts` prompts at a time; they may all end earlier."""
+        """`n` responses to every prompt, `prompts` prompts at a time; an upper bound, as each has `new` tokens."""
         longest = max(row.prompt for row in workload.rows)
-        if context := self.shape.context:  # ends what is written
+        if context := self.shape.context:  # a response ends with it
             longest = min(longest, context - 1)
-        room = response_room(new, longest, context)
+        new_tokens = response_room(new, longest, context)
 
-        def moving(prompts: int, n: int) -> dict[str, float]:
+        def temporary(prompts: int, n: int) -> dict[str, float]:
             return generation_bytes(
-                self.shape, self.precision, prompts=prompts, n=n, prompt=longest, new=room, greedy=greedy, top_p=top_p
+                self.shape,
+                self.precision,
+                prompts=prompts,
+                n=n,
+                prompt=longest,
+                new=new_tokens,
+                greedy=greedy,
+                top_p=top_p,
             )
 
         at_once = min(prompts, workload.total)
         count = workload.total * self.times
         steps = math.ceil(workload.total / prompts) * self.times * new
-        read = count * workload.prompt_tokens
-        written = float(count * n * new)
-        flops = forward_flops(self.shape, read + written, count + written)
-        taken = None
+        prompt_tokens = count * workload.prompt_tokens
+        generated = float(count * n * new)
+        flops = forward_flops(self.shape, prompt_tokens + generated, count + generated)
+        duration = None
         if gpu := self.device.gpu:
-            seen = at_once * n * (workload.prompt_tokens + new / 2)
-            taken = decode_hours(self.shape, self.precision, steps, seen, gpu)
-            taken += hours(forward_flops(self.shape, read, count), gpu)
-        one = sum(moving(1, 1).values())
-        return self.phase(moving(at_once, n), one, read + written, flops, taken)
+            cached = at_once * n * (workload.prompt_tokens + new / 2)
+            duration = decode_hours(self.shape, self.precision, steps, cached, gpu)
+            duration += hours(forward_flops(self.shape, prompt_tokens, count), gpu)
+        one = sum(temporary(1, 1).values())
+        return self._phase(temporary(at_once, n), one, prompt_tokens + generated, flops, duration)
 
-    def phase(
-        self, moving: Mapping[str, float], one: float, tokens: float, flops: float, taken: float | None
+    def logits(self, lengths: Sequence[int]) -> Phase:
+        """Logits of all tokens of some texts, one text at a time."""
+        longest, tokens = max(lengths), float(sum(lengths))
+        parts = {f"all logits of {longest:,} tokens": logits_bytes(self.shape, longest, self.precision)}
+        flops = forward_flops(self.shape, tokens, tokens)
+        duration = hours(flops, self.device.gpu) if self.device.gpu else None
+        # No minimum is known: the run may choose other texts than the longest.
+        return self._phase(parts, 0.0, tokens, flops, duration)
+
+    def _phase(
+        self, temporary: Mapping[str, float], one: float, tokens: float, flops: float, duration: float | None
     ) -> Phase:
-        """With so many bytes that come and go, by part, and `one` at least."""
-        held, most = sum(self.held.values()), sum(moving.values())
-        margin = _margin(self.device, most)
+        """The phase with these bytes beyond the weights; with the smallest batch they are `one`."""
+        fixed, peak = sum(self.fixed.values()), sum(temporary.values())
+        margin = _margin(self.device, peak)
         return Phase(
-            self.name, {**self.held, **moving}, margin, needed=held + most + margin, smallest=held + one,
-            tokens=tokens, flops=flops, hours=taken, note=self.note,
+            self.name, {**self.fixed, **temporary}, margin, needed=fixed + peak + margin, smallest=fixed + one,
+            tokens=tokens, flops=flops, hours=duration, note=self.note,
         )  # fmt: skip
 
 
-def _margin(device: Device, moving: float) -> float:
-    return (CUDA_CONTEXT if device.cuda else PROCESS) + FRAGMENTATION * moving
+def _margin(device: Device, temporary: float) -> float:
+    return (CUDA_CONTEXT if device.cuda else PROCESS) + FRAGMENTATION * temporary
 
 
 @dataclass
@@ -193,7 +220,11 @@ class Plan:
     """All phases of a run on one device.
 
     Attributes:
-        ram, disk: Bytes of main memory and of disk by what they are for.
+        run: The run.
+        device: Where it runs.
+        phases: Its phases, in order.
+        ram: Bytes of main memory beside a GPU, by purpose.
+        disk: Bytes of disk, by purpose.
     """
 
     run: RunSpec
@@ -209,28 +240,28 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """Bytes of memory without which the run cannot be."""
+        """Minimum memory in bytes."""
         return self.largest.needed
 
     @property
     def peak(self) -> float:
-        """Bytes of memory that the run will take."""
+        """Bytes of memory that the run will use."""
         return max(phase.peak for phase in self.phases)
 
     @property
     def fits(self) -> bool:
-        """Whether every phase does."""
+        """Whether every phase fits into the device's memory."""
         return self.needed <= self.device.memory
 
     @property
     def hours(self) -> float | None:
-        """Of all phases; None where the speed is unknown."""
+        """Hours of all phases; None where the speed is unknown."""
         known = [phase.hours for phase in self.phases]
         return None if None in known else sum(hour for hour in known if hour is not None)
 
 
 def make_plan(run: RunSpec, device: Device) -> Plan:
-    """Predicts a run."""
+    """Predicts memory and time of a run on a device."""
     phases: list[Phase] = []
     for index in range(len(run.stages)):
         phases += [*_ranking_phases(run, index, device), training(run, index, device)]
@@ -238,60 +269,55 @@ def make_plan(run: RunSpec, device: Device) -> Plan:
     return Plan(run, device, phases, main_memory(run, device), disk(run, device))
 
 
-def _held(run: RunSpec, stages: int) -> dict[str, float]:
-    """The base with the adapters of so many stages."""
+def _weights(run: RunSpec, stages: int) -> dict[str, float]:
+    """Bytes of the base with the frozen adapters of the first `stages` stages, by part."""
     return weight_parts(run.shape, run.precision) | frozen_parts(run.stack(stages), run.precision)
 
 
 def _ranking_phases(run: RunSpec, index: int, device: Device) -> Iterator[Phase]:
-    """What the run does to make the rows of a stage: the models that rank are loaded beside its own."""
-    stage, held = run.stages[index], _held(run, index)
+    """Sampling and ranking of a stage's training data; a teacher or judge is loaded beside the run's own model."""
+    stage, weights = run.stages[index], _weights(run, index)
     prompts = stage.prompt_workload
     if prompts is None:
         return
     if (sample := stage.sample) is not None:
-        note = f"1 to {sample.draws} draws" if sample.draws > 1 else ""
-        passes = Passes(f"sample {stage.name}", held, run.shape, run.precision, device, note=note)
-        yield passes.generation(
+        note = f"up to {sample.attempts} attempts" if sample.attempts > 1 else ""
+        inference = Inference(f"sample {stage.name}", weights, run.shape, run.precision, device, note=note)
+        yield inference.generation(
             prompts, sample.new_tokens, sample.prompts_at_once, sample.n, greedy=False, top_p=sample.top_p
         )
     if (teacher := stage.teacher) is not None:
         model = teacher.model
-        passes = Passes(f"score {stage.name}", held | model.parts, model.shape, model.precision, device)
-        yield passes.scoring(prompts, prompts.total, teacher.max_tokens)
+        inference = Inference(f"score {stage.name}", weights | model.parts, model.shape, model.precision, device)
+        yield inference.scoring(prompts, prompts.total, teacher.max_tokens)
     if stage.judge is not None:
-        yield _judging(f"judge {stage.name}", held, stage.judge, device)
+        yield _judging(f"judge {stage.name}", weights, stage.judge, device)
 
 
-def _judging(name: str, held: dict[str, float], judge: JudgeSpec, device: Device, times: int = 1) -> Phase:
+def _judging(name: str, weights: dict[str, float], judge: JudgeSpec, device: Device, times: int = 1) -> Phase:
     model, note = judge.model, f"{times} times" if times > 1 else ""
-    passes = Passes(name, held | model.parts, model.shape, model.precision, device, times, note)
-    return passes.generation(judge.questions, judge.new_tokens, judge.batch_size, greedy=judge.greedy)
+    inference = Inference(name, weights | model.parts, model.shape, model.precision, device, times, note)
+    return inference.generation(judge.questions, judge.new_tokens, judge.batch_size, greedy=judge.greedy)
 
 
 def _evaluation(run: RunSpec, device: Device) -> Iterator[Phase]:
     settings, times = run.evaluation, len(run.stages) + 1
     if settings is None:
         return
-    held = _held(run, len(run.stages))
+    weights = _weights(run, len(run.stages))
     for name, task in settings.tasks.items():
-        passes = Passes(f"evaluate: {name}", held, run.shape, run.precision, device, times, f"{times} times")
+        inference = Inference(f"evaluate: {name}", weights, run.shape, run.precision, device, times, f"{times} times")
         if task.new_tokens is None:
-            yield passes.scoring(task.workload, settings.batch_size)
+            yield inference.scoring(task.workload, settings.batch_size)
         else:
-            yield passes.generation(task.workload, task.new_tokens, settings.batch_size)
+            yield inference.generation(task.workload, task.new_tokens, settings.batch_size)
         if task.judge is not None:
-            yield _judging(f"judge {name}", held, task.judge, device, times)
+            yield _judging(f"judge {name}", weights, task.judge, device, times)
 
 
 def _comparison(run: RunSpec, device: Device) -> Iterator[Phase]:
-    """The stack's logits at the end. A merged model takes what memory there is; see `storage` for the rest of it."""
+    """Logits of the unmerged adapters, with which exports are compared. The merged model uses what memory is free, see
+    `storage`."""
     if run.compared:
-        held, longest = _held(run, len(run.stages)), max(run.compared)
-        moving = logits_bytes(run.shape, longest, run.precision)
-        passes = Passes("compare exports", held, run.shape, run.precision, device)
-        tokens = float(sum(run.compared))
-        flops = forward_flops(run.shape, tokens, tokens)
-        taken = hours(flops, device.gpu) if device.gpu else None
-        # Nothing at least: other texts than the longest may be taken.
-        yield passes.phase({f"all logits of {longest:,} tokens": moving}, 0.0, tokens, flops, taken)
+        weights = _weights(run, len(run.stages))
+        yield Inference("compare exports", weights, run.shape, run.precision, device).logits(run.compared)

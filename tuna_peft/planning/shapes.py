@@ -1,4 +1,4 @@
-"""What a plan needs to know of a model: read off its configuration, without weights and without torch."""
+"""The sizes of a model that a plan needs, from its configuration: without weights and without torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from tuna_peft.errors import UserError
 from tuna_peft.limits import context_length
 
-# Decoders whose arithmetic has been compared with what they really take: attention, a gated MLP, RMS norms.
+# Decoders (attention, a gated MLP, RMS norms) whose planned memory has been compared with measured peaks.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
-# What users will try too, and why there is no plan.
+# Other models that users are likely to try, and why there is no plan.
 _REFUSED = {
-    "gemma2": "its logits are soft-capped, which neither plan nor ranking loss covers",
-    "gemma3": "with its vision model it is no causal language model, which `run` refuses too",
+    "gemma2": "its logits are soft-capped, which neither the plan nor the ranking loss supports",
+    "gemma3": "with its vision model it is not a causal language model; `run` rejects it too",
 }
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 class UnplannedModel(UserError):
-    """A model whose layout the arithmetic does not cover; a run goes on without a plan."""
+    """A model that the planner does not support; a run continues without a plan."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class ModelShape:
 
     Attributes:
         hidden, intermediate, layers, heads, kv_heads, head_dim, vocab: As in its configuration.
-        tied: Head and embedding are one matrix.
+        tied: Whether head and embedding are one matrix.
         family: Its `model_type`, one of `FAMILIES`.
-        masks: Kinds of attention layers (sliding and full), each with a mask of its own.
-        context: Longest sequence, None when the configuration names none.
-        window: Tokens that a sliding layer sees.
+        masks: Kinds of attention layers (sliding-window and full); each kind has its own mask.
+        context: Maximum tokens of a sequence; None if the configuration has no limit.
+        window: Tokens that a sliding-window layer attends to.
     """
 
     hidden: int
@@ -54,16 +54,16 @@ class ModelShape:
         """The shape in a `config.json`.
 
         Raises:
-            UnplannedModel: A layout that the arithmetic does not cover.
+            UnplannedModel: The planner does not support the model.
         """
         family = str(config.get("model_type"))
         experts = any(config.get(key) for key in _MOE_KEYS)
         if family not in FAMILIES or experts:
-            reason = "experts stay in 16 bits whatever `quantization` says" if experts else _REFUSED.get(family)
+            reason = "experts stay in 16 bits whatever `quantization` is" if experts else _REFUSED.get(family)
             raise UnplannedModel(
                 f"the planner does not know models of type {family!r}{f': {reason}' if reason else ''}",
                 where=where,
-                fix=f"It knows {', '.join(FAMILIES)}. Of others, watch the memory of the first steps of `run`.",
+                fix=f"It knows {', '.join(FAMILIES)}. For other models, watch the memory of the first steps of `run`.",
             )
         gemma = family == "gemma3_text"
         try:
@@ -103,32 +103,32 @@ class ModelShape:
 
     @property
     def norms(self) -> int:
-        """RMS norms of a layer over all of its hidden size."""
+        """RMS norms of a layer over the whole hidden size."""
         return 4 if self.family == "gemma3_text" else 2
 
     @property
     def sliding(self) -> int:
-        """Layers that see a window and whose cache ends with it: five of six in Gemma 3."""
+        """Sliding-window layers, whose key-value cache has the size of the window: five of six in Gemma 3."""
         return self.layers - self.layers // 6 if self.family == "gemma3_text" and self.window else 0
 
     @property
     def head_norms(self) -> bool:
-        """Whether queries and keys are normalised by head."""
+        """Whether queries and keys are normalized for each head."""
         return self.family in ("qwen3", "gemma3_text")
 
     @property
     def query_size(self) -> int:
-        """Width of all queries of a token."""
+        """Size of all queries of a token."""
         return self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Width of all keys, or values, of a token."""
+        """Size of all keys, or of all values, of a token."""
         return self.kv_heads * self.head_dim
 
     @property
     def body(self) -> int:
-        """Parameters of the decoder's linear layers: what is quantised."""
+        """Parameters of the decoder's linear layers, which are quantized."""
         return self.layers * sum(a * b for a, b in self.linears.values())
 
     @property
@@ -137,20 +137,20 @@ class ModelShape:
         return self.vocab * self.hidden
 
     @property
-    def unquantised(self) -> int:
+    def unquantized(self) -> int:
         """Parameters outside the body: embedding, head (once when tied), norms."""
         return self.head * (1 if self.tied else 2) + self.hidden * (self.norms * self.layers + 1)
 
     @property
     def largest_linear(self) -> int:
-        """Parameters of the body's largest matrix."""
+        """Parameters of the largest linear layer of a decoder layer."""
         return max(a * b for a, b in self.linears.values())
 
     def adapter(self, rank: int, targets: str | Sequence[str]) -> int:
         """Parameters of a LoRA adapter.
 
         Args:
-            rank: Its r.
+            rank: The `r` of LoRA.
             targets: `all-linear`, or names of linear layers.
         """
         chosen = self.linears if targets == "all-linear" else {name.rpartition(".")[2] for name in targets}
@@ -165,8 +165,8 @@ def _shape(*sizes: int, **options: Any) -> ModelShape:
     )
 
 
-# Sizes as published in each model's config.json, for planning without a network. Keys are lower-case Hub names without
-# owner; a name that begins with a key is that shape (`Llama-3.1-8B-Instruct`).
+# Sizes from each model's published config.json, for planning without a network. Keys are lower-case Hub names without
+# the owner; a name that begins with a key has that shape (`Llama-3.1-8B-Instruct`).
 KNOWN: dict[str, ModelShape] = {
     "llama-7b": _shape(4096, 11008, 32, 32, 32, 32000, context=2048),
     "llama-13b": _shape(5120, 13824, 40, 40, 40, 32000, context=2048),

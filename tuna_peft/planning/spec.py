@@ -1,4 +1,7 @@
-"""A run in the terms of the arithmetic, and the device that it is on."""
+"""What the planner needs to know of a run, and of the device that it is on.
+
+`from_recipe` makes these from a recipe; `plan` computes memory and time from them.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,14 @@ from tuna_peft.recipe.resolved import steps_per_epoch, total_steps
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A teacher or a judge, held beside the run's own model.
+    """A teacher or judge that is loaded beside the run's own model.
 
     Attributes:
+        name: Hub id or path.
+        shape: Its sizes.
+        precision: How it is stored.
         adapters: Parameters of its adapters.
-        downloads: Whether it is on the Hub, and not in its cache yet.
+        downloads: Whether it must be downloaded first.
     """
 
     name: str
@@ -29,11 +35,11 @@ class LocalModel:
 
     @property
     def is_unquantized(self) -> bool:
-        """Whether it could be quantised; a stack's base stays as it was trained."""
+        """Whether it may still be quantized; the base of trained adapters stays as it was in training."""
         return self.precision.method == "none" and not self.adapters
 
     def in_4_bits(self) -> LocalModel:
-        """Quantised, if it can be."""
+        """The same model in NF4; unchanged if it is quantized already."""
         if not self.is_unquantized:
             return self
         return replace(self, precision=replace(self.precision, method="nf4", double_quant=True))
@@ -50,21 +56,21 @@ class LocalModel:
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Responses that the run's own model draws to the prompts of a stage.
+    """Responses that the run's own model samples for the prompts of a stage.
 
     Attributes:
-        n: To each prompt.
-        new_tokens: Of each at most.
-        batch_size: Responses at once.
-        top_p: Whether the vocabulary is sorted for every token.
-        draws: Of a prompt at most.
+        n: Responses to each prompt.
+        new_tokens: Maximum tokens of a response.
+        batch_size: Responses that are generated at once.
+        top_p: Whether nucleus sampling sorts the vocabulary for every token.
+        attempts: Maximum number of times that a prompt is sampled.
     """
 
     n: int
     new_tokens: int
     batch_size: int
     top_p: bool = False
-    draws: int = 1
+    attempts: int = 1
 
     @property
     def prompts_at_once(self) -> int:
@@ -74,7 +80,7 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A model that scores the responses of a stage, at most `max_tokens` in a forward pass."""
+    """A local model that scores the responses of a stage, at most `max_tokens` tokens in a forward pass."""
 
     model: LocalModel
     max_tokens: int
@@ -82,13 +88,14 @@ class TeacherSpec:
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """A model that is asked in words.
+    """A local model that judges responses.
 
     Attributes:
-        questions: Their lengths, as prompts.
-        new_tokens: Of an answer at most.
-        batch_size: Questions at once.
-        greedy: Whether no answer is ever drawn.
+        model: The judge.
+        questions: Lengths of its prompts.
+        new_tokens: Maximum tokens of an answer.
+        batch_size: Questions in a batch.
+        greedy: Whether every answer is decoded greedily, none sampled.
     """
 
     model: LocalModel
@@ -100,17 +107,26 @@ class JudgeSpec:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A stage of training.
+    """A training stage.
 
     Attributes:
+        name: Its name; the rounds of a stage have different ones.
         kind: `sft` or `ranking`.
-        adapter: The one that it trains; those below it are frozen.
-        activation_memory: As `TunaConfig` has it: `auto`, `full`, `none`, or GiB for kept activations.
-        processes: GPUs that share the work.
-        continues: Its adapter takes the place of the one of the stage before.
-        section: What the recipe calls it; rounds of a stage share one.
-        prompt_workload: Prompts, with the longest responses, of which the run makes the stage's rows.
-        sample, teacher, judge: How it makes them, as far as it is done here.
+        workload: Lengths of its training data.
+        adapter: The adapter that it trains; those of earlier stages are frozen.
+        batch_size: Examples in a forward pass of one process.
+        accumulation: Forward passes in an optimizer step.
+        max_tokens: Maximum tokens of a forward pass; None for no limit.
+        activation_memory: As in `TunaConfig`: `auto`, `full`, `none`, or GiB for kept activations.
+        optimizer: Its name in transformers.
+        epochs: Passes over the training data.
+        max_steps: Maximum optimizer steps; -1 for no limit.
+        processes: GPUs that share each step.
+        continues: Whether its adapter replaces that of the stage before.
+        section: Name of its section in the recipe, which the rounds of a stage share.
+        prompt_workload: Prompts that the run samples responses to, or whose responses it ranks; None if the training
+            data is ranked already.
+        sample, teacher, judge: Local models that make the training data.
     """
 
     name: str
@@ -134,26 +150,26 @@ class StageSpec:
 
     @property
     def largest_pass(self) -> ForwardPass:
-        """The forward pass that decides about memory."""
+        """The largest forward pass, which determines the memory."""
         if self.kind == "sft":
             return padded_pass(self.workload.rows, self.batch_size)
         return packed_pass(self.workload.rows, self.batch_size, self.max_tokens)
 
     @property
     def smallest_pass(self) -> ForwardPass:
-        """The longest row alone: a ranking step that runs out of memory is split down to it."""
+        """The longest packed sequence by itself: a ranking step that runs out of memory is split down to it."""
         if self.kind == "sft":
             return self.largest_pass
         return packed_pass(self.workload.rows, 1, None)
 
     @property
     def steps(self) -> int:
-        """Optimiser steps."""
+        """Optimizer steps."""
         return total_steps(self._steps_per_epoch, self.epochs, self.max_steps)
 
     @property
     def rows_seen(self) -> float:
-        """Rows computed in the stage, repetitions included."""
+        """Examples computed in the stage, over all epochs."""
         return self.workload.total * self.steps / self._steps_per_epoch
 
     @property
@@ -162,13 +178,13 @@ class StageSpec:
 
     @property
     def key(self) -> str:
-        """What its overrides begin with."""
+        """Key of its section in the recipe, for overrides."""
         return f"stages.{self.section or self.name}"
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One thing that is measured: responses are scored, or `new_tokens` generated for each prompt, and judged."""
+    """An evaluation task: it scores responses, or generates `new_tokens` for each prompt and may have them judged."""
 
     workload: Workload
     new_tokens: int | None = None
@@ -177,7 +193,7 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """What is measured of the base and after every stage."""
+    """The evaluation of the base and of every stage."""
 
     batch_size: int
     tasks: dict[str, TaskSpec]
@@ -185,9 +201,10 @@ class EvaluationSpec:
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """The merged model, written tensor by tensor, and GGUF files of it.
+    """The merged model, written tensor by tensor, and its GGUF files.
 
     Attributes:
+        bytes_per_parameter: Bytes of a weight in the merged model.
         gguf: Types of the files.
     """
 
@@ -197,12 +214,18 @@ class MergeSpec:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run as the arithmetic sees it.
+    """All that the planner needs to know of a run.
 
     Attributes:
-        compared: Tokens of each text on which exports are compared with the stack.
-        downloads: Whether the base is on the Hub, and not in its cache yet.
-        unplanned: What the recipe asks for besides, in words.
+        model: Hub id or path of the base model.
+        shape: Its sizes.
+        precision: How it is stored.
+        stages: The training stages, in order; the rounds of a stage count as stages.
+        evaluation: The evaluation, if any.
+        merge: The merged model, if one is exported.
+        compared: Tokens of each text on which exports are compared with the unmerged adapters.
+        downloads: Whether the base must be downloaded first.
+        unplanned: Parts of the recipe that the plan does not cover, in words.
     """
 
     model: str
@@ -216,11 +239,11 @@ class RunSpec:
     unplanned: tuple[str, ...] = ()
 
     def below(self, index: int) -> list[Adapter]:
-        """The adapters under stage `index`."""
+        """The frozen adapters that stage `index` is trained on top of."""
         return self.stack(index + 1)[:-1]
 
     def stack(self, count: int) -> list[Adapter]:
-        """The adapters that the model holds after `count` stages."""
+        """The adapters of the model after `count` stages."""
         adapters: list[Adapter] = []
         for stage in self.stages[:count]:
             if stage.continues:
@@ -230,7 +253,7 @@ class RunSpec:
 
     @property
     def helpers(self) -> list[LocalModel]:
-        """All models beside its own, each once."""
+        """All local teachers and judges, each once."""
         found = [one.model for stage in self.stages for one in (stage.teacher, stage.judge) if one]
         if self.evaluation is not None:
             found += [task.judge.model for task in self.evaluation.tasks.values() if task.judge]
@@ -239,14 +262,14 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Device:
-    """Where the run happens.
+    """The device of a run.
 
     Attributes:
-        name: For the reader.
-        memory: Bytes that a program can have.
-        gpu: Its data sheet; None for a CPU or an unknown card, whose speed is not predicted.
-        cuda: Whether it is a GPU at all.
-        bf16: Whether it has bf16 of its own.
+        name: Name for the reader.
+        memory: Bytes that the run can use.
+        gpu: The GPU's specifications; None for a CPU or an unknown GPU, whose speed is not predicted.
+        cuda: Whether it is a GPU.
+        bf16: Whether it supports bf16 natively.
     """
 
     name: str
@@ -257,5 +280,5 @@ class Device:
 
     @classmethod
     def of(cls, gpu: Gpu) -> Device:
-        """A card from the table."""
+        """A known GPU."""
         return cls(gpu.name, gpu.memory_gib * GIB, gpu, bf16=gpu.bf16)

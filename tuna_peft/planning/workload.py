@@ -1,4 +1,4 @@
-"""How long the data is, in tokens: what memory and time follow from."""
+"""Lengths of data in tokens, and the largest forward passes that they make: memory and time follow from these."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 from tuna_peft.limits import LONG_ROW, PAD_TO
 
-# What stands in for data that is not there yet: short instructions with a few answers each, of the lengths of Alpaca's
-# prompts and of chat models' answers to them.
+# Assumed for data that is not downloaded yet: the lengths of Alpaca's prompts and of chat models' answers to them.
 ASSUMED_PROMPT, ASSUMED_RESPONSE, ASSUMED_RESPONSES = 100, 200, 4
 ASSUMED_ROWS, ASSUMED_HELD_OUT = 10_000, 500
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with its responses, in tokens; what responses share beyond the prompt is counted apart (cautious)."""
+    """Tokens of one prompt and of its responses.
+
+    Tokens that responses share beyond the prompt are counted for each of them, though training computes them once: an
+    upper bound.
+    """
 
     prompt: int
     responses: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens of the packed row."""
+        """Tokens of the packed sequence."""
         return self.prompt + sum(self.responses)
 
     @property
@@ -36,8 +39,8 @@ class Workload:
     """The lengths of a data set.
 
     Attributes:
-        rows: Some of its rows, the longest among them.
-        total: How many rows there are.
+        rows: A sample of its examples that includes the longest.
+        total: Number of examples in the data set.
         source: Where the lengths come from, in words.
     """
 
@@ -47,10 +50,12 @@ class Workload:
 
     @classmethod
     def assumed(cls, responses: int, max_length: int | None, total: int, how: str = "") -> Workload:
-        """For data that is not here: `total` rows of typical length.
+        """Assumed lengths for data that is not on this machine.
 
         Args:
-            responses: To each prompt; 0 for prompts alone.
+            responses: Responses to each prompt; 0 for prompts alone.
+            max_length: Maximum tokens of a prompt with a response; None for no limit.
+            total: Number of prompts.
             how: Where the total comes from, in words.
         """
         longest = max_length or ASSUMED_PROMPT + ASSUMED_RESPONSE
@@ -63,7 +68,7 @@ class Workload:
 
     @classmethod
     def of_prompts(cls, total: int, typical: int, longest: int, source: str) -> Workload:
-        """Prompts of which one in a hundred is as long as the longest."""
+        """Prompts alone: one in a hundred has the length `longest`, all others `typical`."""
         return cls((*(Row(typical, (0,)),) * 99, Row(longest, (0,))), total, source)
 
     @property
@@ -73,17 +78,17 @@ class Workload:
 
     @property
     def tokens(self) -> float:
-        """Mean tokens of a packed row."""
+        """Mean tokens of a packed sequence."""
         return sum(row.tokens for row in self.rows) / len(self.rows)
 
     @property
     def response_tokens(self) -> float:
-        """Mean tokens that carry loss, by row."""
+        """Mean tokens of all responses of an example: those with a loss."""
         return sum(sum(row.responses) for row in self.rows) / len(self.rows)
 
     @property
     def attended(self) -> float:
-        """Mean pairs of a token and a key that attention computes, by packed row; halved by no kernel's causality."""
+        """Mean query-key pairs that attention computes in a packed sequence. Causal masking saves none here."""
         return sum(_attended(row) for row in self.rows) / len(self.rows)
 
 
@@ -95,13 +100,14 @@ def _attended(row: Row) -> float:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """The largest forward pass of a stage.
+    """The sizes of one forward pass.
 
     Attributes:
-        rows: Rows in it.
+        rows: Sequences in the batch.
         width: Tokens of each, padding included.
-        targets: Tokens in it that carry loss.
-        keys: Of packed rows: keys that all of its segments see, summed: prompt and response for each response.
+        targets: Tokens with a loss.
+        keys: Keys that the segments of packed sequences attend to, summed: the prompt for itself, prompt and response
+            for each response. None without packing.
     """
 
     rows: int
@@ -111,7 +117,7 @@ class ForwardPass:
 
     @property
     def positions(self) -> int:
-        """Tokens that are computed."""
+        """Tokens that are computed, padding included."""
         return self.rows * self.width
 
     @property
@@ -121,19 +127,19 @@ class ForwardPass:
 
 
 def packed_pass(rows: Sequence[Row], batch_size: int, max_tokens: int | None) -> ForwardPass:
-    """The largest pass over packed rows: the longest rows together, within the budget of tokens."""
+    """The largest forward pass over packed sequences: `batch_size` of the longest, as far as `max_tokens` allows."""
     longest = max(rows, key=lambda row: row.tokens)
     width = longest.tokens + -longest.tokens % PAD_TO
     count = batch_size if max_tokens is None else max(min(batch_size, max_tokens // width), 1)
     if max_tokens is not None and count < batch_size:
-        # Shorter rows may fill the budget better than copies of the longest: the budget is what is reached.
+        # A mix with shorter sequences may fill the budget better than copies of the longest: assume that it is full.
         width = max(width, min(max_tokens, batch_size * width) // count)
     keys = longest.prompt + sum(longest.prompt + response for response in longest.responses)
     return ForwardPass(count, width, count * sum(longest.responses), count * keys)
 
 
 def padded_pass(rows: Iterable[Row], batch_size: int) -> ForwardPass:
-    """The largest pass over one response a row, as supervised fine-tuning makes them."""
+    """The largest forward pass of supervised fine-tuning: `batch_size` prompts, each with one response."""
     longest = max(rows, key=lambda row: row.longest)
     width = longest.longest + -longest.longest % PAD_TO
     return ForwardPass(batch_size, width, batch_size * width)
