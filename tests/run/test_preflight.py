@@ -105,6 +105,6 @@ def test_bf16_on_a_t4_is_refused_by_plan_and_run(pico, monkeypatch, override):
 def test_data_that_is_not_here_gets_typical_lengths():
     recipe = load_recipe("two-stage", check=False)
     [plan], source = plan_recipe(recipe, [Device.of(find_gpu("T4"))])
-    assert "known to this package" in source
+    assert "table of known models" in source
     assert all(stage.workload.source.startswith("assumed: 10,000 prompts") for stage in plan.run.stages)
     assert plan.fits

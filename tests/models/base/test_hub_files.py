@@ -43,7 +43,7 @@ def test_without_a_network_and_a_cache_it_is_an_error_unless_the_sizes_are_known
     with pytest.raises(UserError, match="the Hub cannot be reached, and the model is not in the cache"):
         read_shape("org/never-seen")
     shape, source = read_shape("meta-llama/Llama-3.2-1B-Instruct")
-    assert shape.layers == 16 and "known to this package" in source
+    assert shape.layers == 16 and "table of known models" in source
 
 
 def test_loading_a_base_gives_the_same_errors():
