@@ -277,7 +277,7 @@ def test_dry_run_and_inspect(written):
     assert "samples 3 responses per prompt from base, at temperature 1, in 3 attempts at most" in shown.stdout
     inspected = CliRunner().invoke(app, ["data", "inspect", str(file), "--n", "2"])
     assert inspected.exit_code == 0, inspected.stderr
-    assert "4 prompts; their responses are made in the run" in " ".join(inspected.stdout.split())
+    assert "4 prompts; their responses are generated during the run" in " ".join(inspected.stdout.split())
 
 
 @pytest.mark.slow
