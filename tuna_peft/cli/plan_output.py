@@ -151,6 +151,6 @@ def _verdict(plan: Plan) -> list[RenderableType]:
         lines += [Text(f"               {override}", no_wrap=True) for override in change.overrides]
     if not (changes and changes[-1].fits):
         gpu = smallest_gpu(plan.run)
-        larger = f"Unchanged it fits on: {gpu}." if gpu else "It fits on no known single GPU."
-        lines.append(Text(f"Take a smaller model. {larger}"))
+        larger = f"Unchanged, it fits on: {gpu}." if gpu else "It fits on no known single GPU."
+        lines.append(Text(f"Use a smaller model. {larger}"))
     return lines
