@@ -14,8 +14,9 @@ _STEP = re.compile(r"\[(-?\d*)\]|([^.\[\]]+)")
 _FIX = "Correct the path under `columns`, or the record."
 
 
-def read_prompt(raw: Record, columns: Columns, template: PromptTemplate, where: str) -> tuple[Any, Any]:
+def read_prompt(raw: Record, columns: Columns | None, template: PromptTemplate, where: str) -> tuple[Any, Any]:
     """The record's id (None without one) and its prompt."""
+    assert columns is not None, "DataSource checks that the format `columns` comes with `columns`"
     identity = None if columns.id is None else one(raw, columns.id, where)
     if columns.instruction is None:
         return identity, one(raw, columns.prompt or "", where)
@@ -24,14 +25,17 @@ def read_prompt(raw: Record, columns: Columns, template: PromptTemplate, where: 
     return identity, render(template, instruction, given, where)
 
 
-def read_responses(raw: Record, columns: Columns, where: str) -> Record:
+def read_responses(raw: Record, columns: Columns | None, where: str) -> Record:
     """`completions`, `scores`, `ranks` and `reference` of a record."""
+    assert columns is not None, "DataSource checks that the format `columns` comes with `columns`"
     if columns.completions is None:
         raise BadRow("`columns` has no `completions`", reason="no responses", where=where, fix=_FIX)
     best_first = columns.ranks == "best_first"
     completions = many(raw, columns.completions, where)
-    scores = None if columns.scores is None else _numbers(many(raw, columns.scores, where))
-    ranks = None if columns.ranks is None or best_first else _numbers(many(raw, columns.ranks, where))
+    scores, ranks = (
+        None if paths in (None, "best_first") else [_number(value) for value in many(raw, paths, where)]
+        for paths in (columns.scores, columns.ranks)
+    )
     if isinstance(columns.completions, list):  # in a table, prompts with fewer responses have empty cells at the end
         absent = {
             index
@@ -52,19 +56,17 @@ def _without(indices: set[int], values: list[Any]) -> list[Any]:
     return [value for index, value in enumerate(values) if index not in indices]
 
 
-def _numbers(values: list[Any]) -> list[Any]:
+def _number(value: Any) -> Any:
     """Converts text that is a number or a boolean, because all values in a CSV file are text."""
-    return [_number(value) if isinstance(value, str) else value for value in values]
-
-
-def _number(text: str) -> Any:
-    word = text.strip().lower()
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
     if word in ("true", "false"):
         return word == "true"
     try:
         return float(word)
     except ValueError:
-        return text
+        return value
 
 
 def render(template: PromptTemplate, instruction: Any, given: Any, where: str) -> Prompt:

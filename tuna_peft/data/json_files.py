@@ -85,7 +85,10 @@ def _refuse_one_object(path: Path, text: str) -> None:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         return  # several lines of JSON, or an error that parse_line will report
-    found = f"one object with the keys {_some(value)}" if isinstance(value, dict) else "a single value"
+    found = "a single value"
+    if isinstance(value, dict):
+        found = "one object with the keys " + ", ".join(f"`{key}`" for key in list(value)[:8])
+        found += ", ..." if len(value) > 8 else ""
     raise UserError(
         f"the file holds {found}, not a list of records",
         where=str(path),
@@ -118,8 +121,3 @@ def _error_in_list(path: Path, text: str, error: json.JSONDecodeError) -> UserEr
 
 def _near(text: str, position: int) -> str:
     return text[max(0, position - 20) : position + 20]
-
-
-def _some(value: dict[str, Any], most: int = 8) -> str:
-    names = ", ".join(f"`{key}`" for key in list(value)[:most])
-    return f"{names}, ..." if len(value) > most else names

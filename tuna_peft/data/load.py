@@ -105,20 +105,13 @@ def load_sft(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Dataset
     import datasets
 
     records, report = read_ranked(source, prompt, pairs=False)
-    text = datasets.Value("string")
-    conversational = isinstance(records[0]["prompt"], list)
-    completions: list[Any] = [record["completions"][0] for record in records]
-    if conversational:
-        completions = [[{"role": "assistant", "content": completion}] for completion in completions]
-    part = _messages() if conversational else text
-    return datasets.Dataset.from_dict(
-        {
-            "id": [record["id"] for record in records],
-            "prompt": [record["prompt"] for record in records],
-            "completion": completions,
-        },
-        features=datasets.Features({"id": text, "prompt": part, "completion": part}),
-    ), report
+    best: list[Any] = [record["completions"][0] for record in records]
+    text = part = datasets.Value("string")
+    if isinstance(records[0]["prompt"], list):
+        best, part = [[{"role": "assistant", "content": response}] for response in best], _messages()
+    table = {name: [record[name] for record in records] for name in ("id", "prompt")}
+    features = datasets.Features({"id": text, "prompt": part, "completion": part})
+    return datasets.Dataset.from_dict({**table, "completion": best}, features=features), report
 
 
 def load_prompts(source: DataSource, prompt: PromptConfig) -> tuple[list[Record], ReadReport]:
@@ -150,27 +143,18 @@ def load_candidates(source: DataSource, prompt: PromptConfig) -> tuple[list[Reco
 
 def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True) -> tuple[list[Record], ReadReport]:
     """The records of `load_ranked` as a list; `pairs=False` also accepts records with one response or all tied."""
-    raw_records = read_records(source)
-    format, template = _format(source, raw_records), PromptTemplate(prompt)
-    records: list[Record] = []
-    report = ReadReport()
-    for where, raw in _progress(raw_records, "Reading responses"):
-        report.read += 1
-        try:
-            normalised = _read_one(raw, where, format, source, template, pairs)
-            if records and isinstance(normalised.record["prompt"], str) != isinstance(records[0]["prompt"], str):
-                raise BadRow(
-                    "the prompt is text in some records and messages in others", reason="wrong type", where=where
-                )
-        except BadRow as error:
-            _skip(error, source, report)
-            continue
-        report.duplicates_merged += normalised.merged
-        report.omitted += normalised.omitted
-        records.append(normalised.record)
-    report.kept = len(records)
-    _require_some(report, source)
-    return records, report
+    first: list[Prompt] = []  # the first prompt, once there is one
+
+    def build(raw: Record, where: str, format: Format, template: PromptTemplate) -> Normalised:
+        normalised = _read_one(raw, where, format, source, template, pairs)
+        prompt = normalised.record["prompt"]
+        if first and isinstance(prompt, str) != isinstance(first[0], str):
+            what = "the prompt is text in some records and messages in others"
+            raise BadRow(what, reason="wrong type", where=where)
+        first[:] = [prompt]
+        return normalised
+
+    return _read(source, prompt, "Reading responses", build)
 
 
 def source_format(source: DataSource) -> str:
@@ -207,26 +191,55 @@ def ranked_dataset(records: list[Record]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(table, features=datasets.Features(features))
 
 
-def _read_unranked(
-    source: DataSource, prompt: PromptConfig, what: str, read: Callable[..., tuple[Record, int]]
+def _read(
+    source: DataSource,
+    prompt: PromptConfig,
+    what: str,
+    build: Callable[[Record, str, Format, PromptTemplate], Normalised],
+    *,
+    prompts_only: bool = False,
 ) -> tuple[list[Record], ReadReport]:
+    """What `build` makes of each raw record, with invalid ones skipped and counted where the source allows it."""
     raw_records = read_records(source)
-    format, template = _format(source, raw_records, prompts_only=True), PromptTemplate(prompt)
+    format, template = _format(source, raw_records, prompts_only=prompts_only), PromptTemplate(prompt)
     records, report = [], ReadReport()
-    for where, raw in _progress(raw_records, what):
+    # The bar is shown only on a terminal, and only after two seconds.
+    for where, raw in tqdm(raw_records, desc=what, unit=" records", delay=2, disable=None, leave=False):
         report.read += 1
         try:
-            identity, text = format.prompt(raw, source, template, where)
-            row = {"id": record_id(identity, where), "prompt": clean_prompt(text, where)}
-            rest, merged = read(raw, where, format, source, row["prompt"])
+            built = build(raw, where, format, template)
         except BadRow as error:
-            _skip(error, source, report)
+            if source.on_bad_row == "error":
+                raise
+            report.skipped[error.reason] = report.skipped.get(error.reason, 0) + 1
             continue
-        report.duplicates_merged += merged
-        records.append({**row, **rest})
+        report.duplicates_merged += built.merged
+        report.omitted += built.omitted
+        records.append(built.record)
     report.kept = len(records)
-    _require_some(report, source)
+    if not records:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.skipped.items())
+        raise UserError(
+            f"none of the {report.read} records can be used ({reasons})",
+            where=source.path,
+            fix="Check `format` and `columns`; with `on_bad_row: error` the message names the first invalid record.",
+        )
     return records, report
+
+
+def _read_unranked(
+    source: DataSource,
+    prompt: PromptConfig,
+    what: str,
+    read: Callable[[Record, str, Format, DataSource, Prompt], tuple[Record, int]],
+) -> tuple[list[Record], ReadReport]:
+    def build(raw: Record, where: str, format: Format, template: PromptTemplate) -> Normalised:
+        identity, text = format.prompt(raw, source, template, where)
+        row = {"id": record_id(identity, where), "prompt": clean_prompt(text, where)}
+        rest, merged = read(raw, where, format, source, row["prompt"])
+        return Normalised({**row, **rest}, merged, omitted=0)
+
+    return _read(source, prompt, what, build, prompts_only=True)
 
 
 def _prompt_alone(raw: Record, where: str, format: Format, source: DataSource, prompt: Prompt) -> tuple[Record, int]:
@@ -276,28 +289,7 @@ def _format(source: DataSource, raw_records: RawRecords, *, prompts_only: bool =
     return choose_format(source, first, where, prompts_only=prompts_only)
 
 
-def _skip(error: BadRow, source: DataSource, report: ReadReport) -> None:
-    if source.on_bad_row == "error":
-        raise error
-    report.skipped[error.reason] = report.skipped.get(error.reason, 0) + 1
-
-
-def _require_some(report: ReadReport, source: DataSource) -> None:
-    if report.kept == 0:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.skipped.items())
-        raise UserError(
-            f"none of the {report.read} records can be used ({reasons})",
-            where=source.path,
-            fix="Check `format` and `columns`; with `on_bad_row: error` the message names the first invalid record.",
-        )
-
-
 def _messages() -> Any:
     import datasets
 
     return datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
-
-
-def _progress(records: RawRecords, what: str) -> Any:
-    # Shown only on a terminal, and only after two seconds.
-    return tqdm(records, desc=what, unit=" records", delay=2, disable=None, leave=False)

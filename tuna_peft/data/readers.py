@@ -229,14 +229,6 @@ def preference_responses(raw: Record, source: DataSource | None, where: str) -> 
     return {"completions": completions, "scores": None, "ranks": [0, 1], "reference": None}
 
 
-# columns: the paths in the recipe
-
-
-def _columns(source: DataSource) -> columns.Columns:
-    assert source.columns is not None, "DataSource checks that the format `columns` comes with `columns`"
-    return source.columns
-
-
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
@@ -286,8 +278,8 @@ FORMATS: dict[str, Format] = {
             "columns",
             "any, with `columns`",
             lambda raw: False,
-            lambda raw, source, template, where: columns.read_prompt(raw, _columns(source), template, where),
-            lambda raw, source, where: columns.read_responses(raw, _columns(source), where),
+            lambda raw, source, template, where: columns.read_prompt(raw, source.columns, template, where),
+            lambda raw, source, where: columns.read_responses(raw, source.columns, where),
         ),
     )
 }
