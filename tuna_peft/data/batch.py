@@ -82,20 +82,16 @@ class PackedBatch:
             inside_P = (self.responses_P >= first * n) & (self.responses_P < last * n)
             # Responses that share tokens share predictions too; each is kept once, in its order.
             kept, predictions_P = self.predictions_P[inside_P].unique(return_inverse=True)
-            layout = self.segment_ids_BT[first:last], self.position_ids_BT[first:last], self.limits_BSS[first:last]
-            keys = {name: value.to(kept.device) for name, value in segment_keys(*layout).items()}
+            names = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "limits_BSS", "ranks_BN", "mle_BN")
+            rows = {name: getattr(self, name)[first:last] for name in names}
+            keys = segment_keys(rows["segment_ids_BT"], rows["position_ids_BT"], rows["limits_BSS"])
             half = PackedBatch(
-                input_ids_BT=self.input_ids_BT[first:last],
-                position_ids_BT=layout[1],
-                segment_ids_BT=layout[0],
-                limits_BSS=layout[2],
                 predictors_R=self.predictors_R[kept] - (self.tokens_U < first * width).sum(),
                 targets_R=self.targets_R[kept],
                 predictions_P=predictions_P,
                 responses_P=self.responses_P[inside_P] - first * n,
-                ranks_BN=self.ranks_BN[first:last],
-                mle_BN=self.mle_BN[first:last],
-                **keys,
+                **rows,
+                **{name: value.to(kept.device) for name, value in keys.items()},
             )
             halves.append(half)
         return halves

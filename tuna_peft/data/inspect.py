@@ -49,8 +49,7 @@ def inspect_file(
         tokenizer: None shows text instead of tokens.
         n: Number of prompts to show.
         supervised: Show only the best response, as an `sft` stage does. None: true for Alpaca files, which have one.
-        max_length: As in `encode_ranked`.
-        overflow: As in `encode_ranked`.
+        max_length, overflow: As in `encode_ranked`.
 
     Raises:
         UserError: The source cannot be read, or a row is too long.
@@ -97,26 +96,26 @@ def render_ranked(
         records: Normalised records (or a data set of them), or rows from `encode_ranked`.
         tokenizer: Required for encoded rows; None shows the text of records instead of tokens.
         n: Number of prompts to show.
-        max_length: As in `encode_ranked`, for records.
-        overflow: As in `encode_ranked`, for records.
+        max_length, overflow: As in `encode_ranked`, for records.
     """
-    panels: list[RenderableType] = []
+    panels: list[RenderableType] = [] if tokenizer is None else [_LEGEND]
     for record in islice(records, n):
+        row: dict[str, Any] | None = record
         if tokenizer is None:
             if "prompt_ids" in record:
                 raise UserError("encoded rows need a tokenizer to be shown")
-            panels.append(_panel(record["id"], _record_prompt(record), _record_candidates(record)))
-            continue
-        row: dict[str, Any] | None = record
-        if "prompt_ids" not in record:
-            where = f"id {record['id']}"
-            row = encode_ranked(record, tokenizer, max_length=max_length, overflow=overflow, where=where)
-        if row is None:
-            what = f"skipped: longer than max_length {max_length}"
-            panels.append(_panel(record["id"], Text(what, style="yellow"), []))
+            prompt, candidates = _record_prompt(record), _record_candidates(record)
         else:
-            panels.append(_panel(row["id"], _row_prompt(row, tokenizer), _row_candidates(row, tokenizer)))
-    return Group(_LEGEND, *panels) if tokenizer is not None else Group(*panels)
+            if "prompt_ids" not in record:
+                where = f"id {record['id']}"
+                row = encode_ranked(record, tokenizer, max_length=max_length, overflow=overflow, where=where)
+            if row is None:
+                prompt, candidates = Text(f"skipped: longer than max_length {max_length}", style="yellow"), []
+            else:
+                prompt = Text("".join(_pieces(row["prompt_ids"], tokenizer)), style=_NO_LOSS)
+                candidates = _row_candidates(row, tokenizer)
+        panels.append(_panel(record["id"], prompt, candidates))
+    return Group(*panels)
 
 
 def _panel(identity: str, prompt: Text, candidates: list[Text]) -> Panel:
@@ -131,17 +130,11 @@ def _record_prompt(record: Record) -> Text:
 
 
 def _record_candidates(record: Record) -> list[Text]:
-    heads = [_head(rank, score, "") for rank, score in zip(record["ranks"], _scores(record), strict=True)]
-    texts = [
-        Text.assemble(head, "\n", completion) for head, completion in zip(heads, record["completions"], strict=True)
-    ]
+    responses = zip(record["ranks"], _scores(record), record["completions"], strict=True)
+    texts = [Text.assemble(_head(rank, score, ""), "\n", text) for rank, score, text in responses]
     if record["reference"] is not None:
-        texts.append(Text.assemble(("\nreference", "bold cyan"), "\n", record["reference"]))
+        texts.append(Text.assemble(_head(None, None, ""), "\n", record["reference"]))
     return texts
-
-
-def _row_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Text:
-    return Text("".join(_pieces(row["prompt_ids"], tokenizer)), style=_NO_LOSS)
 
 
 def _row_candidates(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Text]:

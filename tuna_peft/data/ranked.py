@@ -150,9 +150,8 @@ def dense_ranks(keys: Sequence[Any]) -> list[int]:
 def clean_prompt(prompt: Any, where: str) -> Prompt:
     """The prompt as text or as `{"role", "content"}` messages; BadRow if it is missing, blank or of another type."""
     if isinstance(prompt, str):
-        _check_unicode(prompt, f"{where}, prompt")
         if prompt.strip():
-            return prompt
+            return _content(prompt, f"{where}, prompt")
     elif isinstance(prompt, Sequence) and prompt:
         return [
             {"role": _role(message, where), "content": _content([message], f"{where}, prompt")} for message in prompt

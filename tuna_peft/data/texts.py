@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuna_peft.data.ranked import Prompt
 from tuna_peft.errors import UserError
@@ -78,13 +78,7 @@ class TextTokenizer:
         return encoded["input_ids"]
 
 
-def _render(
-    messages: list[dict[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    where: str | None,
-    *,
-    add_generation_prompt: bool,
-) -> str:
+def _render(messages: list[dict[str, str]], tokenizer: Any, where: str | None, *, add_generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         raise UserError(
             "the prompt is a list of messages, and the tokenizer has no chat template",

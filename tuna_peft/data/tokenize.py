@@ -9,7 +9,6 @@ starts with the rest of the prompt, which carries no loss (`completion_skips` to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,7 +86,7 @@ def encode_ranked(
         UserError: A response or a prompt is too long, or `cut` would truncate a response to nothing; the message names
             row and candidate.
     """
-    encoder = _Encoder(tokenizer, max_length, overflow, needs_reference, TokenReport() if report is None else report)
+    encoder = _Encoder(tokenizer, max_length, overflow, needs_reference, report or TokenReport())
     return encoder.encode([record], [where])[0]
 
 
@@ -107,7 +106,7 @@ def encode_sft(
         `labels`, -100 on the prompt. TRL's `SFTTrainer` uses `labels` unchanged; for tokenized data it applies the
         mask only with `completion_only_loss=True`, which is not its default.
     """
-    encoder = _Encoder(tokenizer, max_length, overflow, False, TokenReport() if report is None else report)
+    encoder = _Encoder(tokenizer, max_length, overflow, False, report or TokenReport())
     row = encoder.encode([_sft_as_ranked(record, where)], [where])[0]
     return None if row is None else _as_sft(row)
 
@@ -126,9 +125,7 @@ def encode_dataset(
     Args:
         dataset: The ranked type (checked and normalised here), TRL's preference type, or TRL's prompt-completion type.
         tokenizer: See `encode_ranked`.
-        max_length: See `encode_ranked`.
-        overflow: See `encode_ranked`.
-        needs_reference: See `encode_ranked`.
+        max_length, overflow, needs_reference: See `encode_ranked`.
         on_bad_row: `skip` skips a row that would be an error, and counts it.
 
     Returns:
@@ -150,15 +147,12 @@ def encode_dataset(
     report = TokenReport()
     encoder = _Encoder(tokenizer, max_length, overflow, needs_reference, report, on_bad_row)
     encoded: list[dict[str, Any]] = []
-    progress = tqdm(total=len(dataset), desc="Tokenizing", unit=" rows", delay=2, disable=None, leave=False)
-    for chunk in _chunks(enumerate(dataset)):
+    as_ranked = _sft_as_ranked if sft else _as_ranked
+    rows = enumerate(tqdm(dataset, desc="Tokenizing", unit=" rows", delay=2, disable=None, leave=False))
+    while chunk := list(islice(rows, _CHUNK)):
         places = [f"row {index}" + (f" (id {row['id']})" if row.get("id") else "") for index, row in chunk]
-        as_ranked = _sft_as_ranked if sft else _as_ranked
         records = [as_ranked(row, where) for (_, row), where in zip(chunk, places, strict=True)]
-        rows = encoder.encode(records, places)
-        encoded += [_as_sft(row) if sft else row for row in rows if row is not None]
-        progress.update(len(chunk))
-    progress.close()
+        encoded += [_as_sft(row) if sft else row for row in encoder.encode(records, places) if row is not None]
     if not encoded:
         raise UserError(
             f"none of the {report.rows} rows fits into max_length {max_length}",
@@ -190,23 +184,19 @@ class _Encoder:
         """One row or None for each record; all texts are tokenized in one call."""
         texts: list[list[str]] = []
         for record, where in zip(records, places, strict=True):
-            reference = record["reference"]
-            responses = [*record["completions"], *([] if reference is None else [reference])]
+            responses = [*record["completions"], *filter(None, [record["reference"]])]
             texts.append(joint_texts(record["prompt"], responses, self.tokenizer, where))
         special = isinstance(records[0]["prompt"], str)  # the prompts of a data set are all text or all messages
         ids = iter(self.tokens(list(chain.from_iterable(texts)), special=special))
-        return [
-            self._row(record, list(islice(ids, len(of_record))), where)
-            for record, of_record, where in zip(records, texts, places, strict=True)
-        ]
-
-    def _row(self, record: Record, ids: list[list[int]], where: str) -> dict[str, Any] | None:
-        try:
-            return self._assemble(record, ids, where)
-        except BadRow:
-            if self.on_bad_row == "error":
-                raise
-            return None
+        rows: list[dict[str, Any] | None] = []
+        for record, of_record, where in zip(records, texts, places, strict=True):
+            try:
+                rows.append(self._assemble(record, list(islice(ids, len(of_record))), where))
+            except BadRow:
+                if self.on_bad_row == "error":
+                    raise
+                rows.append(None)
+        return rows
 
     def _assemble(self, record: Record, ids: list[list[int]], where: str) -> dict[str, Any] | None:
         """The row from the tokens of the prompt, of the prompt with each response, and with the reference."""
@@ -217,7 +207,16 @@ class _Encoder:
         prompt, joint = ids[0], [seq if seq[-1:] == [eos] else [*seq, eos] for seq in ids[1:]]
         names = [f"{where}, candidate {k} (in rank order)" for k in range(n)] + [f"{where}, reference"]
         shared = [_common_prefix(prompt, seq) for seq in joint]
-        self._check_boundaries(joint, shared, where, names)
+        if min(shared) == 0:
+            raise BadRow(
+                "no token of the prompt stands before its responses, so nothing predicts their first token",
+                reason="no prompt",
+                where=where,
+                fix="Lengthen the prompt, or use a tokenizer that adds BOS.",
+            )
+        for seq, boundary, name in zip(joint, shared, names, strict=False):
+            if boundary == len(seq):  # a chat template or the tokenizer dropped the whole response
+                raise BadRow("the response has no tokens", reason="empty response", where=name)
         if not self._prompt_fits(prompt, where):
             return None
         start = min(shared)
@@ -246,18 +245,6 @@ class _Encoder:
             "reference_ids": None if reference is None else reference[start:],
             "reference_skip": None if reference is None else shared[n] - start,
         }
-
-    def _check_boundaries(self, joint: list[list[int]], shared: list[int], where: str, names: list[str]) -> None:
-        if min(shared) == 0:
-            raise BadRow(
-                "no token of the prompt stands before its responses, so nothing predicts their first token",
-                reason="no prompt",
-                where=where,
-                fix="Lengthen the prompt, or use a tokenizer that adds BOS.",
-            )
-        for seq, boundary, name in zip(joint, shared, names, strict=False):
-            if boundary == len(seq):  # a chat template or the tokenizer dropped the whole response
-                raise BadRow("the response has no tokens", reason="empty response", where=name)
 
     def _prompt_fits(self, prompt: list[int], where: str) -> bool:
         if self.max_length is None or len(prompt) < self.max_length:
@@ -326,12 +313,6 @@ def _as_sft(row: dict[str, Any]) -> dict[str, Any]:
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    rows = iter(rows)
-    while chunk := list(islice(rows, _CHUNK)):
-        yield chunk
 
 
 def _features() -> dict[str, Any]:
