@@ -29,13 +29,14 @@ def disk_full_is_a_user_error(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT) or _free_bytes(path) < 1 << 20:
+        if number in (errno.ENOSPC, errno.EDQUOT) or free_bytes(path) < 1 << 20:
             fix = "Free some space and run the command again."
             raise UserError("the disk is full", where=str(path), fix=fix) from error
         raise
 
 
-def _free_bytes(path: str | os.PathLike[str]) -> int:
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Free space on the disk where `path` is or will be."""
     existing = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free
 

@@ -49,7 +49,7 @@ def _steps(recipe: Recipe, output: Path) -> Text:
         stored += ", double quantization"
     step("base", f"{recipe.base.model}, {stored}")
     for stage in resolve_stages(recipe):
-        rows = _stage_rows(stage, recipe)
+        rows = _rows(stage.source, recipe, prompts=stage.feedback is not None, pairs=stage.type == "ranking")
         # With packing, the number of packed sequences is only known when the trainer has made them.
         steps = None if rows is None or stage.train.get("packing") else stage.update_steps(rows)
         step(
@@ -80,10 +80,6 @@ def _adapter(stage: ResolvedStage) -> str:
     on = f"on the frozen {' + '.join(stage.below)}" if stage.below else "on the base"
     continues = f", starting from {stage.replaces}, which it replaces" if stage.replaces else ""
     return f"LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}{continues}"
-
-
-def _stage_rows(stage: ResolvedStage, recipe: Recipe) -> int | None:
-    return _rows(stage.source, recipe, prompts=stage.feedback is not None, pairs=stage.type == "ranking")
 
 
 def _rows(source: DataSource, recipe: Recipe, *, prompts: bool, pairs: bool = True) -> int | None:

@@ -40,11 +40,10 @@ def read_run_recipe(folder: Path) -> Recipe | None:
     try:
         return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError) as error:
+        reason = "not valid YAML"
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        else:
-            reason = "not valid YAML"
         raise UserError(
             f"this version of tuna_peft cannot read the recipe of this run ({reason})",
             where=str(file),
@@ -97,8 +96,8 @@ class RunDirectory:
                 where=str(self.path),
                 fix="Choose another --output, or change its permissions.",
             ) from error
-        self._take_lock()
         try:
+            self._take_lock(self._lock)
             self._check_recipe()
         except BaseException:
             self._lock.close()
@@ -121,23 +120,18 @@ class RunDirectory:
             handler.close()
         self._lock.close()
 
-    def _take_lock(self) -> None:
-        assert self._lock is not None
-        self._lock.seek(0)
-        try:
-            take_lock(
-                self._lock.fileno(),
-                "the output directory is in use by another run",
-                where=self.path,
-                fix="Wait for it to end, or choose another --output.",
-                holder=self._lock.read(20).strip(),  # written below by the run that has the lock
-            )
-        except UserError:
-            self._lock.close()
-            raise
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+    def _take_lock(self, file: IO[str]) -> None:
+        file.seek(0)
+        take_lock(
+            file.fileno(),
+            "the output directory is in use by another run",
+            where=self.path,
+            fix="Wait for it to end, or choose another --output.",
+            holder=file.read(20).strip(),  # written below by the run that has the lock
+        )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
 
     def _check_recipe(self) -> None:
         file = self.path / "recipe.yaml"

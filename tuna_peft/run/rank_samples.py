@@ -22,7 +22,6 @@ from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import Judging
 from tuna_peft.feedback.judges import make_judge
 from tuna_peft.feedback.sampling import ModelSampler, Sampler, sample_candidates
-from tuna_peft.feedback.settings import ScoreSettings
 from tuna_peft.feedback.teacher import score_with_model
 from tuna_peft.feedback.teacher_server import score_with_server
 from tuna_peft.files import write_jsonl
@@ -161,16 +160,13 @@ def _rank(
         return ranked, {"judge": judged.as_dict()}
     assert source.score is not None
     with Journal(journal_path) as journal:
-        ranked, scored = _score(source.score, rows, journal, device)
+        if source.score.server is not None:
+            ranked, scored = score_with_server(rows, source.score, journal)
+        else:
+            ranked, scored = score_with_model(rows, source.score, journal, device=device)
     logger.info("scored %d of %d prompts; skipped: %s", scored.scored, scored.rows, _reasons(scored.left_out))
     return ranked, {"score": scored.as_dict()}
 
 
 def _reasons(left_out: dict[str, int]) -> str:
     return ", ".join(f"{count:,} ({reason})" for reason, count in left_out.items()) or "none"
-
-
-def _score(settings: ScoreSettings, rows: list[Record], journal: Journal, device: str) -> Any:
-    if settings.server is not None:
-        return score_with_server(rows, settings, journal)
-    return score_with_model(rows, settings, journal, device=device)
