@@ -84,7 +84,7 @@ class ActivationMemory(TrainerCallback):
             Whether that frees memory: False when no layer kept its activations, or none can recompute them.
         """
         able = [layer for layer in self._layers if hasattr(layer, "_gradient_checkpointing_func")]
-        kept = any(not layer.gradient_checkpointing for layer in able)
+        kept = not all(layer.gradient_checkpointing for layer in able)
         if kept:
             self.detach()
             for layer in self._layers:

@@ -165,13 +165,13 @@ class TunaConfig(TrainingArguments):
                 value = -1.0
         if not isinstance(value, str) and not value >= 0:
             raise ValueError(f"activation_memory={self.activation_memory!r}: use GiB, or one of auto, full, none")
-        if not self.gradient_checkpointing:
-            if value not in ("auto", "full"):
-                raise ValueError(
-                    f"activation_memory={self.activation_memory!r} needs gradient_checkpointing, which is off"
-                )
-            return "full"
-        return value
+        if self.gradient_checkpointing:
+            return value
+        if value not in ("auto", "full"):
+            raise ValueError(
+                f"activation_memory={self.activation_memory!r} needs gradient_checkpointing, which is off"
+            )
+        return "full"
 
 
 def use_one_gpu(args: TrainingArguments) -> None:

@@ -49,9 +49,9 @@ class RunningMeans:
             for name, pairs in self._sums.items()
         }
         self._sums.clear()
-        totals: dict[str, tuple[float, float]] = {}
+        totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for sums in gather_object([own]) if several_processes else [own]:
             for name, (total, count) in sums.items():
-                before = totals.get(name, (0.0, 0.0))
-                totals[name] = (before[0] + total, before[1] + count)
+                totals[name][0] += total
+                totals[name][1] += count
         return {name: total / count for name, (total, count) in totals.items() if count}

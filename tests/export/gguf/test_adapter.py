@@ -87,7 +87,7 @@ def test_a_combined_adapter_and_a_part_of_the_stack(tiny: Tiny, tmp_path: Path) 
 def test_a_rank_stabilised_adapter_of_plain_peft(tiny: Tiny, tmp_path: Path) -> None:
     """GGUF's alpha / rank would be half of alpha / sqrt(rank) at rank 4."""
     live = stack_on(load_tiny(tiny.base, "none"), only=RANKING)
-    save_adapter(live, "only", tmp_path / "adapter", base_model=tiny.base)
+    save_adapter(live, "only", tmp_path / "adapter")
     [file] = export_gguf_adapter(tmp_path / "adapter", tmp_path / "out").files
     layer = dict(live.named_modules())["base_model.model.model.layers.0.self_attn.v_proj"]
     expected = 6 / 2 * layer.lora_B["only"].weight.double() @ layer.lora_A["only"].weight.double()

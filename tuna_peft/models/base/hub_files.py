@@ -8,13 +8,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from huggingface_hub import (
-    get_hf_file_metadata,
-    get_token,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
+from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -52,25 +46,21 @@ def hub_file(model: str, name: str, revision: str | None = None, *, endpoint: st
             fix=f"Accept its terms at https://huggingface.co/{model}, then run `hf auth login` here.",
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(
-            f"the model has no revision {revision!r}", where=model, fix="Check `base.revision`."
-        ) from error
+        what = f"the model has no revision {revision!r}"
+        raise UserError(what, where=model, fix="Check `base.revision`.") from error
     except RepositoryNotFoundError as error:
         raise UserError(
             "there is no such model on the Hub, or it is private",
             where=model,
             fix="Check the name; for a private model run `hf auth login` first. A local path starts with ./ or /.",
         ) from error
-    except EntryNotFoundError as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            raise UserError(
-                f"the model has no {name}", where=model, fix="Use a model in transformers' format."
-            ) from error
+    except LocalEntryNotFoundError as error:  # a kind of the next error: there was no network
         return _cached(model, name, revision, error)
+    except EntryNotFoundError as error:
+        raise UserError(f"the model has no {name}", where=model, fix="Use a model in transformers' format.") from error
     except HFValidationError as error:
-        raise UserError(
-            "neither a folder here nor a Hub id (`owner/name`)", where=model, fix="Check the name."
-        ) from error
+        what = "neither a folder here nor a Hub id (`owner/name`)"
+        raise UserError(what, where=model, fix="Check the name.") from error
     except Exception as error:  # from the HTTP library, which differs between versions of huggingface_hub
         return _cached(model, name, revision, error)
 

@@ -225,13 +225,9 @@ def _require_causal_lm(config: Any, model: str) -> None:
 
 def base_identity(model: PreTrainedModel) -> dict[str, Any]:
     """`{"model", "revision", "fingerprint"}`: the origin of a base and a hash of its stored weights."""
-    return {
-        "model": model_id(model),
-        "revision": getattr(model.config, "_commit_hash", None),
-        "fingerprint": weights_fingerprint(
-            safetensors_files(str(model.config._name_or_path), getattr(model.config, "_commit_hash", None))
-        ),
-    }
+    revision = getattr(model.config, "_commit_hash", None)
+    files = safetensors_files(str(model.config._name_or_path), revision)
+    return {"model": model_id(model), "revision": revision, "fingerprint": weights_fingerprint(files)}
 
 
 def weights_fingerprint(files: list[str]) -> str | None:
@@ -251,10 +247,8 @@ def weights_fingerprint(files: list[str]) -> str | None:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
                 view = tensors.get_slice(name)
                 row = view[0:1] if view.get_shape() else tensors.get_tensor(name)
-                rows[name] = (
-                    str(tuple(view.get_shape())).encode()
-                    + row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                )
+                shape = str(tuple(view.get_shape())).encode()
+                rows[name] = shape + row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     for name in sorted(rows):
         digest.update(name.encode() + rows[name])
     return digest.hexdigest()

@@ -79,14 +79,8 @@ class _Stacked(lora.LoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if (
-            not self.fused
-            or args
-            or kwargs
-            or self.disable_adapters
-            or self.merged
-            or not all(map(self._is_plain, names))
-        ):
+        other = args or kwargs or self.disable_adapters or self.merged
+        if other or not self.fused or not all(map(self._is_plain, names)):
             return super().forward(x, *args, **kwargs)
         # The cast that autocast would make, here so that the backward pass, which runs without it, has the same dtype.
         device_type = x.device.type

@@ -73,20 +73,19 @@ def model_inputs(model: Any, batch: PackedBatch) -> tuple[dict[str, Any], torch.
         )
     layout = batch.segment_ids_BT, batch.position_ids_BT, batch.limits_BSS
     by_segment = kernel == SEGMENTS and layout[0].shape[1] >= LONG_ROW
-    masks = {}
-    for layer_type, window in windows.items():
-        if by_segment:
-            masks[layer_type] = placeholder_mask(layout[0].device)
-            continue
-        mask = shared_prefix_mask(*layout, window)
-        if kernel == "eager":  # eager attention adds its mask to the scores
-            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-        masks[layer_type] = mask
+    masks = {
+        kind: placeholder_mask(layout[0].device) if by_segment else shared_prefix_mask(*layout, window)
+        for kind, window in windows.items()
+    }
+    if kernel == "eager":  # eager attention adds its mask to the scores
+        lowest = torch.finfo(model.dtype).min
+        masks = {kind: torch.where(mask, 0.0, lowest).to(model.dtype) for kind, mask in masks.items()}
     inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT, "position_ids": batch.position_ids_BT}
     predictors_R = batch.predictors_R  # among the tokens without padding
     if by_segment:
         inputs = {key: ids_BT.flatten()[None, batch.tokens_U] for key, ids_BT in inputs.items()}
-        inputs["segments"] = Segments.of(batch)
+        longest = batch.input_ids_BT.shape[1]
+        inputs["segments"] = Segments(batch.q_offsets, batch.k_offsets, batch.keys_K, longest)
     else:
         predictors_R = batch.tokens_U[predictors_R]
     inputs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))

@@ -105,6 +105,11 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, "module", model)
 
 
+def without_peft(model: torch.nn.Module) -> Any:
+    """The causal LM itself; its LoRA layers stay inside."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def final_hidden_states(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
     """`(B, T, D)` hidden states after the last norm.
 
@@ -112,11 +117,9 @@ def final_hidden_states(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
     position only, and a hook keeps the hidden states. `output_hidden_states=True` would keep those of every layer, and
     under accelerate's mixed precision convert them to fp32.
     """
-    causal_lm = unwrap(model)
-    if isinstance(causal_lm, PeftModel):
-        causal_lm = causal_lm.get_base_model()
     hidden: list[torch.Tensor] = []
-    hook = causal_lm.base_model.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
+    backbone = without_peft(unwrap(model)).base_model
+    hook = backbone.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
     try:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:

@@ -24,7 +24,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tuna_peft.data.batch import PackedBatch
 from tuna_peft.errors import UserError
 from tuna_peft.limits import is_ampere_or_later
 
@@ -47,11 +46,6 @@ class Segments:
     keys_K: torch.Tensor
     longest: int
     _masks: dict[tuple[int, int, int | None], torch.Tensor | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> Segments:
-        """The segments of a batch."""
-        return cls(batch.q_offsets, batch.k_offsets, batch.keys_K, longest=batch.input_ids_BT.shape[1])
 
     @cached_property
     def lengths(self) -> tuple[list[int], list[int]]:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from tuna_peft.errors import UserError
 from tuna_peft.limits import context_length, prompts_per_batch, response_room
+from tuna_peft.models.forward.scoring import without_peft
 from tuna_peft.models.forward.segments import use_segments
 from tuna_peft.models.generation.growing_cache import GrowingLayer
 
@@ -136,8 +136,7 @@ def stream_responses(
 
 def context_of(model: torch.nn.Module) -> int | None:
     """Maximum tokens of a prompt with its response; None where the model's configuration gives no limit."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    return context_length(causal_lm.config)
+    return context_length(without_peft(model).config)
 
 
 class _Sequence(NamedTuple):
@@ -158,7 +157,7 @@ class _Decoder:
         self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, choose: _Chooser, max_new_tokens: int
     ):
         self.model, self.tokenizer, self.choose, self.max_new_tokens = model, tokenizer, choose, max_new_tokens
-        self.causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.causal_lm = without_peft(model)
         use_segments(self.causal_lm)  # for its workaround: fast SDPA kernels on GPUs without FlashAttention
         self.context = context_of(model)
         takes = inspect.signature(self.causal_lm.forward).parameters
@@ -193,7 +192,8 @@ class _Decoder:
         logits_BV, seen_BT = logits_PV[row_of], seen_PT[row_of]
         del logits_PV
         keys_B = torch.tensor([sequence.key for sequence in batch], device=device)
-        active = [(sequence, self._room(len(prompts[sequence.prompt])), list[int]()) for sequence in batch]
+        rooms = [response_room(self.max_new_tokens, len(prompts[each.prompt]), self.context) for each in batch]
+        active = [(sequence, room, list[int]()) for sequence, room in zip(batch, rooms, strict=True)]
         for step in itertools.count():
             chosen_B = self.choose(logits_BV, keys_B, step)
             unfinished = []
@@ -221,9 +221,6 @@ class _Decoder:
         bare = [ids[:-1] if end else ids for ids, end in zip(samples, ended, strict=True)]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in bare]
         return Generated(index, texts, [len(ids) for ids in samples], ended)
-
-    def _room(self, prompt_tokens: int) -> int:
-        return response_room(self.max_new_tokens, prompt_tokens, self.context)
 
     def _read(self, prompts: list[Sequence[int]], device: torch.device) -> tuple[Any, torch.Tensor, torch.Tensor]:
         """Prefill: the cache of the prompts, the logits `(P, V)` after them, and their attention mask `(P, T)`."""

@@ -32,10 +32,8 @@ class GrowingLayer(DynamicLayer):
         buffers = self._buffers
         # After other changes of the cache (selecting rows, cropping), `keys` is not a view of the buffer any more.
         if buffers is None or self.keys.data_ptr() != buffers[0].data_ptr() or buffers[0].shape[-2] < end:
-            buffers = (
-                self._moved(self.keys if length else None, key_states, end),
-                self._moved(self.values if length else None, value_states, end),
-            )
+            old = (self.keys, self.values) if length else (None, None)
+            buffers = self._moved(old[0], key_states, end), self._moved(old[1], value_states, end)
         for buffer, new in zip(buffers, (key_states, value_states), strict=True):
             buffer[..., length:end, :] = new
         self._buffers = buffers

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tuna_peft.errors import UserError
+from tuna_peft.models.base.load import model_id
 from tuna_peft.models.forward import fused_lora
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -97,8 +98,7 @@ def drop_adapter(model: PeftModel, name: str) -> None:
 def take_over(model: PeftModel) -> None:
     """Replaces the adapter below the top by the top one, which starts from a copy of its weights and trains."""
     below, top = adapter_names(model)[-2:]
-    state = get_peft_model_state_dict(model, adapter_name=below, save_embedding_layers=False)
-    set_peft_model_state_dict(model, state, adapter_name=top)
+    set_peft_model_state_dict(model, adapter_state(model, below), adapter_name=top)
     drop_adapter(model, below)
     train_top_adapter(model)
 
@@ -124,23 +124,26 @@ def active_adapters(model: PreTrainedModel | PeftModel, names: Sequence[str]) ->
             model.get_parameter(name).requires_grad_(True)
 
 
-def save_adapter(model: PeftModel, name: str, folder: Path, base_model: str | None = None) -> None:
+def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     """Writes one adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
-    # save_embedding_layers=False: PEFT's "auto" requests the base's vocabulary from the Hub, which fails offline.
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in state.items()},
-        folder / ADAPTER_WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    state = {key: value.cpu().contiguous() for key, value in adapter_state(model, name).items()}
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config[name]
     inference_mode, path = config.inference_mode, config.base_model_name_or_path
+    base_model = model_id(cast(PreTrainedModel, model.get_base_model()))
     config.inference_mode, config.base_model_name_or_path = True, base_model or path
     try:
         config.save_pretrained(str(folder))
     finally:
         config.inference_mode, config.base_model_name_or_path = inference_mode, path
+
+
+def adapter_state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter, by PEFT's names for them; not copied."""
+    # save_embedding_layers=False: PEFT's "auto" requests the base's vocabulary from the Hub, which fails offline.
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: value.detach() for key, value in state.items()}
 
 
 def load_adapter(model: PreTrainedModel | PeftModel, name: str, folder: Path) -> PeftModel:
@@ -162,7 +165,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, name: str, folder: Path) ->
 def load_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
     """Overwrites the weights of adapter `name` with the saved ones; every tensor must match."""
     saved = load_file(folder / ADAPTER_WEIGHTS)
-    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    own = adapter_state(model, name)
     # Names that only one side has; without any, tensors whose shapes differ.
     wrong = sorted(set(saved) ^ set(own)) or sorted(key for key in own if own[key].shape != saved[key].shape)
     if wrong:
@@ -177,9 +180,9 @@ def load_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
 def fingerprint(model: PeftModel, name: str) -> str:
     """SHA-256 over an adapter's tensors in memory, to check that training did not change a frozen adapter."""
     digest = hashlib.sha256()
-    for key, value in sorted(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()):
+    for key, value in sorted(adapter_state(model, name).items()):
         digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -200,9 +203,7 @@ def require_stackable(config: PeftConfig, name: str) -> None:
         reason = "modules_to_save would copy and train parts of the shared base"
     elif variant := next((field for field in _VARIANTS if getattr(config, field, None)), None):
         reason = f"with {variant} it computes more than scaling * B A x, so it cannot be combined and merged"
-    elif isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower().startswith(
-        _BASE_CHANGING_INITS
-    ):
+    elif str(config.init_lora_weights).lower().startswith(_BASE_CHANGING_INITS):
         reason = f"init_lora_weights={config.init_lora_weights!r} changes the frozen base below the stack"
     elif _targets_head(config.target_modules):
         reason = "LoRA on the head: log-probabilities come from the frozen head's weight, so it would never be used"

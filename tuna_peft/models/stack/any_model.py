@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
@@ -19,6 +18,7 @@ from tuna_peft.models.base.load import (
     resolve_device,
     resolve_dtype,
 )
+from tuna_peft.models.forward.scoring import without_peft
 from tuna_peft.models.stack.adapters import adapter_names, fingerprint
 from tuna_peft.models.stack.files import AdapterStack, quantization_of
 from tuna_peft.models.stack.manifest import refuse_begun_run
@@ -86,7 +86,7 @@ def model_digest(model: torch.nn.Module, adapters: Sequence[str] | None = None) 
     Args:
         adapters: Those that are active; all of them by default.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_peft(model)
     names = adapter_names(model) if adapters is None else adapters
     return {
         "base": base_identity(base),

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,12 +73,13 @@ class AdapterStack:
         folder = find_stack(folder, revision)
         manifest = read_manifest(folder, upto)
         if base is None:
-            compute_dtype = resolve_dtype(dtype, resolve_device(device))
+            compute = resolve_dtype(dtype, resolve_device(device))
+            settings = manifest.quantization
             try:
                 base = load_base(
                     base_model or manifest.base["model"],
                     revision=None if base_model else manifest.base["revision"],
-                    quantization_config=_quantization_from(manifest.quantization, compute_dtype),
+                    quantization_config=settings and BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=compute),
                     device=device,
                     dtype=dtype,
                     trust_remote_code=trust_remote_code,
@@ -99,23 +99,26 @@ class AdapterStack:
         """Writes the stack, see `save_stack`."""
         if not isinstance(self.model, PeftModel):
             raise UserError("the stack has no adapters to save", where=str(folder))
-        with atomic_directory(folder) as aside:
-            write_stack(self.model, aside, self.prompt, self.load_dtype)
+        save_stack(self.model, folder, self.prompt, self.load_dtype)
 
 
-def save_stack(model: PeftModel, folder: str | os.PathLike[str], prompt: dict[str, Any] | None = None) -> None:
+def save_stack(
+    model: PeftModel,
+    folder: str | os.PathLike[str],
+    prompt: dict[str, Any] | None = None,
+    load_dtype: str | None = None,
+) -> None:
     """Atomically replaces `folder` by the whole stack, see `write_stack`."""
     with atomic_directory(folder) as aside:
-        write_stack(model, aside, prompt)
+        write_stack(model, aside, prompt, load_dtype)
 
 
 def write_stack(
     model: PeftModel, folder: Path, prompt: dict[str, Any] | None = None, load_dtype: str | None = None
 ) -> None:
     """Writes every adapter to `folder/<name>/` and then the manifest to `folder/stack.json`."""
-    base = cast(PreTrainedModel, model.get_base_model())
     for name in adapter_names(model):
-        save_adapter(model, name, folder / name, base_model=base_identity(base)["model"])
+        save_adapter(model, name, folder / name)
     _manifest_of(model, folder, prompt, load_dtype).write(folder)
 
 
@@ -124,9 +127,9 @@ def extend_stack(model: PeftModel, folder: Path, prompt: dict[str, Any] | None =
 
     The adapter's folder is written atomically, then the manifest that lists it.
     """
-    base, top = cast(PreTrainedModel, model.get_base_model()), adapter_names(model)[-1]
+    top = adapter_names(model)[-1]
     with atomic_directory(folder / top) as aside:
-        save_adapter(model, top, aside, base_model=base_identity(base)["model"])
+        save_adapter(model, top, aside)
     _manifest_of(model, folder, prompt).write(folder)
 
 
@@ -170,10 +173,6 @@ def quantization_of(model: PreTrainedModel) -> dict[str, Any] | None:
 def quantization_method(settings: dict[str, Any] | None) -> str:
     """The recipe's name for the result of `quantization_of`: `nf4`, `fp4`, `int8` or `none`."""
     return "none" if settings is None else str(settings.get("bnb_4bit_quant_type", "int8"))
-
-
-def _quantization_from(settings: dict[str, Any] | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    return None if settings is None else BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=compute_dtype)
 
 
 def require_same_base(loaded: dict[str, Any], trained: dict[str, Any], where: str) -> None:

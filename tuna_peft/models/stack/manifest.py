@@ -123,12 +123,10 @@ def _no_manifest(root: Path) -> UserError:
 
 def _require_complete(manifest: Manifest) -> None:
     for entry in manifest.adapters:
-        if not all(
-            isinstance(value, str) for value in (entry.name, entry.path, *map(entry.sha256.get, ADAPTER_FILES))
-        ):
+        texts = (entry.name, entry.path, *map(entry.sha256.get, ADAPTER_FILES))
+        if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"adapter {entry.name!r} needs a name, a path, and a hash of each of its files")
-    missing = {"model", "revision", "fingerprint"} - set(manifest.base)
-    if missing:
+    if missing := {"model", "revision", "fingerprint"} - set(manifest.base):
         raise KeyError(f"base.{min(missing)}")
 
 
