@@ -14,7 +14,7 @@ from scripted_server import chat, scripted_server
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.agreement import Validation, cohens_kappa, read_annotated_rows
+from tuna_peft.feedback.agreement import cohens_kappa, measure_agreement, read_annotated_rows, validation
 from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.journal import Journal
 
@@ -38,7 +38,7 @@ def write_pairs(path, count, people):
 
 def measure(people, settings, path):
     with Journal(path) as journal:
-        return Validation(people, settings, journal).measure("pairs")
+        return measure_agreement(people, validation(people, settings, journal), "pairs")
 
 
 def server(url):

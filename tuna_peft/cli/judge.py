@@ -109,7 +109,9 @@ def _validate(
     yes: bool,
     options: dict[str, Any],
 ) -> None:
-    from tuna_peft.feedback.agreement import Validation, read_annotated_rows
+    from dataclasses import asdict
+
+    from tuna_peft.feedback.agreement import measure_agreement, read_annotated_rows, validation
     from tuna_peft.files import write_json
     from tuna_peft.journal import Journal
 
@@ -117,15 +119,15 @@ def _validate(
         raise UserError("a report is written as JSON", where=str(out), fix="Let its name end in .json.")
     rows = read_annotated_rows(source, prompt)
     with Journal(journal_path or Path(out or "validation").with_suffix(".journal.jsonl")) as journal:
-        validation = Validation(rows, settings, journal, **options)
+        judging = validation(rows, settings, journal, **options)
         if settings.function is None:
-            confirm_spending(validation.judging.estimate(), settings.server, yes)
-        agreement, report = validation.measure(source.path)
+            confirm_spending(judging.estimate(), settings.server, yes)
+        agreement, report = measure_agreement(rows, judging, source.path)
     for line in agreement.lines():
         typer.echo(line)
     _print_answers(report)
     if out is not None:
-        write_json(out, {"agreement": agreement.as_dict(), "judge": report.as_dict()})
+        write_json(out, {"agreement": asdict(agreement), "judge": report.as_dict()})
         typer.echo(f"wrote {out}")
 
 

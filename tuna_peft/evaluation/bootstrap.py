@@ -73,7 +73,4 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
 
 def _means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The weighted mean in each resample."""
-    blocks = []
-    for drawn in resamples(len(values)):
-        blocks.append((drawn @ (values * counts)) / (drawn @ counts))
-    return np.concatenate(blocks)
+    return np.concatenate([(drawn @ (values * counts)) / (drawn @ counts) for drawn in resamples(len(values))])

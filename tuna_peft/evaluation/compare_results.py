@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from tuna_peft.evaluation.bootstrap import paired_difference
 from tuna_peft.evaluation.results import Metric, PromptResult, TaskResult, in_percent
 
@@ -81,12 +83,13 @@ def compare_results(first: TaskResult, second: TaskResult) -> ResultComparison:
             Pairing(one.id, one.prompt, (one.response, other.response), (scores[0], scores[1]), other.references)
         )
         weights.append(other.weight)
-    comparison.wins = sorted((pairing for pairing in pairings if pairing.gain > 0), key=lambda pairing: -pairing.gain)
-    comparison.losses = sorted((pairing for pairing in pairings if pairing.gain < 0), key=lambda pairing: pairing.gain)
+    comparison.wins = sorted((one for one in pairings if one.gain > 0), key=lambda one: -one.gain)
+    comparison.losses = sorted((one for one in pairings if one.gain < 0), key=lambda one: one.gain)
     comparison.ties = len(pairings) - len(comparison.wins) - len(comparison.losses)
     if pairings:
         columns = [[pairing.scores[side] for pairing in pairings] for side in (0, 1)]
-        comparison.values = _mean(columns[0], weights), _mean(columns[1], weights)
+        first_mean, second_mean = (float(np.average(column, weights=weights)) for column in columns)
+        comparison.values = first_mean, second_mean
         comparison.difference = paired_difference(columns[0], columns[1], weights)
         comparison.difference.percent = in_percent(second.task)
     return comparison
@@ -101,7 +104,3 @@ def _by_content(prompts: Sequence[PromptResult]) -> dict[tuple[str, str, int], P
         keyed[prompt.id, prompt.prompt, seen[key]] = prompt
         seen[key] += 1
     return keyed
-
-
-def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
-    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)

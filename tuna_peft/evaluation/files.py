@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,22 @@ class Skipped:
     """Collects what is skipped, by reason."""
 
     def __init__(self) -> None:
-        self._names: dict[str, list[str]] = defaultdict(list)
-        self._counts: Counter[str] = Counter()
+        self._by_reason: dict[str, Exclusion] = {}
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
         """Records that `name` is skipped, or `count` items in it."""
-        self._names[reason].append(name)
-        self._counts[reason] += count
+        found = self._by_reason.setdefault(reason, Exclusion(reason, 0, []))
+        found.count += count
+        if len(found.names) < Exclusion.MOST_NAMES:
+            found.names.append(name)
 
     def exclusions(self) -> list[Exclusion]:
         """One entry for each reason."""
-        return [
-            replace(Exclusion.of(reason, names), count=self._counts[reason]) for reason, names in self._names.items()
-        ]
+        return list(self._by_reason.values())
+
+    def __str__(self) -> str:
+        """The reasons with up to three names each, for errors."""
+        return "; ".join(f"{one.reason}: {', '.join(one.names[:3])}" for one in self.exclusions())
 
 
 def read_object(file: Path, skipped: Skipped) -> dict[str, Any] | None:

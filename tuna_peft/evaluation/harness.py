@@ -98,16 +98,14 @@ def _prompts(found: dict[str, Any], main: str) -> list[PromptResult]:
     """The documents of the main metric's task with their scores."""
     task, name = main.partition(": ")[::2]
     name = name.partition(" (")[0]
-    prompts = []
-    for sample in (found.get("samples") or {}).get(task, []):
-        score = sample.get(name)
-        requests = sample.get("arguments") or [("",)]
-        response = sample.get("filtered_resps") or sample.get("resps")
-        prompts.append(
-            PromptResult(
-                str(sample["doc_id"]), str(requests[0][0]), str(response),
-                {main: float(score) if isinstance(score, int | float) else None},
-                references=[str(sample.get("target"))], group=task,
-            )
-        )  # fmt: skip
-    return prompts
+    return [
+        PromptResult(
+            str(sample["doc_id"]),
+            str((sample.get("arguments") or [("",)])[0][0]),
+            str(sample.get("filtered_resps") or sample.get("resps")),
+            {main: float(sample[name]) if isinstance(sample.get(name), int | float) else None},
+            references=[str(sample.get("target"))],
+            group=task,
+        )
+        for sample in (found.get("samples") or {}).get(task, [])
+    ]

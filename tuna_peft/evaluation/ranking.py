@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,21 +75,12 @@ def evaluate_ranking(
     metrics["margin_satisfaction"] = _pair_metric(pairs, lambda pair: pair.v_gap >= margin * pair.rank_gap)
     metrics |= {name: mean_metric([prompt.scores[name] for prompt in prompts]) for name in _OVER_PROMPTS}
     untied = [prompt.id for prompt in prompts if prompt.scores["kendall_tau_b"] is None]
-    return TaskResult(
-        task="ranking",
-        main=MAIN,
-        metrics=metrics,
-        prompts=prompts,
-        groups=_by_length(pairs),
-        excluded=[
-            Exclusion.of(reason, names)
-            for reason, names in (
-                ("a response has no finite log-probability", failed),
-                ("kendall_tau_b only: every response has the same v", untied),
-            )
-            if names
-        ],
-    )
+    left_out = {
+        "a response has no finite log-probability": failed,
+        "kendall_tau_b only: every response has the same v": untied,
+    }
+    excluded = [Exclusion.of(reason, names) for reason, names in left_out.items() if names]
+    return TaskResult("ranking", MAIN, metrics, prompts, _by_length(pairs), excluded)
 
 
 def _scored(
@@ -118,18 +110,17 @@ def _scored(
 def _prompt_result(
     row: dict[str, Any], v: list[float], lengths: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> PromptResult:
-    def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
 
     def response(k: int) -> str:
-        return text(row["completions_ids"][k][row["completion_skips"][k] :]).strip()
+        return decode(row["completions_ids"][k][row["completion_skips"][k] :]).strip()
 
     ranks, pairs = row["ranks"], pairs_of(v, row["ranks"], lengths)
     scores: dict[str, float | None] = {MAIN: sum(pair.v_gap > 0 for pair in pairs) / len(pairs)}
     scores |= {name: metric(v, ranks) for name, metric in _OVER_PROMPTS.items()}
     return PromptResult(
         id=row["id"],
-        prompt=text(row["prompt_ids"]),
+        prompt=decode(row["prompt_ids"]),
         response=response(v.index(max(v))),
         scores=scores,
         weight=len(pairs),

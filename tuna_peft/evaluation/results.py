@@ -175,15 +175,13 @@ class TaskResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TaskResult:
         """The inverse of `as_dict`."""
-        return cls(
-            **{
-                **values,
-                "metrics": _metrics(values["metrics"]),
-                "prompts": [PromptResult(**prompt) for prompt in values["prompts"]],
-                "groups": {name: _metrics(group) for name, group in values["groups"].items()},
-                "excluded": [Exclusion(**exclusion) for exclusion in values["excluded"]],
-            }
-        )
+        parts = {
+            "metrics": _metrics(values["metrics"]),
+            "prompts": [PromptResult(**prompt) for prompt in values["prompts"]],
+            "groups": {name: _metrics(group) for name, group in values["groups"].items()},
+            "excluded": [Exclusion(**exclusion) for exclusion in values["excluded"]],
+        }
+        return cls(**{**values, **parts})
 
 
 def save_result(folder: Path, stage: str, result: TaskResult) -> None:
@@ -203,9 +201,8 @@ def load_result(folder: Path, stage: str, task: str) -> TaskResult | None:
     try:
         return TaskResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"this is no evaluation result: {error}", where=str(file), fix="Delete it and evaluate again."
-        ) from error
+        what = f"this is no evaluation result: {error}"
+        raise UserError(what, where=str(file), fix="Delete it and evaluate again.") from error
 
 
 def load_results(folder: Path, stages: Iterable[str] | None = None) -> dict[str, dict[str, TaskResult]]:

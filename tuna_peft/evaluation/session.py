@@ -89,7 +89,10 @@ class Session:
 
         Each answer is cached when it ends, so an interrupted evaluation generates only what is missing.
         """
-        prompts = [self._ids(question) for question in questions]
+        prompts = []
+        for question in questions:
+            question.ids = question.ids or prompt_ids(question.prompt, self.tokenizer)
+            prompts.append(question.ids)
         room = (context_of(self.model) or float("inf")) - max_new_tokens
         fits = [index for index, ids in enumerate(prompts) if len(ids) <= room]
         keys = {index: self._key(prompts[index], max_new_tokens) for index in fits}
@@ -106,11 +109,6 @@ class Session:
         without = [question.id for index, question in enumerate(questions) if index not in keys]
         reason = f"the prompt leaves no room for {max_new_tokens} new tokens in the model's context"
         return answers, [Exclusion.of(reason, without)] if without else []
-
-    def _ids(self, question: Question) -> list[int]:
-        if question.ids is None:
-            question.ids = prompt_ids(question.prompt, self.tokenizer)
-        return question.ids
 
     @cached_property
     def _weights(self) -> str:

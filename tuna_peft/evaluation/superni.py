@@ -66,8 +66,7 @@ def read_superni(
             else:
                 instances.append(record)
     if not instances:
-        what = "; ".join(f"{one.reason}: {', '.join(one.names[:3])}" for one in skipped.exclusions())
-        raise UserError(f"no instance can be used ({what or 'it is empty'})", where=str(path))
+        raise UserError(f"no instance can be used ({str(skipped) or 'it is empty'})", where=str(path))
     return instances, skipped.exclusions()
 
 

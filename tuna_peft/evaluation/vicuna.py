@@ -103,35 +103,24 @@ def evaluate_vicuna(
     prompts = []
     for answer in answers:
         question, verdict = answer.question, verdicts.get(answer.question.id)
-        other = (against or {}).get(question.id)
+        score = None if verdict is None else (1 + verdict) / 2
+        details: dict[str, Any] = {"verdict": verdict, "ended": answer.ended}
+        if (other := (against or {}).get(question.id)) is not None:
+            details["against"] = other
         prompts.append(
-            PromptResult(
-                question.id, question.text, answer.text, {MAIN: None if verdict is None else (1 + verdict) / 2},
-                group=question.group,
-                details={"verdict": verdict, "ended": answer.ended} | ({} if other is None else {"against": other}),
-            )
-        )  # fmt: skip
-    return TaskResult(
-        "vicuna", MAIN, _metrics(prompts), prompts, _by_category(prompts),
-        [*excluded, *too_long, *skipped.exclusions()],
-    )  # fmt: skip
-
-
-def _metrics(prompts: Sequence[PromptResult]) -> dict[str, Metric]:
-    verdicts = [prompt.details["verdict"] for prompt in prompts]
-    shares = {
-        name: mean_metric([None if verdict is None else float(verdict == value) for verdict in verdicts])
+            PromptResult(question.id, question.text, answer.text, {MAIN: score}, group=question.group, details=details)
+        )
+    given = [prompt.details["verdict"] for prompt in prompts]
+    metrics = {MAIN: _win_rate(prompts)} | {
+        name: mean_metric([None if verdict is None else float(verdict == value) for verdict in given])
         for name, value in _SHARES.items()
     }
-    return {MAIN: _win_rate(prompts), **shares}
-
-
-def _by_category(prompts: Sequence[PromptResult]) -> dict[str, dict[str, Metric]]:
-    names = sorted({prompt.group for prompt in prompts if prompt.group is not None})
-    return {
+    categories = sorted({prompt.group for prompt in prompts if prompt.group is not None})
+    groups = {
         f"category: {name}": {MAIN: _win_rate([prompt for prompt in prompts if prompt.group == name])}
-        for name in names
+        for name in categories
     }
+    return TaskResult("vicuna", MAIN, metrics, prompts, groups, [*excluded, *too_long, *skipped.exclusions()])
 
 
 def _win_rate(prompts: Sequence[PromptResult]) -> Metric:

@@ -59,10 +59,6 @@ class Agreement:
     without_majority: int
     unjudged: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """The measures as plain JSON values."""
-        return dataclasses.asdict(self)
-
     def lines(self) -> list[str]:
         """Lines of text for the terminal."""
         left_out = f"skipped: {self.without_majority:,} without a majority, {self.unjudged:,} without a verdict"
@@ -72,9 +68,8 @@ class Agreement:
             f"  Cohen's kappa     {self.kappa:.3f}",
         ]
         if self.decided_accuracy is not None:
-            found.append(
-                f"  without ties      {self.decided_accuracy:.3f}   (ties by the judge: {self.judge_ties:.3f})"
-            )
+            ties = f"   (ties by the judge: {self.judge_ties:.3f})"
+            found.append(f"  without ties      {self.decided_accuracy:.3f}{ties}")
         if self.position_bias is not None:
             first = self.first_shown
             toward = "" if first is None else f"   (the response shown first wins {first:.0%} of these)"
@@ -85,71 +80,58 @@ class Agreement:
         return found
 
 
-class Validation:
-    """Measures a judge on responses that people have compared. A judge that is a model is asked in both orders.
+def validation(rows: Sequence[AnnotatedRow], settings: JudgeSettings, journal: Journal, **options: Any) -> Judging:
+    """A judge of rows that people have compared; one that is a model is asked in both orders. See `Judging`."""
+    settings = settings.model_copy(update={"both_orders": settings.function is None})
+    return Judging([one.row for one in rows], settings, journal, **options)
+
+
+def measure_agreement(
+    rows: Sequence[AnnotatedRow], judging: Judging, where: str | None = None
+) -> tuple[Agreement, JudgeReport]:
+    """Asks the questions that have no answer yet, and compares the judge's labels with those of people.
 
     Args:
         rows: See `read_annotated_rows`.
-        settings: Which judge, and how it is asked.
-        journal: Caches the judge's answers.
-        again, device: As in `Judging`.
+        judging: See `validation`, of the same rows.
+        where: Name of the data, for errors.
+
+    Raises:
+        UserError: See `judge_rows`; or no pair has both labels.
     """
-
-    def __init__(
-        self,
-        rows: Sequence[AnnotatedRow],
-        settings: JudgeSettings,
-        journal: Journal,
-        *,
-        again: bool = False,
-        device: str = "auto",
-    ):
-        self.rows = rows
-        settings = settings.model_copy(update={"both_orders": settings.function is None})
-        self.judging = Judging([one.row for one in rows], settings, journal, again=again, device=device)
-
-    def measure(self, where: str) -> tuple[Agreement, JudgeReport]:
-        """Asks the questions that have no answer yet, and compares labels.
-
-        Args:
-            where: Name of the data, for errors.
-
-        Raises:
-            UserError: See `judge_rows`; or no pair has both labels.
-        """
-        rankings, report = self.judging.rankings("validating")
-        labels: list[tuple[int, int]] = []
-        compared = dependent = first_wins = 0
-        for row, ranking in zip(self.rows, rankings, strict=True):
-            if ranking.ranks is None:
-                continue
-            if row.signs is not None:
-                labels += zip(row.signs, pair_signs(ranking.ranks), strict=True)
-            if len(ranking.each) == 2:
-                one_way, other_way = map(pair_signs, ranking.each)
-                compared += len(one_way)
-                for one, other, earlier in zip(one_way, other_way, pair_signs(ranking.shown), strict=True):
-                    dependent += one * other < 0
-                    first_wins += one * other < 0 and one == earlier
-        if not labels:
-            reasons = report.left_out or "no majority among annotators"
-            raise UserError(f"none of {len(self.rows)} records can be compared: {reasons}", where=where)
-        decided = [(a, b) for a, b in labels if a and b]
-        couples = [couple for row in self.rows for couple in row.annotator_pairs]
-        return Agreement(
-            pairs=len(labels),
-            accuracy=_accuracy(labels),
-            kappa=cohens_kappa(labels),
-            decided_accuracy=_accuracy(decided) if decided else None,
-            majority=max(Counter(human for human, _ in labels).values()) / len(labels),
-            judge_ties=sum(judge == 0 for _, judge in labels) / len(labels),
-            position_bias=dependent / compared if compared else None,
-            first_shown=first_wins / dependent if dependent else None,
-            annotators_accuracy=_accuracy(couples) if couples else None,
-            annotators_kappa=cohens_kappa(couples) if couples else None,
-            without_majority=sum(row.signs is None for row in self.rows),
-            unjudged=sum(ranking.ranks is None for ranking in rankings),
-        ), report
+    rankings, report = judging.rankings("validating")
+    labels: list[tuple[int, int]] = []
+    compared = dependent = first_wins = 0
+    for row, ranking in zip(rows, rankings, strict=True):
+        if ranking.ranks is None:
+            continue
+        if row.signs is not None:
+            labels += zip(row.signs, pair_signs(ranking.ranks), strict=True)
+        if len(ranking.each) == 2:
+            one_way, other_way = map(pair_signs, ranking.each)
+            compared += len(one_way)
+            for one, other, earlier in zip(one_way, other_way, pair_signs(ranking.shown), strict=True):
+                dependent += one * other < 0
+                first_wins += one * other < 0 and one == earlier
+    if not labels:
+        reasons = report.left_out or "no majority among annotators"
+        raise UserError(f"none of {len(rows)} records can be compared: {reasons}", where=where)
+    decided = [(a, b) for a, b in labels if a and b]
+    couples = [couple for row in rows for couple in row.annotator_pairs]
+    return Agreement(
+        pairs=len(labels),
+        accuracy=_accuracy(labels),
+        kappa=cohens_kappa(labels),
+        decided_accuracy=_accuracy(decided) if decided else None,
+        majority=max(Counter(human for human, _ in labels).values()) / len(labels),
+        judge_ties=sum(judge == 0 for _, judge in labels) / len(labels),
+        position_bias=dependent / compared if compared else None,
+        first_shown=first_wins / dependent if dependent else None,
+        annotators_accuracy=_accuracy(couples) if couples else None,
+        annotators_kappa=cohens_kappa(couples) if couples else None,
+        without_majority=sum(row.signs is None for row in rows),
+        unjudged=sum(ranking.ranks is None for ranking in rankings),
+    ), report
 
 
 @dataclasses.dataclass(frozen=True)

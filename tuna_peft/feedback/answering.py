@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -61,8 +61,9 @@ def answer_all(
         UserError: `MAX_FAILURES_IN_A_ROW` requests in a row have failed.
     """
     missing = [key for key in questions if key not in journal]
-    run = _Run(journal, questions, ask, missing, Answering(found=len(questions) - len(missing)))
-    with tqdm(total=len(missing), desc=description, delay=2, disable=None, leave=False) as run.bar:
+    outcome = Answering(found=len(questions) - len(missing))
+    with tqdm(total=len(missing), desc=description, delay=2, disable=None, leave=False) as bar:
+        run = _Run(journal, questions, ask, iter(missing), outcome, bar)
         if in_flight is None:
             run.work()
         else:
@@ -70,13 +71,13 @@ def answer_all(
     if run.error is not None:
         raise run.error
     if run.last_failure is not None:
-        kept = f"The {run.outcome.found + run.outcome.asked} answers so far are saved: "
+        kept = f"The {outcome.found + outcome.asked} answers so far are saved: "
         raise UserError(
             f"{MAX_FAILURES_IN_A_ROW} requests in a row have failed, the last with: {run.last_failure.what}",
             where=run.last_failure.where,
             fix=f"{kept}run the same command again to resume. {run.last_failure.fix or ''}".rstrip(),
         )
-    return run.outcome
+    return outcome
 
 
 def _in_threads(run: _Run, count: int) -> None:
@@ -99,38 +100,28 @@ def _in_threads(run: _Run, count: int) -> None:
         for end in ends:
             end.wait()
     except KeyboardInterrupt:
-        run.stop()  # a thread that begins after this asks nothing
+        run.stopped = True  # a thread that begins after this asks nothing
         logger.warning("waiting for the answers to requests already sent; press Ctrl-C again to stop without them")
         for end in list(begun):
             end.wait()
         raise
 
 
+@dataclasses.dataclass
 class _Run:
-    """State shared by the threads of one `answer_all`."""
+    """State shared by the threads of one `answer_all`. Once `stopped`, no further question is asked."""
 
+    journal: Journal
+    questions: Mapping[str, Any]
+    ask: Callable[[Any], Any]
+    left: Iterator[str]
+    outcome: Answering
     bar: Any
-
-    def __init__(
-        self,
-        journal: Journal,
-        questions: Mapping[str, Any],
-        ask: Callable[[Any], Any],
-        missing: list[str],
-        outcome: Answering,
-    ):
-        self.journal, self.questions, self.ask = journal, questions, ask
-        self.outcome = outcome
-        self.error: BaseException | None = None
-        self.last_failure: RequestFailed | None = None
-        self._left = iter(missing)
-        self._stopped = False
-        self._failures_in_a_row = 0
-        self._guard = threading.Lock()
-
-    def stop(self) -> None:
-        """Asks no further question."""
-        self._stopped = True
+    error: BaseException | None = None
+    last_failure: RequestFailed | None = None
+    stopped: bool = False
+    failures_in_a_row: int = 0
+    guard: Any = dataclasses.field(default_factory=threading.Lock)
 
     def work(self) -> None:
         """Asks until nothing is left."""
@@ -141,24 +132,24 @@ class _Run:
             except RequestFailed as failure:
                 self._failed(key, failure)
             except BaseException as error:
-                with self._guard:
+                with self.guard:
                     self.error = self.error or error
-                self.stop()
+                self.stopped = True
             else:
-                with self._guard:
+                with self.guard:
                     self.outcome.asked += 1
-                    self._failures_in_a_row = 0
+                    self.failures_in_a_row = 0
                     self.bar.update()
 
     def _next(self) -> str | None:
-        with self._guard:
-            return None if self._stopped else next(self._left, None)
+        with self.guard:
+            return None if self.stopped else next(self.left, None)
 
     def _failed(self, key: str, failure: RequestFailed) -> None:
-        with self._guard:
+        with self.guard:
             self.outcome.unanswered[key] = failure.what
-            self._failures_in_a_row += 1
+            self.failures_in_a_row += 1
             self.bar.update()
-            if self._failures_in_a_row == MAX_FAILURES_IN_A_ROW:
+            if self.failures_in_a_row == MAX_FAILURES_IN_A_ROW:
                 self.last_failure = failure
-                self.stop()
+                self.stopped = True

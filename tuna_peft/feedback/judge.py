@@ -10,10 +10,10 @@ import itertools
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from tuna_peft.data.ranked import BadRow, Prompt, Record, dense_ranks, normalise
 from tuna_peft.errors import UserError
+from tuna_peft.feedback.counts import Counts
 from tuna_peft.feedback.judges import Question, failed, make_judge
 from tuna_peft.feedback.protocol import MAX_RESPONSES
 from tuna_peft.feedback.settings import JudgeSettings
@@ -23,13 +23,12 @@ from tuna_peft.journal import Journal, content_key
 
 
 @dataclasses.dataclass
-class JudgeReport:
+class JudgeReport(Counts):
     """How many rows were ranked, and what was asked for that.
 
     Args:
         rows: Number of rows.
         ranked: Number of rows with a ranking in which two responses differ in rank.
-        left_out: Number of skipped rows, by reason.
         found: Number of questions that the journal had an answer to.
         asked: Number of questions answered now.
         own_best, own_not_best: With `include_judge_answer`: number of rows in which the judge ranks its own response
@@ -41,7 +40,6 @@ class JudgeReport:
 
     rows: int = 0
     ranked: int = 0
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     found: int = 0
     asked: int = 0
     own_best: int = 0
@@ -51,10 +49,6 @@ class JudgeReport:
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts as plain JSON values."""
-        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +154,7 @@ class Judging:
         device: str = "auto",
     ):
         self.rows, self.settings, self.journal, self.again = rows, settings, journal, again
-        server = settings.server
-        self.spending = Spending.for_server(server) if server else Spending()
+        self.spending = Spending(settings.server)
         self.judge = make_judge(settings, self.spending, device=device)
         self.questions: dict[str, Question] = {}
         self._asked = [self._ask_about(row) for row in rows]
@@ -169,16 +162,11 @@ class Judging:
     def estimate(self) -> Estimate:
         """Estimate of the questions that `rankings` would ask."""
         missing = [question for key, question in self.questions.items() if key not in self.journal]
-        found, server = len(self.questions) - len(missing), self.settings.server
+        found = len(self.questions) - len(missing)
         if self.settings.function is not None:
             return Estimate(found, len(missing), 0, 0, 0.0)
-        tokens_in = sum(
-            estimate_tokens(message["content"]) + 4 for question in missing for message in question.messages
-        )
-        tokens_out = self.settings.max_tokens * len(missing)
-        priced = server is not None and server.price_in is not None
-        cost = self.spending.prices.cost(Usage(len(missing), tokens_in, tokens_out)) if priced else None
-        return Estimate(found, len(missing), tokens_in, tokens_out, cost)
+        sent = (sum(estimate_tokens(message["content"]) + 4 for message in one.messages) for one in missing)
+        return self.spending.estimate(found, ((tokens_in, self.settings.max_tokens) for tokens_in in sent))
 
     def rankings(self, description: str = "judging") -> tuple[list[Ranking], JudgeReport]:
         """Asks the questions without an answer, and reads all answers.
@@ -189,24 +177,23 @@ class Judging:
         report = JudgeReport(rows=len(self.rows))
         for key in self.questions:
             if key in self.journal:
-                self.spending.count(_usage_of(self.journal[key]))
+                self.spending.count(Usage(1, *self.journal[key].get("usage", (0, 0))))
         answering = self.judge.answer(self.journal, self.questions, description)
         report.found, report.asked = answering.found, answering.asked
-        none = len(answering.unanswered) == len(self.questions)
-        if answering.unanswered and (none or self.settings.on_no_answer == "error"):
-            key, reason = next(iter(answering.unanswered.items()))
-            raise UserError(
-                f"{len(answering.unanswered)} of {len(self.questions)} questions have no answer; the first: {reason}",
-                where=self.questions[key].where,
-                fix=None
-                if none
-                else "All other answers are saved: run the same command again to ask these, or set "
-                "`on_no_answer: skip` (--on-no-answer skip) to skip their prompts.",
+        unanswered = answering.unanswered
+        none = len(unanswered) == len(self.questions)
+        if unanswered and (none or self.settings.on_no_answer == "error"):
+            key, reason = next(iter(unanswered.items()))
+            what = f"{len(unanswered)} of {len(self.questions)} questions have no answer; the first: {reason}"
+            fix = (
+                "All other answers are saved: run the same command again to ask these, or set `on_no_answer: skip` "
+                "(--on-no-answer skip) to skip their prompts."
             )
+            raise UserError(what, where=self.questions[key].where, fix=None if none else fix)
         rankings = [self._ranking(row, asked) for row, asked in zip(self.rows, self._asked, strict=True)]
         for ranking in rankings:
             if ranking.reason is not None:
-                report.left_out[ranking.reason] = report.left_out.get(ranking.reason, 0) + 1
+                report.count_skipped(ranking.reason)
                 continue
             report.ranked += 1
             if len(ranking.each) == 2:
@@ -223,21 +210,20 @@ class Judging:
     def records(self, description: str = "judging") -> tuple[list[Record], JudgeReport]:
         """See `judge_rows`."""
         rankings, report = self.rankings(description)
-        records, report.ranked = [], 0
+        records = []
         for row, ranking in zip(self.rows, rankings, strict=True):
             if ranking.ranks is None:
                 continue
             try:
                 records.append(normalise(self._record(row, ranking), str(row.get("id"))).record)
             except BadRow as error:
-                report.left_out[error.reason] = report.left_out.get(error.reason, 0) + 1
+                report.count_skipped(error.reason)
         report.ranked = len(records)
         if not records:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in report.left_out.items())
             answers = (self.journal[key] for key in self.questions if key in self.journal)
             failure = next((f" The first failure: {answer['failed']}." for answer in answers if failed(answer)), "")
             raise UserError(
-                f"the judge ranked none of {len(self.rows)} prompts ({reasons})",
+                f"the judge ranked none of {len(self.rows)} prompts ({report.reasons()})",
                 fix=f"Read its answers in the journal: can this model follow the instructions?{failure}",
             )
         return records, report
@@ -348,7 +334,3 @@ def agreed_ranks(each: Sequence[Sequence[int]]) -> list[int]:
 def pair_signs(ranks: Sequence[int]) -> list[int]:
     """For each pair i < j: 1 if i is better, -1 if j is, 0 for a tie."""
     return [(b > a) - (b < a) for a, b in itertools.combinations(ranks, 2)]
-
-
-def _usage_of(answer: dict[str, Any]) -> Usage:
-    return Usage(1, *answer.get("usage", (0, 0)))

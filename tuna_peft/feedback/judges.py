@@ -200,14 +200,8 @@ class LocalJudge:
 
     def key_parts(self, question: Question) -> dict[str, Any]:
         """The model's name and, if it is a folder, its files."""
-        judge = {
-            "local_model": self.model,
-            "revision": self.settings.revision,
-            "quantization": self.settings.quantization,
-            "files": self._files,
-            "temperature": self.settings.temperature,
-        }
-        return {"judge": judge, "messages": question.messages}
+        settings = {name: getattr(self.settings, name) for name in ("revision", "quantization", "temperature")}
+        return {"judge": {"local_model": self.model, "files": self._files, **settings}, "messages": question.messages}
 
     @functools.cached_property
     def _files(self) -> list[list[Any]]:
@@ -222,6 +216,7 @@ class LocalJudge:
         After an interruption the batches are formed as before, so that rounding does not change an answer: questions
         that the journal has an answer to keep their place in a batch, but nothing is generated for them.
         """
+        from tuna_peft.data.texts import prompt_ids
         from tuna_peft.feedback.local_model import load_local_model
         from tuna_peft.models.generation.generate import context_of, stream_responses
 
@@ -230,24 +225,24 @@ class LocalJudge:
             return outcome
         settings = self.settings
         loaded = load_local_model(settings, self.device)
-        prompts = {key: self._prompt(question, loaded.tokenizer) for key, question in questions.items()}
         context = context_of(loaded.model) or sys.maxsize
-        for key in [key for key, ids in prompts.items() if len(ids) >= context]:
-            ids = prompts.pop(key)
-            outcome.unanswered[key] = f"{len(ids)} tokens do not fit into the judge's context of {context}"
+        prompts = {}
+        for key, question in questions.items():
+            # A model without a chat template continues a text.
+            text = question.messages if loaded.tokenizer.chat_template else question.messages[0]["content"] + "\n\n"
+            prompts[key] = prompt_ids(text, loaded.tokenizer)
+            if len(prompts[key]) >= context:
+                tokens = len(prompts.pop(key))
+                outcome.unanswered[key] = f"{tokens} tokens do not fit into the judge's context of {context}"
         left = list(prompts)
         for attempt in range(settings.attempts):
             for generated in stream_responses(
-                loaded.model,
-                loaded.tokenizer,
-                [prompts[key] for key in left],
-                temperature=_attempt_temperature(settings, attempt),
-                max_new_tokens=settings.max_tokens,
-                seed=f"{settings.seed}-{attempt}",
-                batch_size=settings.batch_size,
+                loaded.model, loaded.tokenizer, [prompts[key] for key in left],
+                temperature=_attempt_temperature(settings, attempt), max_new_tokens=settings.max_tokens,
+                seed=f"{settings.seed}-{attempt}", batch_size=settings.batch_size,
                 done={i for i, key in enumerate(left) if key in journal},
                 description=f"{description}, attempt {attempt + 1}" if attempt else description,
-            ):
+            ):  # fmt: skip
                 key, [text], [ended] = left[generated.index], generated.texts, generated.ended
                 reason = why_unreadable(text, not ended, len(questions[key].responses))
                 if reason is None or attempt + 1 == settings.attempts:
@@ -256,13 +251,6 @@ class LocalJudge:
                     outcome.asked += 1
             left = [key for key in left if key not in journal or journal[key]["attempt"] > attempt]
         return outcome
-
-    def _prompt(self, question: Question, tokenizer: Any) -> list[int]:
-        from tuna_peft.data.texts import prompt_ids
-
-        messages = question.messages
-        # A model without a chat template continues a text.
-        return prompt_ids(messages if tokenizer.chat_template else messages[0]["content"] + "\n\n", tokenizer)
 
 
 # A Python function

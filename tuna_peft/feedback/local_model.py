@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tuna_peft.feedback.settings import JudgeSettings, ScoreSettings
+from tuna_peft.feedback.settings import LocalModelSettings
 from tuna_peft.models.stack.any_model import load_any_model
 from tuna_peft.models.stack.files import AdapterStack
 
 
-def load_local_model(settings: ScoreSettings | JudgeSettings, device: str) -> AdapterStack:
+def load_local_model(settings: LocalModelSettings, device: str) -> AdapterStack:
     """The model that the settings name.
 
     Args:

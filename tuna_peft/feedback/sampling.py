@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError
+from tuna_peft.feedback.counts import Counts
 from tuna_peft.feedback.diversity import similarities
 from tuna_peft.feedback.settings import SampleSettings
 from tuna_peft.journal import Journal, content_key
@@ -87,13 +88,12 @@ class ModelSampler:
 
 
 @dataclass
-class SampleReport:
+class SampleReport(Counts):
     """How many prompts have responses, and how they were sampled.
 
     Args:
         prompts: Number of prompts.
         kept: Number of prompts with at least two different responses.
-        left_out: Number of skipped prompts, by reason.
         draws: Number of prompts, by the sampling attempts that they took.
         alike: Number of kept prompts whose responses are still too similar after the last attempt.
         responses: Number of responses kept.
@@ -106,7 +106,6 @@ class SampleReport:
 
     prompts: int = 0
     kept: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
     draws: dict[str, int] = field(default_factory=dict)
     alike: int = 0
     responses: int = 0
@@ -115,10 +114,6 @@ class SampleReport:
     cut: int = 0
     tokens: int = 0
     seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts as plain JSON values."""
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """A summary for the terminal."""
@@ -129,10 +124,6 @@ class SampleReport:
         dropped = self.empty + self.repeated
         lines += [f"dropped: {self.repeated:,} repeated and {self.empty:,} empty responses"] if dropped else []
         return lines
-
-    def count_skipped(self, reason: str) -> None:
-        """Counts a prompt that is skipped."""
-        self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
 
 def sample_candidates(
@@ -165,20 +156,18 @@ def sample_candidates(
     """
     began, report = time.monotonic(), SampleReport(prompts=len(prompts))
     ids = [prompt_ids(prompt["prompt"], sampler.tokenizer) for prompt in prompts]
-    limit = sampler.context
-    pending = [index for index, tokens in enumerate(ids) if limit is None or len(tokens) < limit]
+    limit = sampler.context or float("inf")
+    pending = [index for index, tokens in enumerate(ids) if len(tokens) < limit]
     kept: dict[int, _Attempt] = {}
     for trial in range(settings.trials):
         temperature = round(settings.temperature + trial * settings.hotter_by, 6)
-        prompts_left = [ids[index] for index in pending]
-        attempts = _attempt_all(sampler, prompts_left, settings, temperature, f"{seed}/{trial}", journal)
+        left = [ids[index] for index in pending]
+        attempts = _attempt_all(sampler, left, settings, temperature, f"{seed}/{trial}", journal)
         for index, attempt in zip(pending, attempts, strict=True):
             report.tokens += sum(attempt.lengths)
             attempt.number = trial + 1
             attempt.alike = attempt.most_alike >= settings.max_similarity
-            before = kept.get(index)
-            if before is None or (attempt.alike, attempt.mean) < (before.alike, before.mean):
-                kept[index] = attempt
+            kept[index] = min(kept.get(index, attempt), attempt, key=lambda one: (one.alike, one.mean))
             kept[index].of = trial + 1
         pending = [index for index in pending if kept[index].alike]
         if not pending:
@@ -191,9 +180,8 @@ def sample_candidates(
             records.append(record)
     report.seconds = round(time.monotonic() - began, 2)
     if not records:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.left_out.items())
         raise UserError(
-            f"none of the {report.prompts} prompts has two different responses ({reasons})",
+            f"none of the {report.prompts} prompts has two different responses ({report.reasons()})",
             fix="Raise the temperature, or sample more responses per prompt.",
         )
     return records, report
@@ -256,11 +244,8 @@ def _candidates(prompt: Record, attempt: _Attempt, report: SampleReport) -> Reco
     report.responses += len(truncated)
     report.cut += sum(truncated.values())
     return {
-        "id": prompt["id"],
-        "prompt": prompt["prompt"],
+        **{key: prompt[key] for key in ("id", "prompt", "reference", "record")},
         "completions": list(truncated),
-        "reference": prompt["reference"],
-        "record": prompt["record"],
         "sampling": {
             "temperature": attempt.temperature,
             "draw": attempt.number,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,16 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from tuna_peft.data.ranked import BadRow, Record, normalise
 from tuna_peft.data.tokenize import encode_ranked
 from tuna_peft.errors import UserError
+from tuna_peft.feedback.counts import Counts
 
 
 @dataclass
-class ScoreReport:
+class ScoreReport(Counts):
     """How many rows were ranked, and what was asked for that.
 
     Args:
         rows: Number of rows.
         scored: Number of rows with scores in which two responses differ.
-        left_out: Number of skipped rows, by reason.
         responses: Number of responses scored.
         tokens: Number of their tokens, as the teacher counts them.
         found: Number of answers that the journal had.
@@ -32,21 +32,12 @@ class ScoreReport:
 
     rows: int = 0
     scored: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
     responses: int = 0
     tokens: int = 0
     found: int = 0
     asked: int = 0
     cut: int = 0
     cost: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts as plain JSON values."""
-        return asdict(self)
-
-    def count_skipped(self, reason: str) -> None:
-        """Counts a row that is skipped."""
-        self.left_out[reason] = self.left_out.get(reason, 0) + 1
 
     def lines(self) -> list[str]:
         """A summary for the terminal."""
@@ -101,10 +92,9 @@ def scored_records(
         pairs = list(zip(answer.logprobs, answer.lengths, strict=True))
         scores = [total / length**length_penalty for total, length in pairs]
         ranked = {key: row.get(key) for key in ("id", "prompt", "reference")}
+        ranked |= {"completions": answer.completions, "scores": scores}
         try:
-            record = normalise(
-                {**ranked, "completions": answer.completions, "scores": scores}, f"prompt {row.get('id')}"
-            ).record
+            record = normalise(ranked, f"prompt {row.get('id')}").record
         except BadRow as error:
             report.count_skipped(error.reason)
             continue
@@ -116,9 +106,8 @@ def scored_records(
         report.tokens += sum(record["lengths"])
     report.rows, report.scored = len(rows), len(records)
     if not records:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.left_out.items())
         raise UserError(
-            f"the teacher ranks none of {len(rows)} prompts ({reasons})",
+            f"the teacher ranks none of {len(rows)} prompts ({report.reasons()})",
             fix="A prompt needs two different responses whose scores differ.",
         )
     return records

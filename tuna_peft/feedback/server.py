@@ -64,15 +64,16 @@ class Server:
 
     def __init__(self, settings: ServerSettings, spending: Spending | None = None):
         try:
+            import httpx2
             import openai
         except ImportError:
             raise UserError("servers need the `openai` package", fix="Install it: pip install openai") from None
-        self.settings = settings
-        self.spending = spending or Spending.for_server(settings)
+        self.settings, self._where = settings, settings.base_url
+        self.spending = spending or Spending(settings)
         self._key = os.environ.get(settings.api_key_env, "").strip()
         if not re.fullmatch(r"[!-~]*", self._key):
             raise UserError("the API key contains spaces or unprintable characters", where=settings.api_key_env)
-        self._openai = openai
+        self._openai, self._response = openai, httpx2.Response
         self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=self._key or "none",  # local servers need no key, but the client requires one
@@ -111,7 +112,7 @@ class Server:
 
     def _send(self, path: str, body: dict[str, Any]) -> bytes:
         try:
-            return self._client.post(path, body=body, cast_to=self._response_class).content
+            return self._client.post(path, body=body, cast_to=self._response).content
         except UnicodeEncodeError:
             raise Refused("the text contains half of a surrogate pair", where=self._where) from None
         except self._openai.APIStatusError as error:
@@ -128,25 +129,12 @@ class Server:
         except self._openai.OpenAIError as error:
             raise BadAnswer(self.scrub(str(error)), where=self._where) from None
 
-    @property
-    def _where(self) -> str:
-        return self.settings.base_url
-
-    @property
-    def _response_class(self) -> Any:
-        import httpx2
-
-        return httpx2.Response
-
     def _fault_of_status(self, status: int, message: str) -> UserError:
         name = self.settings.api_key_env
         if status in (401, 403):
-            reason = f"requires an API key, and {name} is not set"
-            if self._key:
-                reason = f"rejects the API key in {name}"
-            return UserError(
-                f"the server {reason} ({status}: {message})", where=self._where, fix=f"Set {name} to a valid key."
-            )
+            reason = f"rejects the API key in {name}" if self._key else f"requires an API key, and {name} is not set"
+            what = f"the server {reason} ({status}: {message})"
+            return UserError(what, where=self._where, fix=f"Set {name} to a valid key.")
         if status == 402:
             return UserError(f"the account has no credit left ({message})", where=self._where)
         if status in (404, 405):
@@ -227,12 +215,9 @@ def _tokens_of(body: dict[str, Any]) -> int:
 def _usage(data: dict[str, Any], estimate: Usage) -> Usage:
     """The server's count if its numbers are plausible, else the estimate."""
     usage = data.get("usage")
-    counts = (
-        [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [None]
-    )
-    if all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 40 for n in counts):
-        return Usage(1, *counts)
-    return estimate
+    named = usage if isinstance(usage, dict) else {}
+    counts: list[Any] = [named.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return Usage(1, *counts) if all(type(n) is int and 0 <= n < 1 << 40 for n in counts) else estimate
 
 
 def choices(reply: Reply, n: int = 1) -> list[dict[str, Any]]:

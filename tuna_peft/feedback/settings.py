@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, f
 
 from tuna_peft.data.config import MayBeLocal
 
+LOCAL_ONLY = ("revision", "trust_remote_code")
+"""Settings that have no effect without `model`."""
+
 
 class ServerSettings(BaseModel):
     """Where an OpenAI-compatible server is, and how it may be used. None of these values is a secret."""
@@ -40,7 +43,7 @@ class ServerSettings(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Stop before the answers cost more, in the currency of the prices.",
+        description="Stop before the answers cost more, in the prices' currency.",
     )
 
     @field_validator("base_url")
@@ -115,20 +118,24 @@ class GenerateSettings(BaseModel):
     max_tokens: int = Field(512, ge=1, description="Maximum length of a response, in the server's tokens.")
 
 
-class ScoreSettings(BaseModel):
-    """A teacher whose log-probabilities rank the responses: either `model` or `server`."""
+class LocalModelSettings(BaseModel):
+    """A teacher or judge that runs on this machine: what `ScoreSettings` and `JudgeSettings` have in common."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     model: Annotated[str | None, MayBeLocal()] = Field(
-        None,
-        description="A teacher on this machine: Hub id, path, `builtin:pico-llama`, a stack, or a run's folder.",
+        None, description="A model on this machine: Hub id, path, `builtin:pico-llama`, a stack, or a run's folder."
     )
     revision: str | None = Field(None, description="With `model`: branch, tag or commit on the Hub.")
     quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
         "none", description="With `model`: quantization of a single model; a stack keeps its own."
     )
     trust_remote_code: bool = Field(False, description="With `model`: run Python code that comes with the model.")
+
+
+class ScoreSettings(LocalModelSettings):
+    """A teacher whose log-probabilities rank the responses: either `model` or `server`."""
+
     max_tokens_per_batch: int = Field(
         4096, ge=1, description="With `model`: maximum tokens in a forward pass; halved when memory runs out."
     )
@@ -157,30 +164,19 @@ class ScoreSettings(BaseModel):
     def _one_teacher(self) -> ScoreSettings:
         if (self.model is None) == (self.server is None):
             raise ValueError("give either `model` (a teacher on this machine) or `server`")
-        of_model = ("revision", "trust_remote_code")
-        of_server = ("tokenizer", "generate")
-        for name in of_server if self.server is None else of_model:
+        given, other = ("server", LOCAL_ONLY) if self.server else ("model", ("tokenizer", "generate"))
+        for name in other:
             if getattr(self, name):
-                raise ValueError(f"`{name}` has no effect with `{'model' if self.server is None else 'server'}`")
+                raise ValueError(f"`{name}` has no effect with `{given}`")
         if self.generate is not None and self.tokenizer is not None:
             raise ValueError("`tokenizer` has no effect with `generate`: the server counts its own tokens")
         return self
 
 
-class JudgeSettings(BaseModel):
+class JudgeSettings(LocalModelSettings):
     """Who ranks the responses, and how: one of `server`, `model` and `function`."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
-
     server: ServerSettings | None = Field(None, description="A judge behind an OpenAI-compatible server.")
-    model: Annotated[str | None, MayBeLocal()] = Field(
-        None, description="A judge on this machine: Hub id, path, `builtin:pico-llama`, a stack, or a run's folder."
-    )
-    revision: str | None = Field(None, description="With `model`: branch, tag or commit on the Hub.")
-    quantization: Literal["none", "nf4", "fp4", "int8"] = Field(
-        "none", description="With `model`: quantization of a single model; a stack keeps its own."
-    )
-    trust_remote_code: bool = Field(False, description="With `model`: run Python code that comes with the model.")
     function: str | None = Field(
         None,
         description="A Python function as judge, for tasks whose answers can be checked: `module:function` or "
@@ -218,7 +214,7 @@ class JudgeSettings(BaseModel):
         given = [name for name in ("server", "model", "function") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of `server`, `model` and `function`, not {' and '.join(given) or 'none'}")
-        for name in ("revision", "trust_remote_code"):
+        for name in LOCAL_ONLY:
             if self.model is None and getattr(self, name):
                 raise ValueError(f"`{name}` has no effect without `model`")
         if self.function is not None:

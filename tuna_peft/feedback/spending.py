@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -32,18 +32,6 @@ class Usage:
         return Usage(
             self.requests + other.requests, self.tokens_in + other.tokens_in, self.tokens_out + other.tokens_out
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Prices:
-    """Prices of a million tokens, in any currency."""
-
-    tokens_in: float = 0.0
-    tokens_out: float = 0.0
-
-    def cost(self, usage: Usage) -> float:
-        """Cost of `usage`."""
-        return (usage.tokens_in * self.tokens_in + usage.tokens_out * self.tokens_out) / 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +63,33 @@ class Spending:
     A request reserves its maximum cost before it is sent; the real cost replaces that when the answer is there.
 
     Args:
-        prices: See `Prices`.
-        max_cost: None for no limit. It includes what is added with `count`: answers of an earlier, interrupted run.
+        server: Gives the prices of a million tokens and the limit, which includes what is added with `count`: answers
+            of an earlier, interrupted run. Without a server or without prices nothing costs anything.
     """
 
-    def __init__(self, prices: Prices | None = None, max_cost: float | None = None):
-        self.prices, self.max_cost = prices or Prices(), max_cost
+    def __init__(self, server: ServerSettings | None = None):
+        self._prices = (
+            None if server is None or server.price_in is None else (server.price_in, server.price_out or 0.0)
+        )
+        self._max_cost = server.max_cost if server else None
         self.usage = Usage()
         self._reserved = 0.0
         self._guard = threading.Lock()
 
-    @classmethod
-    def for_server(cls, settings: ServerSettings) -> Spending:
-        """A counter with the prices and the limit of the settings; without prices nothing costs anything."""
-        return cls(Prices(settings.price_in or 0.0, settings.price_out or 0.0), settings.max_cost)
-
     @property
     def cost(self) -> float:
         """Cost so far."""
-        return self.prices.cost(self.usage)
+        return self._cost_of(self.usage)
+
+    def estimate(self, found: int, questions: Iterable[tuple[int, int]]) -> Estimate:
+        """Estimate of questions with these tokens (prompt, answer), beside `found` ones that are answered."""
+        usage = sum((Usage(1, *tokens) for tokens in questions), Usage())
+        cost = None if self._prices is None else self._cost_of(usage)
+        return Estimate(found, usage.requests, usage.tokens_in, usage.tokens_out, cost)
+
+    def _cost_of(self, usage: Usage) -> float:
+        price_in, price_out = self._prices or (0.0, 0.0)
+        return (usage.tokens_in * price_in + usage.tokens_out * price_out) / 1e6
 
     def count(self, usage: Usage) -> None:
         """Adds earlier usage."""
@@ -106,14 +102,14 @@ class Spending:
 
         Put the usage of its answer into the list that is yielded; if the list stays empty, nothing is counted.
 
-            Raises:
-                CostLimitReached: Before the request, if `worst` would exceed the limit beside the cost so far and all
-                    reservations.
+        Raises:
+            CostLimitReached: Before the request, if `worst` would exceed the limit beside the cost so far and all
+                reservations.
         """
-        reserve = self.prices.cost(worst)
+        reserve = self._cost_of(worst)
         with self._guard:
-            if self.max_cost is not None and self.cost + self._reserved + reserve > self.max_cost:
-                spent = f"{self.cost:.4f} of at most {self.max_cost:g} is spent"
+            if self._max_cost is not None and self.cost + self._reserved + reserve > self._max_cost:
+                spent = f"{self.cost:.4f} of at most {self._max_cost:g} is spent"
                 raise CostLimitReached(
                     f"{spent}, and another answer could cost {reserve:.4f}",
                     fix="All answers so far are saved. Run the same command with a higher limit to resume.",

@@ -60,12 +60,11 @@ def score_rows(
     keys = [
         content_key(what="score", model=digest, prompt=row["prompt"], completions=row["completions"]) for row in rows
     ]
-    encoded = {}
+    report.found = sum(key in journal for key in keys)
+    encoded: dict[str, dict[str, Any]] = {}
     unusable: dict[str, str] = {}
     for key, row in zip(keys, rows, strict=True):
-        if key in journal:
-            report.found += 1
-        elif key not in encoded and key not in unusable:
+        if key not in journal and key not in encoded and key not in unusable:
             try:
                 encoded[key] = encode_in_order(row, tokenizer, context_of(model))
             except BadRow as error:
@@ -79,7 +78,9 @@ def score_rows(
         else:
             report.count_skipped(unusable[key])
             answers.append(None)
-    return scored_records(rows, answers, settings.length_penalty, _name(digest), report), report
+    name = {key: digest["base"][key] for key in ("model", "revision")}
+    name |= {"quantization": digest["quantization"], "adapters": list(digest["adapters"])}
+    return scored_records(rows, answers, settings.length_penalty, name, report), report
 
 
 def _score(
@@ -117,13 +118,3 @@ def _batches(encoded: dict[str, dict[str, Any]], max_tokens: int) -> list[list[s
 def _tokens(row: dict[str, Any]) -> int:
     """Number of tokens of a prompt and its responses; prefixes that responses share count for each."""
     return len(row["prompt_ids"]) + sum(map(len, row["completions_ids"]))
-
-
-def _name(digest: dict[str, Any]) -> dict[str, Any]:
-    base = digest["base"]
-    return {
-        "model": base["model"],
-        "revision": base["revision"],
-        "quantization": digest["quantization"],
-        "adapters": list(digest["adapters"]),
-    }

@@ -14,8 +14,8 @@ from tuna_peft.errors import UserError
 from tuna_peft.feedback.answering import answer_all
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, is_logprob, scored_records
 from tuna_peft.feedback.server import BadAnswer, Reply, Server, choices, replace_surrogates
-from tuna_peft.feedback.settings import ScoreSettings, ServerSettings
-from tuna_peft.feedback.spending import Estimate, Spending, Usage, estimate_tokens
+from tuna_peft.feedback.settings import ScoreSettings
+from tuna_peft.feedback.spending import Estimate, Usage, estimate_tokens
 from tuna_peft.journal import Journal, content_key
 
 
@@ -60,7 +60,8 @@ def score_with_server(
     for key in questions:
         if key in journal:
             server.spending.count(Usage(1, *journal[key]["usage"]))
-    agree(_estimate(questions, journal, settings.server))
+    missing = [(one.tokens_in, one.tokens_out) for key, one in questions.items() if key not in journal]
+    agree(server.spending.estimate(len(questions) - len(missing), missing))
     outcome = answer_all(
         journal, questions, lambda question: question.ask(), in_flight=settings.server.in_flight, description="scoring"
     )
@@ -95,16 +96,19 @@ class _Scoring:
         """One question for each completion."""
         if self.tokenizer is not None:
             encoded = encode_in_order(row, self.tokenizer, None)
-            ids = encoded["prompt_ids"]
-            sent = [
-                (ids + response, len(ids) + skip)
-                for response, skip in zip(encoded["completions_ids"], encoded["completion_skips"], strict=True)
-            ]
-            return [
-                Question(self._key(tokens, first), functools.partial(self._ask_ids, tokens, first), len(tokens), 1)
-                for tokens, first in sent
-            ]
-        prompt = _text(row["prompt"], row)
+            ids, questions = encoded["prompt_ids"], []
+            for response, skip in zip(encoded["completions_ids"], encoded["completion_skips"], strict=True):
+                tokens, first = ids + response, len(ids) + skip
+                ask = functools.partial(self._ask_ids, tokens, first)
+                questions.append(Question(self._key(tokens, first), ask, len(tokens), 1))
+            return questions
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            raise UserError(
+                "the prompt is a list of messages, and a completions server takes text",
+                where=f"prompt {row.get('id')}",
+                fix="Give `tokenizer`, whose chat template formats the messages, or use another prompt template.",
+            )
         return [
             Question(
                 self._key(prompt + response, len(prompt)), functools.partial(self._ask_text, prompt, response),
@@ -170,13 +174,6 @@ class _Generating:
             reply = self.server.chat(prompt, logprobs=True, **options)
         samples = [generated_sample(choice) for choice in choices(reply, self.settings.n)]
         return {"samples": samples, "usage": [reply.usage.tokens_in, reply.usage.tokens_out]}
-
-
-def _estimate(questions: dict[str, Question], journal: Journal, server: ServerSettings) -> Estimate:
-    missing = [question for key, question in questions.items() if key not in journal]
-    tokens = sum(one.tokens_in for one in missing), sum(one.tokens_out for one in missing)
-    cost = None if server.price_in is None else Spending.for_server(server).prices.cost(Usage(len(missing), *tokens))
-    return Estimate(len(questions) - len(missing), len(missing), *tokens, cost)
 
 
 def echoed_logprobs(reply: Reply, prompt: str, response: str) -> list[float]:
@@ -282,21 +279,7 @@ def _checked(values: Sequence[Any]) -> list[float]:
 
 def _answer(values: Sequence[float | None], reply: Reply) -> dict[str, Any]:
     found = _checked(values)
-    return {
-        "logprob": sum(found),
-        "length": len(found),
-        "usage": [reply.usage.tokens_in, reply.usage.tokens_out],
-    }
-
-
-def _text(prompt: Prompt, row: Record) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    raise UserError(
-        "the prompt is a list of messages, and a completions server takes text",
-        where=f"prompt {row.get('id')}",
-        fix="Give `tokenizer`, whose chat template formats the messages, or use another prompt template.",
-    )
+    return {"logprob": sum(found), "length": len(found), "usage": [reply.usage.tokens_in, reply.usage.tokens_out]}
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:

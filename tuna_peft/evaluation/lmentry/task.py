@@ -73,8 +73,7 @@ def read_lmentry(
             if per_template is None or taken[number] <= per_template:
                 questions.append(question)
     if not questions:
-        what = "; ".join(f"{one.reason}: {', '.join(one.names[:3])}" for one in skipped.exclusions())
-        raise UserError(f"no example can be used ({what})", where=str(folder))
+        raise UserError(f"no example can be used ({skipped})", where=str(folder))
     return questions, skipped.exclusions()
 
 
@@ -108,11 +107,8 @@ def evaluate_lmentry(
         except (KeyError, TypeError, AttributeError, IndexError):
             skipped.add("the example lacks what its rule needs", question.id)
             continue
-        details = {
-            "template": question.record["template_id"],
-            "place": question.record.get("answer_index"),
-            "ended": answer.ended,
-        }
+        template, place = question.record["template_id"], question.record.get("answer_index")
+        details = {"template": template, "place": place, "ended": answer.ended}
         by_task[question.group].append(
             PromptResult(question.id, question.text, answer.text, {MAIN: 100.0 * right}, group=question.group,
                          references=question.references, details=details)
@@ -120,14 +116,8 @@ def evaluate_lmentry(
     _weigh(by_task)
     prompts = [prompt for of_task in by_task.values() for prompt in of_task]
     groups = {f"task: {task}": {MAIN: mean_metric(_scores(of_task))} for task, of_task in by_task.items()}
-    return TaskResult(
-        "lmentry",
-        MAIN,
-        _metrics(by_task, prompts),
-        prompts,
-        groups,
-        [*excluded, *too_long, *skipped.exclusions()],
-    )
+    left_out = [*excluded, *too_long, *skipped.exclusions()]
+    return TaskResult("lmentry", MAIN, _metrics(by_task, prompts), prompts, groups, left_out)
 
 
 def _weigh(by_task: dict[str, list[PromptResult]]) -> None:

@@ -37,11 +37,8 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
     """
     facts = _json(folder / RUN_INFO)
     if facts is None:
-        raise UserError(
-            "this is no folder of a run or an evaluation",
-            where=str(folder),
-            fix=f"Name a folder with {RUN_INFO}, as `run` and `evaluate` make it.",
-        )
+        fix = f"Name a folder with {RUN_INFO}, as `run` and `evaluate` make it."
+        raise UserError("this is no folder of a run or an evaluation", where=str(folder), fix=fix)
     names = facts.pop("stages")
     stages = {name: _json(folder / f"stages/{name}/done.json") for name in names}
     order = facts.pop("evaluated", ["base", *names])
@@ -78,15 +75,12 @@ def _changes(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
 def _by_length(results: Results) -> dict[str, list[dict[str, Any]]]:
     """Pairwise accuracy by stage and by how much longer the better of two responses is."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for stage, tasks in results.items():
-        if (ranking := tasks.get("ranking")) is not None:
-            for name, metrics in ranking.groups.items():
-                metric = metrics[ranking.main]
-                if metric.value is not None:
-                    entry = {"group": name.removeprefix("better / worse length: "), "value": metric.value}
-                    found.setdefault(stage, []).append(
-                        {**entry, "low": metric.low, "high": metric.high, "count": metric.count}
-                    )
+    for stage, ranking in ((stage, tasks["ranking"]) for stage, tasks in results.items() if "ranking" in tasks):
+        for name, metrics in ranking.groups.items():
+            metric = asdict(metrics[ranking.main])
+            if metric["value"] is not None:
+                entry = {key: metric[key] for key in ("value", "low", "high", "count")}
+                found.setdefault(stage, []).append({"group": name.removeprefix("better / worse length: "), **entry})
     return found
 
 
