@@ -3,8 +3,9 @@
     {"id": str, "prompt": str or messages, "completions": [str or messages], "scores": [float] or None,
      "ranks": [int], "reference": str or messages or None, "tools": [object], only where there are some}
 
-A response is a list of messages only where text cannot say it: tool calls, or several turns. Completions are in rank order, best first. Ranks are dense (0, 1, 1, 2) and equal where responses are tied. In errors,
-"candidate 0" is the first response in the order of the file.
+A response is a list of messages only where text cannot say it: tool calls, or several turns. Completions are in rank
+order, best first. Ranks are dense (0, 1, 1, 2) and equal where responses are tied. In errors, "candidate 0" is the
+first response in the order of the file.
 """
 
 from __future__ import annotations

@@ -9,11 +9,8 @@ from typing import Any
 import torch
 
 import tuna_peft
-<<<<<<< HEAD
-from tuna_peft.limits import GIB
-=======
 from tuna_peft.export.output import peak_rss_bytes
->>>>>>> eb285df (Shorten run/: share peak memory and free space with export)
+from tuna_peft.limits import GIB
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
@@ -28,16 +25,8 @@ class Peak:
 
     def as_dict(self) -> dict[str, Any]:
         """`peak_memory_gib`, and `peak_memory_of`: `cuda` or `process`."""
-<<<<<<< HEAD
-        if self._gpu:
-            peak = torch.cuda.max_memory_allocated(self._gpu)
-            return {"peak_memory_gib": round(peak / GIB, 3), "peak_memory_of": "cuda"}
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"peak_memory_gib": round(kib / 2**20, 3), "peak_memory_of": "process"}
-=======
         peak = torch.cuda.max_memory_allocated(self._gpu) if self._gpu else peak_rss_bytes() or 0
-        return {"peak_memory_gib": round(peak / 2**30, 3), "peak_memory_of": "cuda" if self._gpu else "process"}
->>>>>>> eb285df (Shorten run/: share peak memory and free space with export)
+        return {"peak_memory_gib": round(peak / GIB, 3), "peak_memory_of": "cuda" if self._gpu else "process"}
 
 
 def environment() -> dict[str, Any]:
