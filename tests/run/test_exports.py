@@ -45,7 +45,7 @@ def test_a_run_writes_gguf_and_publishes_once(hub, base, tmp_path):
     push = {"repo": "me/small", "base_id": "someone/base", "data_license": "CC0"}
     settings = recipe(base, tmp_path, gguf=["q8_0", "f16"], push=push)
     hub.faults["commit"] = [503]
-    with pytest.raises(UserError, match="the run is complete, but was not published: the Hub has a problem"):
+    with pytest.raises(UserError, match="the run is complete, but was not published: the Hub has a server error"):
         run_recipe(settings, tmp_path / "run")
     assert (tmp_path / "run" / "report.json").is_file()
     assert (tmp_path / "run" / "gguf" / "small-Q8_0.gguf").is_file()
