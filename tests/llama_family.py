@@ -58,10 +58,17 @@ FAMILY: dict[str, tuple[type, dict[str, Any], str]] = {
 }
 
 
+SENTENCEPIECE = ("sentencepiece", "metaspace", "gemma")
+
+
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """A small tokenizer of a kind: `sentencepiece`, `llama3`, `qwen2`, `gpt2`."""
+    """A small tokenizer of a kind: `sentencepiece`, `metaspace`, `gemma`, `llama3`, `qwen2`, `gpt2`.
+
+    The first three are SentencePiece's BPE. A space is put before every text between special tokens, at the beginning
+    only (LLaMA 2 in transformers 5), or nowhere.
+    """
     special = ["<unk>", "<s>", "</s>"]
-    if kind == "sentencepiece":
+    if kind in SENTENCEPIECE:
         bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
         backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -79,18 +86,26 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=380, special_tokens=special, show_progress=False,
-        initial_alphabet=[] if kind == "sentencepiece" else pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=[] if kind in SENTENCEPIECE else pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     backend.train_from_iterator(CORPUS, trainer)
-    if kind == "sentencepiece":
+    if kind in SENTENCEPIECE:
         # Training marks the bytes as added tokens; SentencePiece has them in the vocabulary only.
         model = backend.model
         plain = Tokenizer(model)
         plain.normalizer, plain.decoder = backend.normalizer, backend.decoder
+        if kind == "metaspace":
+            plain.normalizer = None
+            plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        elif kind == "gemma":
+            plain.normalizer = normalizers.Replace(" ", "▁")
+            plain.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+            plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         backend = plain
         backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     backend.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
-    backend.add_tokens([AddedToken("### Instruction:\n", normalized=False)])
+    if kind != "metaspace":  # after such a token, llama.cpp puts a space that transformers does not
+        backend.add_tokens([AddedToken("### Instruction:\n", normalized=False)])
     if kind != "qwen2":
         backend.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(

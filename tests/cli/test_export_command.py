@@ -30,7 +30,7 @@ def test_a_run_gives_its_merged_model_or_its_adapters(run, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"mine-Q4_0.gguf", "mine-F16.gguf", "Modelfile"}
     modelfile = (tmp_path / "out" / "Modelfile").read_text()
     assert modelfile.startswith("FROM ./mine-Q4_0.gguf\n")
-    assert "### Instruction:\n{{ .Prompt }}\n\n### Response:" in modelfile
+    assert r"### Instruction:\n" in modelfile and r"\n\n### Response:" in modelfile
     result = invoke(run, tmp_path / "adapter", "--adapter", "--name", "mine")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "adapter" / "mine-LORA-F32.gguf").is_file()

@@ -14,6 +14,7 @@ from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.templates import PromptTemplate
 
 _BOS, _BOS_AND_SPACE = "{{- bos_token -}}\n", "{{- bos_token + ' ' -}}\n"
+_SPACE_AFTER_EOS = "{{- '' if loop.first else ' ' -}}\n"
 _REFUSAL = "this model knows user and assistant messages only, as in its training prompt"
 
 
@@ -46,10 +47,13 @@ def chat_template_of(prompt: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
             f"{turn}\n"
             "{%- endif -%}"
         )
+    beginning = _beginning(template.no_input.replace("{instruction}", "a"), tokenizer)
+    # A later prompt gets the first token that it had in training, as the first one does.
+    space = _SPACE_AFTER_EOS if beginning == _BOS_AND_SPACE else ""
     return (
-        f"{_beginning(template.no_input.replace('{instruction}', 'a'), tokenizer)}{{%- for message in messages -%}}\n"
+        f"{beginning}{{%- for message in messages -%}}\n"
         "{%- if message['role'] == 'user' -%}\n"
-        f"{turn}\n"
+        f"{space}{turn}\n"
         "{%- elif message['role'] == 'assistant' -%}\n"
         "{{- message['content'] + eos_token -}}\n"
         "{%- else -%}\n"
@@ -60,8 +64,10 @@ def chat_template_of(prompt: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
 
 
 def for_llama_cpp(template: str) -> str:
-    """The template for llama.cpp, which adds LLaMA's space after BOS itself."""
-    return template.replace(_BOS_AND_SPACE, _BOS, 1) if template.startswith(_BOS_AND_SPACE) else template
+    """The template for llama.cpp, which adds LLaMA's space after BOS and EOS itself."""
+    if not template.startswith(_BOS_AND_SPACE):
+        return template
+    return template.replace(_BOS_AND_SPACE, _BOS, 1).replace(_SPACE_AFTER_EOS, "", 1)
 
 
 def _beginning(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

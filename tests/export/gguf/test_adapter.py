@@ -81,7 +81,7 @@ def test_a_combined_adapter_and_a_part_of_the_stack(tiny: Tiny, tmp_path: Path) 
     assert len(deltas(tmp_path / "part" / file)) == 2 * 4
     modelfile = (tmp_path / "out" / "Modelfile").read_text()
     assert modelfile.startswith(f"FROM ./base.gguf\nADAPTER ./{file}\n")
-    assert "### Instruction:\n{{ .Prompt }}\n\n### Response:" in modelfile  # the prompt came along
+    assert r"### Instruction:\n" in modelfile and r"\n\n### Response:" in modelfile  # the prompt came along
 
 
 def test_a_rank_stabilised_adapter_of_plain_peft(tiny: Tiny, tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from chat_templates import PUBLISHED
 from llama_family import FAMILY, ROPE_LINEAR, ROPE_LLAMA3, ROPE_YARN, TEXTS_FOR_LLAMA_CPP, write_model
+from ollama import render, template_of
 from peft import PeftModel
+from test_modelfile import SYSTEM, TALK, tokenizer_with
 from tiny_llama import load_tiny, stack_on
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -215,6 +218,24 @@ def test_the_chat_template_gives_the_tokens_of_training(tmp_path: Path) -> None:
     trained = own(ALPACA_NO_INPUT.replace("{instruction}", "Name three fruits.")).input_ids
     answer = ask(tmp_path / "gguf" / file_name, [], texts=[prompt, prompt.removeprefix("<s>")])
     assert answer.tokens == [trained, trained[1:]]
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "metaspace llama-2", "metaspace mistral"])
+def test_ollama_prompts_have_the_tokens_of_the_chat_template(tmp_path: Path, name: str) -> None:
+    *kind, published = name.split()
+    tokenizer = tokenizer_with(published, *kind)
+    folder = write_model(tmp_path / "model", "llama", vocab_size=len(tokenizer) + 5)
+    tokenizer.save_pretrained(folder)
+    (folder / "tuna_export.json").write_text(json.dumps({"stack": {"prompt": {"template": "chat"}}}))
+    [file] = export_gguf(folder, tmp_path / "gguf", types=["f32"]).files
+    template = template_of(tmp_path / "gguf" / "Modelfile")
+    own = AutoTokenizer.from_pretrained(folder)
+    assert template is not None
+    talks = [TALK[:5]] if "gemma-2" in name else [TALK[:5], [SYSTEM, *TALK[:5]]]
+    answer = ask(tmp_path / "gguf" / file, [], texts=[render(template, talk) for talk in talks])
+    begin = [own.bos_token_id] if answer.adds_bos else []
+    for talk, tokens in zip(talks, answer.tokens, strict=True):
+        assert begin + tokens == own.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize(

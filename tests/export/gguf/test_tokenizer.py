@@ -17,7 +17,7 @@ from tuna_peft.export.gguf.tokenizer import write_tokenizer
 
 def write(tokenizer: PreTrainedTokenizerFast, vocab_size: int = 500) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(None, "llama")
-    write_tokenizer(writer, tokenizer, vocab_size)
+    write_tokenizer(writer, tokenizer, vocab_size, {})
     return writer
 
 

@@ -95,13 +95,14 @@ def export_gguf(
     require_replaceable(out_dir, [folder])
     require_space(out_dir, sum(tensor.nbytes for plan in plans.values() for tensor in plan) + _METADATA * len(plans))
     record = read_record(folder)
+    prompt = record.get("stack", {}).get("prompt", {})
     with atomic_directory(out_dir) as aside:
         for type, plan in plans.items():
             with open_writer(aside / files[type], architecture, name, type) as writer:
                 architecture.write(writer)
-                write_tokenizer(writer, tokenizer, config.vocab_size)
+                write_tokenizer(writer, tokenizer, config.vocab_size, prompt)
                 _write_tensors(writer, plan, source, architecture, files[type])
-        write_modelfile(aside / MODELFILE, files[types[0]], tokenizer, record.get("stack", {}).get("prompt", {}))
+        write_modelfile(aside / MODELFILE, files[types[0]], tokenizer, prompt)
         for licence in [*folder.glob("LICENSE*"), *folder.glob("NOTICE*")]:
             shutil.copyfile(licence, aside / licence.name)
         write_json(aside / RECORD, {**record, "kind": "gguf", "types": types, "files": list(files.values())})
@@ -120,7 +121,7 @@ def require_exportable(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         UserError: llama.cpp cannot run this model or its tokenizer.
     """
     architecture = Architecture.of(config)
-    write_tokenizer(gguf.GGUFWriter(None, architecture.name), tokenizer, config.vocab_size)
+    write_tokenizer(gguf.GGUFWriter(None, architecture.name), tokenizer, config.vocab_size, {})
 
 
 def check_types(types: Sequence[str]) -> list[str]:

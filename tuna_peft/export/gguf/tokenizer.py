@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
@@ -31,13 +32,16 @@ _TEKKEN = (
 _PRE_TOKENIZERS = {_WORDS % "{1,3}": ("llama-bpe", True), _WORDS % "": ("qwen2", False), _TEKKEN: ("tekken", True)}
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+def write_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int, prompt: Mapping[str, Any]
+) -> None:
     """Writes vocabulary, merges, special tokens and chat template as the file's metadata.
 
     Args:
         writer: The writer of the GGUF file.
         tokenizer: A fast tokenizer.
         vocab_size: Rows of the model's embedding; those beyond the vocabulary become unused tokens.
+        prompt: The prompt template of training, as in a stack's manifest; empty when unknown.
 
     Raises:
         UserError: No fast tokenizer, another kind of tokenizer, or more tokens than rows.
@@ -57,7 +61,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
             fix="BPE tokenizers can be exported: SentencePiece's as in LLaMA 2, byte-level ones as in LLaMA 3.",
         )
     sentencepiece = bool(parts["model"].get("byte_fallback"))
-    adds_space = sentencepiece and _adds_space_prefix(parts)
+    adds_space = sentencepiece and _adds_space_prefix(parts, prompt)
     texts, types = _tokens(parts, vocab_size)
     writer.add_token_list(texts)
     writer.add_token_types(types)
@@ -68,21 +72,40 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
         writer.add_token_scores(_scores(parts, texts))
     else:
         _write_byte_level(writer, parts)
-    _write_special_tokens(writer, tokenizer)
+    _write_special_tokens(writer, tokenizer, prompt)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(for_llama_cpp(tokenizer.chat_template))
 
 
-def _adds_space_prefix(parts: dict[str, Any]) -> bool:
-    """Whether a text is encoded as if a space stood before it; two ways to say so are in use."""
+def adds_bos(tokenizer: PreTrainedTokenizerBase, prompt: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp has to put BOS before a prompt to repeat the prompts of training."""
+    # Asked of the tokenizer itself: settings and post-processors that add it come in many forms.
+    if tokenizer.bos_token_id is None or tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        return False
+    if prompt.get("template") != "chat":
+        return True
+    messages = [{"role": "user", "content": "a"}]  # what is rendered was encoded without further tokens
+    return str(tokenizer.apply_chat_template(messages, tokenize=False)).startswith(tokenizer.bos_token)
+
+
+def _adds_space_prefix(parts: dict[str, Any], prompt: Mapping[str, Any]) -> bool:
+    """Whether text at the beginning and after a special token is encoded as if a space stood before it.
+
+    llama.cpp does both or neither. Where transformers does it at the beginning only, a rendered chat, which begins
+    with a special token and has more, needs neither; a plain text needs the first.
+    """
     normalizers = _steps(parts["normalizer"], "normalizers")
-    pre_tokenizers = _steps(parts["pre_tokenizer"], "pretokenizers")
+    # Gemma cuts at spaces, of which its normalizer has left none.
+    is_idle = {"type": "Split", "pattern": {"String": " "}}.items()
+    pre_tokenizers = [step for step in _steps(parts["pre_tokenizer"], "pretokenizers") if not is_idle <= step.items()]
     known = all(step["type"] in ("Prepend", "Replace") for step in normalizers)
     known &= all(step["type"] == "Metaspace" for step in pre_tokenizers)
     if not known:
         raise _cannot_repeat(normalizers + pre_tokenizers)
-    prepended = any(step["type"] == "Prepend" for step in normalizers)
-    return prepended or any(step["prepend_scheme"] != "never" for step in pre_tokenizers)
+    if any(step["type"] == "Prepend" for step in normalizers):
+        return True
+    schemes = {step["prepend_scheme"] for step in pre_tokenizers}
+    return "always" in schemes or ("first" in schemes and prompt.get("template") != "chat")
 
 
 def _scores(parts: dict[str, Any], texts: list[str]) -> list[float]:
@@ -158,12 +181,13 @@ def _tokens(parts: dict[str, Any], vocab_size: int) -> tuple[list[str], list[Tok
     return texts, types
 
 
-def _write_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_special_tokens(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, prompt: Mapping[str, Any]
+) -> None:
     for kind in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{kind}_token_id")
         if index is not None:
             getattr(writer, f"add_{kind}_token_id")(index)
-    # Asked of the tokenizer itself: settings and post-processors that add these tokens come in many forms.
+    writer.add_add_bos_token(adds_bos(tokenizer, prompt))
     encoded = tokenizer("a").input_ids
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and encoded[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(encoded) > 1 and encoded[-1] == tokenizer.eos_token_id)
