@@ -37,11 +37,28 @@ def test_a_run_gives_its_merged_model_or_its_adapters(run, tmp_path):
     assert invoke(run / "base", tmp_path / "base").exit_code == 0
 
 
+def test_files_of_a_run_are_measured_after_writing(run, tmp_path):
+    (run / "divergence_prompts.json").write_text("[[1, 5, 9, 30], [1, 7, 8]]")
+    try:
+        result = invoke(run, tmp_path / "out", "-t", "q8_0", "-t", "f32")
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.count("KL divergence from the stack: mean") == 2
+        assert "KL divergence" not in invoke(run, tmp_path / "out", "--no-check").stdout
+        result = invoke(run, tmp_path / "out", "--base", "auto", "--name", "mine")
+        assert result.exit_code == 0, result.stderr
+        assert "mine-Q8_0.gguf, original base: KL divergence" in result.stdout
+    finally:
+        (run / "divergence_prompts.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["{run}/base", "{run}/out", "--upto", "sft"], "--upto needs a stack"),
-        (["{run}", "{run}/out", "-t", "q3_k"], "'q3_k' cannot be written here"),
+        (["{run}", "{run}/out", "-t", "q3_k"], "unknown GGUF type 'q3_k'"),
+        (["{run}/base", "{run}/out", "--prompts", "x.json"], "--prompts needs a run"),
+        (["{run}", "{run}/out", "--base", "original"], "--base original cannot be used here"),
+        (["{run}", "{run}/out", "--base", "auto"], "no prompts to choose a base with"),
         (["{run}/stack", "{run}/out", "-t", "f16", "-t", "f32"], "an adapter is written in one type"),
         (["{run}/absent", "{run}/out"], "no model here"),
         (["{run}/stack/sft", "{run}/out"], "one adapter of a stack"),

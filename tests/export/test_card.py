@@ -14,7 +14,7 @@ from tiny_llama import Tiny
 
 from tuna_peft.export.card import model_card
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.export.release import Release, collect_release, is_local, without_paths
+from tuna_peft.export.release import Kind, Release, collect_release, is_local, without_paths
 
 METRIC = {"value": 0.625, "low": 0.6, "high": 0.65, "count": 40}
 REPORT: dict[str, Any] = {
@@ -112,6 +112,28 @@ def test_values_of_a_run_cannot_change_the_structure_of_the_card(tiny: Tiny, tmp
     assert release.recipe is not None
     release.recipe["stages"][1]["data"]["path"] = release.recipe["stages"][1]["type"] = harm
     assert structure(model_card(release, "me/mine", data_license=harm)) == plain
+
+
+@pytest.mark.parametrize(
+    ("kind", "export", "relation", "library", "evaluated"),
+    [
+        ("merged", {"kind": "merged", "dtype": "bfloat16"}, "finetune", "transformers", True),
+        ("merged", {"kind": "merged", "dtype": "nf4"}, "quantized", "transformers", False),
+        ("gguf", {"kind": "gguf", "types": ["f16"]}, "finetune", "llama-cpp-python", True),
+        ("gguf", {"kind": "gguf", "types": ["f16", "q4_0"]}, "finetune", "llama-cpp-python", False),
+        ("gguf", {"kind": "gguf-adapter", "types": ["f32"]}, "adapter", "llama-cpp-python", True),
+    ],
+)
+def test_metadata_says_what_the_files_are(
+    tiny: Tiny, tmp_path: Path, kind: Kind, export: dict[str, Any], relation: str, library: str, evaluated: bool
+) -> None:
+    release = release_of(tiny, tmp_path)
+    release.kind, release.export, release.files = kind, export, {"m.gguf": b""}
+    card = ModelCard(model_card(release, "me/mine"))
+    data = card.data.to_dict()
+    assert (data["base_model_relation"], data["library_name"]) == (relation, library)
+    assert ("model-index" in data) == evaluated
+    assert ("quantized files here were not evaluated" in card.content) != evaluated
 
 
 @pytest.mark.parametrize("report", [None, {}, {"evaluation": {"base": {}}}, {"evaluation": {"ranking": {"x": 3}}}])

@@ -49,6 +49,9 @@ def test_a_run_writes_gguf_and_publishes_once(hub, base, tmp_path):
         run_recipe(settings, tmp_path / "run")
     assert (tmp_path / "run" / "report.json").is_file()
     assert (tmp_path / "run" / "gguf" / "small-Q8_0.gguf").is_file()
+    exports = json.loads((tmp_path / "run" / "report.json").read_text())["exports"]
+    measured = {name: exports[f"gguf/small-{name}.gguf"]["divergence"]["kl_mean"] for name in ("Q8_0", "F16")}
+    assert measured["F16"] < measured["Q8_0"]
     run_recipe(settings, tmp_path / "run")
     files = hub.repositories["me/small"].files()
     assert {"stack/stack.json", "stack/sft/adapter_model.safetensors", "adapter_model.safetensors"} <= set(files)

@@ -19,7 +19,7 @@ PROMPTS = 16
 
 def divergence(
     stack: Stack,
-    exports: Annotated[list[Path], typer.Argument(help="Folders written by combine or merge.")],
+    exports: Annotated[list[Path], typer.Argument(help="Folders written by combine, merge or export gguf.")],
     upto: Annotated[
         str | None,
         typer.Option("--upto", help="Compare exports made from the stack up to this stage.", show_default="all"),
@@ -27,7 +27,7 @@ def divergence(
     base_model: BasePath = None,
     prompts: Prompts = None,
 ) -> None:
-    """Measure the KL divergence of combined adapters and merged models from their stack (unmerged adapters)."""
+    """Measure the KL divergence of adapters, merged models and GGUF files from their stack (unmerged adapters)."""
     from tuna_peft.models.stack.find import find_stack
 
     source = find_stack(stack)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tuna_peft.cli.options import Check, Prompts
+
+if TYPE_CHECKING:
+    from tuna_peft.export.gguf.model import GGUFReport
 
 app = typer.Typer(help="Write a model for other programs.", no_args_is_help=True)
 
@@ -28,7 +33,10 @@ def gguf(
     types: Annotated[
         list[str] | None,
         typer.Option(
-            "--type", "-t", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; may be repeated.", show_default="q8_0"
+            "--type",
+            "-t",
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with llama-quantize q4_k_m ...; may be repeated.",
+            show_default="q8_0",
         ),
     ] = None,
     name: Annotated[
@@ -44,21 +52,41 @@ def gguf(
         str | None,
         typer.Option(
             "--base-model",
-            help="For an adapter: path or Hub id of its base model, if it has moved.",
+            help="For a stack or an adapter: path or Hub id of its base model, if it has moved.",
             show_default="as recorded",
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            help="auto: merge a stack into each base, and keep for each type the file with the smaller KL divergence.",
+            show_default="the merged model as it is",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", help="Importance matrix for K-quants, from llama-imatrix.")
+    ] = None,
+    prompts: Prompts = None,
+    check: Check = True,
 ) -> None:
     """Write GGUF files for llama.cpp, Ollama and LM Studio, and a Modelfile with the prompt template of training."""
+    from tuna_peft.cli.divergence import comparison_prompts, print_divergence
     from tuna_peft.errors import UserError
     from tuna_peft.export.gguf import require_gguf
     from tuna_peft.models.stack.manifest import MANIFEST
 
     require_gguf()
     from tuna_peft.export.gguf.adapter import export_gguf_adapter
-    from tuna_peft.export.gguf.model import export_gguf
+    from tuna_peft.export.gguf.model import export_gguf, read_record
 
     folder = Path(source)
+    measured_by: tuple[Path, str] | None = None  # a stack, and the last of its stages in the model
+    if base is not None:
+        if base != "auto" or adapter:
+            raise UserError(f"--base {base} cannot be used here", fix="Use --base auto, for model files of a stack.")
+        _export_choosing_the_base(source, out, types, name, upto, base_model, imatrix, prompts)
+        return
     # A published stack has `stack/` too, beside the combined adapter.
     if (folder / "stack" / MANIFEST).is_file() and not (folder / "adapter_config.json").is_file():
         name = name or folder.resolve().name
@@ -78,7 +106,44 @@ def gguf(
         for option, value in (("--upto", upto), ("--base-model", base_model), ("--adapter", adapter or None)):
             if value is not None:
                 raise UserError(f"{option} needs a stack; this is a single model", where=source)
-        report = export_gguf(folder, out, types=types or ("q8_0",), name=name)
+        report = export_gguf(folder, out, types=types or ("q8_0",), name=name, imatrix=imatrix)
+        record, stack = read_record(folder), folder.resolve().parent / "stack"
+        if record.get("kind") == "merged" and (stack / MANIFEST).is_file():
+            measured_by = stack, record["stack"]["adapters"][-1]["name"]
+    _print_report(report)
+    if measured_by is None:
+        if prompts is not None:
+            raise UserError("--prompts needs a run; there is no stack here to measure against", where=source)
+    elif check and (ids := comparison_prompts(measured_by[0], prompts, base_model)):
+        print_divergence(measured_by[0], [out], ids, upto=measured_by[1], base_model=base_model)
+
+
+def _export_choosing_the_base(
+    source: str,
+    out: Path,
+    types: list[str] | None,
+    name: str | None,
+    upto: str | None,
+    base_model: str | None,
+    imatrix: Path | None,
+    prompts: str | None,
+) -> None:
+    from tuna_peft.cli.divergence import comparison_prompts
+    from tuna_peft.export.gguf.choose import export_gguf_of_stack
+    from tuna_peft.models.stack.find import find_stack
+
+    stack = find_stack(source)
+    report, measured = export_gguf_of_stack(
+        stack, out, comparison_prompts(stack, prompts, base_model), types=types or ("q8_0",),
+        name=name or Path(source).resolve().name, upto=upto, base_model=base_model, imatrix=imatrix,
+    )  # fmt: skip
+    for file, found in measured.items():
+        for chosen, divergence in found.items():
+            typer.echo(f"{file}, {chosen} base: KL divergence from the stack: {divergence}")
+    _print_report(report)
+
+
+def _print_report(report: GGUFReport) -> None:
     for file, size in report.files.items():
         typer.echo(f"wrote {report.path / file}: {size / 2**20:,.1f} MiB")
         if kept := report.kept_in_f16[file]:

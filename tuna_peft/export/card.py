@@ -20,7 +20,8 @@ from tuna_peft.export.release import Release, dump_yaml, is_on_hub
 from tuna_peft.limits import VLLM_LORA_RANKS
 from tuna_peft.rendering import code, render
 
-_LIBRARY = {"adapters": "peft", "merged": "transformers", "gguf": "llama.cpp"}
+# From the Hub's list: huggingface.js, packages/tasks/src/model-libraries.ts
+_LIBRARY = {"adapters": "peft", "merged": "transformers", "gguf": "llama-cpp-python"}
 
 
 def model_card(release: Release, repo_id: str, *, license: str | None = None, data_license: str | None = None) -> str:
@@ -59,11 +60,10 @@ def model_card(release: Release, repo_id: str, *, license: str | None = None, da
 
 def _metadata(release: Release, name: str, license: str | None) -> ModelCardData:
     base = release.base if release.base and "/" in release.base else None
-    relation = {"adapters": "adapter", "merged": "finetune", "gguf": "quantized"}[release.kind]
     results = eval_results(release)
     return ModelCardData(
         base_model=base,
-        base_model_relation=relation if base else None,
+        base_model_relation=release.relation if base else None,
         datasets=[path for path in _data_paths(release).values() if is_on_hub(path)] or None,
         library_name=_LIBRARY[release.kind],
         license=license,

@@ -78,7 +78,9 @@ def evaluation_tables(release: Release) -> dict[str, list[Any]] | None:
 
 
 def eval_results(release: Release) -> list[EvalResult]:
-    """The results after the last stage, for the metadata's `model-index`."""
+    """The results after the last stage, for the metadata's `model-index`; none for files that were not evaluated."""
+    if release.is_quantized:
+        return []
     tasks = ((release.recipe or {}).get("evaluation") or {}).get("tasks") or {}
     found = []
     for m in measured(release, release.stages[-1]) if release.stages else []:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.divergence import Divergence, divergence, iter_logits
+from tuna_peft.export.gguf.load import gguf_files, load_gguf
 from tuna_peft.limits import MERGED_WEIGHTS, available_ram
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.load import resolve_device, resolve_dtype
@@ -38,7 +39,7 @@ def check_exports(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Divergence]:
-    """The KL divergence of combined adapters and merged models from the stack, by export path.
+    """The KL divergence of combined adapters, merged models and GGUF files from the stack, by export path.
 
     One model is loaded at a time. The stack's logits stay in memory meanwhile (4 bytes x tokens x vocabulary: 64 MB
     for 500 tokens at 32k), so use few prompts. Merged models compute in the stack's dtype, so that only the rounding
@@ -47,15 +48,16 @@ def check_exports(
 
     Args:
         stack_dir: The folder with `stack.json`.
-        exports: Folders of `combine_stack` and `merge_stack`.
+        exports: Folders of `combine_stack` and `merge_stack`; GGUF files, or folders of them, each file measured.
         prompts: Token ids of each prompt.
         dtype: Dtype of weights and computation; `auto` is the dtype of training, from the manifest.
         upto, base_model, device, trust_remote_code: As in `AdapterStack.from_pretrained`.
 
     Raises:
-        UserError: A broken stack, or no prompts.
+        UserError: A broken stack, no prompts, or a GGUF file that transformers cannot read.
     """
-    folders = [Path(export) for export in exports]
+    given = [Path(export) for export in exports]
+    folders = [path for export in given for path in gguf_files(export) or [export]]
     adapters = [folder for folder in folders if (folder / "adapter_config.json").is_file()]
     comparison = ExportComparison(
         stack_dir,
@@ -108,6 +110,7 @@ class ExportComparison:
             trust_remote_code=trust_remote_code,
         )
         self._logits = list(iter_logits(stack.model, self._batches))
+        self._config = stack.model.config
         self._base: Any = stack.model.unload() if isinstance(stack.model, PeftModel) else stack.model
 
     def base(self) -> Divergence:
@@ -122,9 +125,11 @@ class ExportComparison:
         return result
 
     def model(self, folder: Path) -> Divergence:
-        """The divergence of a merged model, loaded by plain transformers. Frees the stack's base."""
+        """The divergence of a merged model or a GGUF file, loaded by plain transformers. Frees the stack's base."""
         self._base = None
         free_memory()
+        if folder.suffix == ".gguf":
+            return self._divergence(load_gguf(folder, self._config, self._dtype, self._device), folder.name)
         with tempfile.TemporaryDirectory(prefix=".offload.", dir=folder.parent) as offload:
             merged: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
                 folder,

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token, try_to_load_from_cache
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from tuna_peft.errors import UserError
+from tuna_peft.export.base_card import base_card
 from tuna_peft.export.card import model_card
 from tuna_peft.export.release import Kind, Release, collect_release
-from tuna_peft.models.base.load import resolve_model_path
 
 logger = logging.getLogger("tuna_peft")
-_BUILTIN_LICENSE = "apache-2.0"
 
 
 @dataclass(frozen=True)
@@ -131,17 +130,8 @@ def require_token() -> None:
 
 def _license_of(release: Release) -> str | None:
     """The base's license from its model card, if that is on this disk; asking the Hub would need a network."""
-    if release.base is None:
-        return None
-    if release.base.startswith("builtin:"):
-        return _BUILTIN_LICENSE
-    cached = try_to_load_from_cache(release.base, "README.md", revision=release.revision)
-    folder = Path(resolve_model_path(release.base))
-    for file in (Path(cached) if isinstance(cached, str) else None, folder / "README.md"):
-        if file is not None and file.is_file():
-            found = ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
-            return found if isinstance(found, str) else None
-    return None
+    found = None if release.base is None else base_card(release.base, release.revision).get("license")
+    return found if isinstance(found, str) else None
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ class Release:
         base: The base's Hub id or `builtin:` name; None for a local model without one.
         recipe: The run's recipe without local paths; None without a run.
         report: The run's `report.json`; empty without one.
+        export: The export's own record (`tuna_export.json`); empty for adapters.
     """
 
     kind: Kind
@@ -45,6 +46,22 @@ class Release:
     base: str | None
     recipe: dict[str, Any] | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights in the files have fewer than 16 bits, unlike in the model that was evaluated."""
+        return self.export.get("dtype") == "nf4" or any(
+            type not in ("f32", "f16", "bf16") for type in self.export.get("types", ())
+        )
+
+    @property
+    def relation(self) -> str:
+        """The relation to the base in the Hub's terms: `adapter`, `finetune` or `quantized`."""
+        if self.kind == "adapters" or self.export.get("kind") == "gguf-adapter":
+            return "adapter"
+        # A GGUF file is a quantization of the merged model, and that is a fine-tune of the base.
+        return "quantized" if self.export.get("dtype") == "nf4" else "finetune"
 
     @property
     def revision(self) -> str | None:
@@ -98,7 +115,7 @@ def collect_release(
     if not stack:
         raise UserError("no record of the base and stages of this model", where=str(folder), fix="Export it again.")
     base = public_base(found, stack["base"]["model"], base_id)
-    release = Release(found, {}, _renamed(stack, base), base)
+    release = Release(found, {}, _renamed(stack, base), base, export=record)
     if found == "adapters":
         _add_adapters(release, folder, run, workdir)
     else:

@@ -56,8 +56,8 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     """Combines and merges the stack as the recipe says, and measures each export against the unmerged adapters.
 
     Returns:
-        For each export (`combined`, `merged`, `gguf`) what was written, and for the first two their `divergence` on
-        prompts of the run's data.
+        For each export (`combined`, `merged`, `gguf/FILE`) what was written, and its `divergence` on prompts of the
+        run's data.
     """
     settings, stack = run.recipe.export, run.path / "stack"
     if (done := run.load("exports.json")) is not None:
@@ -77,14 +77,13 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     if settings.gguf:
         from tuna_peft.export.gguf.model import export_gguf  # imports the optional package `gguf`
 
-        exports["gguf"] = _as_dict(
-            export_gguf(run.path / "merged", run.path / "gguf", types=settings.gguf, name=run.recipe.name)
-        )
+        report = export_gguf(run.path / "merged", run.path / "gguf", types=settings.gguf, name=run.recipe.name)
+        exports["gguf"] = _as_dict(report)
+        exports |= {f"gguf/{file}": {"path": f"gguf/{file}", "nbytes": size} for file, size in report.files.items()}
     prompts = divergence_prompts(inputs, settings.divergence_prompts)
     run.save(DIVERGENCE_PROMPTS, prompts)  # `tuna-peft merge` measures on the same prompts later
     if exports and prompts:
-        # GGUF files are left to llama.cpp's own tools: nothing here runs them.
-        folders = {name: run.path / name for name in exports if name != "gguf"}
+        folders = {name: run.path / name for name in exports if name != "gguf"}  # its files are measured
         measured = check_exports(stack, folders.values(), prompts, dtype=base.dtype, **loading)
         for name, folder in folders.items():
             divergence = measured[str(folder)]

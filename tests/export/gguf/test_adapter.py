@@ -115,6 +115,14 @@ def test_parts_of_a_stack_and_unfit_bases_are_refused(tiny: Tiny, tmp_path: Path
     refuses("DoRA", tmp_path / "dora")
 
 
+def test_a_file_says_that_it_is_an_adapter_of_its_base(tiny: Tiny, tmp_path: Path) -> None:
+    [file] = export_gguf_adapter(tiny.stack, tmp_path / "out", name="mine").files
+    fields = gguf.GGUFReader(tmp_path / "out" / file).fields
+    assert fields["general.type"].contents() == "adapter"
+    assert fields["general.name"].contents() == "mine"
+    assert "general.base_model.count" not in fields  # the base is a folder of this machine
+
+
 def test_queries_of_other_families_keep_their_order(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "qwen2")
     stack = write_stack(tmp_path / "stack", str(base), "none", sft=SFT)

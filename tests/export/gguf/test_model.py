@@ -192,6 +192,26 @@ def test_yarn_is_written_with_what_llama_cpp_needs(tmp_path: Path) -> None:
     assert found["qwen2.rope.scaling.original_context_length"] == 64
 
 
+def test_general_keys_are_those_of_the_converter(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m", "llama")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en, de]\nbase_model: x/y\n---\n")
+    [file] = export_gguf(source, tmp_path / "plain", types=["q8_0"]).files
+    found = {key: value for key, value in values(tmp_path / "plain" / file).items() if key.startswith("general.")}
+    parameters = sum(math.prod(tensor.shape) for tensor in load_file(source / "model.safetensors").values())
+    assert found == {
+        "general.architecture": "llama", "general.type": "model", "general.name": "m", "general.file_type": 7,
+        "general.license": "apache-2.0", "general.languages": ["en", "de"], "general.quantization_version": 2,
+        "general.size_label": f"{round(parameters / 1000)}K",
+    }  # fmt: skip
+    stack = {"base": {"model": "some-org/some-base-1B", "revision": "abc"}, "prompt": {}}
+    (source / "tuna_export.json").write_text(json.dumps({"kind": "merged", "stack": stack}))
+    [file] = export_gguf(source, tmp_path / "tuned", types=["q8_0"]).files
+    found = values(tmp_path / "tuned" / file)
+    assert found["general.base_model.count"] == 1
+    assert found["general.base_model.0.repo_url"] == "https://huggingface.co/some-org/some-base-1B"
+    assert "general.license" not in found  # that of the base is not at hand
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
@@ -228,7 +248,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             export_gguf(source, tmp_path / "out", **options)
 
     source = write_model(tmp_path / "source", "llama")
-    refuses("'q4_k_m' cannot be written here\n.*llama-quantize", types=["Q4_K_M"])
+    refuses("unknown GGUF type 'q4_2'\n.*llama-quantize", types=["Q4_2"])
     refuses("no GGUF type", types=[])
     embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
     edit_tensors(source, **{"model.embed_tokens.weight": embedding[:-3].clone()})

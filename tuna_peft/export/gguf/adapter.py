@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import gguf
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from tuna_peft.errors import UserError
 from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.gguf.architecture import Architecture
+from tuna_peft.export.gguf.metadata import general_metadata
 from tuna_peft.export.gguf.model import GGUFReport, open_writer, read_record
 from tuna_peft.export.gguf.modelfile import MODELFILE, write_modelfile
 from tuna_peft.export.gguf.tensors import TYPES, GGUFTensor, reorder_heads, tensor_name
@@ -69,10 +72,13 @@ def export_gguf_adapter(
         )
     file = f"{name}-LORA-{type.upper()}.gguf"
 
+    parameters = sum(math.prod(tensor.shape) for pair in plan.values() for tensor in pair)
+    metadata = general_metadata(name, asdict(manifest), None, parameters)
+
     require_replaceable(out_dir, [folder])
     require_space(out_dir, sum(tensor.nbytes for pair in plan.values() for tensor in pair))
     with atomic_directory(out_dir) as aside:
-        with open_writer(aside / file, architecture, name, type) as writer:
+        with open_writer(aside / file, architecture, metadata, type) as writer:
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))

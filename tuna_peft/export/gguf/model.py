@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import math
 import os
 import shutil
 import time
@@ -14,19 +16,24 @@ from typing import Any
 
 import gguf
 import torch
+from gguf import Metadata
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.base_weight import skeleton
 from tuna_peft.export.gguf.architecture import Architecture
+from tuna_peft.export.gguf.llama_quantize import K_QUANTS, find_llama_quantize, quantize
+from tuna_peft.export.gguf.metadata import general_metadata
 from tuna_peft.export.gguf.modelfile import MODELFILE, write_modelfile
-from tuna_peft.export.gguf.tensors import TYPES, GGUFTensor, plan_tensors, unaligned
+from tuna_peft.export.gguf.tensors import BELOW_8_BITS, TYPES, GGUFTensor, plan_tensors, unaligned
 from tuna_peft.export.gguf.tokenizer import write_tokenizer
 from tuna_peft.export.output import RECORD, require_replaceable, require_space
 from tuna_peft.export.safetensors_stream import SafetensorsReader
 from tuna_peft.files import atomic_directory, write_json
 from tuna_peft.models.base.load import resolve_model_path, safetensors_files
+
+logger = logging.getLogger("tuna_peft")
 
 _METADATA = 64 << 20  # allowed for tokenizer and headers when space is checked
 
@@ -54,6 +61,7 @@ def export_gguf(
     *,
     types: Sequence[str] = ("q8_0",),
     name: str | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
 ) -> GGUFReport:
     """Writes a model as `NAME-TYPE.gguf`, one file per type, with an Ollama `Modelfile` for the first.
 
@@ -62,15 +70,21 @@ def export_gguf(
     Args:
         model: A merged model's folder, or that of any LLaMA, Mistral, Qwen 2 or Qwen 3 in safetensors; `builtin:`.
         out_dir: Appears whole or not at all; an earlier export there is replaced.
-        types: Number formats, see `TYPES`.
+        types: Number formats, see `TYPES`; and `K_QUANTS` if llama.cpp's `llama-quantize` is installed.
         name: The model's name; by default that of its folder.
+        imatrix: An importance matrix for the K-quants, as `llama-imatrix` writes it.
 
     Raises:
-        UserError: An unknown type, a model or tokenizer that llama.cpp cannot run, a checkpoint that does not fit its
-            configuration, no space, or an `out_dir` in use.
+        UserError: An unknown type, a type or importance matrix without `llama-quantize`, a model or tokenizer that
+            llama.cpp cannot run, a checkpoint that does not fit its configuration, no space, or an `out_dir` in use.
     """
     start = time.perf_counter()
     types = check_types(types)
+    k_quants = [type for type in types if type in K_QUANTS]
+    program = find_llama_quantize() if k_quants else ""
+    if imatrix is not None and not (k_quants and Path(imatrix).is_file()):
+        what = f"no file {imatrix}" if k_quants else "an importance matrix has no effect on these types"
+        raise UserError(what, fix=f"Give the file of llama-imatrix, with some of {', '.join(K_QUANTS)}.")
     folder = Path(resolve_model_path(os.fspath(model)))
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -88,28 +102,44 @@ def export_gguf(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = {key: tuple(value.shape) for key, value in skeleton(folder, None).state_dict().items()}
     stored = {key: spec.shape for key, spec in source.specs.items()}
-    plans = {type: plan_tensors(architecture, expected, stored, type) for type in types}
+    # K-quants are made from a lossless file, so that nothing is rounded twice.
+    lossless = "bf16" if {spec.dtype for spec in source.specs.values()} == {"BF16"} else "f32"
+    written = [type for type in types if type not in k_quants]
+    if k_quants and lossless not in written:
+        written.append(lossless)
+    plans = {type: plan_tensors(architecture, expected, stored, type) for type in written}
     name = name or folder.resolve().name
-    files = {type: f"{name}-{type.upper()}.gguf" for type in types}
+    files = {type: f"{name}-{type.upper()}.gguf" for type in [*types, *written]}
 
     require_replaceable(out_dir, [folder])
-    require_space(out_dir, sum(tensor.nbytes for plan in plans.values() for tensor in plan) + _METADATA * len(plans))
+    needed = sum(tensor.nbytes for plan in plans.values() for tensor in plan) + _METADATA * len(plans)
+    require_space(out_dir, needed + needed * len(k_quants) // (2 * len(plans)))
     record = read_record(folder)
-    prompt = record.get("stack", {}).get("prompt", {})
+    stack = record.get("stack", {})
+    prompt = stack.get("prompt", {})
+    metadata = general_metadata(name, stack, folder, sum(math.prod(shape) for shape in expected.values()))
+    _warn_of_two_grids(record, types)
     with atomic_directory(out_dir) as aside:
         for type, plan in plans.items():
-            with open_writer(aside / files[type], architecture, name, type) as writer:
+            with open_writer(aside / files[type], architecture, metadata, type) as writer:
                 architecture.write(writer)
                 write_tokenizer(writer, tokenizer, config.vocab_size, prompt)
                 _write_tensors(writer, plan, source, architecture, files[type])
+        for type in k_quants:
+            quantize(program, aside / files[lossless], aside / files[type], type, imatrix)
+        for type in set(written) - set(types):
+            (aside / files.pop(type)).unlink()
         write_modelfile(aside / MODELFILE, files[types[0]], tokenizer, prompt)
-        for licence in [*folder.glob("LICENSE*"), *folder.glob("NOTICE*")]:
-            shutil.copyfile(licence, aside / licence.name)
+        for license in [*folder.glob("LICENSE*"), *folder.glob("NOTICE*")]:
+            shutil.copyfile(license, aside / license.name)
         write_json(aside / RECORD, {**record, "kind": "gguf", "types": types, "files": list(files.values())})
     return GGUFReport(
         path=Path(out_dir),
         files={file: (Path(out_dir) / file).stat().st_size for file in files.values()},
-        kept_in_f16={files[type]: [tensor.name for tensor in unaligned(plan, type)] for type, plan in plans.items()},
+        kept_in_f16={
+            file: [tensor.name for tensor in unaligned(plans[type], type)] if type in plans else []
+            for type, file in files.items()
+        },
         seconds=time.perf_counter() - start,
     )
 
@@ -128,14 +158,14 @@ def check_types(types: Sequence[str]) -> list[str]:
     """The types in lower case, each once.
 
     Raises:
-        UserError: None, or one that Python cannot write.
+        UserError: None, or one that is unknown.
     """
     wanted = list(dict.fromkeys(type.lower() for type in types))
     for type in wanted:
-        if type not in TYPES:
+        if type not in (*TYPES, *K_QUANTS):
             raise UserError(
-                f"GGUF type {type!r} cannot be written here",
-                fix=f"Use one of {', '.join(TYPES)}. For K-quants run llama.cpp's llama-quantize on a bf16 file.",
+                f"unknown GGUF type {type!r}",
+                fix=f"Use one of {', '.join(TYPES)}; with llama-quantize also {', '.join(K_QUANTS)}.",
             )
     if not wanted:
         raise UserError("no GGUF type to write", fix=f"Give some of {', '.join(TYPES)}.")
@@ -143,11 +173,11 @@ def check_types(types: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_writer(path: Path, architecture: Architecture, name: str, type: str) -> Iterator[gguf.GGUFWriter]:
+def open_writer(path: Path, architecture: Architecture, metadata: Metadata, type: str) -> Iterator[gguf.GGUFWriter]:
     """A writer with the entries that every file has; closed however the block ends."""
     writer = gguf.GGUFWriter(path, architecture.name)
     with contextlib.closing(writer):
-        writer.add_name(name)
+        metadata.set_gguf_meta_model(writer)
         writer.add_file_type(TYPES[type][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         yield writer
@@ -177,6 +207,19 @@ def _write_tensors(
                 weight = source.read(tensor.source, cpu)
                 writer.write_tensor_data(tensor.convert(weight, architecture.rotated_heads(tensor.source)))
             bar.update(tensor.nbytes)
+
+
+def _warn_of_two_grids(record: dict[str, Any], types: Sequence[str]) -> None:
+    """Warns that weights that were quantized to 4 bits once will be quantized a second time."""
+    coarse = [type for type in types if type in (*BELOW_8_BITS, *K_QUANTS)]
+    quantization = record.get("stack", {}).get("quantization") or {}
+    if coarse and record.get("base") != "original" and quantization.get("load_in_4bit"):
+        logger.warning(
+            "GGUF %s: this model was merged into the dequantized base, so its weights are quantized a second "
+            "time. Merging into the original base (`--base original`) may be closer: compare with `tuna-peft "
+            "divergence`, or let `tuna-peft export gguf STACK OUT --base auto` choose.",
+            ", ".join(coarse),
+        )
 
 
 def read_record(folder: Path) -> dict[str, Any]:

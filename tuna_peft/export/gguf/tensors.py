@@ -25,7 +25,7 @@ TYPES = {
     "q4_1": (Format.Q4_1, gguf.LlamaFileType.MOSTLY_Q4_1),
     "q4_0": (Format.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
-_BELOW_8_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
+BELOW_8_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
 # Stored by old checkpoints although it follows from the configuration.
 _DERIVED = (".rotary_emb.inv_freq", ".masked_bias")
 _PART = 1 << 22  # values converted at a time: 16 MB in fp32
@@ -164,7 +164,7 @@ def _format(shape: tuple[int, ...], type: str, is_head: bool) -> Format:
     wanted = TYPES[type][0]
     if len(shape) == 1:
         return Format.F32
-    if is_head and type in _BELOW_8_BITS:
+    if is_head and type in BELOW_8_BITS:
         wanted = Format.Q8_0
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if shape[-1] % block == 0 else Format.F16
