@@ -11,8 +11,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -47,6 +49,17 @@ ROPE_LLAMA3 = {
 ROPE_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 ROPE_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
+ROPE_GEMMA = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+# Of 16 numbers of a head 12 are rotated, in pairs.
+ROPE_LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 256, "short_factor": [1.0 + 0.05 * i for i in range(6)],
+    "long_factor": [2.0 + 0.5 * i for i in range(6)],
+}  # fmt: skip
+
 # Family -> configuration and the kind of its tokenizer.
 FAMILY: dict[str, tuple[type, dict[str, Any], str]] = {
     "llama": (LlamaConfig, {}, "sentencepiece"),
@@ -55,17 +68,46 @@ FAMILY: dict[str, tuple[type, dict[str, Any], str]] = {
     "mistral": (MistralConfig, {"sliding_window": 128, "head_dim": 32}, "sentencepiece"),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}, "qwen2"),
     "qwen3": (Qwen3Config, {"head_dim": 128}, "qwen2"),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            "num_hidden_layers": 7,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 24,
+            "tie_word_embeddings": True,
+            "rope_parameters": ROPE_GEMMA,
+        },
+        "gemma",
+    ),
+    "phi3": (Phi3Config, {"sliding_window": 128}, "phi3"),
+    "phi4": (
+        Phi3Config,
+        {
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": ROPE_LONG,
+        },
+        "phi4",
+    ),
 }
 
 
-SENTENCEPIECE = ("sentencepiece", "metaspace", "gemma")
+SENTENCEPIECE = ("sentencepiece", "metaspace", "gemma", "phi3")
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """A small tokenizer of a kind: `sentencepiece`, `metaspace`, `gemma`, `llama3`, `qwen2`, `gpt2`.
+    """A small tokenizer of a kind: `sentencepiece`, `metaspace`, `gemma`, `phi3`, `llama3`, `qwen2`, `gpt2`, `phi4`,
+    `phi4-mini`.
 
-    The first three are SentencePiece's BPE. A space is put before every text between special tokens, at the beginning
-    only (LLaMA 2 in transformers 5), or nowhere.
+    The first four are SentencePiece's BPE. A space is put before every text between special tokens, at the beginning
+    only (LLaMA 2 in transformers 5), nowhere, or as in the first with white space after special tokens dropped.
     """
     special = ["<unk>", "<s>", "</s>"]
     if kind in SENTENCEPIECE:
@@ -78,7 +120,7 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         special += bytes_
     else:
         backend = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
-        cut = {"llama3": LLAMA3, "qwen2": QWEN2}.get(kind)
+        cut = {"llama3": LLAMA3, "qwen2": QWEN2, "phi4": LLAMA3, "phi4-mini": O200K}.get(kind)
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut is None)
         backend.pre_tokenizer = (
             pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(cut), "isolated"), level]) if cut else level
@@ -103,8 +145,10 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
             plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         backend = plain
         backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
-    if kind != "metaspace":  # after such a token, llama.cpp puts a space that transformers does not
+    backend.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False, rstrip=kind == "phi3")])
+    if kind == "phi3":
+        backend.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    if kind not in ("metaspace", "phi3"):  # after such a token, llama.cpp puts a space that transformers does not
         backend.add_tokens([AddedToken("### Instruction:\n", normalized=False)])
     if kind != "qwen2":
         backend.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])

@@ -70,10 +70,12 @@ class Answer:
 
 
 def ask(model: Path, prompts: list[list[int]], *, texts: list[str] | None = None, lora: Path | None = None) -> Answer:
-    """Runs llama.cpp on a file."""
+    """Runs llama.cpp on a file, in a context of 256 tokens or what the file says if that is less."""
+    fields = gguf.GGUFReader(model).fields
+    [longest] = [field.contents() for key, field in fields.items() if key.endswith(".context_length")]
     request = {
         "model": str(model), "lora": str(lora) if lora else None, "texts": texts or [], "prompts": prompts,
-        "newTokens": NEW_TOKENS, "contextSize": 256,
+        "newTokens": NEW_TOKENS, "contextSize": min(256, longest),
     }  # fmt: skip
     script = Path(__file__).with_name("llama_cpp.mjs")
     done = subprocess.run(
@@ -226,7 +228,8 @@ def test_ollama_prompts_have_the_tokens_of_the_chat_template(tmp_path: Path, nam
     tokenizer = tokenizer_with(published, *kind)
     folder = write_model(tmp_path / "model", "llama", vocab_size=len(tokenizer) + 5)
     tokenizer.save_pretrained(folder)
-    (folder / "tuna_export.json").write_text(json.dumps({"stack": {"prompt": {"template": "chat"}}}))
+    stack = {"base": {"model": "x/y", "revision": None}, "prompt": {"template": "chat"}}
+    (folder / "tuna_export.json").write_text(json.dumps({"stack": stack}))
     [file] = export_gguf(folder, tmp_path / "gguf", types=["f32"]).files
     template = template_of(tmp_path / "gguf" / "Modelfile")
     own = AutoTokenizer.from_pretrained(folder)
@@ -268,4 +271,4 @@ def test_every_family(
     assert answer.adds_bos == (tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
     for text, tokens in zip(TEXTS_FOR_LLAMA_CPP, answer.tokens, strict=True):
         assert tokens == tokenizer(text, add_special_tokens=False).input_ids, text
-    assert kl < 1e-8
+    assert kl < (1e-5 if family == "gemma3" else 1e-8)  # llama.cpp looks GELU up in a table of fp16

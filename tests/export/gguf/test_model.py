@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from llama_family import FAMILY, ROPE_LLAMA3, ROPE_YARN, TEXTS, write_model
+from llama_family import FAMILY, ROPE_GEMMA, ROPE_LLAMA3, ROPE_YARN, TEXTS, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -48,8 +48,8 @@ def ids_for(folder: str | Path) -> torch.Tensor:
     return torch.tensor([[(7 * i + 3) % size for i in range(40)]])
 
 
-# transformers' loader drops the biases of a LLaMA's attention; llama.cpp has them, see test_llama_cpp.py.
-@pytest.mark.parametrize("family", sorted(set(FAMILY) - {"llama-bias"}))
+# transformers' loader drops biases of a LLaMA's attention and RoPE scaling; see test_measured.py and test_llama_cpp.py.
+@pytest.mark.parametrize("family", sorted(set(FAMILY) - {"llama-bias", "gemma3", "phi3", "phi4"}))
 def test_transformers_reads_the_same_function(tmp_path: Path, family: str) -> None:
     source = write_model(tmp_path / "source", family)
     report = export_gguf(source, tmp_path / "out", types=["f32", "q8_0"])
@@ -76,11 +76,11 @@ def test_transformers_reads_the_same_tokenizer(tmp_path: Path, family: str) -> N
     assert found["tokenizer.ggml.add_bos_token"] == (FAMILY[family][2] != "qwen2")
     types = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True))
     assert types["<|end|>"] == gguf.TokenType.CONTROL
-    assert types["### Instruction:\n"] == gguf.TokenType.USER_DEFINED
+    assert family == "phi3" or types["### Instruction:\n"] == gguf.TokenType.USER_DEFINED
     assert types[f"[PAD{len(own)}]"] == gguf.TokenType.UNUSED
     assert len(found["tokenizer.ggml.tokens"]) == AutoConfig.from_pretrained(source).vocab_size
-    pre = {"sentencepiece": "default", "llama3": "llama-bpe", "qwen2": "qwen2", "gpt2": "gpt-2"}
-    assert found["tokenizer.ggml.pre"] == pre[FAMILY[family][2]]
+    pre = {"llama3": "llama-bpe", "qwen2": "qwen2", "gpt2": "gpt-2", "phi4": "dbrx"}
+    assert found["tokenizer.ggml.pre"] == pre.get(FAMILY[family][2], "default")
 
 
 @pytest.mark.parametrize("source", ["builtin:pico-llama", pytest.param(str(STORIES), marks=stories)])
@@ -130,8 +130,8 @@ def test_llama3_rope_factors_worked_out_by_hand() -> None:
     folder_config = FAMILY["llama"][0](
         hidden_size=64, num_attention_heads=4, rope_parameters=ROPE_LLAMA3, max_position_embeddings=256
     )
-    factors = Architecture.of(folder_config).rope_factors()
-    assert factors is not None
+    [(name, factors)] = Architecture.of(folder_config).rope_tensors().items()
+    assert name == "rope_freqs.weight"
     expected = []
     for i in range(8):  # head size 16
         wavelength = 2 * math.pi * 10000 ** (2 * i / 16)
@@ -220,6 +220,16 @@ def test_general_keys_are_those_of_the_converter(tmp_path: Path) -> None:
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("qwen2", {"rope_parameters": ROPE_LLAMA3}, "'llama3' in a model of type 'qwen2'"),
+        ("gemma3", {"hidden_activation": "gelu"}, "hidden_act 'gelu'"),
+        ("gemma3", {"query_pre_attn_scalar": 64}, "query_pre_attn_scalar 64"),
+        ("gemma3", {"layer_types": ["full_attention"] * 7}, "layer_types"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (
+            "gemma3",
+            {"rope_parameters": {**ROPE_GEMMA, "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0}}},
+            "RoPE of the sliding layers",
+        ),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"vocab_size": 300}, "vocabulary mismatch: the tokenizer has"),
     ],
 )

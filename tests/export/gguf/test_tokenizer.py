@@ -8,11 +8,11 @@ from collections.abc import Callable
 import gguf
 import pytest
 from llama_family import make_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tuna_peft.errors import UserError
-from tuna_peft.export.gguf.tokenizer import write_tokenizer
+from tuna_peft.export.gguf.tokenizer import strips_after_special_tokens, write_tokenizer
 
 
 def write(tokenizer: PreTrainedTokenizerFast, vocab_size: int = 500) -> gguf.GGUFWriter:
@@ -37,7 +37,7 @@ def write(tokenizer: PreTrainedTokenizerFast, vocab_size: int = 500) -> gguf.GGU
             "cuts text: Split",
         ),
         (lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(True)), "cuts text: ByteLevel"),
-        (lambda backend: setattr(backend.model, "ignore_merges", True), "ignore_merges=False"),
+        (lambda backend: setattr(backend.model, "ignore_merges", True), "ignore_merges=True"),
     ],
 )
 def test_refused(change: Callable[[Tokenizer], None], message: str) -> None:
@@ -68,3 +68,18 @@ def test_nfc_is_let_through_and_scores_follow_the_merges() -> None:
     assert [scores_of[text] for text in made] == [-float(rank) for rank in range(len(made))]
     assert min(scores) == -float(len(made))  # what no merge makes
     assert values["tokenizer.ggml.add_space_prefix"].value is True
+
+
+def test_white_space_beside_special_tokens() -> None:
+    assert strips_after_special_tokens(make_tokenizer("phi3"))
+    assert not strips_after_special_tokens(make_tokenizer("llama3"))
+    for options in ({"rstrip": True}, {"lstrip": True}):
+        tokenizer = make_tokenizer("llama3")
+        tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<x>", special=True, **options)]})
+        with pytest.raises(UserError, match="white space beside '<x>' is a part of the token"):
+            write(tokenizer)
+
+
+def test_the_cut_of_phi_4_mini() -> None:
+    [values] = write(make_tokenizer("phi4-mini")).kv_data
+    assert values["tokenizer.ggml.pre"].value == "gpt-4o"

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from tuna_peft.export.gguf.llama_quantize import K_QUANTS, find_llama_quantize, 
 from tuna_peft.export.gguf.metadata import general_metadata
 from tuna_peft.export.gguf.modelfile import MODELFILE, write_modelfile
 from tuna_peft.export.gguf.tensors import BELOW_8_BITS, TYPES, GGUFTensor, plan_tensors, unaligned
-from tuna_peft.export.gguf.tokenizer import write_tokenizer
+from tuna_peft.export.gguf.tokenizer import strips_after_special_tokens, write_tokenizer
 from tuna_peft.export.output import RECORD, require_replaceable, require_space
 from tuna_peft.export.safetensors_stream import SafetensorsReader
 from tuna_peft.files import atomic_directory, write_json
@@ -117,7 +118,8 @@ def export_gguf(
     record = read_record(folder)
     stack = record.get("stack", {})
     prompt = stack.get("prompt", {})
-    metadata = general_metadata(name, stack, folder, sum(math.prod(shape) for shape in expected.values()))
+    parameters = sum(math.prod(shape) for shape in expected.values())
+    metadata = general_metadata(_name_for_llama_cpp(name, tokenizer), stack, folder, parameters)
     _warn_of_two_grids(record, types)
     with atomic_directory(out_dir) as aside:
         for type, plan in plans.items():
@@ -200,13 +202,20 @@ def _write_tensors(
     with tqdm(total=sum(tensor.nbytes for tensor in plan), desc=description, unit="B", unit_scale=True) as bar:
         for tensor in plan:
             if tensor.source is None:
-                factors = architecture.rope_factors()
-                assert factors is not None  # else it would not be in the plan
-                writer.write_tensor_data(factors)
+                writer.write_tensor_data(architecture.rope_tensors()[tensor.name])
             else:
                 weight = source.read(tensor.source, cpu)
-                writer.write_tensor_data(tensor.convert(weight, architecture.rotated_heads(tensor.source)))
+                heads, offset = architecture.rotated_heads(tensor.source), architecture.stored_offset(tensor.source)
+                writer.write_tensor_data(tensor.convert(weight, heads, offset))
             bar.update(tensor.nbytes)
+
+
+def _name_for_llama_cpp(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name in the file, by which llama.cpp decides whether special tokens take the white space after them."""
+    is_phi3 = re.search("phi-?3", name, re.IGNORECASE)
+    if strips_after_special_tokens(tokenizer):
+        return name if is_phi3 else f"{name} (Phi-3)"
+    return re.sub("(?i)(phi)-?3", r"\1 3", name)
 
 
 def _warn_of_two_grids(record: dict[str, Any], types: Sequence[str]) -> None:

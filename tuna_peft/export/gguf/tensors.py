@@ -66,12 +66,13 @@ class GGUFTensor:
         size = math.prod(shape) * self._dtype().itemsize
         writer.add_tensor_info(self.name, shape, self._dtype(), size, raw_dtype=self.format)
 
-    def convert(self, values: torch.Tensor, rotated_heads: int | None = None) -> np.ndarray:
+    def convert(self, values: torch.Tensor, rotated_heads: int | None = None, offset: float = 0.0) -> np.ndarray:
         """The tensor's data as it is stored.
 
         Args:
             values: The weight in torch's layout.
             rotated_heads: See `Architecture.rotated_heads`.
+            offset: See `Architecture.stored_offset`.
 
         Raises:
             UserError: A value beyond fp16's range in a format that stores fp16.
@@ -82,7 +83,7 @@ class GGUFTensor:
         out = np.empty((rows.shape[0], self._stored_shape()[-1]), dtype=self._dtype())
         step = max(1, _PART // rows.shape[1])
         for start in range(0, len(rows), step):
-            part = rows[start : start + step].float().numpy()
+            part = (rows[start : start + step].float() + offset).numpy()
             # Scales of blocks are fp16 too; a block of an 8-bit format divides its largest value by 127 and so on.
             limit = 65504 * {Format.F16: 1, Format.Q8_0: 127, Format.Q4_0: 8, Format.Q5_0: 16}.get(self.format, 1)
             if self.format not in (Format.F32, Format.BF16) and np.abs(part).max(initial=0) > limit:
@@ -149,9 +150,8 @@ def plan_tensors(
         GGUFTensor(tensor_name(architecture, name), name, shape, _format(shape, type, name == head))
         for name, shape in wanted.items()
     ]
-    if architecture.rope_factors() is not None:
-        plan.insert(0, GGUFTensor("rope_freqs.weight", None, (architecture.head_dim // 2,), Format.F32))
-    return plan
+    computed = architecture.rope_tensors().items()
+    return [*(GGUFTensor(name, None, factors.shape, Format.F32) for name, factors in computed), *plan]
 
 
 def unaligned(plan: Iterable[GGUFTensor], type: str) -> list[GGUFTensor]:

@@ -29,7 +29,22 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE_TOKENIZERS = {_WORDS % "{1,3}": ("llama-bpe", True), _WORDS % "": ("qwen2", False), _TEKKEN: ("tekken", True)}
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _SUFFIX +
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _SUFFIX +
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)  # fmt: skip
+# Tokens after which llama.cpp keeps white space in Phi-3.
+_NEVER_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
+# By pattern and whether whole words skip the merges.
+_PRE_TOKENIZERS = {
+    (_WORDS % "{1,3}", True): "llama-bpe",
+    (_WORDS % "{1,3}", False): "dbrx",  # Phi-4
+    (_WORDS % "", False): "qwen2",
+    (_TEKKEN, True): "tekken",
+    (_O200K, False): "gpt-4o",  # Phi-4-mini
+}
 
 
 def write_tokenizer(
@@ -54,6 +69,7 @@ def write_tokenizer(
             f"vocabulary mismatch: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}",
             fix="Use the tokenizer of the base, without the tokens that were added to it.",
         )
+    strips_after_special_tokens(tokenizer)
     parts = json.loads(backend.to_str())
     if parts["model"]["type"] != "BPE":
         raise UserError(
@@ -75,6 +91,25 @@ def write_tokenizer(
     _write_special_tokens(writer, tokenizer, prompt)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(for_llama_cpp(tokenizer.chat_template))
+
+
+def strips_after_special_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether white space after special tokens is dropped, as in Phi-3.
+
+    Raises:
+        UserError: Some tokens take white space beside them in a way that llama.cpp has not.
+    """
+    added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+    odd = [text for text, token in added.items() if token.lstrip or token.single_word]
+    stripping = {text for text, token in added.items() if token.rstrip} - {"</s>"}
+    is_phi3 = stripping == added.keys() - {"</s>"} - _NEVER_STRIPPED and added.keys() >= _NEVER_STRIPPED
+    if odd or (stripping and not is_phi3):
+        shown = ", ".join(map(repr, (odd or sorted(stripping))[:3]))
+        raise UserError(
+            f"llama.cpp cannot repeat this tokenizer: white space beside {shown} is a part of the token",
+            fix="Serve the merged model itself.",
+        )
+    return bool(stripping)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase, prompt: Mapping[str, Any]) -> bool:
@@ -118,44 +153,41 @@ def _scores(parts: dict[str, Any], texts: list[str]) -> list[float]:
 
 
 def _write_byte_level(writer: gguf.GGUFWriter, parts: dict[str, Any]) -> None:
-    name, ignores_merges = _pre_tokenizer(parts)
-    model = parts["model"]
-    if bool(model.get("ignore_merges")) != ignores_merges:
-        raise UserError(
-            f"llama.cpp cannot repeat this tokenizer: with the word boundaries of {name!r} it takes "
-            f"ignore_merges={ignores_merges}",
-            fix="Use the tokenizer as its model's authors published it.",
-        )
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(name)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_tokenizer_pre(_pre_tokenizer(parts))
+    merges = parts["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
 
 
-def _pre_tokenizer(parts: dict[str, Any]) -> tuple[str, bool]:
-    """llama.cpp's name for the word boundaries, and whether it then lets whole words skip the merges."""
+def _pre_tokenizer(parts: dict[str, Any]) -> str:
+    """llama.cpp's name for the word boundaries and for whether whole words skip the merges."""
     # Qwen normalises to NFC, which llama.cpp leaves out: the same for text that is NFC, as nearly all text is.
     normalizers = [step for step in _steps(parts["normalizer"], "normalizers") if step["type"] != "NFC"]
     steps = _steps(parts["pre_tokenizer"], "pretokenizers")
     if normalizers or not steps or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
         raise _cannot_repeat(normalizers + steps)
     *before, byte_level = steps
+    ignores_merges, found = bool(parts["model"].get("ignore_merges")), None
     if byte_level["use_regex"]:
-        if not before:
-            return "gpt-2", False
-        if [step["type"] for step in before] == ["Digits"] and before[0]["individual_digits"]:
-            return "smollm", False
+        if ignores_merges:
+            pass
+        elif not before:
+            found = "gpt-2"
+        elif [step["type"] for step in before] == ["Digits"] and before[0]["individual_digits"]:
+            found = "smollm"
     elif [step["type"] for step in before] == ["Split"] and before[0]["behavior"] == "Isolated":
-        found = _PRE_TOKENIZERS.get(before[0]["pattern"].get("Regex"))
-        if found:
-            return found
-    raise _cannot_repeat(steps)
+        found = _PRE_TOKENIZERS.get((before[0]["pattern"].get("Regex"), ignores_merges))
+    if found:
+        return found
+    raise _cannot_repeat(steps, ignores_merges)
 
 
-def _cannot_repeat(steps: list[dict[str, Any]]) -> UserError:
+def _cannot_repeat(steps: list[dict[str, Any]], ignores_merges: bool = False) -> UserError:
+    steps = [*steps, {"type": "ignore_merges=True"}] if ignores_merges else steps
     shown = "; ".join(f"{step['type']} {step.get('pattern', '')}".strip() for step in steps) or "none"
     return UserError(
         f"llama.cpp cannot repeat how this tokenizer cuts text: {shown}",
-        fix="Those of LLaMA 1 to 3, Mistral, Qwen 2 and 3, SmolLM and GPT-2 can be exported.",
+        fix="Those of LLaMA 1 to 3, Mistral, Qwen 2 and 3, Gemma 3, Phi-3 and 4, SmolLM and GPT-2 can be exported.",
     )
 
 
