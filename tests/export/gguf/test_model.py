@@ -48,7 +48,7 @@ def ids_for(folder: str | Path) -> torch.Tensor:
     return torch.tensor([[(7 * i + 3) % size for i in range(40)]])
 
 
-# transformers' loader drops biases of a LLaMA's attention and RoPE scaling; see test_measured.py and test_llama_cpp.py.
+# transformers' loader drops RoPE scaling and a LLaMA's biases; see test_measured.py and test_llama_cpp.py.
 @pytest.mark.parametrize("family", sorted(set(FAMILY) - {"llama-bias", "gemma3", "phi3", "phi4"}))
 def test_transformers_reads_the_same_function(tmp_path: Path, family: str) -> None:
     source = write_model(tmp_path / "source", family)
