@@ -77,9 +77,9 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     if settings.gguf:
         from tuna_peft.export.gguf.model import export_gguf  # imports the optional package `gguf`
 
-        report = export_gguf(run.path / "merged", run.path / "gguf", types=settings.gguf, name=run.recipe.name)
-        exports["gguf"] = _as_dict(report)
-        exports |= {f"gguf/{file}": {"path": f"gguf/{file}", "nbytes": size} for file, size in report.files.items()}
+        written = export_gguf(run.path / "merged", run.path / "gguf", types=settings.gguf, name=run.recipe.name)
+        exports["gguf"] = _as_dict(written)
+        exports |= {f"gguf/{file}": {"path": f"gguf/{file}", "nbytes": size} for file, size in written.files.items()}
     prompts = divergence_prompts(inputs, settings.divergence_prompts)
     run.save(DIVERGENCE_PROMPTS, prompts)  # `tuna-peft merge` measures on the same prompts later
     if exports and prompts:

@@ -224,9 +224,9 @@ def _warn_of_two_grids(record: dict[str, Any], types: Sequence[str]) -> None:
     quantization = record.get("stack", {}).get("quantization") or {}
     if coarse and record.get("base") != "original" and quantization.get("load_in_4bit"):
         logger.warning(
-            "GGUF %s: this model was merged into the dequantized base, so its weights are quantized a second time. The "
-            "original base (`tuna-peft merge --base original`) may be closer: `tuna-peft export gguf STACK OUT --base "
-            "auto` measures both and keeps the closer one.",
+            "GGUF %s: this model was merged into the dequantized base, so its weights are quantized a second time. "
+            "The original base (`tuna-peft merge --base original`) may be closer: `tuna-peft export gguf STACK OUT "
+            "--base auto` measures both and keeps the closer one.",
             ", ".join(coarse),
         )
 
