@@ -1,5 +1,7 @@
 """CSV files: places, delimiters, empty cells, numbers in text, and every kind of bad file."""
 
+import csv
+
 import pytest
 
 from tuna_peft.data.config import Columns, DataSource, PromptConfig
@@ -84,3 +86,29 @@ def test_delimiters_and_line_ends(tmp_path, content):
 def test_bad_files_say_where(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         rows(tmp_path, content)
+
+
+def test_a_cell_of_any_length(tmp_path):
+    text = "a " * 100_000
+    assert rows(tmp_path, f"a,b\n{text}x,2\n")[0][1] == {"a": f"{text}x", "b": "2"}
+    assert csv.field_size_limit() < len(text)  # other code keeps its limit
+
+
+@pytest.mark.parametrize("first", ["Name a colour.,Blue.,5", f"question,{'long ' * 40},score", 'a,"b\nc",d'])
+def test_a_first_line_that_is_no_header_is_said(tmp_path, first):
+    with pytest.raises(UserError, match="the first line is no header"):
+        rows(tmp_path, f"{first}\nName a day.,Monday,3\n")
+
+
+def test_columns_by_number(tmp_path):
+    path = tmp_path / "rows.csv"
+    columns = {"instruction": 1, "completions": [2, 3], "scores": [4, 5]}
+    plain = PromptConfig(template="{instruction}")
+    path.write_text("Name a colour.,Blue.,Colour,5,1\nName a day.,Day,Monday,2,4\n")
+    dataset, _ = load_ranked(DataSource(path=str(path), columns=columns, header=False), plain)
+    assert dataset["completions"][:] == [["Blue.", "Colour"], ["Monday", "Day"]]
+    path.write_text("q,a,b,sa,sb\nName a colour.,Blue.,Colour,5,1\n")
+    dataset, _ = load_ranked(DataSource(path=str(path), columns=columns), plain)
+    assert dataset["prompt"][:] == ["Name a colour."]
+    with pytest.raises(UserError, match="there is no column 9, there are 5"):
+        load_ranked(DataSource(path=str(path), columns={**columns, "id": 9}), plain)

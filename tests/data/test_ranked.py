@@ -143,6 +143,7 @@ def test_add_reference():
 
 
 def test_report_as_dict():
-    report = ReadReport(read=3, kept=2, skipped={"all tied": 1}, duplicates_merged=4, omitted=5)
-    expected = {"read": 3, "kept": 2, "skipped": {"all tied": 1}, "duplicates_merged": 4, "omitted": 5}
+    counts = {"read": 3, "kept": 2, "skipped": {"all tied": 1}, "duplicates_merged": 4, "omitted": 5}
+    expected = {**counts, "contradictions": 6, "responses": 7, "comparisons": 8}
+    report = ReadReport(**expected)
     assert report.as_dict() == expected

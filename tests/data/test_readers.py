@@ -6,6 +6,7 @@ import pytest
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_prompts, load_ranked, load_sft, source_format
+from tuna_peft.data.ranked import ReadReport
 from tuna_peft.errors import UserError
 
 PLAIN = PromptConfig(template="Q: {instruction} {input}A:", template_no_input="Q: {instruction}A:")
@@ -44,7 +45,7 @@ def test_ranked(jsonl):
         ranked(["y", "x"], [0, 1], [1.0, 0.0], "p", "r", "5"),
         ranked(["y", "x"], [0, 1], None, "p", None, "line-2"),
     ]
-    assert report.as_dict() == {"read": 2, "kept": 2, "skipped": {}, "duplicates_merged": 0, "omitted": 0}
+    assert report == ReadReport(read=2, kept=2, responses=4)
 
 
 def test_teacher(jsonl):
@@ -311,7 +312,7 @@ def test_prompts_alone(jsonl):
     teacher = jsonl(TEACHER)
     [row], report = load_prompts(DataSource(path=teacher), PLAIN)
     assert row == {"id": "line-1", "prompt": "Q: Sort. b aA:", "reference": "a b", "record": TEACHER}
-    assert report.as_dict() == {"read": 1, "kept": 1, "skipped": {}, "duplicates_merged": 0, "omitted": 0}
+    assert report == ReadReport(read=1, kept=1)
     bare = jsonl({"instruction": "Hi.", "id": 3}, {"instruction": ""})
     with pytest.raises(UserError, match="line 2: the instruction is missing"):
         load_prompts(DataSource(path=bare), PLAIN)

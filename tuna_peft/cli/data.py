@@ -87,11 +87,13 @@ def convert_file(
 ) -> None:
     """Write data in the ranked format: prompt, completions, scores, ranks, reference."""
     from tuna_peft.data.convert import convert
+    from tuna_peft.data.losses import describe_losses
 
     source, prompt = data_source(file, format, column, split, template, skip_bad_rows)
     report = convert(source, prompt, out)
-    skipped = "".join(f", {count} skipped ({reason})" for reason, count in report.skipped.items())
-    typer.echo(f"wrote {out}: {report.kept} of {report.read} records{skipped}")
+    typer.echo(f"wrote {out}: {report.kept} of {report.read} records")
+    for line in describe_losses(report.as_dict()):
+        typer.echo(f"  {line}")
 
 
 def _is_recipe(target: str) -> bool:

@@ -122,7 +122,7 @@ def _validate(
         judging = validation(rows, settings, journal, **options)
         if settings.function is None:
             confirm_spending(judging.estimate(), settings.server, yes)
-        agreement, report = measure_agreement(rows, judging, source.path)
+        agreement, report = measure_agreement(rows, judging, source.title)
     for line in agreement.lines():
         typer.echo(line)
     _print_answers(report)

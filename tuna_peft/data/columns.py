@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from typing import Any
 
 from tuna_peft.data.config import Columns
-from tuna_peft.data.ranked import BadRow, Prompt, Record
+from tuna_peft.data.grouping import rank_by_votes, votes_for, winner_index
+from tuna_peft.data.ranked import BadRow, Prompt, Record, number
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import did_you_mean
 
@@ -26,34 +29,70 @@ def read_prompt(raw: Record, columns: Columns | None, template: PromptTemplate, 
 
 
 def read_responses(raw: Record, columns: Columns | None, where: str) -> Record:
-    """`completions`, `scores`, `ranks` and `reference` of a record."""
+    """`completions`, `scores`, `ranks` and `reference` of a record.
+
+    A label (`winner`) or a `strength` also gives `votes`, see `tuna_peft.data.grouping`: such an order holds only
+    among the responses of this record.
+    """
     assert columns is not None, "DataSource checks that the format `columns` comes with `columns`"
     if columns.completions is None:
         raise BadRow("`columns` has no `completions`", reason="no responses", where=where, fix=_FIX)
-    best_first = columns.ranks == "best_first"
     completions = many(raw, columns.completions, where)
-    scores, ranks = (
-        None if paths in (None, "best_first") else [_number(value) for value in many(raw, paths, where)]
-        for paths in (columns.scores, columns.ranks)
-    )
+    found: Record = {
+        "completions": completions,
+        "scores": None if columns.scores is None else _scores(raw, columns.scores, where),
+        "ranks": None,
+        "reference": None if columns.reference is None else one(raw, columns.reference, where),
+    }
+    if columns.ranks == "best_first":
+        found["ranks"] = list(range(len(completions)))
+    elif columns.ranks is not None:
+        found["ranks"] = _numbers(many(raw, columns.ranks, where))
+    elif columns.winner is not None:
+        paths = columns.winner if isinstance(columns.winner, list) else [columns.winner]
+        labels = [one(raw, path, where) for path in paths]
+        winners = [winner_index(label, completions, columns.winner_labels, where) for label in labels]
+        found["votes"] = [vote for winner in winners for vote in votes_for(winner, len(completions))]
+        found["ranks"], found["contradictions"] = rank_by_votes(len(completions), found["votes"])
+        found["comparisons"] = len(found["votes"])
+    elif columns.strength is not None:
+        if len(completions) != 2:
+            what = f"`strength` compares two responses, the record has {len(completions)}"
+            raise BadRow(what, reason="different numbers of scores and responses", where=where, fix=_FIX)
+        strength = number(_scores(raw, columns.strength, where)[0], "strength", where)
+        found["scores"], found["votes"] = [0.0, strength], [(0, 1, -strength)]
     if isinstance(columns.completions, list):  # in a table, prompts with fewer responses have empty cells at the end
+        orders = [found["scores"], found["ranks"]]
         absent = {
             index
             for index, text in enumerate(completions)
-            if text is None and all(not order or order[index : index + 1] in ([], [None]) for order in (scores, ranks))
+            if text is None and all(not order or order[index : index + 1] in ([], [None]) for order in orders)
         }
-        completions = _without(absent, completions)
-        scores, ranks = (order and _without(absent, order) for order in (scores, ranks))
-    return {
-        "completions": completions,
-        "scores": scores,
-        "ranks": list(range(len(completions))) if best_first else ranks,
-        "reference": None if columns.reference is None else one(raw, columns.reference, where),
-    }
+        for part in ("completions", "scores", "ranks") if absent else ():
+            found[part] = found[part] and [value for i, value in enumerate(found[part]) if i not in absent]
+    return found
 
 
-def _without(indices: set[int], values: list[Any]) -> list[Any]:
-    return [value for index, value in enumerate(values) if index not in indices]
+def _scores(raw: Record, paths: str | list[str] | dict[str, float], where: str) -> list[Any]:
+    """The scores, or the weighted sum of several scores of each response; None where one of them is missing."""
+    if not isinstance(paths, dict):
+        return _numbers(many(raw, paths, where))
+    parts = {path: _numbers(many(raw, path, where)) for path in paths}
+    if len(sizes := {len(values) for values in parts.values()}) > 1:
+        found = ", ".join(f"{len(values)} in `{path}`" for path, values in parts.items())
+        what = f"the scores to add up are of different responses: {found}"
+        raise BadRow(what, reason="different numbers of scores and responses", where=where, fix=_FIX)
+    return [
+        sum(
+            weight * number(parts[path][index], "score", f"{where}, candidate {index}, `{path}`")
+            for path, weight in paths.items()
+        )
+        for index in range(sizes.pop() if sizes else 0)
+    ]
+
+
+def _numbers(values: list[Any]) -> list[Any]:
+    return [_number(value) for value in values]
 
 
 def _number(value: Any) -> Any:
@@ -100,6 +139,11 @@ def _follow(raw: Record, path: str, where: str) -> tuple[list[Any], bool]:
     """All values at a path, and whether the path contains `[]`."""
     if path in raw:  # a key may contain a dot
         return [raw[path]], False
+    if path.isdigit():  # a column of a table, counted from 1
+        if not 1 <= int(path) <= len(raw):
+            what = f"there is no column {path}, there are {len(raw)}"
+            raise BadRow(what, reason="missing field", where=where, fix=_FIX)
+        return [list(raw.values())[int(path) - 1]], False
     found: list[tuple[str, Any]] = [("", raw)]
     spread = False
     for index, name in _STEP.findall(path):
@@ -118,6 +162,7 @@ def _follow(raw: Record, path: str, where: str) -> tuple[list[Any], bool]:
 
 
 def _key(value: Any, name: str, place: str, path: str, where: str) -> Any:
+    value = _parsed(value, "{")
     if isinstance(value, dict) and name in value:
         return value[name]
     holder = place or "the record"
@@ -138,7 +183,16 @@ def _entry(value: Any, index: int, place: str, path: str, where: str) -> Any:
         raise BadRow(what, reason="missing field", where=where, fix=_FIX) from None
 
 
+def _parsed(value: Any, opening: str) -> Any:
+    """A cell of a table may hold a list or an object as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith(opening):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 def _list(value: Any, place: str, path: str, where: str) -> list[Any]:
+    value = _parsed(value, "[")
     if isinstance(value, list):
         return value
     what = f"`{path}`: {place or 'the record'} is {type(value).__name__}, not a list"

@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 # What happens to a response beyond the longest length: stop, truncate it, or skip it.
 Overflow = Literal["error", "cut", "skip"]
 
-FormatName = Literal["auto", "ranked", "teacher", "judge", "formatted", "alpaca", "preference", "columns"]
+FormatName = Literal[
+    "auto", "ranked", "teacher", "judge", "formatted", "alpaca", "preference", "columns",
+    # Public data sets, see `tuna_peft.data.shapes`.
+    "ultrafeedback", "list-ultrafeedback", "nectar", "helpsteer2", "helpsteer3", "shp", "arena", "pandalm", "nemo-rl",
+    "openai-preference", "scored-lists", "unpaired", "labels", "prompt-completion",
+]  # fmt: skip
 
 _PATH = re.compile(r"[^.\[\]]+(\[-?\d*\])*(\.[^.\[\]]+(\[-?\d*\])*)*")
 
@@ -23,7 +37,7 @@ class Columns(BaseModel):
     """The paths of the parts of a record, for `format: columns`.
 
     A path is a key, with dots for nested objects, `[]` for every entry of a list and `[2]` or `[-1]` for one entry:
-    `responses[].text`, `messages[-1].content`.
+    `responses[].text`, `messages[-1].content`. In a table a number is a column, counted from 1.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -34,21 +48,47 @@ class Columns(BaseModel):
     completions: str | list[str] | None = Field(
         None, description="Path of the responses (`responses[].text`), or a list of paths with one response each."
     )
-    scores: str | list[str] | None = Field(
-        None, description="Path of the scores, higher is better (true counts 1, false 0), or a list of paths."
+    scores: str | list[str] | dict[str, FiniteFloat] | None = Field(
+        None,
+        description="Path of the scores, higher is better (true counts 1, false 0), or a list of paths; or paths with "
+        "weights, whose sum is the score: `{helpfulness: 0.7, verbosity: -0.3}`.",
     )
     ranks: str | list[str] | None = Field(
         None,
         description="Path of the ranks, lower is better, equal where tied, null where not ranked; or a list of paths; "
         "or `best_first`: the responses are in rank order already.",
     )
+    winner: str | list[str] | None = Field(
+        None,
+        description="Path of the label of the best response, such as `model_a`, `B`, `2` or `tie`; a list of paths "
+        "counts as several votes.",
+    )
+    winner_labels: dict[str, Annotated[int, Field(ge=0)] | Literal["tie"]] | None = Field(
+        None,
+        description="What the labels of `winner` mean: the index of the best response, from 0, or `tie`, for example "
+        "`{1: 0, 2: 1, 0: tie}`.",
+    )
+    strength: str | dict[str, FiniteFloat] | None = Field(
+        None,
+        description="Path of a signed preference between two responses: below 0 the first is better, above 0 the "
+        "second; its size is the difference of their scores. `{preference: -1}` turns the sign around.",
+    )
     reference: str | None = Field(None, description="Path of the data set's original response; null means none.")
     id: str | None = Field(None, description="Path of the record's id. Default: its place in the file.")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_paths(cls, value: Any) -> Any:
+        """YAML reads the number of a column, or a label, as an integer."""
+        if isinstance(value, dict):
+            return {_text(key): entry for key, entry in value.items()}
+        return [_text(entry) for entry in value] if isinstance(value, list) else _text(value)
+
     @field_validator("*")
     @classmethod
-    def _paths_are_well_formed(cls, value: str | list[str] | None) -> str | list[str] | None:
-        for path in [value] if isinstance(value, str) else value or []:
+    def _paths_are_well_formed(cls, value: Any, info: ValidationInfo) -> Any:
+        paths = [] if info.field_name == "winner_labels" else [value] if isinstance(value, str) else value or []
+        for path in paths:
             if not _PATH.fullmatch(path):
                 raise ValueError(
                     f"{path!r} is not a path; write for example `responses[].text` or `messages[-1].content`"
@@ -61,9 +101,16 @@ class Columns(BaseModel):
             raise ValueError("give either `prompt` (used as it is) or `instruction` (wrapped by the prompt template)")
         if self.input is not None and self.instruction is None:
             raise ValueError("`input` goes with `instruction`, not with `prompt`")
-        if self.scores is not None and self.ranks is not None:
-            raise ValueError("give `scores` or `ranks`, not both")
+        orders = [name for name in ("scores", "ranks", "winner", "strength") if getattr(self, name) is not None]
+        if len(orders) > 1:
+            raise ValueError(f"give {' or '.join(f'`{name}`' for name in orders)}, not both")
+        if self.winner_labels is not None and self.winner is None:
+            raise ValueError("`winner_labels` says what the labels of `winner` mean; give `winner` too")
         return self
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -82,10 +129,18 @@ class DataSource(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: Annotated[str, MayBeLocal()] = Field(
-        min_length=1,
-        description="A .json, .jsonl, .csv, .tsv or .parquet file, a directory from `datasets.save_to_disk`, a Hub "
-        "data set id, or `builtin:pico-llama/<file>` for the data inside the package.",
+    path: Annotated[
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
+        MayBeLocal(),
+    ] = Field(
+        description="A .json, .jsonl, .csv, .tsv or .parquet file (also with .gz or .zst), a folder of such files or "
+        "a pattern (`data/*.parquet`), a directory from `datasets.save_to_disk`, a Hub data set id, or "
+        "`builtin:pico-llama/<file>` for the data inside the package; or a list of them, read one after the other.",
+    )
+    weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        None,
+        description="For a list of paths: mix them in these proportions, until one of them has no more records.",
     )
     format: FormatName = Field(
         "auto", description="Format of the records; `auto` detects it from the keys of the first record."
@@ -97,7 +152,18 @@ class DataSource(BaseModel):
         "A file has one split, called `train`.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
+    streaming: bool = Field(
+        False,
+        description="Hub only: download only the first `limit` rows of the split, and keep them in the cache of "
+        "`datasets`.",
+    )
+    header: bool = Field(True, description="CSV only: false if the first line is data; columns are then numbered.")
     columns: Columns | None = Field(None, description="The paths of the parts of a record, for `format: columns`.")
+    group_by: str | list[str] | None = Field(
+        None,
+        description="Path of what rows about the same prompt share, or several: rows with one response each, or one "
+        "comparison each, become one ranked list.",
+    )
     add_reference: Literal["best", "worst"] | None = Field(
         None,
         description="Rank the `reference` response above (`best`) or below (`worst`) all others. "
@@ -124,6 +190,24 @@ class DataSource(BaseModel):
         if self.columns is not None and self.format not in ("columns", "auto"):
             raise ValueError(f"`columns` has no effect with `format: {self.format}`; use `format: columns`")
         return self
+
+    @model_validator(mode="after")
+    def _places_go_together(self) -> DataSource:
+        if self.weights is not None and (isinstance(self.path, str) or len(self.path) != len(self.weights)):
+            raise ValueError("`weights` needs a list of as many paths")
+        if self.streaming and (self.limit is None or "[" in self.split or "+" in self.split):
+            raise ValueError("`streaming` reads the first rows of one split: give `limit`, and no slice in `split`")
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        """The path, or all paths of a list."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def title(self) -> str:
+        """The path or paths, for messages."""
+        return ", ".join(self.paths[:3]) + (", ..." if len(self.paths) > 3 else "")
 
 
 class PromptConfig(BaseModel):

@@ -28,7 +28,7 @@ def convert(source: DataSource, prompt: PromptConfig, out_path: str | os.PathLik
             where=str(out),
             fix="Use the extension .jsonl or .parquet.",
         )
-    if out.exists() and Path(source.path).exists() and out.samefile(source.path):
+    if out.exists() and any(Path(path).exists() and out.samefile(path) for path in source.paths):
         raise UserError("this is the source itself", where=str(out), fix="Write to another file.")
     records, report = read_ranked(source, prompt)
     if out.suffix == ".jsonl":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ from tuna_peft.data.json_files import read_text
 from tuna_peft.errors import UserError
 
 _DELIMITERS = ",;\t"  # in many languages, spreadsheets write .csv files with semicolons
+_LARGEST_CELL = 2**31 - 1  # characters; the largest limit that Python accepts on every platform
+_LONGEST_NAME = 100  # characters of a column's name; a longer cell in the header is data
 
 
-def read_csv_rows(path: Path) -> list[tuple[int, Any]]:
+def read_csv_rows(path: Path, *, header: bool = True) -> list[tuple[int, Any]]:
     """The rows after the header, each with the number of its first line (the header is line 1).
 
-    Values are text; an empty cell is None. The delimiter (comma, semicolon or tab) is detected from the header.
+    Values are text; an empty cell is None. The delimiter (comma, semicolon or tab) is detected from the first line.
+
+    Args:
+        path: The file.
+        header: False: the first line is a row too, and the columns are called `1`, `2`, ...
 
     Raises:
         UserError: The file is empty or not UTF-8, has no usable header, or a row has another number of
@@ -28,6 +35,7 @@ def read_csv_rows(path: Path) -> list[tuple[int, Any]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[int, list[str]]] = []
     line = 1
+    limit = csv.field_size_limit(_LARGEST_CELL)  # the default, 131,072, is shorter than some responses
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):
@@ -39,19 +47,26 @@ def read_csv_rows(path: Path) -> list[tuple[int, Any]]:
             where=f"{path}: line {line}",
             fix='Put cells with commas, line breaks or quotes in double quotes, and write a quote inside them as "".',
         ) from None
+    finally:
+        csv.field_size_limit(limit)
     if not rows:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
-    (_, names), *records = rows
-    names = [name.strip() for name in names]
+    if header:
+        (_, names), *records = rows
+        names = [name.strip() for name in names]
+        _refuse_data(names, path)
+    else:
+        records, names = rows, [str(number) for number in range(1, len(rows[0][1]) + 1)]
     if twice := sorted({name or "(empty)" for name in names if not name or names.count(name) > 1}):
         raise UserError(
             f"each column of the header needs a different name; missing or repeated: {', '.join(twice)}",
             where=f"{path}: line 1",
+            fix="Name the columns; if this line is data already, write `header: false` and number them from 1.",
         )
     for number, cells in records:
         if len(cells) != len(names):
             raise UserError(
-                f"{len(cells)} cells, but the header has {len(names)}",
+                f"{len(cells)} cells, but the {'header' if header else 'first row'} has {len(names)}",
                 where=f"{path}: line {number}",
                 fix="Put cells that contain a comma or a line break in double quotes.",
             )
@@ -59,3 +74,17 @@ def read_csv_rows(path: Path) -> list[tuple[int, Any]]:
         (number, {name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)})
         for number, cells in records
     ]
+
+
+def _refuse_data(names: list[str], path: Path) -> None:
+    """Raises UserError for a first line that is a row of data: a text of some length, or numbers beside text."""
+    numbers = [name for name in names if re.fullmatch(r"-?\d+([.,]\d+)?", name)]
+    long = [name for name in names if len(name) > _LONGEST_NAME or "\n" in name]
+    if long or 0 < len(numbers) < len(names):
+        cell = (long or numbers)[0]
+        raise UserError(
+            f"the first line is no header: {cell[:40]!r} is not the name of a column",
+            where=f"{path}: line 1",
+            fix="Put a line with the names of the columns before it, or write `header: false` (`--no-header`) and "
+            "number the columns from 1: `columns: {instruction: 1, completions: [2, 3], scores: [4, 5]}`.",
+        )

@@ -61,7 +61,7 @@ def inspect_file(
         records = [best_alone(record) for record in records[:n]]
     skipped = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
     summary = Text(
-        f"{source.path} ({format}): {report.read} records read, {report.kept} kept"
+        f"{source.title} ({format}): {report.read} records read, {report.kept} kept"
         + (f", skipped: {skipped}" if skipped else "")
         + f"; responses merged as duplicates: {report.duplicates_merged}, not ranked: {report.omitted}"
     )
@@ -76,7 +76,7 @@ def inspect_prompts(source: DataSource, prompt: PromptConfig, n: int = 3) -> Ren
     """
     prompts, report = load_prompts(source, prompt)
     summary = (
-        f"{source.path}: {report.read} records read, {report.kept} prompts; their responses are generated during the "
+        f"{source.title}: {report.read} records read, {report.kept} prompts; their responses are generated during the "
         "run, which saves them in stages/<stage>/ranked.jsonl"
     )
     return Group(Text(summary), *(_panel(row["id"], _record_prompt(row), []) for row in prompts[:n]))

@@ -32,7 +32,7 @@ def read_json_units(path: Path) -> tuple[str, list[tuple[int, Any]]]:
             raise _error_in_list(path, text, error) from None
         except RecursionError:
             raise UserError("the JSON is nested too deeply", where=str(path)) from None
-    if path.suffix != ".jsonl":
+    if ".jsonl" not in path.suffixes:
         _refuse_one_object(path, text)
     # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside a string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -60,7 +60,7 @@ def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
 
 def read_text(path: Path) -> str:
     """The text of a file without its byte order mark; UserError with the place of the first byte that is not UTF-8."""
-    data = path.read_bytes()
+    data = _read_bytes(path)
     start = 3 if data.startswith(b"\xef\xbb\xbf") else 0  # the byte order mark that some editors write
     try:
         return data[start:].decode("utf-8")
@@ -77,6 +77,15 @@ def read_text(path: Path) -> str:
             fix="Save it as UTF-8 (a spreadsheet: as `CSV UTF-8`), or convert it, for example: "
             f"iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 IN > OUT",
         ) from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.suffix not in (".gz", ".zst"):
+        return path.read_bytes()
+    import pyarrow
+
+    with pyarrow.input_stream(str(path), compression="detect") as stream:
+        return bytes(stream.read())
 
 
 def _refuse_one_object(path: Path, text: str) -> None:

@@ -7,12 +7,14 @@ and normalizes records, `tokenize` turns them into token ids.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.grouping import group_rows
 from tuna_peft.data.ranked import (
     BadRow,
     Normalised,
@@ -25,7 +27,7 @@ from tuna_peft.data.ranked import (
     normalise,
     record_id,
 )
-from tuna_peft.data.readers import Format, choose_format
+from tuna_peft.data.readers import Format, choose_format, grouped
 from tuna_peft.data.sources import RawRecords, read_records
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.tokenize import Overflow, encode_dataset
@@ -73,7 +75,7 @@ def encode_source(
             needs_reference=needs_reference,
         )  # fmt: skip
     except UserError as error:
-        place = f"{source.path}: {error.where}" if error.where else source.path
+        place = f"{source.title}: {error.where}" if error.where else source.title
         raise UserError(error.what, where=place, fix=error.fix) from error
     return encoded, {**read.as_dict(), "tokens": tokens.as_dict()}
 
@@ -145,7 +147,7 @@ def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True)
     """The records of `load_ranked` as a list; `pairs=False` also accepts records with one response or all tied."""
     first: list[Prompt] = []  # the first prompt, once there is one
 
-    def build(raw: Record, where: str, format: Format, template: PromptTemplate) -> Normalised:
+    def build(raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate) -> Normalised:
         normalised = _read_one(raw, where, format, source, template, pairs)
         prompt = normalised.record["prompt"]
         if first and isinstance(prompt, str) != isinstance(first[0], str):
@@ -159,7 +161,7 @@ def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True)
 
 def source_format(source: DataSource) -> str:
     """The name of the source's format, detected from its first record where it is `auto`."""
-    return _format(source, read_records(source.model_copy(update={"limit": 1}))).name
+    return _format(source, read_records(source.model_copy(update={"limit": 1})))[0].name
 
 
 def best_alone(record: Record) -> Record:
@@ -195,19 +197,21 @@ def _read(
     source: DataSource,
     prompt: PromptConfig,
     what: str,
-    build: Callable[[Record, str, Format, PromptTemplate], Normalised],
+    build: Callable[[Record, str, Format, DataSource, PromptTemplate], Normalised],
     *,
     prompts_only: bool = False,
 ) -> tuple[list[Record], ReadReport]:
     """What `build` makes of each raw record, with invalid ones skipped and counted where the source allows it."""
     raw_records = read_records(source)
-    format, template = _format(source, raw_records, prompts_only=prompts_only), PromptTemplate(prompt)
+    (format, source), template = _format(source, raw_records, prompts_only=prompts_only), PromptTemplate(prompt)
+    if source.group_by is not None:
+        raw_records, format = group_rows(raw_records, source.group_by), grouped(format)
     records, report = [], ReadReport()
     # The bar is shown only on a terminal, and only after two seconds.
     for where, raw in tqdm(raw_records, desc=what, unit=" records", delay=2, disable=None, leave=False):
         report.read += 1
         try:
-            built = build(raw, where, format, template)
+            built = build(raw, where, format, source, template)
         except BadRow as error:
             if source.on_bad_row == "error":
                 raise
@@ -215,13 +219,16 @@ def _read(
             continue
         report.duplicates_merged += built.merged
         report.omitted += built.omitted
+        report.contradictions += built.contradictions
+        report.comparisons += built.comparisons
+        report.responses += len(built.record.get("completions", ())) + built.merged + built.omitted
         records.append(built.record)
     report.kept = len(records)
     if not records:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in report.skipped.items())
         raise UserError(
             f"none of the {report.read} records can be used ({reasons})",
-            where=source.path,
+            where=source.title,
             fix="Check `format` and `columns`; with `on_bad_row: error` the message names the first invalid record.",
         )
     return records, report
@@ -233,7 +240,7 @@ def _read_unranked(
     what: str,
     read: Callable[[Record, str, Format, DataSource, Prompt], tuple[Record, int]],
 ) -> tuple[list[Record], ReadReport]:
-    def build(raw: Record, where: str, format: Format, template: PromptTemplate) -> Normalised:
+    def build(raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate) -> Normalised:
         identity, text = format.prompt(raw, source, template, where)
         row = {"id": record_id(identity, where), "prompt": clean_prompt(text, where)}
         rest, merged = read(raw, where, format, source, row["prompt"])
@@ -275,16 +282,19 @@ def _read_one(
     raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate, pairs: bool
 ) -> Normalised:
     identity, prompt = format.prompt(raw, source, template, where)
-    record = {"id": identity, "prompt": prompt, **format.responses(raw, source, where)}
-    if source.add_reference is None:
-        return normalise(record, where, pairs=pairs)
+    found = format.responses(raw, source, where)
     # The reference can make the only pair, so pairs are required after it is added.
-    first = normalise(record, where, pairs=False)
-    second = normalise(add_reference(first.record, source.add_reference, where), where, pairs=pairs)
-    return Normalised(second.record, first.merged + second.merged, first.omitted)
+    built = normalise({"id": identity, "prompt": prompt, **found}, where, pairs=pairs and not source.add_reference)
+    merged = built.merged + found.get("merged", 0)
+    if source.add_reference is not None:
+        with_reference = add_reference(built.record, source.add_reference, where)
+        second = normalise(with_reference, where, pairs=pairs)
+        built, merged = dataclasses.replace(built, record=second.record), merged + second.merged
+    counts = {name: found.get(name, 0) for name in ("contradictions", "comparisons")}
+    return dataclasses.replace(built, merged=merged, **counts)
 
 
-def _format(source: DataSource, raw_records: RawRecords, *, prompts_only: bool = False) -> Format:
+def _format(source: DataSource, raw_records: RawRecords, *, prompts_only: bool = False) -> tuple[Format, DataSource]:
     where, first = raw_records[0]
     return choose_format(source, first, where, prompts_only=prompts_only)
 

@@ -41,6 +41,9 @@ class ReadReport:
         skipped: Number of skipped records, by reason.
         duplicates_merged: Responses of kept records that were identical to another one.
         omitted: Responses of kept records that the ranking does not mention (judge data); they are dropped.
+        contradictions: Comparisons and ranks of kept records that contradict others of the same record.
+        responses: Responses of kept records in the file, with duplicates.
+        comparisons: Comparisons of kept records.
     """
 
     read: int = 0
@@ -48,6 +51,9 @@ class ReadReport:
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     duplicates_merged: int = 0
     omitted: int = 0
+    contradictions: int = 0
+    responses: int = 0
+    comparisons: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The counts as plain JSON values."""
@@ -61,6 +67,8 @@ class Normalised:
     record: Record
     merged: int
     omitted: int
+    contradictions: int = 0
+    comparisons: int = 0
 
 
 def normalise_ranked(record: Record, where: str) -> Record:
@@ -198,14 +206,14 @@ def _order(record: Record, count: int, where: str) -> tuple[list[float] | None, 
             )
     if ranks is not None:
         rank_keys = [
-            None if value is None else _number(value, "rank", f"{where}, candidate {index}")
+            None if value is None else number(value, "rank", f"{where}, candidate {index}")
             for index, value in enumerate(ranks)
         ]
         if all(key is None for key in rank_keys):
             raise BadRow("none of the responses is ranked", reason="no responses", where=where)
     if scores is None:
         return None, rank_keys
-    numbers = [_number(value, "score", f"{where}, candidate {index}") for index, value in enumerate(scores)]
+    numbers = [number(value, "score", f"{where}, candidate {index}") for index, value in enumerate(scores)]
     score_keys: list[float | None] = [-number for number in numbers]
     if ranks is not None and (None in rank_keys or dense_ranks(rank_keys) != dense_ranks(score_keys)):
         raise BadRow(
@@ -224,7 +232,8 @@ def _require_a_pair(given: int, ranks: list[int], where: str) -> None:
         raise BadRow(f"all {len(ranks)} responses are tied, there is no pair", reason="all tied", where=where)
 
 
-def _number(value: Any, name: str, where: str) -> float:
+def number(value: Any, name: str, where: str) -> float:
+    """A finite number; BadRow, which calls it `name`, for anything else."""
     if isinstance(value, str):
         fix = "Decimals have a point, not a comma." if re.fullmatch(r"\s*-?\d+,\d+\s*", value) else _FIX_ROW
         raise BadRow(

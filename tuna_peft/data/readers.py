@@ -12,7 +12,9 @@ from typing import Any
 
 from tuna_peft.data import columns
 from tuna_peft.data.config import DataSource
+from tuna_peft.data.grouping import Group, merge_responses
 from tuna_peft.data.ranked import BadRow, Record
+from tuna_peft.data.shapes import SHAPES
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 
@@ -36,7 +38,9 @@ class Format:
     responses: Callable[[Record, DataSource, str], Record]
 
 
-def choose_format(source: DataSource, first: Record, where: str, *, prompts_only: bool = False) -> Format:
+def choose_format(
+    source: DataSource, first: Record, where: str, *, prompts_only: bool = False
+) -> tuple[Format, DataSource]:
     """The format that the source names, or, for `auto`, the one detected from the keys of its first record.
 
     Args:
@@ -45,13 +49,20 @@ def choose_format(source: DataSource, first: Record, where: str, *, prompts_only
         where: Its place, for errors.
         prompts_only: Accept records with a `prompt` or an `instruction` and no responses.
 
+    Returns:
+        The format, and the source with the `columns` and `group_by` of a public data set if it is one.
+
     Raises:
-        UserError: The keys match no format, or `length_penalty` is given for a format that does not use it.
+        UserError: The keys match no format, or two of them, or `length_penalty` is given for a format that does not
+            use it.
     """
     name: str = "columns" if source.columns is not None else source.format
     if name == "auto":
         present = {key: value for key, value in first.items() if value is not None}
-        fitting = [format.name for format in FORMATS.values() if format.matches(present)]
+        fitting = [format.name for format in FORMATS.values() if format.matches(present)][:1]
+        fitting += [shape for shape in SHAPES if SHAPES[shape].matches(present)]
+        if not prompts_only and (len(fitting) > 1 or "labels" in fitting):
+            raise _undecided(fitting, where)
         if prompts_only:
             fitting += [reads for key, reads in (("prompt", "ranked"), ("instruction", "alpaca")) if key in present]
         name = fitting[0] if fitting else "auto"
@@ -62,10 +73,38 @@ def choose_format(source: DataSource, first: Record, where: str, *, prompts_only
     if source.length_penalty is not None and name != "teacher":
         raise UserError(
             f"`length_penalty` has no effect on data in the `{name}` format",
-            where=source.path,
+            where=source.title,
             fix="Remove it; it applies to the log-probabilities of `format: teacher`.",
         )
-    return FORMATS[name]
+    if name in SHAPES:
+        return dataclasses.replace(FORMATS["columns"], name=name), SHAPES[name].apply(source)
+    return FORMATS[name], source
+
+
+def _undecided(fitting: list[str], where: str) -> UserError:
+    if fitting == ["labels"]:
+        return UserError(
+            "these records may be several responses with a label each, or TRL's stepwise supervision (the steps of "
+            "one response), which is no ranking",
+            where=where,
+            fix="For several responses write `format: labels` (`--format labels`).",
+        )
+    names = " or ".join(f"`{name}`" for name in fitting)
+    return UserError(
+        f"these records may be of the formats {names}",
+        where=where,
+        fix=f"Write one of them as `format`, for example `format: {fitting[-1]}` (`--format {fitting[-1]}`).",
+    )
+
+
+def grouped(format: Format) -> Format:
+    """The format for rows that `group_rows` has collected: their responses are merged."""
+
+    def responses(group: Record, source: DataSource, where: str) -> Record:
+        assert isinstance(group, Group)
+        return merge_responses([(place, format.responses(row, source, place)) for place, row in group.rows])
+
+    return dataclasses.replace(format, responses=responses)
 
 
 def _unknown(first: Record) -> str:

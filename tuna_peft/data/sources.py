@@ -10,30 +10,71 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.data.config import DataSource
-from tuna_peft.data.csv_files import read_csv_rows
-from tuna_peft.data.json_files import parse_line, read_json_units
+from tuna_peft.data.shards import (
+    SUFFIXES,
+    Shard,
+    data_suffix,
+    find_shards,
+    first_line,
+    is_pattern,
+    match_pattern,
+    open_shard,
+)
+from tuna_peft.data.streamed import read_streamed
 from tuna_peft.errors import UserError
 
 RawRecords = list[tuple[str, dict[str, Any]]]
-_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def read_records(source: DataSource) -> RawRecords:
     """The records of a source, each with its place.
 
     Lines and records count from 1 (`x.jsonl: line 12`, `x.csv: line 4`, `x.json: record 3`), rows of Parquet files and
-    data sets from 0 (`id[train]: row 7`), as `dataset[7]` does.
+    data sets from 0 (`id[train]: row 7`), as `dataset[7]` does. In a folder or list of files the name of the file
+    stands before them (`data: part2.jsonl line 12`).
 
     Raises:
         UserError: There is no such source, or it cannot be read.
     """
-    builtin = source.path.startswith("builtin:")
-    path = _builtin(source.path) if builtin else Path(source.path).expanduser()
-    if not builtin and not path.exists() and _may_be_hub_id(source.path):
-        records = _read_hub(source)
+    if isinstance(source.path, str):
+        return _read_path(source.path, source)
+    parts = []
+    for index, path in enumerate(source.path):
+        # Places give records their ids, so they must differ between the files of a list.
+        name = f"{Path(path).name}" + (f" ({index + 1})" if path in source.path[:index] else "")
+        places = ((where.rpartition(": "), record) for where, record in _read_path(path, source))
+        parts.append([(f"{head}: {name} {rest}", record) for (head, _, rest), record in places])
+    records = _mixed(parts, source.weights) if source.weights else list(itertools.chain(*parts))
+    return records[: source.limit]
+
+
+def _mixed(parts: list[RawRecords], weights: list[float]) -> RawRecords:
+    """Takes from each part in proportion to its weight, in order, until one of them has no more records."""
+    taken = [0] * len(parts)
+    records: RawRecords = []
+    while True:
+        # The part that is furthest behind its share comes next.
+        index = min(range(len(parts)), key=lambda part: (taken[part] + 1) / weights[part])
+        if taken[index] == len(parts[index]):
+            return records
+        records.append(parts[index][taken[index]])
+        taken[index] += 1
+
+
+def is_here(path: str | list[str]) -> bool:
+    """Whether a path, or all of a list, is on this machine or in the package."""
+    paths = [path] if isinstance(path, str) else path
+    return all(one.startswith("builtin:") or Path(one).expanduser().exists() or bool(is_pattern(one)) for one in paths)
+
+
+def _read_path(text: str, source: DataSource) -> RawRecords:
+    builtin = text.startswith("builtin:")
+    path = _builtin(text) if builtin else Path(text).expanduser()
+    if not builtin and not path.exists() and not is_pattern(text) and _may_be_hub_id(text):
+        records = _read_hub(text, source)
     else:
-        for key in ("name", "revision"):
-            if getattr(source, key) is not None:
+        for key in ("name", "revision", "streaming"):
+            if getattr(source, key):
                 raise UserError(
                     f"`{key}` is for Hub data sets and has no effect on a file",
                     where=str(path),
@@ -41,7 +82,7 @@ def read_records(source: DataSource) -> RawRecords:
                 )
         records = _read_local(path, source)
     if not records:
-        raise UserError(f"split `{source.split}` selects no records", where=source.path, fix="Use another `split`.")
+        raise UserError(f"split `{source.split}` selects no records", where=text, fix="Use another `split`.")
     for where, record in records:
         if not isinstance(record, dict):
             raise UserError(
@@ -53,51 +94,47 @@ def read_records(source: DataSource) -> RawRecords:
 
 
 def _read_local(path: Path, source: DataSource) -> RawRecords:
+    if is_pattern(str(path)):
+        if not (files := match_pattern(str(path))):
+            raise UserError(
+                "no file matches the pattern",
+                where=str(path),
+                fix="Relative paths start at the directory where the command runs; `**` stands for any folders.",
+            )
+        return _read_shards(path, {"train": files}, source)
     if path.is_dir():
-        return _read_saved(path, source)
+        saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        shards = {} if saved else find_shards(path)
+        return _read_shards(path, shards, source) if shards else _read_saved(path, source)
     if not path.exists():
         raise _missing(path)
-    if path.suffix not in _SUFFIXES:
-        raise UserError(
-            f"unknown kind of file: {path.suffix or 'no extension'}",
-            where=str(path),
-            fix=f"Known kinds: {', '.join(_SUFFIXES)}. Convert it, or rename it if it is one of these.",
-        )
-    try:
-        if path.suffix == ".parquet":
-            return _read_parquet(path, source)
-        table = path.suffix in (".csv", ".tsv")
-        unit, units = ("row", read_csv_rows(path)) if table else read_json_units(path)
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror or error}", where=str(path)) from error
-    if not units:
-        raise UserError("the file holds an empty list", where=str(path), fix="Check that what wrote it had finished.")
-    chosen = [units[index] for _, index in _choose(source, {"train": len(units)})]
-    if unit == "record":
-        return [(f"{path}: record {number}", record) for number, record in chosen]
-    if unit == "row":
-        return [(f"{path}: line {number}", row) for number, row in chosen]
-    last = units[-1][0]
-    return [(f"{path}: line {number}", parse_line(path, number, line, last=number == last)) for number, line in chosen]
+    return _read_shards(path, {"train": [path]}, source)
 
 
-def _read_parquet(path: Path, source: DataSource) -> RawRecords:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"not a readable Parquet file: {_first_line(error)}",
-            where=str(path),
-            fix="It may be incomplete or of another kind: get it again, or check its extension.",
-        ) from error
-    if table.num_rows == 0:
-        raise UserError("the file has no rows", where=str(path), fix="Check that what wrote it had finished.")
-    chosen = [index for _, index in _choose(source, {"train": table.num_rows})]
-    rows = table.take(pyarrow.array(chosen, pyarrow.int64())).to_pylist()
-    return [(f"{path}: row {index}", row) for index, row in zip(chosen, rows, strict=True)]
+def _read_shards(path: Path, splits: dict[str, list[Path]], source: DataSource) -> RawRecords:
+    """The chosen records of one file, or of several: a folder's or a pattern's, by split."""
+    opened: dict[str, list[tuple[Path, Shard]]] = {name: [] for name in splits}
+    for name, files in splits.items():
+        if "[" not in source.split and name not in source.split.split("+"):
+            continue  # a split that is not read
+        for file in files:
+            opened[name].append((file, open_shard(file, header=source.header)))
+            if source.split == name == "train" and sum(shard.size for _, shard in opened[name]) >= (
+                source.limit or float("inf")
+            ):
+                break
+    sizes = {name: sum(shard.size for _, shard in shards) for name, shards in opened.items()}
+    chosen = _choose(source, sizes)
+    several = path not in (file for files in splits.values() for file in files)
+    records: RawRecords = []
+    for name, run in itertools.groupby(chosen, key=lambda place: place[0]):
+        indices, start = [index for _, index in run], 0
+        for file, shard in opened[name]:
+            local = [index - start for index in indices if start <= index < start + shard.size]
+            start += shard.size
+            label = f"{path}: {file.name} " if several else f"{path}: "
+            records += [(label + place, record) for place, record in shard.read(local)] if local else []
+    return records
 
 
 def _read_saved(path: Path, source: DataSource) -> RawRecords:
@@ -107,9 +144,9 @@ def _read_saved(path: Path, source: DataSource) -> RawRecords:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets and Arrow raise many types; each means that this is not a saved data set
         raise UserError(
-            f"not a directory from `datasets.save_to_disk`: {_first_line(error)}",
+            f"no data files in it, and not a directory from `datasets.save_to_disk`: {first_line(error)}",
             where=str(path),
-            fix="Point `path` at a file in it, or save it again with `dataset.save_to_disk`.",
+            fix=f"Known kinds of files: {', '.join(SUFFIXES)}. A data set is saved with `dataset.save_to_disk`.",
         ) from error
     if isinstance(saved, datasets.Dataset):
         # One data set is the split `train`, like a file, and also the split that it was saved from.
@@ -125,16 +162,18 @@ def _read_saved(path: Path, source: DataSource) -> RawRecords:
     return records
 
 
-def _read_hub(source: DataSource) -> RawRecords:
+def _read_hub(path: str, source: DataSource) -> RawRecords:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+        if source.streaming:
+            rows = read_streamed(path, source)
+        else:
+            dataset = datasets.load_dataset(path, source.name, split=source.split, revision=source.revision)
+            rows = dataset if source.limit is None else dataset.select(range(min(source.limit, len(dataset))))
     except Exception as error:  # huggingface_hub, datasets, requests and Arrow each raise their own types
-        raise _hub_error(source, error) from error
-    if source.limit is not None:
-        dataset = dataset.select(range(min(source.limit, len(dataset))))
-    return [(f"{source.path}[{source.split}]: row {index}", row) for index, row in enumerate(dataset)]
+        raise _hub_error(path, source, error) from error
+    return [(f"{path}[{source.split}]: row {index}", row) for index, row in enumerate(rows)]
 
 
 def _choose(source: DataSource, sizes: dict[str, int]) -> list[tuple[str, int]]:
@@ -153,8 +192,8 @@ def _choose(source: DataSource, sizes: dict[str, int]) -> list[tuple[str, int]]:
             parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(sizes)
         except (ValueError, AssertionError) as error:
             raise UserError(
-                f"split `{source.split}` is not possible: {_first_line(error)}",
-                where=source.path,
+                f"split `{source.split}` is not possible: {first_line(error)}",
+                where=source.title,
                 fix=f"Splits here: {', '.join(sorted(sizes))}; slices are written `train[:500]` or `train[90%:]`.",
             ) from error
         chosen = [(part.splitname, index) for part in parts for index in range(part.from_, part.to)]
@@ -194,7 +233,7 @@ def _may_be_hub_id(text: str) -> bool:
     return (
         len(path.parts) in (1, 2)
         and text[0] not in "./~\\"
-        and path.suffix not in (*_SUFFIXES, ".txt")
+        and data_suffix(path) not in (*SUFFIXES, ".txt")
         and not in_a_folder
     )
 
@@ -207,7 +246,7 @@ def _missing(path: Path) -> UserError:
             where=str(path),
             fix="Relative paths start at the directory where the command runs.",
         )
-    names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _SUFFIXES or entry.is_dir())
+    names = sorted(entry.name for entry in folder.iterdir() if data_suffix(entry) in SUFFIXES or entry.is_dir())
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if near:
         fix = f"Did you mean {' or '.join(near)}?"
@@ -218,26 +257,22 @@ def _missing(path: Path) -> UserError:
     return UserError("there is no such file", where=str(path), fix=fix)
 
 
-def _hub_error(source: DataSource, error: Exception) -> UserError:
+def _hub_error(path: str, source: DataSource, error: Exception) -> UserError:
     import datasets
 
     text = f"{type(error).__name__}: {error}"
-    here = f"{source.path}[{source.split}]"
+    here = f"{path}[{source.split}]"
     offline = isinstance(error, OSError) and not isinstance(error, datasets.exceptions.DatasetNotFoundError)
     if "gated" in text.lower() or "401" in text or "403" in text:
         what = "the Hub data set is gated or private"
-        fix = f"Accept its terms at https://huggingface.co/datasets/{source.path}, then run `hf auth login`."
+        fix = f"Accept its terms at https://huggingface.co/datasets/{path}, then run `hf auth login`."
     elif offline or "offline" in text.lower() or "reach" in text.lower():
         what = "the Hub cannot be reached, and the data set is not in the cache"
         fix = "Connect once (it is then read from the cache, also with HF_HUB_OFFLINE=1), or give a file as `path`."
     elif isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        what = f"there is no such file, and no such data set on the Hub (or it is private): {_first_line(error)}"
+        what = f"there is no such file, and no such data set on the Hub (or it is private): {first_line(error)}"
         fix = "Check `path` and `revision`; for a private data set run `hf auth login`."
     else:
-        what = f"the Hub data set cannot be read: {_first_line(error)}"
+        what = f"the Hub data set cannot be read: {first_line(error)}"
         fix = "Check `name`, `split` and `revision` on the data set's page."
     return UserError(what, where=here, fix=fix)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

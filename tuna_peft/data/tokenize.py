@@ -34,6 +34,7 @@ class TokenReport:
     Args:
         rows: Number of input rows.
         kept: Number of rows kept.
+        responses: Responses of the input rows, including reference responses.
         responses_cut: Responses truncated to `max_length`, including reference responses.
         responses_dropped: Responses skipped because they are too long, including reference responses.
         prompt_tokens: Number of prompt tokens, each prompt counted once.
@@ -43,6 +44,7 @@ class TokenReport:
 
     rows: int = 0
     kept: int = 0
+    responses: int = 0
     responses_cut: int = 0
     responses_dropped: int = 0
     prompt_tokens: int = 0
@@ -201,6 +203,7 @@ class _Encoder:
     def _assemble(self, record: Record, ids: list[list[int]], where: str) -> dict[str, Any] | None:
         """The row from the tokens of the prompt, of the prompt with each response, and with the reference."""
         self.report.rows += 1
+        self.report.responses += len(ids) - 1
         if record["reference"] is None and self.needs_reference:
             raise BadRow("there is no reference response", reason="no reference", where=where)
         n, eos = len(record["completions"]), self.tokens.eos

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tuna_peft.data.config import DataSource, Overflow, PromptConfig
 from tuna_peft.data.ranked import Record
-from tuna_peft.data.sources import count_selected
+from tuna_peft.data.sources import count_selected, is_here
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.evaluation.lmentry.task import read_lmentry
 from tuna_peft.evaluation.session import Question
@@ -63,7 +63,7 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
     Raises:
         UserError: A file cannot be used.
     """
-    tokenizer = _tokenizer(recipe) if any(map(is_here, recipe.sources().values())) else None
+    tokenizer = _tokenizer(recipe) if any(is_here(source.path) for source in recipe.sources().values()) else None
     workloads: dict[str, Workload] = {}
     for stage in resolve_stages(recipe):
         options: dict[str, Any] = {"kind": "prompts" if stage.generated else "candidates"}
@@ -200,11 +200,6 @@ def encoded_workload(dataset: datasets.Dataset) -> Workload:
     return Workload(tuple(rows), len(rows), f"counted in tokens: {len(rows):,} rows")
 
 
-def is_here(source: DataSource) -> bool:
-    """Whether the data is a file on this machine or in the package."""
-    return source.path.startswith("builtin:") or Path(source.path).exists()
-
-
 def source_workload(
     source: DataSource,
     recipe: Recipe,
@@ -229,7 +224,7 @@ def source_workload(
     Raises:
         UserError: The file cannot be used.
     """
-    if not is_here(source):
+    if not is_here(source.path):
         total = count_selected(source, assumed)
         sliced = "[" in source.split
         how = f" ({source.split} of {assumed:,})" if sliced and total < assumed else ""

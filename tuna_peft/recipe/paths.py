@@ -8,11 +8,12 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from tuna_peft.data.config import MayBeLocal
+from tuna_peft.data.shards import COMPRESSED, SUFFIXES, is_pattern, match_pattern
 from tuna_peft.errors import did_you_mean
 from tuna_peft.recipe.document import KeyPath
 from tuna_peft.recipe.schema import Recipe
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+_DATA_SUFFIXES = (*SUFFIXES, *COMPRESSED, ".txt")
 
 
 def resolve_paths(recipe: Recipe, folders: Sequence[Path]) -> None:
@@ -22,19 +23,21 @@ def resolve_paths(recipe: Recipe, folders: Sequence[Path]) -> None:
     that is not found stays unchanged, because it may be a Hub id.
     """
     for _, section, name, kind in _named(recipe):
-        setattr(section, name, _resolve(getattr(section, name), kind, folders))
+        value = getattr(section, name)
+        several = isinstance(value, list)
+        resolved = [_resolve(text, kind, folders) for text in (value if several else [value])]
+        setattr(section, name, resolved if several else resolved[0])
 
 
 def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str, str]]:
     """`(path of keys, what, fix)` for every value that can only be a local path and does not exist."""
     for path, section, name, _ in _named(recipe):
-        text = getattr(section, name)
-        if _must_be_local(text) and not Path(text).expanduser().exists():
-            yield (
-                path,
-                f"there is no file or folder {text!r} here or next to the recipe ({', '.join(map(str, folders))}).",
-                _nearby(text, folders),
-            )
+        value = getattr(section, name)
+        for text in value if isinstance(value, list) else [value]:
+            if _must_be_local(text) and not _exists(Path(text).expanduser()):
+                beside = ", ".join(map(str, folders))
+                what = f"there is no file or folder {text!r} here or next to the recipe ({beside})."
+                yield path, what, _nearby(text, folders)
 
 
 def _named(section: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, BaseModel, str, MayBeLocal]]:
@@ -57,9 +60,14 @@ def _resolve(text: str, kind: MayBeLocal, folders: Sequence[Path]) -> str:
         return text
     path = Path(text).expanduser()
     for folder in (Path.cwd(), *folders):
-        if (folder / path).is_file() or ((folder / path).exists() and not kind.only_file):
+        if (folder / path).is_file() or (_exists(folder / path) and not kind.only_file):
             return str((folder / path).resolve())
     return text
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a file or folder, or a file that matches the pattern."""
+    return path.exists() or (is_pattern(str(path)) and bool(match_pattern(str(path))))
 
 
 def _must_be_local(text: str) -> bool:

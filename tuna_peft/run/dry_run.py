@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from tuna_peft.data.config import DataSource
-from tuna_peft.data.load import load_prompts, read_ranked
-from tuna_peft.planning.lengths import is_here
+from tuna_peft.data.config import DataSource, Overflow
+from tuna_peft.data.load import encode_source, load_prompts, load_ranked, load_sft
+from tuna_peft.data.losses import describe_losses
+from tuna_peft.data.sources import is_here
+from tuna_peft.errors import UserError
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
+from tuna_peft.recipe.evaluation_schema import RankingTask
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.folder import read_run_recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
@@ -48,22 +55,26 @@ def _steps(recipe: Recipe, output: Path) -> Text:
     if quantization.method in ("nf4", "fp4") and quantization.double_quant:
         stored += ", double quantization"
     step("base", f"{recipe.base.model}, {stored}")
+    loaded = _tokenizer(recipe) if any(is_here(source.path) for source in recipe.sources().values()) else None
     for stage in resolve_stages(recipe):
-        rows = _rows(stage.source, recipe, prompts=stage.feedback is not None, pairs=stage.type == "ranking")
+        rows, losses = _stage_rows(stage, recipe, loaded)
         # With packing, the number of packed sequences is only known when the trainer has made them.
         steps = None if rows is None or stage.train.get("packing") else stage.update_steps(rows)
         step(
             f"stage {stage.name} ({stage.type}): {_state(output, stage)}",
             _adapter(stage),
             _data(stage.source, rows),
+            *losses,
             *_ranking(stage),
             f"about {steps:,} optimizer steps" if steps else None,
         )
     for name, task in (recipe.evaluation.tasks.given() if recipe.evaluation else {}).items():
-        data = getattr(task, "path", None)
+        lines = [getattr(task, "path", None)]
         if isinstance(task, DataSource):
-            data = _data(task, _rows(task, recipe, prompts=name != "ranking"))
-        step(f"task {name}, before the first stage and after each stage", data)
+            limits = (task.max_length, task.overflow, False) if isinstance(task, RankingTask) else None
+            rows, losses = _rows(task, recipe, loaded, load_ranked, limits)
+            lines = [_data(task, rows), *losses]
+        step(f"task {name}, before the first stage and after each stage", *lines)
     export = recipe.export
     merged = f"merged {export.merge.dtype} model on the {export.merge.base} base" if export.merge.enabled else None
     gguf = f"GGUF: {', '.join(export.gguf)}" if export.gguf else None
@@ -82,13 +93,48 @@ def _adapter(stage: ResolvedStage) -> str:
     return f"LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}{continues}"
 
 
-def _rows(source: DataSource, recipe: Recipe, *, prompts: bool, pairs: bool = True) -> int | None:
-    """Number of usable records; None for a Hub data set, which a dry run does not download."""
-    if not is_here(source):
+def _tokenizer(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase] | None:
+    """Configuration and tokenizer of the base, which decide what is too long; None if they are not on this machine."""
+    from tuna_peft.models.base.load import load_config_and_tokenizer
+
+    base = recipe.base
+    try:
+        return load_config_and_tokenizer(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    except (UserError, OSError):
         return None
-    if prompts:
-        return load_prompts(source, recipe.prompt)[1].kept
-    return read_ranked(source, recipe.prompt, pairs=pairs)[1].kept
+
+
+def _stage_rows(stage: ResolvedStage, recipe: Recipe, loaded: Any) -> tuple[int | None, list[str]]:
+    if stage.feedback is not None:
+        return _rows(stage.source, recipe, loaded, load_ranked, None)
+    limits = (stage.max_length, stage.overflow, stage.needs_reference)
+    return _rows(stage.source, recipe, loaded, load_sft if stage.type == "sft" else load_ranked, limits)
+
+
+def _rows(
+    source: DataSource, recipe: Recipe, loaded: Any, load: Any, limits: tuple[int | None, Overflow, bool] | None
+) -> tuple[int | None, list[str]]:
+    """Number of usable rows, and what is left out; None for a Hub data set, which a dry run does not download.
+
+    Args:
+        loaded: See `_tokenizer`; None counts before the length limit.
+        load: `load_ranked` or `load_sft`.
+        limits: Maximum length, overflow policy, whether the reference is needed; None reads only prompts.
+    """
+    if not is_here(source.path):
+        return None, []
+    if limits is None:
+        prompts = load_prompts(source, recipe.prompt)[1]
+        return prompts.kept, describe_losses(prompts.as_dict())
+    if loaded is None:
+        read = load(source, recipe.prompt)[1]
+        return read.kept, [*describe_losses(read.as_dict()), "counted before the length limit: no tokenizer here"]
+    (config, tokenizer), (max_length, overflow, needs_reference) = loaded, limits
+    rows, counts = encode_source(
+        source, load, recipe.prompt, tokenizer, config,
+        max_length=max_length, overflow=overflow, needs_reference=needs_reference,
+    )  # fmt: skip
+    return len(rows), describe_losses(counts)
 
 
 def _ranking(stage: ResolvedStage) -> Iterator[str]:
@@ -112,7 +158,7 @@ def _ranking(stage: ResolvedStage) -> Iterator[str]:
 
 def _data(source: DataSource, rows: int | None) -> str:
     split = "" if source.split == "train" else f"[{source.split}]"
-    return f"{source.path}{split}: {'on the Hub, not counted' if rows is None else f'{rows:,} rows'}"
+    return f"{source.title}{split}: {'on the Hub, not counted' if rows is None else f'{rows:,} rows'}"
 
 
 def _state(output: Path, stage: ResolvedStage) -> str:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import encode_source, load_candidates, load_prompts, load_ranked, load_sft
+from tuna_peft.data.losses import report_losses
 from tuna_peft.data.ranked import Record
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
@@ -56,6 +57,7 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
         if stage.feedback is not None:
             read = load_prompts if stage.generated else load_candidates
             inputs.prompts[stage.name], report = read(stage.source, recipe.prompt)
+            report_losses(stage.source, report.as_dict())
             inputs.counts[stage.name] = {"prompts": report.as_dict()}
         else:
             inputs.stages[stage.name], inputs.counts[stage.name] = encode_rows(
@@ -84,7 +86,9 @@ def encode_rows(
         UserError: See `tuna_peft.data.load.encode_source`.
     """
     load = load_sft if stage.type == "sft" else load_ranked
-    return encode_source(
+    rows, counts = encode_source(
         source, load, prompt, tokenizer, config,
         max_length=stage.max_length, overflow=stage.overflow, needs_reference=stage.needs_reference,
     )  # fmt: skip
+    report_losses(source, counts)
+    return rows, counts

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.load import encode_source, load_prompts, load_ranked
+from tuna_peft.data.losses import report_losses
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.graded import evaluate_graded
@@ -116,6 +117,7 @@ def _ranking(
     rows, data.counts["ranking"] = encode_source(
         settings, load_ranked, prompt, tokenizer, config, max_length=settings.max_length, overflow=settings.overflow
     )
+    report_losses(settings, data.counts["ranking"])
     data.ranked = rows
 
     def run(session: Session) -> TaskResult:
@@ -131,6 +133,7 @@ def _ranking(
 def _graded(settings: GradedTask, prompt: PromptConfig, data: TaskData) -> Task:
     grader = load_grader(settings.grader, "evaluation.tasks.graded.grader")
     prompts, read = load_prompts(settings, prompt)
+    report_losses(settings, read.as_dict())
     data.counts["graded"] = read.as_dict()
     template = PromptTemplate(prompt)
     questions = [

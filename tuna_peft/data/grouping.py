@@ -1,0 +1,203 @@
+"""Rows about the same prompt become one ranked list: rated responses, or comparisons of two. Used by `load`.
+
+A *vote* is `(i, j, sign)`: with a positive sign response i is better than response j, with a negative one j is better
+than i, with 0 they are tied.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from typing import Any
+
+from tuna_peft.data.ranked import BadRow, Record, dense_ranks, number
+
+Vote = tuple[int, int, float]
+
+_TIE = re.compile(r"(tie|tied|draw|equal|both|neither|same)\b.*", re.IGNORECASE)
+_NAME = re.compile(r"(?:(?:model|response|answer|output|completion|assistant)[ _-]?)?(?:([a-z])|(\d+)(?:\.0)?)")
+_WORDS = {"first": 0, "left": 0, "second": 1, "right": 1}
+
+
+class Group(dict[str, Any]):
+    """The rows about one prompt: as a record it is the first of them.
+
+    Attributes:
+        rows: Place and record of each.
+    """
+
+    rows: list[tuple[str, Record]]
+
+
+def winner_index(label: Any, completions: list[Any], labels: dict[str, Any] | None, where: str) -> int | None:
+    """The index of the response that a label names as the best, or None for a tie.
+
+    Args:
+        label: `model_a`, `B`, `response 2`, 1 (the first), `tie`, or the text of a response; or a key of `labels`.
+        completions: The responses.
+        labels: What other labels mean: an index from 0, or `tie`.
+        where: The record's place, for errors.
+
+    Raises:
+        BadRow: The label is unknown.
+    """
+    word = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()
+    index: int | None = None
+    if labels is not None and word in labels:
+        index = None if labels[word] == "tie" else labels[word]
+        if index is None:
+            return None
+    elif _TIE.fullmatch(word):
+        return None
+    elif labels is None:
+        match = _NAME.fullmatch(word.lower())
+        if match and match[1]:
+            index = ord(match[1]) - ord("a")
+        elif match:
+            index = int(match[2]) - 1  # -1 for 0, which is a tie in some data sets and the second response in others
+        else:
+            index = _WORDS.get(word.lower())
+    if (index is None or index >= len(completions)) and label in completions:
+        index = completions.index(label)
+    if index is None or not 0 <= index < len(completions):
+        raise BadRow(
+            f"the label {word[:40]!r} does not say which of {len(completions)} responses is the best",
+            reason="unknown label",
+            where=where,
+            fix="Say what the labels mean, in `columns`, from 0: `winner_labels: {1: 0, 2: 1, 0: tie}`.",
+        )
+    return index
+
+
+def votes_for(winner: int | None, count: int) -> list[Vote]:
+    """Votes that put one of `count` responses above each other one, or (None) tie them all."""
+    if winner is None:
+        return [(index, index + 1, 0.0) for index in range(count - 1)]
+    return [(winner, index, 1.0) for index in range(count) if index != winner]
+
+
+def rank_by_votes(count: int, votes: list[Vote]) -> tuple[list[int | None], int]:
+    """Ranks that agree with every vote that no other one contradicts.
+
+    The majority decides about a pair, and a draw is a tie. Responses that the pairs put in a circle (a over b, b over
+    c, c over a) are tied. The rank of a response is the length of the longest chain of better ones above it. Responses
+    without a vote are not ranked.
+
+    Args:
+        count: Number of responses.
+        votes: Comparisons of pairs of them.
+
+    Returns:
+        Dense ranks, equal where tied, None where not ranked; and the number of votes that the ranks contradict.
+    """
+    balance: dict[tuple[int, int], int] = defaultdict(int)
+    for i, j, sign in votes:
+        balance[min(i, j), max(i, j)] += (sign > 0) - (sign < 0) if i < j else (sign < 0) - (sign > 0)
+    # reach[i] holds the responses that are no better than i: i beats them or ties with them, perhaps through others.
+    reach = [{i} for i in range(count)]
+    for (i, j), sign in balance.items():
+        if sign >= 0:
+            reach[i].add(j)
+        if sign <= 0:
+            reach[j].add(i)
+    for via in range(count):
+        for i in range(count):
+            if via in reach[i]:
+                reach[i] |= reach[via]
+    same = [frozenset(j for j in reach[i] if i in reach[j]) for i in range(count)]
+    levels: dict[frozenset[int], int] = {}
+    for i in sorted(range(count), key=lambda i: -len(reach[i])):  # the better one reaches more
+        better = {same[j] for j in range(count) if i in reach[j]} - {same[i]}
+        levels[same[i]] = max((levels[group] + 1 for group in better), default=0)
+    voted = {i for vote in votes for i in vote[:2]}
+    ranks = [levels[same[i]] if i in voted else None for i in range(count)]
+    steps = [(levels[same[j]] - levels[same[i]], sign) for i, j, sign in votes]
+    wrong = sum((step > 0) - (step < 0) != (sign > 0) - (sign < 0) for step, sign in steps)
+    return ranks, wrong
+
+
+def group_rows(records: list[tuple[str, Record]], paths: str | list[str]) -> list[tuple[str, Record]]:
+    """Collects rows with equal values at `paths`, in the order in which the values first appear.
+
+    Raises:
+        BadRow: A row has no such path.
+    """
+    from tuna_peft.data.columns import one
+
+    groups: dict[str, Group] = {}
+    firsts: list[tuple[str, Record]] = []
+    for where, record in records:
+        values = [one(record, path, where) for path in ([paths] if isinstance(paths, str) else paths)]
+        key = json.dumps(values, default=str)
+        if key not in groups:
+            groups[key] = Group(record)
+            groups[key].rows = []
+            firsts.append((where, groups[key]))
+        groups[key].rows.append((where, record))
+    return firsts
+
+
+def merge_responses(rows: list[tuple[str, Record]]) -> Record:
+    """The responses of several rows as one record.
+
+    Rows with scores are joined, and a response that several rows rate has the mean of its scores. Rows that only
+    compare their own responses (`votes`, or ranks of at least two) are ranked by `rank_by_votes`.
+
+    Args:
+        rows: Place, and `completions`, `scores`, `ranks`, `reference` and perhaps `votes`, of each row.
+
+    Raises:
+        BadRow: A row has no usable order.
+    """
+    texts: dict[str, int] = {}  # equal responses of several rows are one
+    completions: list[Any] = []
+    places: list[list[int]] = []
+    for where, row in rows:
+        entries = row["completions"]
+        if not isinstance(entries, list) or not entries:
+            raise BadRow("the record has no responses", reason="no responses", where=where)
+        for entry in entries:
+            key = json.dumps(entry, default=str)
+            if key not in texts:
+                texts[key] = len(completions)
+                completions.append(entry)
+        places.append([texts[json.dumps(entry, default=str)] for entry in entries])
+    merged: Record = {
+        "completions": completions,
+        "scores": None,
+        "ranks": None,
+        "reference": next((row["reference"] for _, row in rows if row["reference"] is not None), None),
+        "merged": sum(map(len, places)) - len(completions),
+    }
+    votes = [vote for (where, row), place in zip(rows, places, strict=True) for vote in _votes(row, place, where)]
+    if votes:
+        merged["ranks"], merged["contradictions"] = rank_by_votes(len(completions), votes)
+        merged["comparisons"] = len(votes)
+        return merged
+    for name in ("scores", "ranks"):
+        values: list[list[float]] = [[] for _ in completions]
+        for (where, row), place in zip(rows, places, strict=True):
+            given = [None] if row[name] == [] and len(place) == 1 else row[name] or []  # an empty cell
+            for index, value in zip(place, given, strict=False):
+                values[index].append(number(value, name.removesuffix("s"), where))
+        if any(values):
+            merged[name] = [statistics.fmean(one) if one else None for one in values]
+    if merged["ranks"] is not None and None not in merged["ranks"]:
+        merged["ranks"] = dense_ranks(merged["ranks"])
+    return merged
+
+
+def _votes(row: Record, place: list[int], where: str) -> list[Vote]:
+    """The comparisons of a row, with the indices of the group's responses; none where it has scores."""
+    votes = row.get("votes")
+    if votes is None and row["scores"] is None and row["ranks"] is not None and len(place) > 1:
+        ranks = [None if rank is None else number(rank, "rank", where) for rank in row["ranks"]]
+        votes = [
+            (i, j, other - rank)
+            for i, rank in enumerate(ranks)
+            for j, other in enumerate(ranks)
+            if i < j and rank is not None and other is not None
+        ]
+    return [(place[i], place[j], sign) for i, j, sign in votes or [] if place[i] != place[j]]
