@@ -144,6 +144,6 @@ def test_add_reference():
 
 def test_report_as_dict():
     counts = {"read": 3, "kept": 2, "skipped": {"all tied": 1}, "duplicates_merged": 4, "omitted": 5}
-    expected = {**counts, "contradictions": 6, "responses": 7, "comparisons": 8}
+    expected = {**counts, "contradictions": 6, "responses": 7, "comparisons": 8, "first_contradiction": "f: line 2"}
     report = ReadReport(**expected)
     assert report.as_dict() == expected

@@ -132,7 +132,7 @@ def test_judge_ranks_its_own_answer(jsonl):
     ("change", "what"),
     [
         ({"rank": [1, 5]}, "entry 1 of the rank is 5"),
-        ({"rank": [1, 4], "response_4": ""}, "entry 1 of the rank is 4, not the index of one of 4"),
+        ({"rank": [1, 4], "response_4": ""}, "only one response is left of 4"),
         ({"rank": [1, 0, 1]}, "names response 1 twice"),
         ({"rank": [1]}, "only one response is left of 5"),
         ({"rank": []}, "none of the responses is ranked"),
@@ -146,6 +146,51 @@ def test_bad_judge_records(jsonl, change, what):
     with pytest.raises(UserError) as caught:
         load(jsonl({**JUDGE, **change}), format="judge")
     assert what in caught.value.what
+
+
+ANSWER = """The instruction is open-ended.
+
+###Response 4:
+First paragraph.
+
+Second paragraph.
+
+There are no duplicate responses.
+
+Response 0: 7
+Response 1: 9
+Response 2: 5
+Response 3: 3
+Response 4: 14
+
+rank: [4, 1, 0, 2, 3] (out of 15)"""
+WRITTEN = {  # by the reference's writer: a fragment of the answer, and every number after "rank:"
+    **JUDGE, "generation": ["a", "b", "c", "d"], "gpt_eval": ANSWER, "rank_str": "[4, 1, 0, 2, 3] (out of 15)",
+    "response_4": "First paragraph.",
+}  # fmt: skip
+del WRITTEN["rank"]
+
+
+def test_the_answer_of_the_judge_completes_the_record(jsonl):
+    rows, report = load(jsonl({**WRITTEN, "ranks": [4, 1, 0, 2, 3]}))
+    assert rows[0]["completions"] == ["First paragraph.\n\nSecond paragraph.", "b", "a", "c", "d"]
+    assert (report.comparisons, report.contradictions) == (1, 0)
+
+
+def test_a_rank_that_the_answer_contradicts_is_corrected_and_named(jsonl):
+    path = jsonl({**WRITTEN, "ranks": [4, 1, 0, 2, 3]}, {**WRITTEN, "ranks": [4, 1, 0, 2, 3, 15]})
+    rows, report = load(path)
+    assert rows[0]["completions"] == rows[1]["completions"]
+    assert (report.comparisons, report.contradictions) == (2, 1)
+    assert report.first_contradiction == f"{path}: line 2"
+
+
+def test_a_ranked_answer_that_is_missing_costs_no_more_than_itself(jsonl):
+    rows, _ = load(jsonl({**JUDGE, "rank": [4, 1, 0], "response_4": ""}))
+    assert rows[0]["completions"] == ["a b", "b a"]
+    answer = ANSWER.replace("###Response 4:", "Mine:")
+    rows, _ = load(jsonl({**WRITTEN, "gpt_eval": answer, "response_4": "", "ranks": [4, 1, 0, 2, 3]}))
+    assert rows[0]["completions"] == ["b", "a", "c", "d"]
 
 
 def test_formatted(jsonl):

@@ -7,7 +7,6 @@ and normalizes records, `tokenize` turns them into token ids.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +220,8 @@ def _read(
         report.omitted += built.omitted
         report.contradictions += built.contradictions
         report.comparisons += built.comparisons
+        if built.contradictions and report.first_contradiction is None:
+            report.first_contradiction = where
         report.responses += len(built.record.get("completions", ())) + built.merged + built.omitted
         records.append(built.record)
     report.kept = len(records)
@@ -285,13 +286,12 @@ def _read_one(
     found = format.responses(raw, source, where)
     # The reference can make the only pair, so pairs are required after it is added.
     built = normalise({"id": identity, "prompt": prompt, **found}, where, pairs=pairs and not source.add_reference)
-    merged = built.merged + found.get("merged", 0)
+    built.merged += found.get("merged", 0)
+    built.contradictions, built.comparisons = found.get("contradictions", 0), found.get("comparisons", 0)
     if source.add_reference is not None:
-        with_reference = add_reference(built.record, source.add_reference, where)
-        second = normalise(with_reference, where, pairs=pairs)
-        built, merged = dataclasses.replace(built, record=second.record), merged + second.merged
-    counts = {name: found.get(name, 0) for name in ("contradictions", "comparisons")}
-    return dataclasses.replace(built, merged=merged, **counts)
+        second = normalise(add_reference(built.record, source.add_reference, where), where, pairs=pairs)
+        built.record, built.merged = second.record, built.merged + second.merged
+    return built
 
 
 def _format(source: DataSource, raw_records: RawRecords, *, prompts_only: bool = False) -> tuple[Format, DataSource]:

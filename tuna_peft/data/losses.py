@@ -49,7 +49,8 @@ def _losses(counts: dict[str, Any]) -> list[tuple[str, float, str]]:
         ("duplicates_merged", responses, "responses repeat another one of their record and are merged",
          "make their texts different"),
         ("omitted", responses, "responses are not ranked and are skipped", "rank them in the data"),
-        ("contradictions", comparisons, "comparisons contradict others of their record and are overruled",
+        ("contradictions", comparisons, "comparisons contradict others of their record and are overruled, first in "
+         f"{counts['first_contradiction']}",
          "correct them in the data"),
     ):  # fmt: skip
         found.append((counts[key], whole, f"{counts[key]:,} of {whole:,} {what}", keep))

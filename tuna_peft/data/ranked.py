@@ -44,6 +44,7 @@ class ReadReport:
         contradictions: Comparisons and ranks of kept records that contradict others of the same record.
         responses: Responses of kept records in the file, with duplicates.
         comparisons: Comparisons of kept records.
+        first_contradiction: The place of the first record with one.
     """
 
     read: int = 0
@@ -54,6 +55,7 @@ class ReadReport:
     contradictions: int = 0
     responses: int = 0
     comparisons: int = 0
+    first_contradiction: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The counts as plain JSON values."""

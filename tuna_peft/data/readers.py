@@ -5,6 +5,7 @@ A reader keeps the responses in the order of the file, so that errors can name t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from tuna_peft.data.grouping import Group, merge_responses
 from tuna_peft.data.ranked import BadRow, Record
 from tuna_peft.data.shapes import SHAPES
 from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.data.verdict import Unreadable, own_response, read_verdict
 from tuna_peft.errors import UserError
 
 
@@ -219,26 +221,45 @@ def _not_positive(value: float, name: str, where: str) -> float:
     return value
 
 
-# judge: instruct, generation [N], rank or ranks (indices, best first), response_N (the judge's own answer), id
+# judge: instruct, generation [N], rank or ranks (indices, best first), response_N (the judge's own), gpt_eval, id
 
 
 def _judge_responses(raw: Record, source: DataSource, where: str) -> Record:
+    """The reference's records: `gpt_eval`, the judge's whole answer, corrects what its writer took from it.
+
+    That writer (microsoft/LMOps, tuna/src/gpt-eval.py) keeps only the first paragraph of the judge's own response, and
+    takes every number after "rank:" for a rank.
+    """
     responses = list(_list(raw, "generation", where))
-    own = raw.get(f"response_{len(responses)}")
+    count = len(responses)
+    order = _list(raw, "rank" if raw.get("rank") is not None else "ranks", where)
+    own, answer, read = raw.get(f"response_{count}"), raw.get("gpt_eval"), None
+    if isinstance(answer, str):
+        with contextlib.suppress(Unreadable):
+            read = list(read_verdict(answer, count).order)
+        own = own_response(answer, count) or own
+    numbers = [int(entry) if isinstance(entry, str) and entry.strip().isdigit() else entry for entry in order]
     if isinstance(own, str) and own.strip():
         responses.append(own)
-    order = _list(raw, "rank" if raw.get("rank") is not None else "ranks", where)
+    elif count in (read or numbers):  # it is ranked, but the record does not hold it
+        numbers, read = ([index for index in one or [] if index != count] for one in (numbers, read))
     ranks: list[int | None] = [None] * len(responses)
-    for place, entry in enumerate(order):
-        index = int(entry) if isinstance(entry, str) and entry.strip().isdigit() else entry
+    for place, index in enumerate(read or numbers):
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(responses):
-            what = f"entry {place} of the rank is {entry!r}, not the index of one of {len(responses)} responses"
+            what = f"entry {place} of the rank is {order[place]!r}, not the index of one of {len(responses)} responses"
             raise BadRow(what, reason="bad rank", where=where)
         if ranks[index] is not None:
             raise BadRow(f"the rank names response {index} twice", reason="bad rank", where=where)
         ranks[index] = place
     # normalise() merges duplicates of ranked responses, and drops and counts the others that are not ranked.
-    return {"completions": responses, "scores": None, "ranks": ranks, "reference": None}
+    return {
+        "completions": responses,
+        "scores": None,
+        "ranks": ranks,
+        "reference": None,
+        "comparisons": int(bool(read)),
+        "contradictions": int(bool(read) and read != numbers),
+    }
 
 
 # formatted: instruction (a full prompt), output [N], score [N], id

@@ -12,13 +12,13 @@ import random
 from collections.abc import Iterator, Sequence
 
 from tuna_peft.data.ranked import BadRow, Prompt, Record, dense_ranks, normalise
+from tuna_peft.data.verdict import Unreadable, read_verdict
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.counts import Counts
 from tuna_peft.feedback.judges import Question, failed, make_judge
 from tuna_peft.feedback.protocol import MAX_RESPONSES
 from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.feedback.spending import Estimate, Spending, Usage, estimate_tokens
-from tuna_peft.feedback.verdict import Unreadable, read_verdict
 from tuna_peft.journal import Journal, content_key
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuna_peft.data.ranked import Prompt
+from tuna_peft.data.verdict import Unreadable, read_verdict
 from tuna_peft.feedback.answering import Answering, answer_all
 from tuna_peft.feedback.protocol import answer_schema, judge_messages
 from tuna_peft.feedback.server import BadAnswer, Refused, Reply, RequestFailed, Server, message_text
 from tuna_peft.feedback.settings import JudgeSettings
 from tuna_peft.feedback.spending import Spending, Usage
-from tuna_peft.feedback.verdict import Unreadable, read_verdict
 from tuna_peft.graders import BUILTIN, load_grader
 from tuna_peft.journal import Journal
 

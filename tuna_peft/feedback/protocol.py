@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tuna_peft.data.ranked import Prompt
+from tuna_peft.data.verdict import MAX_GRADE
 
-ASPECTS = 3
-MAX_GRADE = 5
 MAX_RESPONSES = 20
 """More responses are too many to compare at once; such a prompt is skipped."""
 

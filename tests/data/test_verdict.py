@@ -9,7 +9,7 @@ from importlib import resources
 import pytest
 
 from tuna_peft.data.ranked import dense_ranks
-from tuna_peft.feedback.verdict import MAX_CHARACTERS, Unreadable, read_verdict
+from tuna_peft.data.verdict import MAX_CHARACTERS, Unreadable, read_verdict
 
 
 def answer(rank, **fields):

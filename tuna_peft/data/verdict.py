@@ -1,6 +1,7 @@
 """Reads the ranking from a judge's answer, or gives the reason why there is none. Nothing is guessed.
 
-Two forms are read: the JSON object that `protocol` asks for, anywhere in the text, and the plain text of the reference
+Used by `feedback`, and by `readers` for the reference project's records. Two forms are read: the JSON object that
+`tuna_peft.feedback.protocol` asks for, anywhere in the text, and the plain text of the reference
 code ("Response 0: 12 ... rank: [2, 0, 1, 4]"). Both number responses from 0 in the order shown.
 """
 
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuna_peft.data.ranked import dense_ranks
-from tuna_peft.feedback.protocol import ASPECTS, MAX_GRADE
+
+# Each response is graded on three aspects, with whole numbers from 0.
+ASPECTS, MAX_GRADE = 3, 5
 
 MAX_CHARACTERS = 200_000
 """Maximum length of an answer; no verdict is that long."""
@@ -28,12 +31,14 @@ class Verdict:
         own_response: The judge's own response; None if it gave none.
         own_is_best: Whether the judge gave a response of its own and ranks it above all others, or does not rank it.
         kind: `open-ended`, `closed-ended` or None.
+        order: The numbers as ranked, best first; the judge's own response has the next number after the last one.
     """
 
     ranks: list[int]
     own_response: str | None = None
     own_is_best: bool = False
     kind: str | None = None
+    order: tuple[int, ...] = ()
 
 
 class Unreadable(ValueError):
@@ -142,6 +147,13 @@ _TOTAL = re.compile(
     r"^[^\w\n]*response\s+(\d{1,3})\W*?:\W*?(\d{1,2}(?:\.\d+)?)(?:\s*/\s*15)?[\]\s*.,;]*$",
     re.IGNORECASE | re.MULTILINE,
 )
+# What follows the judge's own response: a heading, the next step, or a sentence about duplicates.
+_NEXT_PART = re.compile(
+    r"^(?:\s*#+\s*(?:Response|Rating|Score|Rank|Duplicate|Step|Evaluation|Comparison)\b|[^\w\n]*(?:(?:Third|Fourth|Fifth"
+    r"|Lastly|Last|Finally)\b[,:]|Step \d|(?:Ratings?|Scores?|Overall scores?|Duplicates?)\W*:\W*$)"
+    r"|.*\bduplicates?\b.*\bresponses?\b|.*\bresponses?\b.*\bduplicates?\b)",
+    re.IGNORECASE | re.MULTILINE,
+)
 _SAME = re.compile(r"[^.\n]*\b(?:duplicates?|identical)\b[^.\n]*", re.IGNORECASE)
 
 
@@ -157,17 +169,33 @@ def _read_plain(text: str, responses: int) -> Verdict:
         if number > responses or total > ASPECTS * MAX_GRADE or totals.get(number, total) != total:
             raise Unreadable(f"the total {total:g} of response {number} is impossible")
         totals[number] = total
-    own = re.search(rf"###\s*Response {responses}:(.*?)(?:\n\s*\n|\Z)", text, re.DOTALL | re.IGNORECASE)
     # Sentences are used only to explain why a number is missing from the ranking.
     missing = set(range(responses)) - set(orders[0])
     groups = [group for group in _plain_groups(text, responses) if missing & set(group)]
-    return _verdict(orders[0], groups, totals, responses, own=(own[1].strip() if own else None) or None)
+    return _verdict(orders[0], groups, totals, responses, own=own_response(text, responses))
+
+
+def own_response(text: str, number: int) -> str | None:
+    """The judge's own response in the plain form: all of its paragraphs, up to the next part of the answer.
+
+    Args:
+        text: The judge's answer.
+        number: The number of its own response, after the last one that it was shown.
+    """
+    begin = re.search(rf"#+\s*Response {number}\s*:", text, re.IGNORECASE)
+    if begin is None:
+        return None
+    rest = text[begin.end() :]
+    ends = [match.start() for part in (_TOTAL, _RANK, _NEXT_PART) if (match := part.search(rest))]
+    return rest[: min(ends, default=len(rest))].strip() or None
 
 
 def _plain_order(line: str, responses: int) -> list[int]:
     """`[2, 0, 1]`, `2 > 0 > 1` or `Response 2 > Response 0`; anything else on the line is an error."""
     bare = re.sub(r"response\s*", "", line.rstrip("*_`. "), flags=re.IGNORECASE)
-    match = re.fullmatch(r"\[\s*(.*?)\s*\]\W*", bare) or re.fullmatch(r"(\d+(?:\s*[>,]\s*\d+)+)", bare)
+    # A remark may follow the list, such as "(out of 15)".
+    remark = r"(?:\([^\[\]()]*\)|[.;]\s[^\[\]]*)?\W*"
+    match = re.fullmatch(rf"\[\s*([^\[\]]*?)\s*\]\W*{remark}", bare) or re.fullmatch(r"(\d+(?:\s*[>,]\s*\d+)+)", bare)
     parts = re.split(r"\s*[>,]\s*", match[1]) if match else []
     if not parts or not all(re.fullmatch(r"\d{1,3}", part) for part in parts):
         raise Unreadable(f"the ranking {line!r:.60} is not a list of numbers")
@@ -219,4 +247,5 @@ def _verdict(
         own_response=own,
         own_is_best=own is not None and place.get(responses, -1.0) < min(places),
         kind=kind,
+        order=tuple(order),
     )
