@@ -327,9 +327,9 @@ def test_what_a_chat_log_is_told_to_do_works(jsonl, key, text):
 
 
 def test_auto(jsonl):
-    assert source_format(DataSource(path=jsonl(TEACHER))) == "teacher"
-    assert source_format(DataSource(path=jsonl(JUDGE))) == "judge"
-    assert source_format(DataSource(path=jsonl({"instruction": "i", "input": "", "output": "o"}))) == "alpaca"
+    assert source_format(DataSource(path=jsonl(TEACHER)))[0] == "teacher"
+    assert source_format(DataSource(path=jsonl(JUDGE)))[0] == "judge"
+    assert source_format(DataSource(path=jsonl({"instruction": "i", "input": "", "output": "o"})))[0] == "alpaca"
 
 
 def test_a_length_penalty_without_effect_is_refused(jsonl):

@@ -117,7 +117,7 @@ FILES = {
 def test_a_public_shape(jsonl, name, named):
     records, prompt, responses = FILES[name]
     source = DataSource(path=jsonl(*records), format=name if named else "auto")
-    assert source_format(source) == name
+    assert source_format(source)[0] == name
     read, report = read_ranked(source, PLAIN)
     assert report.kept == 1
     assert read[0]["prompt"] == prompt

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuna_peft.cli.options import Column, Format, SkipBad, Split, Template, data_source
+from tuna_peft.cli.options import Column, Format, GroupBy, Header, SkipBad, Split, Template, data_source
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def inspect(
     split: Split = "train",
     template: Template = "alpaca",
     skip_bad_rows: SkipBad = False,
+    group_by: GroupBy = None,
+    header: Header = True,
 ) -> None:
     """Show prompts with their responses in rank order: score, length, and which tokens have a loss."""
     from rich.console import Console
@@ -44,7 +46,7 @@ def inspect(
     if not _is_recipe(target):
         if stage is not None:
             raise UserError("--stage needs a recipe; this is data", where=target)
-        source, prompt = data_source(target, format, column, split, template, skip_bad_rows)
+        source, prompt = data_source(target, format, column, split, template, skip_bad_rows, group_by, header)
         console.print(inspect_file(source, prompt, load_tokenizer(tokenizer), n))
         return
 
@@ -84,12 +86,14 @@ def convert_file(
     split: Split = "train",
     template: Template = "alpaca",
     skip_bad_rows: SkipBad = False,
+    group_by: GroupBy = None,
+    header: Header = True,
 ) -> None:
     """Write data in the ranked format: prompt, completions, scores, ranks, reference."""
     from tuna_peft.data.convert import convert
     from tuna_peft.data.losses import describe_losses
 
-    source, prompt = data_source(file, format, column, split, template, skip_bad_rows)
+    source, prompt = data_source(file, format, column, split, template, skip_bad_rows, group_by, header)
     report = convert(source, prompt, out)
     typer.echo(f"wrote {out}: {report.kept} of {report.read} records")
     for line in describe_losses(report.as_dict()):

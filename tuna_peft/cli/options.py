@@ -21,7 +21,8 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns.",
+        help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns, or that of a public data set, "
+        "such as ultrafeedback.",
         rich_help_panel="Data",
     ),
 ]
@@ -29,9 +30,25 @@ Column = Annotated[
     list[str] | None,
     typer.Option(
         "--column",
-        help="part=path, once for each part: --column completions=responses[].text. Two columns: completions=a,b.",
+        help="part=path, once for each part: --column completions=responses[].text. Two columns: completions=a,b. "
+        "A weight or a label: scores.helpfulness=0.7, winner_labels.1=0.",
         show_default=False,
         rich_help_panel="Data",
+    ),
+]
+GroupBy = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--group-by",
+        help="Column that rows about the same prompt share. Repeatable.",
+        show_default=False,
+        rich_help_panel="Data",
+    ),
+]
+Header = Annotated[
+    bool,
+    typer.Option(
+        "--header/--no-header", help="Whether the first line of a CSV file names the columns.", rich_help_panel="Data"
     ),
 ]
 Split = Annotated[
@@ -121,7 +138,14 @@ def from_options(model: type[Model], values: dict[str, Any]) -> Model:
 
 
 def data_source(
-    path: str, format: str, columns: list[str] | None, split: str, template: str, skip_bad_rows: bool
+    path: str,
+    format: str,
+    columns: list[str] | None,
+    split: str,
+    template: str,
+    skip_bad_rows: bool,
+    group_by: list[str] | None = None,
+    header: bool = True,
 ) -> tuple[DataSource, PromptConfig]:
     """The data and the prompt template that the options describe; UserError for wrong values."""
     from tuna_peft.data.config import DataSource, PromptConfig
@@ -131,21 +155,27 @@ def data_source(
         "format": "columns" if columns and format == "auto" else format,
         "split": split,
         "on_bad_row": "skip" if skip_bad_rows else "error",
+        "group_by": group_by or None,
+        "header": header,
     }
     if columns:
         source["columns"] = _pairs(columns)
     return from_options(DataSource, source), from_options(PromptConfig, {"template": template})
 
 
-def _pairs(columns: list[str]) -> dict[str, str | list[str]]:
-    pairs: dict[str, str | list[str]] = {}
+def _pairs(columns: list[str]) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
     for text in columns:
         part, equals, path = text.partition("=")
         if not equals:
             raise UserError(
                 "expected part=path", where=f"--column {text}", fix="For example: completions=responses[].text"
             )
-        several = part in ("completions", "scores", "ranks") and "," in path  # one column for each response
+        part, dot, key = part.partition(".")
+        if dot:  # an entry of `scores` or `winner_labels`
+            pairs.setdefault(part, {})[key] = path
+            continue
+        several = part in ("completions", "scores", "ranks", "winner") and "," in path  # one column for each response
         pairs[part] = path.split(",") if several else path
     return pairs
 

@@ -92,10 +92,10 @@ def _scores(raw: Record, paths: str | list[str] | dict[str, float], where: str) 
 
 
 def _numbers(values: list[Any]) -> list[Any]:
-    return [_number(value) for value in values]
+    return [as_number(value) for value in values]
 
 
-def _number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """Converts text that is a number or a boolean, because all values in a CSV file are text."""
     if not isinstance(value, str):
         return value

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from tuna_peft.data.config import DataSource, Overflow, PromptConfig
 from tuna_peft.data.load import best_alone, load_prompts, read_ranked, source_format
+from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.ranked import Record
+from tuna_peft.data.suggest import data_block
 from tuna_peft.data.tokenize import encode_ranked
 from tuna_peft.errors import UserError
 
@@ -54,18 +56,15 @@ def inspect_file(
     Raises:
         UserError: The source cannot be read, or a row is too long.
     """
-    format = source_format(source)
+    format, read_as = source_format(source)
     supervised = format == "alpaca" if supervised is None else supervised
     records, report = read_ranked(source, prompt, pairs=not supervised)
     if supervised:
         records = [best_alone(record) for record in records[:n]]
-    skipped = ", ".join(f"{count} {reason}" for reason, count in report.skipped.items())
-    summary = Text(
-        f"{source.title} ({format}): {report.read} records read, {report.kept} kept"
-        + (f", skipped: {skipped}" if skipped else "")
-        + f"; responses merged as duplicates: {report.duplicates_merged}, not ranked: {report.omitted}"
-    )
-    return Group(summary, render_ranked(records, tokenizer, n, max_length=max_length, overflow=overflow))
+    lines = [f"{source.title} ({format}): {report.read} records read, {report.kept} kept"]
+    summary = Text("\n  ".join(lines + describe_losses(report.as_dict())))
+    shown = render_ranked(records, tokenizer, n, max_length=max_length, overflow=overflow)
+    return Group(summary, shown, Text(f"\nIn a recipe:\n\n{data_block(read_as)}"))
 
 
 def inspect_prompts(source: DataSource, prompt: PromptConfig, n: int = 3) -> RenderableType:

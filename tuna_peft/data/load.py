@@ -158,9 +158,15 @@ def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True)
     return _read(source, prompt, "Reading responses", build)
 
 
-def source_format(source: DataSource) -> str:
-    """The name of the source's format, detected from its first record where it is `auto`."""
-    return _format(source, read_records(source.model_copy(update={"limit": 1})))[0].name
+def source_format(source: DataSource) -> tuple[str, DataSource]:
+    """The name of the source's format, detected from its first record where it is `auto`, and what it reads it as.
+
+    Returns:
+        The name, and the source with the `format` or the `columns` that say the same without looking at the data.
+    """
+    format, read_as = _format(source, read_records(source.model_copy(update={"limit": 1})))
+    name = "columns" if read_as.columns is not None else format.name
+    return format.name, read_as.model_copy(update={"format": name})
 
 
 def best_alone(record: Record) -> Record:

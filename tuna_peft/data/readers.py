@@ -16,6 +16,7 @@ from tuna_peft.data.config import DataSource
 from tuna_peft.data.grouping import Group, merge_responses
 from tuna_peft.data.ranked import BadRow, Record
 from tuna_peft.data.shapes import SHAPES
+from tuna_peft.data.suggest import data_block, suggest
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.verdict import Unreadable, own_response, read_verdict
 from tuna_peft.errors import UserError
@@ -70,7 +71,9 @@ def choose_format(
         name = fitting[0] if fitting else "auto"
     if name == "auto":
         raise UserError(
-            f"no known format has the keys {', '.join(f'`{key}`' for key in first)}", where=where, fix=_unknown(first)
+            f"no known format has the keys {', '.join(f'`{key}`' for key in first)}",
+            where=where,
+            fix=_unknown(source, first),
         )
     if source.length_penalty is not None and name != "teacher":
         raise UserError(
@@ -109,7 +112,10 @@ def grouped(format: Format) -> Format:
     return dataclasses.replace(format, responses=responses)
 
 
-def _unknown(first: Record) -> str:
+_TABLE = "After a command: --column PART=PATH for each of them. All formats: docs/data-formats.md."
+
+
+def _unknown(source: DataSource, first: Record) -> str:
     """The fix for records of no known format."""
     for key, text in (("messages", "content"), ("conversations", "value")):
         if key in first:
@@ -118,11 +124,14 @@ def _unknown(first: Record) -> str:
                 f"{key}[1].{text}}}`. With one reply per prompt it can be supervised data, or prompts to sample from; "
                 "ranking needs several replies per prompt, with scores."
             )
+    settings, missing = suggest(first)
+    if not missing:
+        return "\n  ".join(["Perhaps this reads it; in a recipe:", *data_block(source, settings).splitlines(), _TABLE])
     known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS.values() if format.name != "columns")
     return (
         "Name the columns: `columns: {instruction: question, completions: answers[].text, scores: "
         "answers[].score}` in a recipe, `--column instruction=question --column ...` after a command. "
-        f"Known formats: {known}."
+        f"Known formats: {known}. To decide: {'; '.join(missing)}."
     )
 
 

@@ -1,0 +1,123 @@
+"""Guesses the settings that would read a record, for `data inspect` and for errors: `columns`, perhaps `group_by`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from tuna_peft.data.columns import as_number
+from tuna_peft.data.config import DataSource
+from tuna_peft.data.ranked import Record
+
+_PROMPTS = ("instruction", "prompt", "question", "query", "context", "history", "post", "task")
+_RESPONSES = ("response", "completion", "answer", "output", "reply", "generation", "generated", "candidate", "text")
+_SCORES = ("score", "rating", "reward", "grade", "helpful", "quality", "correct", "label", "stars", "points")
+_RANKS = ("rank", "place", "position")
+_WINNERS = ("winner", "preference", "preferred", "choice", "vote", "better")
+
+
+def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
+    """The settings of `DataSource` that would read records like this one, and the decisions that are missing.
+
+    Args:
+        record: A raw record; the values of a CSV file are text.
+    """
+    columns: dict[str, Any] = {}
+    settings: dict[str, Any] = {"columns": columns}
+    texts = {key: value for key, value in record.items() if isinstance(value, str) and not _is_number(value)}
+    lists = {key: value for key, value in record.items() if isinstance(value, list) and len(value) > 1}
+    prompt = _best(_PROMPTS, texts)
+    if prompt:
+        columns["instruction"] = prompt
+        if prompt == "instruction" and "input" in record:
+            columns["input"] = "input"
+    texts.pop(prompt or "", None)
+    wide = _siblings(texts)
+    if nested := next((key for key, value in lists.items() if all(isinstance(one, dict) for one in value)), None):
+        first = lists[nested][0]
+        text = _best(_RESPONSES, {key: value for key, value in first.items() if isinstance(value, str)})
+        if text:
+            columns["completions"] = f"{nested}[].{text}"
+        columns |= {part: f"{nested}[].{key}" for part, key in _order(first).items()}
+    elif several := _best(
+        _RESPONSES, {key: value for key, value in lists.items() if all(isinstance(one, str) for one in value)}
+    ):
+        columns["completions"] = several
+        numbers = {key: value[0] for key, value in lists.items() if len(value) == len(lists[several])}
+        columns |= _order(numbers)
+    elif wide:
+        columns["completions"] = wide
+        scores = _siblings({key: value for key, value in record.items() if _is_number(value)}, len(wide))
+        if scores:
+            columns["scores"] = scores
+        elif winner := _best(_WINNERS, {key: value for key, value in record.items() if key not in wide}):
+            columns["winner"] = winner
+    elif single := _best(_RESPONSES, texts):
+        columns["completions"] = single
+        order = _order(record)
+        columns |= order
+        if order and prompt:
+            settings["group_by"] = prompt
+    keys = ", ".join(f"`{key}`" for key in record)
+    missing = [
+        f"{what} ({keys})"
+        for what, found in (
+            ("which of these is the prompt: `instruction`, or `prompt` if it is complete", "instruction" in columns),
+            ("which of these are the responses: `completions`", "completions" in columns),
+            ("what orders the responses: `scores`, `ranks`, `winner` or `strength`", columns.keys() & _ORDERS),
+        )
+        if not found
+    ]
+    return settings, missing
+
+
+_ORDERS = {"scores", "ranks", "winner", "strength"}
+
+
+def data_block(source: DataSource, settings: dict[str, Any] | None = None) -> str:
+    """The `data:` lines of a recipe for a source.
+
+    Args:
+        source: Whatever it says beyond the defaults is written.
+        settings: Keys to add.
+    """
+    given = source.model_dump(exclude_defaults=True, exclude_none=True)
+    return str(
+        yaml.safe_dump(
+            {"data": given | (settings or {})}, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
+        )
+    ).rstrip()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(as_number(value), int | float)
+
+
+def _best(words: tuple[str, ...], record: Record) -> str | None:
+    """The key that contains the first of the words that any key contains."""
+    return next((key for word in words for key in record if word in key.lower()), None)
+
+
+def _order(record: Record) -> dict[str, str]:
+    """The key of the score, or of the rank, of a response."""
+    numbers = {key: value for key, value in record.items() if _is_number(value)}
+    if rank := _best(_RANKS, numbers):
+        return {"ranks": rank}
+    score = _best(_SCORES, numbers)
+    return {"scores": score} if score else {}
+
+
+def _siblings(record: Record, count: int | None = None) -> list[str]:
+    """The keys that differ only in a letter or number, such as `answer_a` and `answer_b`; at least two, or `count`."""
+    stems: dict[str, list[str]] = {}
+    for key in record:
+        # `answer_a`, `response2`, `score_b`; then `a_score`, `model_1_rating`
+        match = re.fullmatch(r"(.*?[a-z])[_ -]?(?:(?<=[_ -])[a-fA-F]|[A-F]|\d+)", key) or re.fullmatch(
+            r"\w+?[_ -]([a-z]+)", key
+        )
+        if match:
+            stems.setdefault(match[1].lower(), []).append(key)
+    fitting = [keys for keys in stems.values() if (len(keys) == count if count else len(keys) > 1)]
+    return max(fitting, key=len, default=[])
