@@ -5,10 +5,10 @@ import random
 
 import pytest
 
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import Columns, DataSource, PromptConfig
 from tuna_peft.data.grouping import rank_by_votes, winner_index
 from tuna_peft.data.load import load_prompts, load_sft, read_ranked
-from tuna_peft.data.ranked import BadRow
 from tuna_peft.errors import UserError
 
 PLAIN = PromptConfig(template="{instruction}")

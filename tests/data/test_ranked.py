@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from tuna_peft.data.ranked import BadRow, ReadReport, add_reference, dense_ranks, normalise, normalise_ranked
+from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.ranked import ReadReport, add_reference, dense_ranks, normalise, normalise_ranked
 
 NAN, INF = float("nan"), float("inf")
 
@@ -106,7 +107,7 @@ BAD = {
     "blank prompt": (record(["a", "b"], [1, 2], prompt=" "), "x: line 2", "prompt is missing or empty"),
     "no messages": (record(["a", "b"], [1, 2], prompt=[]), "x: line 2", "prompt is missing or empty"),
     "number as prompt": (record(["a", "b"], [1, 2], prompt=4), "x: line 2", "a number, not text or messages"),
-    "no role": (record(["a", "b"], [1, 2], prompt=[{"content": "c"}]), "x: line 2", "without a `role`"),
+    "no role": (record(["a", "b"], [1, 2], prompt=[{"content": "c"}]), "x: line 2, prompt", "without a `role`"),
     "no content": (record(["a", "b"], [1, 2], prompt=[{"role": "user"}]), "x: line 2, prompt", "found null"),
     "two messages": (
         record([[{"role": "user", "content": "q"}] * 2, "b"], [1, 2], prompt=[{"role": "user", "content": "q"}]),

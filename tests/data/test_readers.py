@@ -210,7 +210,7 @@ def test_preference(jsonl):
     assert load(jsonl(messages))[0] == [ranked(["x", "y"], [0, 1], prompt=messages["prompt"])]
     whole = {**messages, "chosen": messages["prompt"] + messages["chosen"]}
     with pytest.raises(UserError, match="candidate 0: a response of 2 messages, one is expected"):
-        load(jsonl(whole))
+        load(jsonl(whole))  # only one of the two is a whole dialogue
     with pytest.raises(UserError, match="text in some records and messages in others"):
         load(jsonl({"prompt": "p", "chosen": "x", "rejected": "y"}, messages))
     with pytest.raises(UserError, match="has no `rejected`"):

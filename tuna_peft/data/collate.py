@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tuna_peft.data.batch import PackedBatch, segment_keys
+from tuna_peft.data.tokenize import loss_tokens
 from tuna_peft.errors import UserError
 from tuna_peft.limits import PAD_TO
 
@@ -93,13 +94,16 @@ class RankedCollator:
 
     def pack(self, row: dict[str, Any]) -> PackedRow:
         """One row's tokens as a tree."""
-        responses = list(zip(row["completions_ids"], row["completion_skips"], row["ranks"], strict=True))
+        gaps = row.get("completion_gaps") or [[]] * len(row["ranks"])
+        responses = list(zip(row["completions_ids"], row["completion_skips"], gaps, row["ranks"], strict=True))
         if self.mle_on == "reference":
-            responses.append((row["reference_ids"], row["reference_skip"], -1))
+            gap = row.get("reference_gaps") or []
+            responses.append((row["reference_ids"], row["reference_skip"], gap, -1))
         tree = PackedRow()
         prompt = tree.add(row["prompt_ids"], share=True)
-        for tokens, skip, rank in responses:
-            tree.loss_tokens.append(tree.add(tokens, after=prompt[-1], share=self.share_responses)[skip:])
+        for tokens, skip, gap, rank in responses:
+            places = tree.add(tokens, after=prompt[-1], share=self.share_responses)
+            tree.loss_tokens.append(loss_tokens(places, skip, gap))
             tree.ranks.append(rank)
             tree.mle.append(int(self.mle_on == "all" or rank == (0 if self.mle_on == "best" else -1)))
         return tree

@@ -7,9 +7,10 @@ import json
 import re
 from typing import Any
 
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import Columns
 from tuna_peft.data.grouping import rank_by_votes, votes_for, winner_index
-from tuna_peft.data.ranked import BadRow, Prompt, Record, number
+from tuna_peft.data.ranked import Prompt, Record, number
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import did_you_mean
 

@@ -23,8 +23,11 @@ from pydantic import (
 # What happens to a response beyond the longest length: stop, truncate it, or skip it.
 Overflow = Literal["error", "cut", "skip"]
 
+# What happens to text that a chat template changes.
+Rendering = Literal["strict", "verbatim", "lenient"]
+
 FormatName = Literal[
-    "auto", "ranked", "teacher", "judge", "formatted", "alpaca", "preference", "columns",
+    "auto", "ranked", "teacher", "judge", "formatted", "alpaca", "preference", "transcript", "messages", "columns",
     # Public data sets, see `tuna_peft.data.shapes`.
     "ultrafeedback", "list-ultrafeedback", "nectar", "helpsteer2", "helpsteer3", "shp", "arena", "pandalm", "nemo-rl",
     "openai-preference", "scored-lists", "unpaired", "labels", "prompt-completion",
@@ -113,6 +116,15 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+class Markers(BaseModel):
+    """What stands before the turns of a transcript."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user: str = Field("Human:", min_length=1, description="Before each turn of the user, at the beginning of a line.")
+    assistant: str = Field("Assistant:", min_length=1, description="Before each turn of the assistant.")
+
+
 @dataclass(frozen=True)
 class MayBeLocal:
     """Marks a setting that may be a local path; relative ones are also looked up in the folder of the recipe.
@@ -163,6 +175,9 @@ class DataSource(BaseModel):
         None,
         description="Path of what rows about the same prompt share, or several: rows with one response each, or one "
         "comparison each, become one ranked list.",
+    )
+    markers: Markers | None = Field(
+        None, description="Transcript format only: what stands before each turn. null: `Human:` and `Assistant:`."
     )
     add_reference: Literal["best", "worst"] | None = Field(
         None,
@@ -223,6 +238,24 @@ class PromptConfig(BaseModel):
     )
     template_no_input: str | None = Field(
         None, description="For a template text: the text to use, with `{instruction}`, when the input is empty."
+    )
+    rendering: Rendering = Field(
+        "strict",
+        description="What to do when the chat template changes a text. `strict`: an error, unless only white space is "
+        "changed. `verbatim`: the response follows the generation prompt exactly as it is in the data, then the "
+        "template's end of turn. `lenient`: train on what the template writes, and report the changes. Special tokens "
+        "that are typed in a response are an error except with `lenient`.",
+    )
+    reasoning_loss: bool = Field(
+        True,
+        description="Whether reasoning at the beginning of a response, up to `</think>`, carries loss; `false` trains "
+        "on and ranks by what comes after it.",
+    )
+    date: str | None = Field(
+        None,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description="The date that a chat template with a date in it shows, as YYYY-MM-DD. null: the day on which the "
+        "run started; the run and its stack keep it.",
     )
 
     @model_validator(mode="after")

@@ -12,7 +12,8 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from tuna_peft.data.ranked import BadRow, Record, dense_ranks, number
+from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.ranked import Record, dense_ranks, number
 
 Vote = tuple[int, int, float]
 

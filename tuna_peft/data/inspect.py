@@ -13,9 +13,10 @@ from rich.text import Text
 from tuna_peft.data.config import DataSource, Overflow, PromptConfig
 from tuna_peft.data.load import best_alone, load_prompts, read_ranked, source_format
 from tuna_peft.data.losses import describe_losses
-from tuna_peft.data.ranked import Record
+from tuna_peft.data.messages import message_text
+from tuna_peft.data.ranked import Record, response_text
 from tuna_peft.data.suggest import data_block
-from tuna_peft.data.tokenize import encode_ranked
+from tuna_peft.data.tokenize import encode_ranked, loss_tokens
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,30 +125,36 @@ def _panel(identity: str, prompt: Text, candidates: list[Text]) -> Panel:
 def _record_prompt(record: Record) -> Text:
     prompt = record["prompt"]
     if not isinstance(prompt, str):
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        prompt = "\n".join(f"{message['role']}: {message_text(message)}" for message in prompt)
     return Text(prompt, style=_NO_LOSS)
 
 
 def _record_candidates(record: Record) -> list[Text]:
     responses = zip(record["ranks"], _scores(record), record["completions"], strict=True)
-    texts = [Text.assemble(_head(rank, score, ""), "\n", text) for rank, score, text in responses]
+    texts = [Text.assemble(_head(rank, score, ""), "\n", response_text(said)) for rank, score, said in responses]
     if record["reference"] is not None:
-        texts.append(Text.assemble(_head(None, None, ""), "\n", record["reference"]))
+        texts.append(Text.assemble(_head(None, None, ""), "\n", response_text(record["reference"])))
     return texts
 
 
 def _row_candidates(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    responses = list(zip(row["ranks"], _scores(row), row["completions_ids"], row["completion_skips"], strict=True))
+    gaps = row.get("completion_gaps") or [[]] * len(row["ranks"])
+    skips = row["completion_skips"]
+    responses = list(zip(row["ranks"], _scores(row), row["completions_ids"], skips, gaps, strict=True))
     if row["reference_ids"] is not None:
-        responses.append((None, None, row["reference_ids"], row["reference_skip"]))
+        gap = row.get("reference_gaps") or []
+        responses.append((None, None, row["reference_ids"], row["reference_skip"], gap))
     texts = []
-    for rank, score, ids, skip in responses:
+    for rank, score, ids, skip, gap in responses:
+        loss = set(loss_tokens(range(len(ids)), skip, gap))
         pieces = _pieces(row["prompt_ids"] + ids, tokenizer)[len(row["prompt_ids"]) :]
-        text = Text.assemble(_head(rank, score, f"{len(ids) - skip} tokens with loss"), "\n")
+        text = Text.assemble(_head(rank, score, f"{len(loss)} tokens with loss"), "\n")
         text.append("".join(pieces[:skip]), style=_NO_LOSS)
         text.append("|", style="bold red")
-        for index, piece in enumerate(pieces[skip:]):
-            text.append(piece, style=_LOSS[index % 2])
+        for index, piece in enumerate(pieces[skip:], skip):
+            if index - 1 in loss and index not in loss or index - 1 not in loss and index in loss and index > skip:
+                text.append("|", style="bold red")  # between turns
+            text.append(piece, style=_LOSS[(index - skip) % 2] if index in loss else _NO_LOSS)
         texts.append(text)
     return texts
 

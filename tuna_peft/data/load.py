@@ -12,24 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.grouping import group_rows
+from tuna_peft.data.messages import clean_tools
 from tuna_peft.data.ranked import (
-    BadRow,
     Normalised,
     Prompt,
     ReadReport,
     Record,
+    Response,
     add_reference,
     clean_prompt,
     clean_response,
     normalise,
     record_id,
+    split_dialogues,
 )
 from tuna_peft.data.readers import Format, choose_format, grouped
 from tuna_peft.data.sources import RawRecords, read_records
 from tuna_peft.data.templates import PromptTemplate
-from tuna_peft.data.tokenize import Overflow, encode_dataset
+from tuna_peft.data.tokenize import Overflow, encode_records
 from tuna_peft.errors import UserError
 from tuna_peft.limits import context_length, within_context
 
@@ -37,14 +40,16 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+Placed = tuple[str, Record]  # a record's place in its file, and the record
+
 
 def encode_source(
     source: DataSource,
-    load: Callable[[DataSource, PromptConfig], tuple[datasets.Dataset, ReadReport]],
     prompt: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     *,
+    supervised: bool = False,
     max_length: int | None,
     overflow: Overflow,
     needs_reference: bool = False,
@@ -53,10 +58,10 @@ def encode_source(
 
     Args:
         source: What the recipe says of the data.
-        load: `load_ranked` or `load_sft`.
         prompt: The recipe's prompt template.
         tokenizer: The model's tokenizer.
         config: The model's configuration; its context length bounds `max_length`.
+        supervised: Use only the best response of each record, as `load_sft`.
         max_length, overflow, needs_reference: See `tuna_peft.data.tokenize.encode_ranked`.
 
     Returns:
@@ -64,18 +69,18 @@ def encode_source(
         read, skipped and truncated.
 
     Raises:
-        UserError: As `load` and `encode_dataset`; names the file.
+        UserError: As `load_ranked` and `encode_dataset`; names the file and the record's place in it.
     """
-    dataset, read = load(source, prompt)
-    limit = within_context(max_length, context_length(config))
+    placed, read = _read_ranked(source, prompt, pairs=not supervised)
+    if supervised:
+        placed = [(where, best_alone(record)) for where, record in placed]
     try:
-        encoded, tokens = encode_dataset(
-            dataset, tokenizer, max_length=limit, overflow=overflow, on_bad_row=source.on_bad_row,
-            needs_reference=needs_reference,
+        encoded, tokens = encode_records(
+            placed, len(placed), tokenizer, sft=supervised, overflow=overflow, needs_reference=needs_reference,
+            max_length=within_context(max_length, context_length(config)), prompt=prompt, on_bad_row=source.on_bad_row,
         )  # fmt: skip
     except UserError as error:
-        place = f"{source.title}: {error.where}" if error.where else source.title
-        raise UserError(error.what, where=place, fix=error.fix) from error
+        raise UserError(error.what, where=error.where or source.title, fix=error.fix) from error
     return encoded, {**read.as_dict(), "tokens": tokens.as_dict()}
 
 
@@ -106,13 +111,18 @@ def load_sft(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Dataset
     import datasets
 
     records, report = read_ranked(source, prompt, pairs=False)
-    best: list[Any] = [record["completions"][0] for record in records]
-    text = part = datasets.Value("string")
+    completions: list[Any] = [record["completions"][0] for record in records]
     if isinstance(records[0]["prompt"], list):
-        best, part = [[{"role": "assistant", "content": response}] for response in best], _messages()
-    table = {name: [record[name] for record in records] for name in ("id", "prompt")}
-    features = datasets.Features({"id": text, "prompt": part, "completion": part})
-    return datasets.Dataset.from_dict({**table, "completion": best}, features=features), report
+        completions = [[{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in completions]
+    table = {
+        "id": [record["id"] for record in records],
+        "prompt": [record["prompt"] for record in records],
+        "completion": completions,
+    }
+    features = {"id": datasets.Value("string")} | {key: _part(table[key]) for key in ("prompt", "completion")}
+    if any("tools" in record for record in records):
+        table["tools"], features["tools"] = [record.get("tools") for record in records], datasets.Json()
+    return datasets.Dataset.from_dict(table, features=datasets.Features(features)), report
 
 
 def load_prompts(source: DataSource, prompt: PromptConfig) -> tuple[list[Record], ReadReport]:
@@ -144,6 +154,12 @@ def load_candidates(source: DataSource, prompt: PromptConfig) -> tuple[list[Reco
 
 def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True) -> tuple[list[Record], ReadReport]:
     """The records of `load_ranked` as a list; `pairs=False` also accepts records with one response or all tied."""
+    placed, report = _read_ranked(source, prompt, pairs=pairs)
+    return [record for _, record in placed], report
+
+
+def _read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool) -> tuple[list[Placed], ReadReport]:
+    """The records of `read_ranked`, each with its place."""
     first: list[Prompt] = []  # the first prompt, once there is one
 
     def build(raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate) -> Normalised:
@@ -186,15 +202,18 @@ def ranked_dataset(records: list[Record]) -> datasets.Dataset:
     import datasets
 
     text = datasets.Value("string")
+    responses = [response for record in records for response in record["completions"]]
     features = {
         "id": text,
-        "prompt": text if isinstance(records[0]["prompt"], str) else _messages(),
-        "completions": datasets.List(text),
+        "prompt": _part([record["prompt"] for record in records]),
+        "completions": datasets.List(_part(responses)),
         "scores": datasets.List(datasets.Value("float64")),
         "ranks": datasets.List(datasets.Value("int64")),
-        "reference": text,
+        "reference": _part([record["reference"] for record in records]),
     }
-    table = {name: [record[name] for record in records] for name in features}
+    if any("tools" in record for record in records):
+        features["tools"] = datasets.Json()
+    table = {name: [record.get(name) for record in records] for name in features}
     return datasets.Dataset.from_dict(table, features=datasets.Features(features))
 
 
@@ -205,13 +224,14 @@ def _read(
     build: Callable[[Record, str, Format, DataSource, PromptTemplate], Normalised],
     *,
     prompts_only: bool = False,
-) -> tuple[list[Record], ReadReport]:
+) -> tuple[list[Placed], ReadReport]:
     """What `build` makes of each raw record, with invalid ones skipped and counted where the source allows it."""
     raw_records = read_records(source)
     (format, source), template = _format(source, raw_records, prompts_only=prompts_only), PromptTemplate(prompt)
     if source.group_by is not None:
         raw_records, format = group_rows(raw_records, source.group_by), grouped(format)
-    records, report = [], ReadReport()
+    records: list[Placed] = []
+    report = ReadReport()
     # The bar is shown only on a terminal, and only after two seconds.
     for where, raw in tqdm(raw_records, desc=what, unit=" records", delay=2, disable=None, leave=False):
         report.read += 1
@@ -229,7 +249,7 @@ def _read(
         if built.contradictions and report.first_contradiction is None:
             report.first_contradiction = where
         report.responses += len(built.record.get("completions", ())) + built.merged + built.omitted
-        records.append(built.record)
+        records.append((where, built.record))
     report.kept = len(records)
     if not records:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in report.skipped.items())
@@ -245,53 +265,77 @@ def _read_unranked(
     source: DataSource,
     prompt: PromptConfig,
     what: str,
-    read: Callable[[Record, str, Format, DataSource, Prompt], tuple[Record, int]],
+    read: Callable[[Record, str, Format, Record, Prompt], tuple[Record, int]],
 ) -> tuple[list[Record], ReadReport]:
     def build(raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate) -> Normalised:
-        identity, text = format.prompt(raw, source, template, where)
-        row = {"id": record_id(identity, where), "prompt": clean_prompt(text, where)}
-        rest, merged = read(raw, where, format, source, row["prompt"])
+        identity, given = format.prompt(raw, source, template, where)
+        given, found = _responses_of(raw, where, format, source, template, given, optional=read is _prompt_alone)
+        row = {"id": record_id(identity, where), "prompt": clean_prompt(given, where)}
+        rest, merged = read(raw, where, format, found, row["prompt"])
+        if tools := clean_tools(raw.get("tools"), where):
+            rest["tools"] = tools
         return Normalised({**row, **rest}, merged, omitted=0)
 
-    return _read(source, prompt, what, build, prompts_only=True)
+    placed, report = _read(source, prompt, what, build, prompts_only=True)
+    return [record for _, record in placed], report
 
 
-def _prompt_alone(raw: Record, where: str, format: Format, source: DataSource, prompt: Prompt) -> tuple[Record, int]:
+def _responses_of(
+    raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate, prompt: Any, optional: bool
+) -> tuple[Any, Record]:
+    """The prompt and the responses of a record, where responses may be whole dialogues."""
     try:
-        found = format.responses(raw, source, where)
-    except BadRow:  # responses are optional here
-        found = {"reference": None}
-    reference = found["completions"][0] if format.name == "alpaca" and "completions" in found else found["reference"]
+        found = format.responses(raw, source, template, where)
+        prompt, responses = split_dialogues(prompt, found["completions"], where)
+        return prompt, {**found, "completions": responses}
+    except BadRow:
+        if not optional:
+            raise
+        return prompt, {"completions": [], "reference": None}
+
+
+def _prompt_alone(raw: Record, where: str, format: Format, found: Record, prompt: Prompt) -> tuple[Record, int]:
+    reference = found["completions"][0] if format.name == "alpaca" and found["completions"] else found["reference"]
     if not isinstance(reference, str) or not reference.strip():
         reference = None
     return {"reference": reference, "record": raw}, 0
 
 
-def _with_responses(raw: Record, where: str, format: Format, source: DataSource, prompt: Prompt) -> tuple[Record, int]:
-    found = format.responses(raw, source, where)
+def _with_responses(raw: Record, where: str, format: Format, found: Record, prompt: Prompt) -> tuple[Record, int]:
     responses = found["completions"]
     if not isinstance(responses, list) or not responses:
         raise BadRow("the record has no responses", reason="no responses", where=where)
     texts = [
-        clean_response(response, prompt, f"{where}, candidate {index}") for index, response in enumerate(responses)
+        _text_alone(clean_response(response, prompt, f"{where}, candidate {index}"), where)
+        for index, response in enumerate(responses)
     ]
     distinct = list(dict.fromkeys(texts))
     reference = found["reference"]
+    if reference is not None:
+        reference = _text_alone(clean_response(reference, prompt, f"{where}, reference"), where)
     rest = {
         "completions": distinct,
-        "reference": None if reference is None else clean_response(reference, prompt, f"{where}, reference"),
+        "reference": reference,
         "record": raw.get("record", raw),
     }
     return rest, len(texts) - len(distinct)
+
+
+def _text_alone(response: Response, where: str) -> str:
+    if isinstance(response, str):
+        return response
+    what = "a response with tool calls or several turns cannot be scored or judged yet; only text can"
+    raise BadRow(what, reason="response that is not text", where=where)
 
 
 def _read_one(
     raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate, pairs: bool
 ) -> Normalised:
     identity, prompt = format.prompt(raw, source, template, where)
-    found = format.responses(raw, source, where)
+    found = format.responses(raw, source, template, where)
+    record = {"id": identity, "prompt": prompt, "tools": raw.get("tools"), **found}
     # The reference can make the only pair, so pairs are required after it is added.
-    built = normalise({"id": identity, "prompt": prompt, **found}, where, pairs=pairs and not source.add_reference)
+    built = normalise(record, where, pairs=pairs and not source.add_reference)
     built.merged += found.get("merged", 0)
     built.contradictions, built.comparisons = found.get("contradictions", 0), found.get("comparisons", 0)
     if source.add_reference is not None:
@@ -305,7 +349,14 @@ def _format(source: DataSource, raw_records: RawRecords, *, prompts_only: bool =
     return choose_format(source, first, where, prompts_only=prompts_only)
 
 
-def _messages() -> Any:
+def _part(values: list[Any]) -> Any:
+    """The column type of prompts or responses: text, plain messages as in TRL, or JSON where there is more in them."""
     import datasets
 
-    return datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
+    text = datasets.Value("string")
+    if not any(isinstance(value, list) for value in values):
+        return text
+    plain = all(
+        isinstance(value, list) and all(message.keys() == {"role", "content"} for message in value) for value in values
+    )
+    return datasets.List({"role": text, "content": text}) if plain else datasets.Json()

@@ -1,34 +1,28 @@
 """The ranked data set type. Every reader produces it, and everything after the readers uses it.
 
-    {"id": str, "prompt": str or messages, "completions": [str], "scores": [float] or None, "ranks": [int],
-     "reference": str or None}
+    {"id": str, "prompt": str or messages, "completions": [str or messages], "scores": [float] or None,
+     "ranks": [int], "reference": str or messages or None, "tools": [object], only where there are some}
 
-Completions are in rank order, best first. Ranks are dense (0, 1, 1, 2) and equal where responses are tied. In errors,
-"candidate 0" is the first response in the order of the file.
+A response is a list of messages only where text cannot say it: tool calls, or several turns. Completions are in rank
+order, best first. Ranks are dense (0, 1, 1, 2) and equal where responses are tied. In errors, "candidate 0" is the
+first response in the order of the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from tuna_peft.errors import UserError
+from tuna_peft.data.bad_row import FIX_ROW, BadRow, kind
+from tuna_peft.data.messages import Message, clean_message, clean_tools, content_text, message_text
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[Message]
+Response = str | list[Message]
 Record = dict[str, Any]
-
-_FIX_ROW = "Correct the record, or skip such records (in a recipe: `on_bad_row: skip`)."
-
-
-class BadRow(UserError):
-    """An invalid record in a valid file; it can be skipped, and is then counted under `reason`."""
-
-    def __init__(self, what: str, *, reason: str, where: str | None = None, fix: str = _FIX_ROW):
-        super().__init__(what, where=where, fix=fix)
-        self.reason = reason
 
 
 @dataclasses.dataclass
@@ -77,8 +71,9 @@ def normalise_ranked(record: Record, where: str) -> Record:
     """Checks a ranked record and converts it to the ranked type; idempotent.
 
     Args:
-        record: `prompt`, `completions` (texts, or lists of one assistant message), `scores` (higher is better) or
-            `ranks` (lower is better; None where a response is not ranked), optional `reference` and `id`.
+        record: `prompt`, `completions` (texts, or lists of messages), `scores` (higher is better) or
+            `ranks` (lower is better; None where a response is not ranked), optional `reference`, `tools` and `id`.
+            Completions may be whole dialogues, see `split_dialogues`.
         where: The record's place, for errors.
 
     Returns:
@@ -92,19 +87,20 @@ def normalise_ranked(record: Record, where: str) -> Record:
 
 def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
     """Like `normalise_ranked`, with counts; `pairs=False` accepts one response, or only tied ones."""
-    prompt = clean_prompt(record.get("prompt"), where)
-    completions = record.get("completions")
+    prompt, completions = split_dialogues(record.get("prompt"), record.get("completions"), where)
+    prompt = clean_prompt(prompt, where)
     if completions is not None and (isinstance(completions, str) or not isinstance(completions, Sequence)):
-        raise BadRow(f"the responses are {_kind(completions)}, not a list", reason="wrong type", where=where)
+        raise BadRow(f"the responses are {kind(completions)}, not a list", reason="wrong type", where=where)
     if not completions:
         raise BadRow("the record has no responses", reason="no responses", where=where)
 
     scores, keys = _order(record, len(completions), where)
-    texts = [
+    responses: list[Response] = [
         str(completion) if key is None else clean_response(completion, prompt, f"{where}, candidate {index}")
         for index, (completion, key) in enumerate(zip(completions, keys, strict=True))
     ]
     ranked = sorted((key, index) for index, key in enumerate(keys) if key is not None)
+    texts = [response_key(response) for response in responses]
     kept: list[int] = []
     seen: set[str] = set()
     for _, index in ranked:  # best first and stable, so the first of several duplicates has the best rank
@@ -116,18 +112,18 @@ def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
     if pairs:
         _require_a_pair(len(completions), ranks, where)
 
-    reference = record.get("reference")
+    reference, tools = record.get("reference"), clean_tools(record.get("tools"), where)
     if reference is not None:
-        reference = _content(reference, f"{where}, reference")
-        reference = reference if reference.strip() else None
+        reference = _response(reference, f"{where}, reference")
+        reference = reference if response_text(reference).strip() else None
     normalised = {
         "id": record_id(record.get("id"), where),
         "prompt": prompt,
-        "completions": [texts[index] for index in kept],
+        "completions": [responses[index] for index in kept],
         "scores": None if scores is None else [scores[index] for index in kept],
         "ranks": ranks,
         "reference": reference,
-    }
+    } | ({} if tools is None else {"tools": tools})
     return Normalised(normalised, merged=len(completions) - len(kept) - omitted, omitted=omitted)
 
 
@@ -158,34 +154,86 @@ def dense_ranks(keys: Sequence[Any]) -> list[int]:
 
 
 def clean_prompt(prompt: Any, where: str) -> Prompt:
-    """The prompt as text or as `{"role", "content"}` messages; BadRow if it is missing, blank or of another type."""
+    """The prompt as text or as messages; BadRow if it is missing, blank or of another type."""
     if isinstance(prompt, str):
         if prompt.strip():
-            return _content(prompt, f"{where}, prompt")
+            return content_text(prompt, f"{where}, prompt")
     elif isinstance(prompt, Sequence) and prompt:
-        return [
-            {"role": _role(message, where), "content": _content([message], f"{where}, prompt")} for message in prompt
-        ]
+        return [clean_message(message, f"{where}, prompt") for message in prompt]
     elif prompt is not None and not isinstance(prompt, Sequence):
-        raise BadRow(f"the prompt is {_kind(prompt)}, not text or messages", reason="wrong type", where=where)
+        raise BadRow(f"the prompt is {kind(prompt)}, not text or messages", reason="wrong type", where=where)
     raise BadRow("the prompt is missing or empty", reason="no prompt", where=where)
 
 
-def clean_response(response: Any, prompt: Prompt, where: str) -> str:
-    """The response as text; BadRow if it is missing, blank, or a message although the prompt is text."""
+def clean_response(response: Any, prompt: Prompt, where: str) -> Response:
+    """The response as text or messages; BadRow if it is missing, blank, or messages although the prompt is text."""
     if response is None:
         raise BadRow("the response is missing (null)", reason="empty response", where=where)
     if not isinstance(response, str) and isinstance(prompt, str):
         raise BadRow(
-            f"the response is {_kind(response)}, not text",
+            f"the response is {kind(response)}, not text",
             reason="wrong type",
             where=where,
             fix="Give both prompt and responses as text, or both as messages.",
         )
-    text = _content(response, where)
-    if not text.strip():
+    cleaned = _response(response, where)
+    if not response_text(cleaned).strip():
         raise BadRow("the response is empty", reason="empty response", where=where)
-    return text
+    return cleaned
+
+
+def response_text(response: Response) -> str:
+    """A response as one text, for people, judges and graders; each turn of several begins with its role."""
+    if isinstance(response, str):
+        return response
+    if len(response) == 1:
+        return message_text(response[0])
+    return "\n\n".join(f"{message['role']}: {message_text(message)}" for message in response)
+
+
+def response_key(response: Response) -> str:
+    """Equal for equal responses."""
+    return response if isinstance(response, str) else json.dumps(response, sort_keys=True)
+
+
+def split_dialogues(prompt: Any, responses: Any, where: str) -> tuple[Any, Any]:
+    """Responses that are whole dialogues, split into their common beginning, which is the prompt, and the rest.
+
+    Args:
+        prompt: None, the same beginning as messages, or the text of one of its messages, as some data sets repeat it.
+        responses: What a record holds. Only lists of messages that begin with the user's or the system's are split.
+
+    Raises:
+        BadRow: The dialogues share no beginning, or the prompt is not in it.
+    """
+    if not isinstance(responses, Sequence) or isinstance(responses, str) or not responses:
+        return prompt, responses
+    if not all(isinstance(one, Sequence) and not isinstance(one, str) and len(one) > 1 for one in responses):
+        return prompt, responses
+    dialogues = [
+        [clean_message(message, f"{where}, candidate {index}") for message in response]
+        for index, response in enumerate(responses)
+    ]
+    if any(dialogue[0]["role"] == "assistant" or dialogue[-1]["role"] != "assistant" for dialogue in dialogues):
+        return prompt, responses
+    common = min(map(len, dialogues)) - 1
+    common = next((i for i in range(common) if any(one[i] != dialogues[0][i] for one in dialogues)), common)
+    while common and any(dialogue[common]["role"] != "assistant" for dialogue in dialogues):
+        common -= 1
+    shared = dialogues[0][:common]
+    if not shared:
+        what = "the responses are dialogues that begin differently, so that they answer no common prompt"
+        raise BadRow(what, reason="no common prompt", where=where)
+    contents = {message["content"].strip() for message in shared}
+    if isinstance(prompt, str) and prompt.strip() and prompt.strip() not in contents:
+        what = "the responses are dialogues, and the text of the prompt is none of their common messages"
+        raise BadRow(what, reason="no common prompt", where=where, fix="Leave out the prompt, or correct the record.")
+    if isinstance(prompt, Sequence) and prompt and not isinstance(prompt, str):
+        given = clean_prompt(prompt, where)
+        if given != shared[: len(given)]:
+            what = "the responses are dialogues that do not begin with the messages of the prompt"
+            raise BadRow(what, reason="no common prompt", where=where)
+    return shared, [dialogue[common:] for dialogue in dialogues]
 
 
 def _order(record: Record, count: int, where: str) -> tuple[list[float] | None, list[float | None]]:
@@ -199,7 +247,7 @@ def _order(record: Record, count: int, where: str) -> tuple[list[float] | None, 
         if values is None:
             continue
         if isinstance(values, str) or not isinstance(values, Sequence):
-            raise BadRow(f"the {name} are {_kind(values)}, not a list", reason="wrong type", where=where)
+            raise BadRow(f"the {name} are {kind(values)}, not a list", reason="wrong type", where=where)
         if len(values) != count:
             raise BadRow(
                 f"{count} responses, but {len(values)} {name}",
@@ -237,56 +285,43 @@ def _require_a_pair(given: int, ranks: list[int], where: str) -> None:
 def number(value: Any, name: str, where: str) -> float:
     """A finite number; BadRow, which calls it `name`, for anything else."""
     if isinstance(value, str):
-        fix = "Decimals have a point, not a comma." if re.fullmatch(r"\s*-?\d+,\d+\s*", value) else _FIX_ROW
+        fix = "Decimals have a point, not a comma." if re.fullmatch(r"\s*-?\d+,\d+\s*", value) else FIX_ROW
         raise BadRow(
             f"the {name} is the text {value[:40]!r}, not a number", reason=f"bad {name}", where=where, fix=fix
         )
     if value is None or not isinstance(value, (bool, int, float)):
-        what = f"the {name} is missing (null)" if value is None else f"the {name} is {_kind(value)}, not a number"
+        what = f"the {name} is missing (null)" if value is None else f"the {name} is {kind(value)}, not a number"
         raise BadRow(what, reason=f"bad {name}", where=where)
     if not math.isfinite(value):
         raise BadRow(f"the {name} is {float(value)}, not a finite number", reason=f"bad {name}", where=where)
     return float(value)
 
 
-def _content(text: Any, where: str) -> str:
-    """The text itself, or the content of a list with one message."""
-    if not isinstance(text, str) and isinstance(text, Sequence):
-        if len(text) != 1:
-            raise BadRow(
-                f"a response of {len(text)} messages, one is expected",
-                reason="wrong type",
-                where=where,
-                fix="Keep the last message; the ones before it belong to the prompt.",
-            )
-        text = text[0].get("content") if isinstance(text[0], dict) else text[0]
-    if not isinstance(text, str):
-        raise BadRow(f"expected text, found {_kind(text)}", reason="wrong type", where=where)
-    _check_unicode(text, where)
-    return text
-
-
-def _role(message: Any, where: str) -> str:
-    role = message.get("role") if isinstance(message, dict) else None
-    if not isinstance(role, str):
-        raise BadRow(f"a message of the prompt is {_kind(message)} without a `role`", reason="wrong type", where=where)
-    return role
-
-
-def _check_unicode(text: str, where: str) -> None:
-    # JSON can contain half a surrogate pair ("\ud83d"); neither Arrow nor tokenizers accept it.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        what = f"character {error.start} is half of a surrogate pair ({text[error.start]!r})"
-        raise BadRow(what, reason="broken character", where=where) from None
+def _response(response: Any, where: str) -> Response:
+    """A text, or messages that begin and end with the assistant's; one message with nothing but text becomes text."""
+    if isinstance(response, dict):
+        response = [response]
+    if isinstance(response, str) or not isinstance(response, Sequence):
+        return content_text(response, where)
+    if len(response) == 1 and isinstance(response[0], str):
+        return content_text(response[0], where)
+    messages = [
+        clean_message(
+            {"role": "assistant", **message} if isinstance(message, dict) and "from" not in message else message, where
+        )
+        for message in response
+    ]
+    roles = [message["role"] for message in messages]
+    if not roles or len(roles) > 1 and {roles[0], roles[-1]} != {"assistant"}:
+        raise BadRow(
+            f"a response of {len(messages)} messages, one is expected",
+            reason="wrong type",
+            where=where,
+            fix="Several turns begin and end with the assistant's; what comes before them belongs to the prompt.",
+        )
+    return messages[0]["content"] if len(messages) == 1 and messages[0].keys() == {"role", "content"} else messages
 
 
 def record_id(value: Any, where: str) -> str:
     # The place in the file stays the same under slices and shuffles: "file.jsonl: line 12" gives "line-12".
     return where.rsplit(": ", 1)[-1].replace(" ", "-") if value is None else str(value)
-
-
-def _kind(value: Any) -> str:
-    names = {str: "text", list: "a list", dict: "an object", bool: "a truth value", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)

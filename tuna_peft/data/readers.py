@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from tuna_peft.data import columns
-from tuna_peft.data.config import DataSource
+from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.config import DataSource, Markers
 from tuna_peft.data.grouping import Group, merge_responses
-from tuna_peft.data.ranked import BadRow, Record
+from tuna_peft.data.ranked import Record
 from tuna_peft.data.shapes import SHAPES
 from tuna_peft.data.suggest import data_block, suggest
 from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.data.transcripts import looks_like_transcripts, read_transcripts
 from tuna_peft.data.verdict import Unreadable, own_response, read_verdict
 from tuna_peft.errors import UserError
 
@@ -31,14 +33,14 @@ class Format:
         keys: The keys of its records, for error messages.
         matches: Whether a record (without its null values) has this format.
         prompt: (raw, source, template, where) -> (id or None, prompt).
-        responses: (raw, source, where) -> completions, scores, ranks and reference, in the order of the file.
+        responses: (raw, source, template, where) -> completions, scores, ranks, reference, in the order of the file.
     """
 
     name: str
     keys: str
     matches: Callable[[Record], bool]
     prompt: Callable[[Record, DataSource, PromptTemplate, str], tuple[Any, Any]]
-    responses: Callable[[Record, DataSource, str], Record]
+    responses: Callable[[Record, DataSource, PromptTemplate, str], Record]
 
 
 def choose_format(
@@ -75,6 +77,9 @@ def choose_format(
             where=where,
             fix=_unknown(source, first),
         )
+    if source.markers is not None and name != "transcript":
+        what = f"`markers` has no effect on data in the `{name}` format"
+        raise UserError(what, where=source.title, fix="Remove it, or set `format: transcript`.")
     if source.length_penalty is not None and name != "teacher":
         raise UserError(
             f"`length_penalty` has no effect on data in the `{name}` format",
@@ -105,9 +110,9 @@ def _undecided(fitting: list[str], where: str) -> UserError:
 def grouped(format: Format) -> Format:
     """The format for rows that `group_rows` has collected: their responses are merged."""
 
-    def responses(group: Record, source: DataSource, where: str) -> Record:
+    def responses(group: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
         assert isinstance(group, Group)
-        return merge_responses([(place, format.responses(row, source, place)) for place, row in group.rows])
+        return merge_responses([(place, format.responses(row, source, template, place)) for place, row in group.rows])
 
     return dataclasses.replace(format, responses=responses)
 
@@ -120,9 +125,9 @@ def _unknown(source: DataSource, first: Record) -> str:
     for key, text in (("messages", "content"), ("conversations", "value")):
         if key in first:
             return (
-                f"For a chat log say which turns to use, `columns: {{instruction: {key}[0].{text}, completions: "
-                f"{key}[1].{text}}}`. With one reply per prompt it can be supervised data, or prompts to sample from; "
-                "ranking needs several replies per prompt, with scores."
+                f"Its turns have no `role` (or `from`). Say which to use, `columns: {{instruction: {key}[0].{text}, "
+                f"completions: {key}[1].{text}}}`. With one reply per prompt it can be supervised data, or prompts to "
+                "sample from; ranking needs several replies per prompt, with scores."
             )
     settings, missing = suggest(first)
     if not missing:
@@ -169,7 +174,7 @@ def _full_prompt(key: str) -> Callable[[Record, DataSource, PromptTemplate, str]
 # ranked: prompt, completions, scores or ranks, reference, id
 
 
-def _ranked_responses(raw: Record, source: DataSource, where: str) -> Record:
+def _ranked_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
     return {key: raw.get(key) for key in ("completions", "scores", "ranks", "reference")}
 
 
@@ -184,7 +189,7 @@ def _teacher_prompt(raw: Record, source: DataSource, template: PromptTemplate, w
     return identity, columns.render(template, orig.get("instruction"), orig.get("input"), where)
 
 
-def _teacher_responses(raw: Record, source: DataSource, where: str) -> Record:
+def _teacher_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
     texts = _list(raw, "text", where)
     lists = {
         key: _list(raw, key, where, len(texts))
@@ -233,7 +238,7 @@ def _not_positive(value: float, name: str, where: str) -> float:
 # judge: instruct, generation [N], rank or ranks (indices, best first), response_N (the judge's own), gpt_eval, id
 
 
-def _judge_responses(raw: Record, source: DataSource, where: str) -> Record:
+def _judge_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
     """The reference's records: `gpt_eval`, the judge's whole answer, corrects what its writer took from it.
 
     That writer (microsoft/LMOps, tuna/src/gpt-eval.py) keeps only the first paragraph of the judge's own response, and
@@ -274,7 +279,7 @@ def _judge_responses(raw: Record, source: DataSource, where: str) -> Record:
 # formatted: instruction (a full prompt), output [N], score [N], id
 
 
-def _formatted_responses(raw: Record, source: DataSource, where: str) -> Record:
+def _formatted_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
     return {"completions": _list(raw, "output", where), "scores": _list(raw, "score", where), "reference": None}
 
 
@@ -285,17 +290,57 @@ def _alpaca_prompt(raw: Record, source: DataSource, template: PromptTemplate, wh
     return raw.get("id"), columns.render(template, raw.get("instruction"), raw.get("input"), where)
 
 
-def _alpaca_responses(raw: Record, source: DataSource, where: str) -> Record:
+def _alpaca_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
     return {"completions": [raw.get("output")], "scores": None, "ranks": [0], "reference": None}
 
 
 # preference: prompt, chosen, rejected (texts or messages, as in TRL)
 
 
-def preference_responses(raw: Record, source: DataSource | None, where: str) -> Record:
+def preference_responses(raw: Record, source: Any, template: Any, where: str) -> Record:
     """`chosen` before `rejected`; also used by the trainer for data sets of TRL's preference type."""
     completions = [_field(raw, "chosen", where), _field(raw, "rejected", where)]
     return {"completions": completions, "scores": None, "ranks": [0, 1], "reference": None}
+
+
+def _preference_prompt(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> tuple[Any, Any]:
+    """The prompt, or the dialogue before the two replies (ShareGPT); None where the two are whole dialogues."""
+    prompts = (raw[key] for key in ("prompt", "conversations", "messages") if raw.get(key) is not None)
+    return raw.get("id"), next(prompts, None)
+
+
+def _has_replies(raw: Record) -> bool:
+    """Whether a record has `chosen` and `rejected`, with a prompt before them or in them."""
+    prompted = {"prompt", "conversations", "messages"} & raw.keys() or isinstance(raw.get("chosen"), list)
+    return {"chosen", "rejected"} <= raw.keys() and bool(prompted)
+
+
+# transcript: chosen, rejected (whole dialogues in plain text)
+
+
+def _transcript_prompt(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> tuple[Any, Any]:
+    return raw.get("id"), read_transcripts(raw, source.markers or Markers(), template.name == "chat", where)[0]
+
+
+def _transcript_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
+    responses = read_transcripts(raw, source.markers or Markers(), template.name == "chat", where)[1]
+    return {"completions": responses, "scores": None, "ranks": [0, 1], "reference": None}
+
+
+# messages: messages or conversations (one dialogue; its last message is the response)
+
+
+def _is_dialogue(raw: Record) -> bool:
+    turns = raw.get("messages", raw.get("conversations"))
+    return isinstance(turns, list) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
+
+
+def _dialogue(raw: Record, where: str) -> list[Any]:
+    return _list(raw, "messages" if raw.get("messages") is not None else "conversations", where)
+
+
+def _dialogue_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
+    return {"completions": [_dialogue(raw, where)], "scores": None, "ranks": [0], "reference": None}
 
 
 FORMATS: dict[str, Format] = {
@@ -331,10 +376,24 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "preference",
-            "prompt, chosen, rejected",
-            lambda raw: {"prompt", "chosen", "rejected"} <= raw.keys(),
-            _full_prompt("prompt"),
+            "chosen, rejected, and prompt, conversations or messages before them or in them",
+            _has_replies,
+            _preference_prompt,
             preference_responses,
+        ),
+        Format(
+            "transcript",
+            "chosen, rejected as texts with turns marked by Human: and Assistant:",
+            looks_like_transcripts,
+            _transcript_prompt,
+            _transcript_responses,
+        ),
+        Format(
+            "messages",
+            "messages or conversations",
+            _is_dialogue,
+            lambda raw, source, template, where: (raw.get("id"), None),
+            _dialogue_responses,
         ),
         Format(
             "alpaca",
@@ -348,7 +407,7 @@ FORMATS: dict[str, Format] = {
             "any, with `columns`",
             lambda raw: False,
             lambda raw, source, template, where: columns.read_prompt(raw, source.columns, template, where),
-            lambda raw, source, where: columns.read_responses(raw, source.columns, where),
+            lambda raw, source, template, where: columns.read_responses(raw, source.columns, where),
         ),
     )
 }

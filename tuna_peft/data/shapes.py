@@ -9,8 +9,9 @@ import dataclasses
 from typing import Any
 
 from tuna_peft.data import columns
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import Columns, DataSource
-from tuna_peft.data.ranked import BadRow, Record
+from tuna_peft.data.ranked import Record
 
 
 @dataclasses.dataclass(frozen=True)

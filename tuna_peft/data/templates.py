@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import PromptConfig
-from tuna_peft.data.ranked import BadRow, Prompt
+from tuna_peft.data.ranked import Prompt
 
 # Word for word Stanford Alpaca's (github.com/tatsu-lab/stanford_alpaca, train.py): no newline after "Response:".
 ALPACA_INPUT = (

@@ -1,41 +1,57 @@
-"""Renders a prompt and its responses as text, and tokenizes it. Training and generation both use this."""
+"""Renders a prompt as text and tokenizes it. Training and generation both use this."""
 
 from __future__ import annotations
 
+import copy
+import datetime
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.messages import Message
 from tuna_peft.data.ranked import Prompt
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_STARTED = datetime.date.today()  # the same date for all that one process renders, also past midnight
 
-def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, where: str | None = None) -> str:
+
+def prompt_text(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, where: str | None = None, tools: list[Any] | None = None
+) -> str:
     """The prompt as text; messages are rendered with the tokenizer's chat template and its generation prompt.
 
     Raises:
-        UserError: There is no chat template, or it refuses the messages.
+        BadRow: The template refuses the messages.
+        UserError: There is no chat template.
     """
-    return prompt if isinstance(prompt, str) else _render(prompt, tokenizer, where, add_generation_prompt=True)
+    return prompt if isinstance(prompt, str) else render_messages(prompt, tokenizer, where, tools, generate=True)
 
 
-def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> list[int]:
     """The tokens of a prompt, where generation starts: with BOS if the tokenizer adds it, without EOS."""
-    return TextTokenizer(tokenizer)([prompt_text(prompt, tokenizer)], special=isinstance(prompt, str))[0]
+    text = prompt_text(prompt, tokenizer, tools=tools)
+    return TextTokenizer(tokenizer)([text], special=isinstance(prompt, str))[0]
 
 
-def joint_texts(prompt: Prompt, responses: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -> list[str]:
-    """The text of the prompt, then the text of the prompt with each response."""
-    if isinstance(prompt, str):
-        return [prompt, *(prompt + response for response in responses)]
-    texts = [prompt_text(prompt, tokenizer, where)]
-    for response in responses:
-        answered = [*prompt, {"role": "assistant", "content": response}]
-        text = _render(answered, tokenizer, where, add_generation_prompt=False)
-        # Templates add a newline after EOS, before the next turn; here there is no next turn.
-        texts.append(text.rstrip() if text.rstrip().endswith(str(tokenizer.eos_token)) else text)
-    return texts
+def reads_the_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template's output changes with the date."""
+    template: Any = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    return any("strftime_now" in text for text in texts)
+
+
+def set_template_date(tokenizer: PreTrainedTokenizerBase, date: str | None) -> None:
+    """Fixes the date (YYYY-MM-DD) that the chat template sees as now; None: the day on which this process began."""
+    tokenizer.template_date = datetime.date.fromisoformat(date) if date else None
+
+
+def template_date(tokenizer: PreTrainedTokenizerBase) -> datetime.date:
+    """The date that the chat template sees as now."""
+    return getattr(tokenizer, "template_date", None) or _STARTED
 
 
 class TextTokenizer:
@@ -73,27 +89,50 @@ class TextTokenizer:
         return [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in rows]
 
     def _call(self, texts: list[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
         # verbose=False: no warning about the tokenizer's own maximum, because the caller checks the length.
         encoded = self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
         return encoded["input_ids"]
 
 
-def _render(messages: list[dict[str, str]], tokenizer: Any, where: str | None, *, add_generation_prompt: bool) -> str:
+def render_messages(
+    messages: Sequence[Message], tokenizer: Any, where: str | None, tools: list[Any] | None = None, *, generate: bool
+) -> str:
+    """Messages as text by the tokenizer's chat template, with its generation prompt if `generate`.
+
+    Raises:
+        BadRow: The template refuses the messages or fails on them.
+        UserError: There is no chat template.
+    """
     if not tokenizer.chat_template:
         raise UserError(
             "the prompt is a list of messages, and the tokenizer has no chat template",
             where=where,
             fix="Use `template: alpaca` or a template text, or give the tokenizer a chat template.",
         )
-    from jinja2.exceptions import TemplateError
-
+    options = {"tokenize": False, "add_generation_prompt": generate, "strftime_now": template_date(tokenizer).strftime}
+    if tools:
+        options["tools"] = tools
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
+        try:
+            return str(tokenizer.apply_chat_template(messages, **options))
+        except TypeError:  # templates of the DeepSeek-R1 kind join the arguments of a call as text
+            return str(tokenizer.apply_chat_template(_with_json_arguments(messages), **options))
+    except Exception as error:  # a template is a program: it may raise anything
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
+        raise BadRow(
             f"the tokenizer's chat template refuses these messages ({roles}): {error}",
+            reason="refused by the chat template",
             where=where,
-            fix="Change the messages to roles that the model supports, or use another template.",
+            fix="Change the messages to roles that the model supports, use another template, or skip such records "
+            "(in a recipe: `on_bad_row: skip`).",
         ) from error
-    return str(text)
+
+
+def _with_json_arguments(messages: Sequence[Message]) -> list[Message]:
+    changed = copy.deepcopy(list(messages))
+    for message in changed:
+        for call in message.get("tool_calls", []):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return changed

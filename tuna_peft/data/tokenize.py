@@ -3,27 +3,33 @@
 Tokenizing them separately gives sequences that the model never sees in use ("_Hello" becomes "_" and "Hello"). With
 joint tokenization the last tokens of the prompt can depend on the response. `prompt_ids` is therefore the longest
 prefix that the tokens of the prompt and of all prompt + response texts share. A response whose own boundary is later
-starts with the rest of the prompt, which carries no loss (`completion_skips` tokens).
+starts with the rest of the prompt, which carries no loss (`completion_skips` tokens). In a response of several turns
+the turns that are not the assistant's carry none either (`completion_gaps`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from itertools import chain, islice
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
-from tuna_peft.data.config import Overflow
-from tuna_peft.data.ranked import BadRow, Record, clean_prompt, clean_response, dense_ranks, normalise_ranked
+from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.config import Overflow, PromptConfig
+from tuna_peft.data.ranked import Record, clean_prompt, clean_response, dense_ranks, normalise_ranked
 from tuna_peft.data.readers import preference_responses
-from tuna_peft.data.texts import TextTokenizer, joint_texts
+from tuna_peft.data.rendering import Joint, Renderer
+from tuna_peft.data.texts import TextTokenizer
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 _CHUNK = 256  # rows per call of the tokenizer: enough for its threads, little memory
 
 
@@ -37,9 +43,12 @@ class TokenReport:
         responses: Responses of the input rows, including reference responses.
         responses_cut: Responses truncated to `max_length`, including reference responses.
         responses_dropped: Responses skipped because they are too long, including reference responses.
+        responses_merged: Responses whose tokens equal those of a better one, although their texts differ.
         prompt_tokens: Number of prompt tokens, each prompt counted once.
         response_tokens: Number of tokens that carry loss, without reference responses.
         longest: Length of the longest prompt with one response, in tokens.
+        skipped: Number of rows skipped as invalid, by reason.
+        changes: Number of texts that the chat template changed and that are used all the same, by kind.
     """
 
     rows: int = 0
@@ -47,11 +56,14 @@ class TokenReport:
     responses: int = 0
     responses_cut: int = 0
     responses_dropped: int = 0
+    responses_merged: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
     longest: int = 0
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    changes: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """The counts as plain JSON values, with the number of skipped rows."""
         return {**dataclasses.asdict(self), "rows_dropped": self.rows - self.kept}
 
@@ -63,6 +75,8 @@ def encode_ranked(
     max_length: int | None,
     overflow: Overflow = "error",
     needs_reference: bool = False,
+    prompt: PromptConfig | None = None,
+    merge: bool = True,
     where: str = "row",
     report: TokenReport | None = None,
 ) -> dict[str, Any] | None:
@@ -76,20 +90,27 @@ def encode_ranked(
             the response, and the row if no pair is left or the prompt is too long by itself.
         needs_reference: A record without a reference response is an error (for the SFT loss term on the reference),
             and a row is skipped if its reference is.
+        prompt: `rendering` and `reasoning_loss` are used; None: their defaults.
+        merge: Merge responses with equal tokens, like equal texts.
         where: The row's place, for errors.
         report: The counts to add to.
 
     Returns:
         None for a skipped row, otherwise `id`; `prompt_ids`; `completions_ids`, N lists; `completion_skips`, for each
         the number of leading tokens that carry no loss; `ranks`; `scores`; `reference_ids` and `reference_skip`, None
-        without a reference. `prompt_ids + completions_ids[k]` is the joint tokenization of response k.
+        without a reference. `prompt_ids + completions_ids[k]` is the joint tokenization of response k. Where a
+        response has several turns, also `completion_gaps`: for each response begin and end of each later part without
+        loss, one after the other; and `reference_gaps`.
 
     Raises:
-        UserError: A response or a prompt is too long, or `cut` would truncate a response to nothing; the message names
-            row and candidate.
+        UserError: A response or a prompt is too long, `cut` would truncate a response to nothing, or the chat template
+            refuses or changes the texts; the message names row and candidate.
     """
-    encoder = _Encoder(tokenizer, max_length, overflow, needs_reference, report or TokenReport())
-    return encoder.encode([record], [where])[0]
+    options = _Options(max_length, overflow, needs_reference, prompt or PromptConfig(), merge)
+    encoder = _Encoder(tokenizer, options, report or TokenReport())
+    [row] = encoder.encode([record], [where])
+    encoder.finish()
+    return row
 
 
 def encode_sft(
@@ -98,6 +119,7 @@ def encode_sft(
     *,
     max_length: int | None,
     overflow: Overflow = "error",
+    prompt: PromptConfig | None = None,
     where: str = "row",
     report: TokenReport | None = None,
 ) -> dict[str, Any] | None:
@@ -108,8 +130,10 @@ def encode_sft(
         `labels`, -100 on the prompt. TRL's `SFTTrainer` uses `labels` unchanged; for tokenized data it applies the
         mask only with `completion_only_loss=True`, which is not its default.
     """
-    encoder = _Encoder(tokenizer, max_length, overflow, False, report or TokenReport())
-    row = encoder.encode([_sft_as_ranked(record, where)], [where])[0]
+    ranked = _sft_as_ranked(record, where)
+    row = encode_ranked(
+        ranked, tokenizer, max_length=max_length, overflow=overflow, prompt=prompt, where=where, report=report
+    )
     return None if row is None else _as_sft(row)
 
 
@@ -120,6 +144,7 @@ def encode_dataset(
     max_length: int | None,
     overflow: Overflow = "error",
     needs_reference: bool = False,
+    prompt: PromptConfig | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
 ) -> tuple[datasets.Dataset, TokenReport]:
     """Tokenizes a whole data set; deterministic.
@@ -127,7 +152,7 @@ def encode_dataset(
     Args:
         dataset: The ranked type (checked and normalised here), TRL's preference type, or TRL's prompt-completion type.
         tokenizer: See `encode_ranked`.
-        max_length, overflow, needs_reference: See `encode_ranked`.
+        max_length, overflow, needs_reference, prompt: See `encode_ranked`.
         on_bad_row: `skip` skips a row that would be an error, and counts it.
 
     Returns:
@@ -136,79 +161,167 @@ def encode_dataset(
     Raises:
         UserError: A row is invalid, or none is left.
     """
-    import datasets
-
     columns = set(dataset.column_names)
     sft = {"prompt", "completion"} <= columns
-    if not sft and not ({"prompt", "completions"} <= columns or {"prompt", "chosen", "rejected"} <= columns):
+    if not sft and not ({"prompt", "completions"} <= columns or {"chosen", "rejected"} <= columns):
         raise UserError(
             f"the data set has the columns {', '.join(dataset.column_names)}",
             fix="Expected are prompt, completions and scores or ranks (ranked); prompt, chosen and rejected "
             "(preference); or prompt and completion (supervised).",
         )
+
+    def records() -> Iterator[tuple[str, Record]]:
+        for index, row in enumerate(dataset):
+            where = f"row {index}" + (f" (id {row['id']})" if row.get("id") else "")
+            yield where, (_sft_as_ranked if sft else _as_ranked)(row, where)
+
+    return encode_records(
+        records(), len(dataset), tokenizer, sft=sft, max_length=max_length, overflow=overflow,
+        needs_reference=needs_reference, prompt=prompt, on_bad_row=on_bad_row,
+    )  # fmt: skip
+
+
+def encode_records(
+    records: Iterable[tuple[str, Record]],
+    total: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sft: bool,
+    max_length: int | None,
+    overflow: Overflow,
+    needs_reference: bool = False,
+    prompt: PromptConfig | None = None,
+    on_bad_row: Literal["error", "skip"] = "error",
+) -> tuple[datasets.Dataset, TokenReport]:
+    """Like `encode_dataset`, for normalised records with their places.
+
+    Args:
+        records: Place and record; supervised ones have one response.
+        total: Their number.
+        sft: Return rows of `encode_sft`.
+    """
+    import datasets
+
     report = TokenReport()
-    encoder = _Encoder(tokenizer, max_length, overflow, needs_reference, report, on_bad_row)
+    options = _Options(max_length, overflow, needs_reference, prompt or PromptConfig())
+    encoder = _Encoder(tokenizer, options, report, on_bad_row)
     encoded: list[dict[str, Any]] = []
-    as_ranked = _sft_as_ranked if sft else _as_ranked
-    rows = enumerate(tqdm(dataset, desc="Tokenizing", unit=" rows", delay=2, disable=None, leave=False))
-    while chunk := list(islice(rows, _CHUNK)):
-        places = [f"row {index}" + (f" (id {row['id']})" if row.get("id") else "") for index, row in chunk]
-        records = [as_ranked(row, where) for (_, row), where in zip(chunk, places, strict=True)]
-        encoded += [_as_sft(row) if sft else row for row in encoder.encode(records, places) if row is not None]
+    progress = tqdm(records, total=total, desc="Tokenizing", unit=" rows", delay=2, disable=None, leave=False)
+    remaining = iter(progress)
+    while chunk := list(islice(remaining, _CHUNK)):
+        rows = encoder.encode([record for _, record in chunk], [where for where, _ in chunk])
+        encoded += [_as_sft(row) if sft else row for row in rows if row is not None]
+    encoder.finish()
     if not encoded:
+        reasons = "".join(f", {count} skipped ({reason})" for reason, count in report.skipped.items())
         raise UserError(
-            f"none of the {report.rows} rows fits into max_length {max_length}",
+            f"none of the {report.rows} rows fits into max_length {max_length}{reasons}",
             fix="Raise max_length, or shorten the data.",
         )
-    features = {name: feature for name, feature in _features().items() if name in encoded[0]}
-    table = {name: [row[name] for row in encoded] for name in features}
+    present = {name for row in encoded for name in row}
+    features = {name: feature for name, feature in _features().items() if name in present}
+    table = {name: [row.get(name) for row in encoded] for name in features}
     return datasets.Dataset.from_dict(table, features=datasets.Features(features)), report
 
 
+@dataclasses.dataclass
+class _Options:
+    """See `encode_ranked`."""
+
+    max_length: int | None
+    overflow: Overflow
+    needs_reference: bool
+    prompt: PromptConfig
+    merge: bool = True
+
+
 class _Encoder:
-    """Encodes records with the same options; for the arguments see `encode_ranked`."""
+    """Encodes records with the same options."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int | None,
-        overflow: Overflow,
-        needs_reference: bool,
+        options: _Options,
         report: TokenReport,
         on_bad_row: Literal["error", "skip"] = "error",
     ):
-        self.tokenizer, self.tokens = tokenizer, TextTokenizer(tokenizer)
-        self.max_length, self.overflow = max_length, overflow
-        self.needs_reference, self.report = needs_reference, report
-        self.on_bad_row = on_bad_row
+        self.tokens, self.options, self.report, self.on_bad_row = TextTokenizer(tokenizer), options, report, on_bad_row
+        self.renderer = Renderer(tokenizer, options.prompt.rendering, options.prompt.reasoning_loss)
+        self.refused: dict[str, tuple[int, BadRow]] = {}  # by reason: how many rows, and the first error
 
     def encode(self, records: list[Record], places: list[str]) -> list[dict[str, Any] | None]:
         """One row or None for each record; all texts are tokenized in one call."""
-        texts: list[list[str]] = []
+        self.report.rows += len(records)
+        self.report.responses += sum(
+            len(record["completions"]) + (record["reference"] is not None) for record in records
+        )
+        rendered: list[tuple[str, list[Joint]] | None] = []
         for record, where in zip(records, places, strict=True):
-            responses = [*record["completions"], *filter(None, [record["reference"]])]
-            texts.append(joint_texts(record["prompt"], responses, self.tokenizer, where))
-        special = isinstance(records[0]["prompt"], str)  # the prompts of a data set are all text or all messages
-        ids = iter(self.tokens(list(chain.from_iterable(texts)), special=special))
-        rows: list[dict[str, Any] | None] = []
-        for record, of_record, where in zip(records, texts, places, strict=True):
             try:
-                rows.append(self._assemble(record, list(islice(ids, len(of_record))), where))
-            except BadRow:
+                rendered.append(self.renderer.render(record, where, _names(record, where)))
+            except BadRow as error:
+                # What a template does to one row it often does to many, so these are counted before they are raised.
+                count, first = self.refused.get(error.reason, (0, error))
+                self.refused[error.reason] = count + 1, first
+                rendered.append(None)
+        texts = [
+            text
+            for start, joints in filter(None, rendered)
+            for text in (
+                start,
+                *(joint.text for joint in joints),
+                *(cut for joint in joints for cut in _cuts(start, joint)),
+            )
+        ]
+        special = isinstance(records[0]["prompt"], str)  # the prompts of a data set are all text or all messages
+        ids = iter(self.tokens(texts, special=special))
+        rows: list[dict[str, Any] | None] = []
+        for record, texts_of, where in zip(records, rendered, places, strict=True):
+            if texts_of is None:
+                rows.append(None)
+                continue
+            start, joints = texts_of
+            prompt, *joint_ids = islice(ids, 1 + len(joints))
+            cut_ids = [list(islice(ids, len(_cuts(start, joint)))) for joint in joints]
+            try:
+                rows.append(self._assemble(record, prompt, joint_ids, cut_ids, where))
+            except BadRow as error:
                 if self.on_bad_row == "error":
                     raise
+                self.report.skipped[error.reason] = self.report.skipped.get(error.reason, 0) + 1
                 rows.append(None)
         return rows
 
-    def _assemble(self, record: Record, ids: list[list[int]], where: str) -> dict[str, Any] | None:
-        """The row from the tokens of the prompt, of the prompt with each response, and with the reference."""
-        self.report.rows += 1
-        self.report.responses += len(ids) - 1
-        if record["reference"] is None and self.needs_reference:
+    def finish(self) -> None:
+        """Reports what chat templates did to the texts.
+
+        Raises:
+            BadRow: They refused or changed some, and such rows are errors; the first one, and how many there are.
+        """
+        for kind, (count, first) in self.renderer.changes.items():
+            self.report.changes[kind] = count
+            logger.warning("%s: %d responses, the first in %s", kind, count, first)
+        for reason, (count, error) in self.refused.items():
+            if self.on_bad_row == "error":
+                more = f" ({count} of {self.report.rows} rows: {reason})" if count > 1 else ""
+                raise BadRow(error.what + more, reason=reason, where=error.where, fix=error.fix or "") from error
+            self.report.skipped[reason] = count
+
+    def _assemble(
+        self,
+        record: Record,
+        prompt: list[int],
+        joint_ids: list[list[int]],
+        cut_ids: list[list[list[int]]],
+        where: str,
+    ) -> dict[str, Any] | None:
+        """The row from the tokens of the prompt, of the prompt with each response, and of what precedes each cut."""
+        needs_reference = self.options.needs_reference
+        if record["reference"] is None and needs_reference:
             raise BadRow("there is no reference response", reason="no reference", where=where)
         n, eos = len(record["completions"]), self.tokens.eos
-        prompt, joint = ids[0], [seq if seq[-1:] == [eos] else [*seq, eos] for seq in ids[1:]]
-        names = [f"{where}, candidate {k} (in rank order)" for k in range(n)] + [f"{where}, reference"]
+        joint = [seq if seq[-1:] == [eos] else [*seq, eos] for seq in joint_ids]
+        names = _names(record, where)
         shared = [_common_prefix(prompt, seq) for seq in joint]
         if min(shared) == 0:
             raise BadRow(
@@ -217,46 +330,67 @@ class _Encoder:
                 where=where,
                 fix="Lengthen the prompt, or use a tokenizer that adds BOS.",
             )
-        for seq, boundary, name in zip(joint, shared, names, strict=False):
-            if boundary == len(seq):  # a chat template or the tokenizer dropped the whole response
+        parts = [
+            # The first token with loss, then the borders of later parts without loss. An odd number of cuts includes
+            # the first border, which is elsewhere the end of the prompt.
+            [*([boundary] if len(cuts) % 2 == 0 else []), *(_common_prefix(before, seq) for before in cuts)]
+            for seq, boundary, cuts in zip(joint, shared, cut_ids, strict=True)
+        ]
+        for seq, loss, name in zip(joint, parts, names, strict=True):
+            if loss[0] >= len(seq):  # a chat template or the tokenizer dropped the whole response
                 raise BadRow("the response has no tokens", reason="empty response", where=name)
         if not self._prompt_fits(prompt, where):
             return None
         start = min(shared)
-        fitted: list[list[int] | None] = [
-            self._fit(seq, boundary, name) for seq, boundary, name in zip(joint, shared, names, strict=False)
-        ]
-        kept = [(k, seq[start:]) for k, seq in enumerate(fitted[:n]) if seq is not None]
-        ranks = dense_ranks([record["ranks"][k] for k, _ in kept])
+        fitted = [self._fit(seq, loss[0], name) for seq, loss, name in zip(joint, parts, names, strict=True)]
+        kept: dict[tuple[int, ...], int] = {}  # the first of equal responses has the best rank
+        for k, tokens in enumerate(fitted[:n]):
+            if tokens is not None:
+                kept.setdefault(tuple(tokens) if self.options.merge else (k,), k)
+        merged = sum(tokens is not None for tokens in fitted[:n]) - len(kept)
+        ranks = dense_ranks([record["ranks"][k] for k in kept.values()])
         if len(kept) < n and len(set(ranks)) < 2:
+            if merged and fitted == joint:
+                what = f"all responses that differ in rank have the same tokens ({merged} of {n} are merged)"
+                raise BadRow(what, reason="same tokens", where=where)
             return None
         reference = fitted[n] if len(fitted) > n else None
-        if reference is None and self.needs_reference:
+        if reference is None and needs_reference:
             return None
-        skips = [shared[k] - start for k, _ in kept]
+        completions = [(fitted[k] or [])[start:] for k in kept.values()]
+        skips = [parts[k][0] - start for k in kept.values()]
+        gaps = [[token - start for token in parts[k][1:]] for k in kept.values()]
         self.report.kept += 1
+        self.report.responses_merged += merged
         self.report.prompt_tokens += start
-        self.report.response_tokens += sum(len(seq) for _, seq in kept) - sum(skips)
-        self.report.longest = max(self.report.longest, *(start + len(seq) for _, seq in kept))
-        return {
+        self.report.response_tokens += sum(
+            len(loss_tokens(range(len(seq)), skip, gap))
+            for seq, skip, gap in zip(completions, skips, gaps, strict=True)
+        )
+        self.report.longest = max(self.report.longest, *(start + len(seq) for seq in completions))
+        row = {
             "id": record["id"],
             "prompt_ids": prompt[:start],
-            "completions_ids": [seq for _, seq in kept],
+            "completions_ids": completions,
             "completion_skips": skips,
             "ranks": ranks,
-            "scores": record["scores"] and [record["scores"][k] for k, _ in kept],
+            "scores": record["scores"] and [record["scores"][k] for k in kept.values()],
             "reference_ids": None if reference is None else reference[start:],
-            "reference_skip": None if reference is None else shared[n] - start,
+            "reference_skip": None if reference is None else parts[n][0] - start,
         }
+        if any(len(loss) > 1 for loss in parts):
+            row["completion_gaps"] = gaps
+            row["reference_gaps"] = None if reference is None else [token - start for token in parts[n][1:]]
+        return row
 
     def _prompt_fits(self, prompt: list[int], where: str) -> bool:
-        if self.max_length is None or len(prompt) < self.max_length:
+        if self.options.max_length is None or len(prompt) < self.options.max_length:
             return True
-        if self.overflow == "skip":
+        if self.options.overflow == "skip":
             return False
-        lost = "would be truncated to nothing" if self.overflow == "cut" else "does not fit"
+        lost = "would be truncated to nothing" if self.options.overflow == "cut" else "does not fit"
         raise BadRow(
-            f"the prompt has {len(prompt)} tokens and max_length is {self.max_length}: candidate 0 {lost}",
+            f"the prompt has {len(prompt)} tokens and max_length is {self.options.max_length}: candidate 0 {lost}",
             reason="prompt too long",
             where=where,
             fix=f"Raise max_length above {len(prompt)}, shorten the prompt, or skip such rows: overflow policy "
@@ -265,17 +399,20 @@ class _Encoder:
 
     def _fit(self, seq: list[int], boundary: int, where: str) -> list[int] | None:
         """The joint sequence within `max_length`, or None where it is skipped."""
-        if self.max_length is None or len(seq) <= self.max_length:
+        if self.options.max_length is None or len(seq) <= self.options.max_length:
             return seq
-        if self.overflow == "skip":
+        if self.options.overflow == "skip":
             self.report.responses_dropped += 1
             return None
-        # The prompt is shorter than max_length, and no boundary is after its end: at least one token is left.
-        if self.overflow == "cut":
+        if self.options.overflow == "cut":
+            if boundary >= self.options.max_length:  # only reasoning without loss would be left
+                self.report.responses_dropped += 1
+                return None
             self.report.responses_cut += 1
-            return seq[: self.max_length]
+            return seq[: self.options.max_length]
         raise BadRow(
-            f"too long: prompt {boundary} + response {len(seq) - boundary} tokens, max_length is {self.max_length}",
+            f"too long: prompt {boundary} + response {len(seq) - boundary} tokens, "
+            f"max_length is {self.options.max_length}",
             reason="response too long",
             where=where,
             fix=f"Raise max_length to {len(seq)}, or set the overflow policy to `cut` (truncate the response) "
@@ -285,7 +422,7 @@ class _Encoder:
 
 def _as_ranked(row: Record, where: str) -> Record:
     if "completions" not in row:
-        row = {**row, **preference_responses(row, None, where)}
+        row = {**row, **preference_responses(row, None, None, where)}
     return normalise_ranked(row, where)
 
 
@@ -303,15 +440,37 @@ def _sft_as_ranked(row: Record, where: str) -> Record:
 
 
 def _as_sft(row: dict[str, Any]) -> dict[str, Any]:
-    response, skip = row["completions_ids"][0], row["completion_skips"][0]
-    input_ids = row["prompt_ids"] + response
-    prompt_length = len(row["prompt_ids"]) + skip
-    return {
-        "id": row["id"],
-        "input_ids": input_ids,
-        "completion_mask": [0] * prompt_length + [1] * (len(response) - skip),
-        "labels": [-100] * prompt_length + response[skip:],
-    }
+    prompt, response = row["prompt_ids"], row["completions_ids"][0]
+    mask = [0] * (len(prompt) + len(response))
+    gaps = row.get("completion_gaps", [[]])[0]
+    for place in loss_tokens(range(len(prompt), len(mask)), row["completion_skips"][0], gaps):
+        mask[place] = 1
+    input_ids = prompt + response
+    labels = [token if loss else -100 for token, loss in zip(input_ids, mask, strict=True)]
+    return {"id": row["id"], "input_ids": input_ids, "completion_mask": mask, "labels": labels}
+
+
+def loss_tokens(tokens: Sequence[int], skip: int, gaps: Sequence[int]) -> list[int]:
+    """Those of the tokens of a response that carry loss: without the first `skip`, and without its gaps.
+
+    Args:
+        tokens: One entry for each token of the response.
+        skip: See `encode_ranked`.
+        gaps: An entry of `completion_gaps`.
+    """
+    parts = zip([skip, *gaps[1::2]], [*gaps[::2], len(tokens)], strict=True)
+    return [token for begin, end in parts for token in tokens[begin:end]]
+
+
+def _names(record: Record, where: str) -> list[str]:
+    names = [f"{where}, candidate {k} (in rank order)" for k in range(len(record["completions"]))]
+    return names if record["reference"] is None else [*names, f"{where}, reference"]
+
+
+def _cuts(start: str, joint: Joint) -> list[str]:
+    """The texts before each border between tokens with and without loss; the ends of prompt and text are known."""
+    borders = [border for part in joint.loss for border in part][:-1]
+    return [joint.text[:border] for border in (borders[1:] if borders[0] == len(start) else borders)]
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
@@ -327,10 +486,12 @@ def _features() -> dict[str, Any]:
         "prompt_ids": ids,
         "completions_ids": datasets.List(ids),
         "completion_skips": ids,
+        "completion_gaps": datasets.List(ids),
         "ranks": ids,
         "scores": datasets.List(datasets.Value("float64")),
         "reference_ids": ids,
         "reference_skip": number,
+        "reference_gaps": ids,
         "input_ids": ids,
         "completion_mask": datasets.List(datasets.Value("int8")),
         "labels": ids,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuna_peft.data.ranked import BadRow
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric

@@ -11,7 +11,8 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 
-from tuna_peft.data.ranked import BadRow, Prompt, Record, dense_ranks, normalise
+from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.ranked import Prompt, Record, dense_ranks, normalise
 from tuna_peft.data.verdict import Unreadable, read_verdict
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.counts import Counts

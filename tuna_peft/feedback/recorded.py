@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data import columns
-from tuna_peft.data.ranked import BadRow, Record
+from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.ranked import Record
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, is_logprob, scored_records
 

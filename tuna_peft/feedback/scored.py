@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tuna_peft.data.ranked import BadRow, Record, normalise
+from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.ranked import Record, normalise
 from tuna_peft.data.tokenize import encode_ranked
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.counts import Counts
@@ -120,7 +122,11 @@ def encode_in_order(row: Record, tokenizer: PreTrainedTokenizerBase, max_length:
         BadRow: The row is longer than `max_length`.
     """
     record = {**row, "reference": None, "scores": None, "ranks": list(range(len(row["completions"])))}
-    encoded = encode_ranked(record, tokenizer, max_length=max_length, where=f"prompt {row.get('id')}")
+    # The teacher scores what its own template writes; responses with equal tokens keep their places.
+    prompt = PromptConfig(rendering="lenient")
+    encoded = encode_ranked(
+        record, tokenizer, max_length=max_length, prompt=prompt, merge=False, where=f"prompt {row.get('id')}"
+    )
     assert encoded is not None, "nothing is skipped"
     return encoded
 

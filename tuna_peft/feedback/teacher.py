@@ -9,8 +9,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.data.ranked import BadRow, Record
+from tuna_peft.data.ranked import Record
 from tuna_peft.feedback.local_model import load_local_model
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, scored_records
 from tuna_peft.feedback.settings import ScoreSettings

@@ -244,7 +244,7 @@ def source_workload(
     from tuna_peft.data.tokenize import encode_dataset
 
     encoded, _ = encode_dataset(
-        chosen, tokenizer, max_length=max_length, overflow=overflow, on_bad_row=source.on_bad_row
+        chosen, tokenizer, max_length=max_length, overflow=overflow, prompt=recipe.prompt, on_bad_row=source.on_bad_row
     )
     part = f", from {len(chosen):,} of them" if len(chosen) < len(dataset) else ""
     workload = encoded_workload(encoded)
@@ -273,7 +273,7 @@ def records_workload(records: Sequence[Record], tokenizer: PreTrainedTokenizerBa
     for record in _sample(records, key=_characters):
         texts = record.get("completions")
         lengths = [len(ids) + 1 for ids in tokens(texts, special=False)] if texts else [0]  # EOS is part of it
-        rows.append(Row(len(prompt_ids(record["prompt"], tokenizer)), tuple(lengths)))
+        rows.append(Row(len(prompt_ids(record["prompt"], tokenizer, record.get("tools"))), tuple(lengths)))
     return Workload(tuple(rows), len(records), note)
 
 

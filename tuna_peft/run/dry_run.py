@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tuna_peft.data.config import DataSource, Overflow
-from tuna_peft.data.load import encode_source, load_prompts, load_ranked, load_sft
+from tuna_peft.data.load import encode_source, load_prompts, read_ranked
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.sources import is_here
 from tuna_peft.errors import UserError
@@ -72,7 +72,7 @@ def _steps(recipe: Recipe, output: Path) -> Text:
         lines = [getattr(task, "path", None)]
         if isinstance(task, DataSource):
             limits = (task.max_length, task.overflow, False) if isinstance(task, RankingTask) else None
-            rows, losses = _rows(task, recipe, loaded, load_ranked, limits)
+            rows, losses = _rows(task, recipe, loaded, limits)
             lines = [_data(task, rows), *losses]
         step(f"task {name}, before the first stage and after each stage", *lines)
     export = recipe.export
@@ -106,20 +106,25 @@ def _tokenizer(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBas
 
 def _stage_rows(stage: ResolvedStage, recipe: Recipe, loaded: Any) -> tuple[int | None, list[str]]:
     if stage.feedback is not None:
-        return _rows(stage.source, recipe, loaded, load_ranked, None)
+        return _rows(stage.source, recipe, loaded, None)
     limits = (stage.max_length, stage.overflow, stage.needs_reference)
-    return _rows(stage.source, recipe, loaded, load_sft if stage.type == "sft" else load_ranked, limits)
+    return _rows(stage.source, recipe, loaded, limits, supervised=stage.type == "sft")
 
 
 def _rows(
-    source: DataSource, recipe: Recipe, loaded: Any, load: Any, limits: tuple[int | None, Overflow, bool] | None
+    source: DataSource,
+    recipe: Recipe,
+    loaded: Any,
+    limits: tuple[int | None, Overflow, bool] | None,
+    *,
+    supervised: bool = False,
 ) -> tuple[int | None, list[str]]:
     """Number of usable rows, and what is left out; None for a Hub data set, which a dry run does not download.
 
     Args:
         loaded: See `_tokenizer`; None counts before the length limit.
-        load: `load_ranked` or `load_sft`.
         limits: Maximum length, overflow policy, whether the reference is needed; None reads only prompts.
+        supervised: One response is enough.
     """
     if not is_here(source.path):
         return None, []
@@ -127,11 +132,11 @@ def _rows(
         prompts = load_prompts(source, recipe.prompt)[1]
         return prompts.kept, describe_losses(prompts.as_dict())
     if loaded is None:
-        read = load(source, recipe.prompt)[1]
+        read = read_ranked(source, recipe.prompt, pairs=not supervised)[1]
         return read.kept, [*describe_losses(read.as_dict()), "counted before the length limit: no tokenizer here"]
     (config, tokenizer), (max_length, overflow, needs_reference) = loaded, limits
     rows, counts = encode_source(
-        source, load, recipe.prompt, tokenizer, config,
+        source, recipe.prompt, tokenizer, config, supervised=supervised,
         max_length=max_length, overflow=overflow, needs_reference=needs_reference,
     )  # fmt: skip
     return len(rows), describe_losses(counts)

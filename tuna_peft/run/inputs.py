@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.load import encode_source, load_candidates, load_prompts, load_ranked, load_sft
+from tuna_peft.data.load import encode_source, load_candidates, load_prompts
 from tuna_peft.data.losses import report_losses
 from tuna_peft.data.ranked import Record
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
@@ -85,9 +85,8 @@ def encode_rows(
     Raises:
         UserError: See `tuna_peft.data.load.encode_source`.
     """
-    load = load_sft if stage.type == "sft" else load_ranked
     rows, counts = encode_source(
-        source, load, prompt, tokenizer, config,
+        source, prompt, tokenizer, config, supervised=stage.type == "sft",
         max_length=stage.max_length, overflow=stage.overflow, needs_reference=stage.needs_reference,
     )  # fmt: skip
     report_losses(source, counts)

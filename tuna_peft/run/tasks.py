@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import PromptConfig
-from tuna_peft.data.load import encode_source, load_prompts, load_ranked
+from tuna_peft.data.load import encode_source, load_prompts
 from tuna_peft.data.losses import report_losses
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
@@ -115,7 +115,7 @@ def _ranking(
     data: TaskData,
 ) -> Task:
     rows, data.counts["ranking"] = encode_source(
-        settings, load_ranked, prompt, tokenizer, config, max_length=settings.max_length, overflow=settings.overflow
+        settings, prompt, tokenizer, config, max_length=settings.max_length, overflow=settings.overflow
     )
     report_losses(settings, data.counts["ranking"])
     data.ranked = rows
