@@ -49,14 +49,16 @@ def comparison_prompts(stack: Path, data: str | None, base_model: str | None) ->
 
     from tuna_peft.data.config import DataSource, PromptConfig
     from tuna_peft.data.load import load_prompts
-    from tuna_peft.data.texts import prompt_ids
+    from tuna_peft.data.texts import prompt_ids, set_template_date
     from tuna_peft.export.base_files import locate_base
     from tuna_peft.models.stack.manifest import read_manifest
 
     manifest = read_manifest(stack)
     tokenizer = AutoTokenizer.from_pretrained(locate_base(manifest, base_model, stack))
-    records, _ = load_prompts(DataSource(path=data, limit=PROMPTS), PromptConfig.model_validate(manifest.prompt))
-    return [prompt_ids(record["prompt"], tokenizer) for record in records]
+    prompt = PromptConfig.model_validate(manifest.prompt)
+    set_template_date(tokenizer, prompt.date)
+    records, _ = load_prompts(DataSource(path=data, limit=PROMPTS), prompt)
+    return [prompt_ids(record["prompt"], tokenizer, record.get("tools")) for record in records]
 
 
 def print_divergence(

@@ -32,6 +32,7 @@ from tuna_peft.data.ranked import (
 from tuna_peft.data.readers import Format, choose_format, grouped
 from tuna_peft.data.sources import RawRecords, read_records
 from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.data.texts import prompt_text
 from tuna_peft.data.tokenize import Overflow, encode_records
 from tuna_peft.errors import UserError
 from tuna_peft.limits import context_length, within_context
@@ -150,6 +151,26 @@ def load_candidates(source: DataSource, prompt: PromptConfig) -> tuple[list[Reco
         UserError: See `load_ranked`, but one response is enough.
     """
     return _read_unranked(source, prompt, "Reading responses", _with_responses)
+
+
+def renderable(
+    prompts: list[Record], tokenizer: PreTrainedTokenizerBase, source: DataSource, report: ReadReport
+) -> list[Record]:
+    """The prompts that the chat template renders; `report` counts the others.
+
+    Raises:
+        UserError: It refuses one, and `on_bad_row` is `error`; or it refuses all.
+    """
+    kept = []
+    for row in prompts:
+        try:
+            prompt_text(row["prompt"], tokenizer, f"{source.path}: {row['id']}", row.get("tools"))
+            kept.append(row)
+        except BadRow as error:
+            _skip(error, source, report)
+    report.kept = len(kept)
+    _require_some(report, source)
+    return kept
 
 
 def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True) -> tuple[list[Record], ReadReport]:

@@ -59,7 +59,7 @@ def _pattern(markers: Markers) -> re.Pattern[str]:
 
 def _split(text: str, markers: Markers) -> list[Message]:
     found = list(_pattern(markers).finditer(text))
-    ends = [*(match.start() for match in found[1:]), len(text)]
+    ends = [match.start() for match in found[1:]] + [len(text)] * bool(found)
     return [
         {"role": str(match.lastgroup), "content": text[match.end() : end].strip()}
         for match, end in zip(found, ends, strict=True)

@@ -303,7 +303,7 @@ class Judging:
 
     def _record(self, row: Record, ranking: Ranking) -> Record:
         assert ranking.ranks is not None
-        record: Record = {key: row.get(key) for key in ("id", "prompt", "completions", "reference")}
+        record: Record = {key: row.get(key) for key in ("id", "prompt", "completions", "reference", "tools")}
         record |= {"scores": ranking.scores, "ranks": ranking.ranks}
         own, wanted = ranking.own_response, self.settings.include_judge_answer
         if own is not None and wanted == "reference":

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from tuna_peft.data.messages import message_text
 from tuna_peft.data.ranked import Prompt
 from tuna_peft.data.verdict import MAX_GRADE
 
@@ -56,7 +57,7 @@ def judge_messages(prompt: Prompt, responses: Sequence[str], guidance: str | Non
         responses: In the order in which they are to be shown.
         guidance: The user's additional criteria.
     """
-    dialogue = prompt if isinstance(prompt, str) else "\n\n".join(f"({m['role']}) {m['content']}" for m in prompt)
+    dialogue = prompt if isinstance(prompt, str) else "\n\n".join(f"({m['role']}) {message_text(m)}" for m in prompt)
     mark = _mark([dialogue, *responses])
     own = len(responses)
     rules = _RULES.format(mark=mark, own=own, max_grade=MAX_GRADE)

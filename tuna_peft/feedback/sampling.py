@@ -155,7 +155,7 @@ def sample_candidates(
         UserError: No prompt has two different responses.
     """
     began, report = time.monotonic(), SampleReport(prompts=len(prompts))
-    ids = [prompt_ids(prompt["prompt"], sampler.tokenizer) for prompt in prompts]
+    ids = [prompt_ids(prompt["prompt"], sampler.tokenizer, prompt.get("tools")) for prompt in prompts]
     limit = sampler.context or float("inf")
     pending = [index for index, tokens in enumerate(ids) if len(tokens) < limit]
     kept: dict[int, _Attempt] = {}
@@ -246,6 +246,7 @@ def _candidates(prompt: Record, attempt: _Attempt, report: SampleReport) -> Reco
     return {
         **{key: prompt[key] for key in ("id", "prompt", "reference", "record")},
         "completions": list(truncated),
+        **({"tools": prompt["tools"]} if "tools" in prompt else {}),
         "sampling": {
             "temperature": attempt.temperature,
             "draw": attempt.number,

@@ -93,7 +93,7 @@ def scored_records(
             continue
         pairs = list(zip(answer.logprobs, answer.lengths, strict=True))
         scores = [total / length**length_penalty for total, length in pairs]
-        ranked = {key: row.get(key) for key in ("id", "prompt", "reference")}
+        ranked = {key: row.get(key) for key in ("id", "prompt", "reference", "tools")}
         ranked |= {"completions": answer.completions, "scores": scores}
         try:
             record = normalise(ranked, f"prompt {row.get('id')}").record

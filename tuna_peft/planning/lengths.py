@@ -15,12 +15,14 @@ from tuna_peft.data.config import DataSource, Overflow, PromptConfig
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.sources import count_selected, is_here
 from tuna_peft.data.templates import PromptTemplate
+from tuna_peft.data.texts import set_template_date
 from tuna_peft.evaluation.lmentry.task import read_lmentry
 from tuna_peft.evaluation.session import Question
 from tuna_peft.evaluation.superni import read_superni, superni_questions
 from tuna_peft.evaluation.vicuna import read_vicuna_questions
 from tuna_peft.feedback.protocol import judge_messages
 from tuna_peft.limits import within_context
+from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ASSUMED_HELD_OUT, ASSUMED_RESPONSES, ASSUMED_ROWS, Row, Workload
 from tuna_peft.recipe.evaluation_schema import LMentryTask, RankingTask, SuperNITask, VicunaTask
@@ -63,7 +65,8 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
     Raises:
         UserError: A file cannot be used.
     """
-    tokenizer = _tokenizer(recipe) if any(is_here(source.path) for source in recipe.sources().values()) else None
+    tokenizer = recipe_tokenizer(recipe) if any(is_here(source.path) for source in recipe.sources().values()) else None
+    warn_of_default_template(recipe, tokenizer)
     workloads: dict[str, Workload] = {}
     for stage in resolve_stages(recipe):
         options: dict[str, Any] = {"kind": "prompts" if stage.generated else "candidates"}
@@ -167,14 +170,17 @@ def _within_context(workload: Workload, shape: ModelShape, new: int) -> Workload
     return dataclasses.replace(workload, rows=rows)
 
 
-def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
+def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None if it cannot be read, as a plan can do without it."""
     from transformers import AutoTokenizer
 
     from tuna_peft.models.base.load import resolve_model_path
 
     try:
-        return AutoTokenizer.from_pretrained(resolve_model_path(recipe.base.model), revision=recipe.base.revision)
+        name = resolve_model_path(recipe.base.model)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.base.revision)
+        set_template_date(tokenizer, recipe.prompt.date)
+        return tokenizer
     except (OSError, ValueError):
         logger.warning("%s: its tokenizer cannot be read; lengths are estimated from characters", recipe.base.model)
         return None

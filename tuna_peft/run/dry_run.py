@@ -14,6 +14,8 @@ from tuna_peft.data.load import encode_source, load_prompts, read_ranked
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.sources import is_here
 from tuna_peft.errors import UserError
+from tuna_peft.planning.lengths import is_here, recipe_tokenizer
+from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.evaluation_schema import RankingTask
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
@@ -32,6 +34,8 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     Raises:
         UserError: The data cannot be used.
     """
+    if "template" not in recipe.prompt.model_fields_set:
+        warn_of_default_template(recipe, recipe_tokenizer(recipe))
     parts: list[RenderableType] = [
         Text(dump_recipe(recipe)),
         _steps(recipe, output),

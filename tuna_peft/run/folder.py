@@ -10,11 +10,12 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 
+from tuna_peft.data.texts import reads_the_clock, set_template_date, template_date
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import RUN_INFO
 from tuna_peft.files import take_lock, write_json, write_text
@@ -22,7 +23,12 @@ from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.processes import Processes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger("tuna_peft")
+
+TEMPLATE_DATE = "template_date.json"
 
 # Loggers whose messages go to run.log. Only those of tuna_peft go to the terminal too.
 _LOGGED = ("tuna_peft", "transformers", "py.warnings")
@@ -57,7 +63,8 @@ class RunDirectory:
     Only the first process of a run writes. The others wait until it has locked the folder.
 
     - `recipe.yaml`: the recipe with `extends` and overrides applied; `run.log`: the log;
-    - `run.json`: what the report says about the run besides its results;
+    - `run.json`: what the report says about the run besides its results; `template_date.json`: the date in the chat
+      template, if it shows one;
     - `stages/<name>/`: checkpoints, log history, curves, and `done.json` once the stage is finished. If the run ranks
       the responses itself also `samples.jsonl`, `ranked.jsonl`, their journals, and `feedback.json` once they are
       complete;
@@ -172,6 +179,17 @@ class RunDirectory:
         """The content of the JSON file `name` in the run's folder; None if it is not written yet."""
         file = self.path / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def fix_template_date(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Fixes the date that a chat template shows: that of the recipe, or the day on which the run started."""
+        if not reads_the_clock(tokenizer):
+            return
+        date = self.recipe.prompt.date or self.load(TEMPLATE_DATE) or str(template_date(tokenizer))
+        self.save(TEMPLATE_DATE, date)
+        set_template_date(tokenizer, date)
+        prompt = self.recipe.prompt.model_copy(update={"date": date})
+        self.recipe = self.recipe.model_copy(update={"prompt": prompt})
+        logger.info("the chat template shows a date: %s in all of this run", date)
 
     def save(self, name: str, value: Any) -> None:
         """Writes `value` to the JSON file `name` in the run's folder, atomically; only the first process does."""

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.load import encode_source, load_candidates, load_prompts
+from tuna_peft.data.load import encode_source, load_candidates, load_prompts, renderable
 from tuna_peft.data.losses import report_losses
 from tuna_peft.data.ranked import Record
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
@@ -56,7 +56,8 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
     for stage in resolve_stages(recipe):
         if stage.feedback is not None:
             read = load_prompts if stage.generated else load_candidates
-            inputs.prompts[stage.name], report = read(stage.source, recipe.prompt)
+            rows, report = read(stage.source, recipe.prompt)
+            inputs.prompts[stage.name] = renderable(rows, tokenizer, stage.source, report)
             report_losses(stage.source, report.as_dict())
             inputs.counts[stage.name] = {"prompts": report.as_dict()}
         else:

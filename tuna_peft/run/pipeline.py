@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from tuna_peft.data.texts import set_template_date
 from tuna_peft.evaluation.report.write import write_report
 from tuna_peft.evaluation.results import RUN_INFO
 from tuna_peft.evaluation.session import JOURNAL, Session
@@ -37,6 +38,7 @@ from tuna_peft.models.stack.adapters import drop_adapter, fingerprint, load_adap
 from tuna_peft.models.stack.any_model import model_digest
 from tuna_peft.models.stack.files import extend_stack
 from tuna_peft.models.stack.manifest import read_manifest
+from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.evaluate import evaluate_stage
@@ -76,7 +78,8 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         stages = resolve_stages(recipe)
         inputs = _check_and_read(run, stages, on_cpu)
         base = _load_base(recipe, processes)
-        run.save(RUN_INFO, _facts(recipe, base, inputs))
+        set_template_date(base.tokenizer, run.recipe.prompt.date)
+        run.save(RUN_INFO, _facts(run.recipe, base, inputs))
 
         model: PreTrainedModel | PeftModel = base.model
         _evaluate(run, model, base, inputs, "base")
@@ -84,7 +87,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
             if stage.feedback:
                 with processes.main_first(model):  # the first process samples and ranks, the others read its files
                     make_rows(run, model, base, inputs, stage)
-                run.save(RUN_INFO, _facts(recipe, base, inputs))  # with the counts of the new rows
+                run.save(RUN_INFO, _facts(run.recipe, base, inputs))  # with the counts of the new rows
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate(run, model, base, inputs, stage.name)
 
@@ -122,7 +125,9 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
         recipe.base.model, revision=recipe.base.revision, trust_remote_code=recipe.base.trust_remote_code
     )
     require_exports(recipe, config, tokenizer)
+    warn_of_default_template(recipe, tokenizer)
     with processes.main_first():  # the first process downloads, the others read its cache
+        run.fix_template_date(tokenizer)
         inputs = read_inputs(recipe, tokenizer, config)
     for stage in stages:
         if stage.feedback:
@@ -213,6 +218,7 @@ def _facts(recipe: Recipe, base: Base, inputs: Inputs) -> dict[str, Any]:
         "seed": recipe.seed,
         "base": {**base.identity, "quantization": recipe.quantization.model_dump()},
         "stages": stage_names(recipe)[1:],
+        "prompt": recipe.prompt.model_dump(),
         "data": inputs.counts,
         "environment": environment(),
     }

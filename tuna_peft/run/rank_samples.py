@@ -55,7 +55,7 @@ def check_feedback(stage: ResolvedStage, rows: list[Record], tokenizer: PreTrain
         make_judge(source.judge)
     if source is None or source.sample is None or stage.overflow != "error" or limit is None:
         return
-    longest = max(len(prompt_ids(row["prompt"], tokenizer)) for row in rows)
+    longest = max(len(prompt_ids(row["prompt"], tokenizer, row.get("tools"))) for row in rows)
     needed = longest + source.sample.max_new_tokens + 1
     if needed > limit:
         raise UserError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.texts import set_template_date
 from tuna_peft.errors import UserError
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.feedback.sampling import ModelSampler, Sampler
@@ -86,6 +87,7 @@ def vllm_sampler(
             )
         path = resolve_model_path(base)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        set_template_date(tokenizer, (prompt or {}).get("date"))
         sampler = VllmSampler(
             path, tokenizer, adapter=adapter, revision=revision, quantized=quantization == "nf4",
             trust_remote_code=trust_remote_code,

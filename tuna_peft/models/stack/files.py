@@ -13,6 +13,7 @@ from typing import Any, cast
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tuna_peft.data.texts import set_template_date
 from tuna_peft.errors import UserError
 from tuna_peft.files import atomic_directory
 from tuna_peft.models.base.load import Base, base_identity, load_base, resolve_device, resolve_dtype
@@ -36,6 +37,9 @@ class AdapterStack:
     tokenizer: PreTrainedTokenizerBase
     prompt: dict[str, Any] = field(default_factory=dict)
     load_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        set_template_date(self.tokenizer, self.prompt.get("date"))  # generation shows the date of training
 
     @property
     def names(self) -> list[str]:
