@@ -89,7 +89,7 @@ def test_encoded_rows(jsonl, tokenizer):
 def test_a_row_that_is_left_out(jsonl, tokenizer):
     source = DataSource(path=jsonl(ROW))
     assert "longer than max_length 3" in show(inspect_file(source, PLAIN, tokenizer, max_length=3, overflow="skip"))
-    with pytest.raises(UserError, match="id q1"):
+    with pytest.raises(UserError, match="data.jsonl: line 1: the prompt has 3 tokens"):
         inspect_file(source, PLAIN, tokenizer, max_length=3)
 
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.load import encode_source, load_ranked
+from tuna_peft.data.load import encode_source
 from tuna_peft.data.losses import describe_losses, report_losses
 
 PLAIN = PromptConfig(template="none")
@@ -17,9 +17,7 @@ def counts(jsonl, tokenizer):
     def read(*records, max_length=None, overflow="skip"):
         source = DataSource(path=jsonl(*records), on_bad_row="skip")
         config = type("Config", (), {"get_text_config": lambda self: self})()
-        _, found = encode_source(
-            source, load_ranked, PLAIN, tokenizer, config, max_length=max_length, overflow=overflow
-        )
+        _, found = encode_source(source, PLAIN, tokenizer, config, max_length=max_length, overflow=overflow)
         return source, found
 
     return read

@@ -18,8 +18,9 @@ def source(shared, name, **options):
     return DataSource(path=str(shared / "ranked" / f"{name}.jsonl"), columns=columns, **options)
 
 
-def check_tokens(dataset, tokenizer, max_length, overflow):
-    encoded, report = encode_dataset(dataset, tokenizer, max_length=max_length, overflow=overflow)
+def check_tokens(dataset, tokenizer, max_length, overflow, rendering="strict"):
+    prompt = PromptConfig(rendering=rendering)
+    encoded, report = encode_dataset(dataset, tokenizer, max_length=max_length, overflow=overflow, prompt=prompt)
     by_id = {row["id"]: row for row in dataset}
     assert report.rows == len(dataset)
     assert report.kept == len(encoded)
@@ -48,7 +49,12 @@ def test_alpaca_eval(shared, llama_tokenizer):
     assert dataset[0]["completions"][0] == best["text"]
     assert dataset[0]["id"] == raw["id"]
     assert raw["instruction"] in dataset[0]["prompt"]
-    assert check_tokens(dataset, llama_tokenizer, 512, "skip").responses_dropped > 0
+    # Three real responses hold "</s>" in the middle.
+    with pytest.raises(UserError, match=r"contains '</s>'.*3 of 561 rows"):
+        check_tokens(dataset, llama_tokenizer, 512, "skip")
+    report = check_tokens(dataset, llama_tokenizer, 512, "skip", "lenient")
+    assert report.responses_dropped > 0
+    assert report.changes == {"special token in a response": 3}
 
 
 def test_arena_judged(shared, llama_tokenizer):

@@ -140,7 +140,7 @@ def test_cut(tokenizer):
     assert row["completions_ids"] == [[5, 1], [6, 6]]  # no EOS where the end is cut off
     assert row["reference_ids"] == [5, 5]
     assert report.as_dict() == {
-        "rows": 1, "kept": 1, "responses_cut": 2, "responses_dropped": 0, "responses_merged": 0,
+        "rows": 1, "responses": 3, "kept": 1, "responses_cut": 2, "responses_dropped": 0, "responses_merged": 0,
         "prompt_tokens": 3, "response_tokens": 4, "longest": 5, "skipped": {}, "changes": {}, "rows_dropped": 0,
     }  # fmt: skip
 

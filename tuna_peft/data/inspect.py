@@ -11,11 +11,12 @@ from rich.panel import Panel
 from rich.text import Text
 
 from tuna_peft.data.config import DataSource, Overflow, PromptConfig
-from tuna_peft.data.load import best_alone, load_prompts, read_ranked, source_format
+from tuna_peft.data.load import best_alone, load_prompts, read_placed, source_format
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.messages import message_text
 from tuna_peft.data.ranked import Record, response_text
 from tuna_peft.data.suggest import data_block
+from tuna_peft.data.texts import reads_the_clock, set_template_date, template_date
 from tuna_peft.data.tokenize import encode_ranked, loss_tokens
 from tuna_peft.errors import UserError
 
@@ -58,14 +59,18 @@ def inspect_file(
         UserError: The source cannot be read, or a row is too long.
     """
     format, read_as = source_format(source)
-    supervised = format == "alpaca" if supervised is None else supervised
-    records, report = read_ranked(source, prompt, pairs=not supervised)
-    if supervised:
-        records = [best_alone(record) for record in records[:n]]
+    supervised = format in ("alpaca", "messages") if supervised is None else supervised
+    placed, report = read_placed(source, prompt, pairs=not supervised)
     lines = [f"{source.title} ({format}): {report.read} records read, {report.kept} kept"]
-    summary = Text("\n  ".join(lines + describe_losses(report.as_dict())))
-    shown = render_ranked(records, tokenizer, n, max_length=max_length, overflow=overflow)
-    return Group(summary, shown, Text(f"\nIn a recipe:\n\n{data_block(read_as)}"))
+    lines += describe_losses(report.as_dict())
+    if tokenizer is not None and reads_the_clock(tokenizer):
+        set_template_date(tokenizer, prompt.date)
+        lines.append(
+            f"The chat template shows the date: {template_date(tokenizer)} here, in a run the day on which it starts "
+            "(`date` under `prompt` fixes it)"
+        )
+    panels = _panels(placed[:n], tokenizer, prompt, supervised, max_length, overflow)
+    return Group(Text("\n  ".join(lines)), *panels, Text(f"\nIn a recipe:\n\n{data_block(read_as)}"))
 
 
 def inspect_prompts(source: DataSource, prompt: PromptConfig, n: int = 3) -> RenderableType:
@@ -98,8 +103,21 @@ def render_ranked(
         n: Number of prompts to show.
         max_length, overflow: As in `encode_ranked`, for records.
     """
+    placed = [(f"id {record['id']}", record) for record in islice(records, n)]
+    return Group(*_panels(placed, tokenizer, PromptConfig(), False, max_length, overflow))
+
+
+def _panels(
+    placed: list[tuple[str, Record]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: PromptConfig,
+    supervised: bool,
+    max_length: int | None,
+    overflow: Overflow,
+) -> list[RenderableType]:
     panels: list[RenderableType] = [] if tokenizer is None else [_LEGEND]
-    for record in islice(records, n):
+    for where, record in placed:
+        record = best_alone(record) if supervised else record
         row: dict[str, Any] | None = record
         if tokenizer is None:
             if "prompt_ids" in record:
@@ -107,15 +125,16 @@ def render_ranked(
             prompt, candidates = _record_prompt(record), _record_candidates(record)
         else:
             if "prompt_ids" not in record:
-                where = f"id {record['id']}"
-                row = encode_ranked(record, tokenizer, max_length=max_length, overflow=overflow, where=where)
+                row = encode_ranked(
+                    record, tokenizer, max_length=max_length, overflow=overflow, prompt=settings, where=where
+                )
             if row is None:
                 prompt, candidates = Text(f"skipped: longer than max_length {max_length}", style="yellow"), []
             else:
                 prompt = Text("".join(_pieces(row["prompt_ids"], tokenizer)), style=_NO_LOSS)
                 candidates = _row_candidates(row, tokenizer)
         panels.append(_panel(record["id"], prompt, candidates))
-    return Group(*panels)
+    return panels
 
 
 def _panel(identity: str, prompt: Text, candidates: list[Text]) -> Panel:

@@ -72,7 +72,7 @@ def encode_source(
     Raises:
         UserError: As `load_ranked` and `encode_dataset`; names the file and the record's place in it.
     """
-    placed, read = _read_ranked(source, prompt, pairs=not supervised)
+    placed, read = read_placed(source, prompt, pairs=not supervised)
     if supervised:
         placed = [(where, best_alone(record)) for where, record in placed]
     try:
@@ -164,7 +164,7 @@ def renderable(
     kept = []
     for row in prompts:
         try:
-            prompt_text(row["prompt"], tokenizer, f"{source.path}: {row['id']}", row.get("tools"))
+            prompt_text(row["prompt"], tokenizer, f"{source.title}: {row['id']}", row.get("tools"))
             kept.append(row)
         except BadRow as error:
             _skip(error, source, report)
@@ -175,11 +175,11 @@ def renderable(
 
 def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True) -> tuple[list[Record], ReadReport]:
     """The records of `load_ranked` as a list; `pairs=False` also accepts records with one response or all tied."""
-    placed, report = _read_ranked(source, prompt, pairs=pairs)
+    placed, report = read_placed(source, prompt, pairs=pairs)
     return [record for _, record in placed], report
 
 
-def _read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool) -> tuple[list[Placed], ReadReport]:
+def read_placed(source: DataSource, prompt: PromptConfig, *, pairs: bool) -> tuple[list[Placed], ReadReport]:
     """The records of `read_ranked`, each with its place."""
     first: list[Prompt] = []  # the first prompt, once there is one
 
@@ -259,9 +259,7 @@ def _read(
         try:
             built = build(raw, where, format, source, template)
         except BadRow as error:
-            if source.on_bad_row == "error":
-                raise
-            report.skipped[error.reason] = report.skipped.get(error.reason, 0) + 1
+            _skip(error, source, report)
             continue
         report.duplicates_merged += built.merged
         report.omitted += built.omitted
@@ -272,14 +270,24 @@ def _read(
         report.responses += len(built.record.get("completions", ())) + built.merged + built.omitted
         records.append((where, built.record))
     report.kept = len(records)
-    if not records:
+    _require_some(report, source)
+    return records, report
+
+
+def _skip(error: BadRow, source: DataSource, report: ReadReport) -> None:
+    if source.on_bad_row == "error":
+        raise error
+    report.skipped[error.reason] = report.skipped.get(error.reason, 0) + 1
+
+
+def _require_some(report: ReadReport, source: DataSource) -> None:
+    if report.kept == 0:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in report.skipped.items())
         raise UserError(
             f"none of the {report.read} records can be used ({reasons})",
             where=source.title,
             fix="Check `format` and `columns`; with `on_bad_row: error` the message names the first invalid record.",
         )
-    return records, report
 
 
 def _read_unranked(

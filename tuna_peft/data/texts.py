@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import functools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -111,9 +112,12 @@ def render_messages(
             where=where,
             fix="Use `template: alpaca` or a template text, or give the tokenizer a chat template.",
         )
-    options = {"tokenize": False, "add_generation_prompt": generate, "strftime_now": template_date(tokenizer).strftime}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generate}
     if tools:
         options["tools"] = tools
+    if reads_the_clock(tokenizer):
+        template = tokenizer.get_chat_template(tools=tools)
+        options["chat_template"] = _clock(template_date(tokenizer)) + template
     try:
         try:
             return str(tokenizer.apply_chat_template(messages, **options))
@@ -128,6 +132,16 @@ def render_messages(
             fix="Change the messages to roles that the model supports, use another template, or skip such records "
             "(in a recipe: `on_bad_row: skip`).",
         ) from error
+
+
+@functools.lru_cache
+def _clock(date: datetime.date) -> str:
+    """A macro in the place of transformers' `strftime_now`, which reads the clock and cannot be passed in."""
+    codes = {f"%{code}": date.strftime(f"%{code}") for code in "aAbBcdHIjmMpSUwWxXyYfGuVeFT"}
+    codes |= {"%-d": str(date.day), "%-m": str(date.month)}
+    replaced = " | ".join(["format", *(f"replace({code!r}, {value!r})" for code, value in codes.items())])
+    # The empty text keeps a newline at the beginning of the template, which would be trimmed after a block.
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {replaced} }}}}{{%- endmacro %}}{{{{ '' }}}}"
 
 
 def _with_json_arguments(messages: Sequence[Message]) -> list[Message]:

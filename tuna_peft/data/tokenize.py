@@ -39,8 +39,8 @@ class TokenReport:
 
     Args:
         rows: Number of input rows.
+        responses: Number of their responses, including reference responses.
         kept: Number of rows kept.
-        responses: Responses of the input rows, including reference responses.
         responses_cut: Responses truncated to `max_length`, including reference responses.
         responses_dropped: Responses skipped because they are too long, including reference responses.
         responses_merged: Responses whose tokens equal those of a better one, although their texts differ.
@@ -52,8 +52,8 @@ class TokenReport:
     """
 
     rows: int = 0
-    kept: int = 0
     responses: int = 0
+    kept: int = 0
     responses_cut: int = 0
     responses_dropped: int = 0
     responses_merged: int = 0
@@ -252,9 +252,7 @@ class _Encoder:
     def encode(self, records: list[Record], places: list[str]) -> list[dict[str, Any] | None]:
         """One row or None for each record; all texts are tokenized in one call."""
         self.report.rows += len(records)
-        self.report.responses += sum(
-            len(record["completions"]) + (record["reference"] is not None) for record in records
-        )
+        self.report.responses += sum(len(_names(record, "")) for record in records)
         rendered: list[tuple[str, list[Joint]] | None] = []
         for record, where in zip(records, places, strict=True):
             try:

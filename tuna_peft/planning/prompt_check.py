@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from tuna_peft.data.load import source_format
-from tuna_peft.planning.lengths import is_here
+from tuna_peft.data.sources import is_here
 from tuna_peft.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def warn_of_default_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase 
         if source.columns is not None:
             wrapped = source.columns.instruction is not None
         else:
-            name = source_format(source) if source.format == "auto" and is_here(source) else source.format
+            name = source_format(source)[0] if source.format == "auto" and is_here(source.path) else source.format
             wrapped = name in ("alpaca", "teacher", "auto")
         if wrapped:
             logger.warning(

@@ -14,7 +14,7 @@ from tuna_peft.data.load import encode_source, load_prompts, read_ranked
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.sources import is_here
 from tuna_peft.errors import UserError
-from tuna_peft.planning.lengths import is_here, recipe_tokenizer
+from tuna_peft.planning.lengths import recipe_tokenizer
 from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.evaluation_schema import RankingTask
