@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # Where reasoning ends: <think> is DeepSeek-R1's, Qwen's and most others'; [THINK] is Magistral's.
 _END_OF_REASONING = re.compile(r"(?:</think>|\[/THINK\])\s*")
 # Qwen3's template writes it before a response without reasoning, as the model does.
-_EMPTY_REASONING = re.compile(r"\s*<think>\s*</think>\s*")
+_EMPTY_REASONING = re.compile(r"^\s*<think>\s*</think>\s*")
+_CLOSED_REASONING = re.compile(r"^\s*</think>\s*")  # the same where the generation prompt opens it
 _OPEN_REASONING = re.compile(r"<think>\s*$")
 _PLACE = "(the response)"
 
@@ -39,6 +40,8 @@ _FIXES = {
     "generation prompt, unchanged. `rendering: lenient` trains on what the template writes.",
     SPECIAL: "Remove it from the text or skip such records (`on_bad_row: skip`); `rendering: lenient` under `prompt` "
     "in the recipe trains on it as a control token.",
+    ADDED: "Give the template a generation prompt that ends where the response begins. If the model is to write this "
+    "text itself (a channel of gpt-oss), set `rendering: lenient` under `prompt` in the recipe.",
     PROMPT_CHANGED: "Use a model whose template supports it, remove it from the data, or set `rendering: lenient` "
     "under `prompt` in the recipe to train without it.",
 }  # fmt: skip
@@ -112,10 +115,7 @@ class Renderer:
         if not isinstance(response, str):
             return self._turns(prompt, response, start, tools, name)
         if self.rendering == "verbatim":
-            # R1's generation prompt opens the reasoning that the response opens, too.
-            opened = _OPEN_REASONING.search(start) and response.lstrip().startswith("<think>")
-            said = response.lstrip().removeprefix("<think>").lstrip("\n") if opened else response
-            return _plain(start + said + self._end_of_turn(prompt, tools, name), start)
+            return _plain(start + _after_opening(start, response) + self._end_of_turn(prompt, tools, name), start)
         answered = [*prompt, {"role": "assistant", "content": response}]
         text = self._trimmed(render_messages(answered, self.tokenizer, name, tools, generate=False))
         self._check_text(text, start, response, name)
@@ -144,19 +144,21 @@ class Renderer:
         if not text.startswith(start):
             self._report_start(text, start, name)
             return
-        rest = text[len(start) :]
+        rest, response = text[len(start) :], _after_opening(start, response)
         if not rest.startswith(response):
             said = response.strip()
             rest = rest.lstrip()
             if not rest.startswith(said):
-                rest = _EMPTY_REASONING.sub("", rest, count=1)
+                rest = (_CLOSED_REASONING if _OPEN_REASONING.search(start) else _EMPTY_REASONING).sub(
+                    "", rest, count=1
+                )
             if not rest.startswith(said):
                 if _squeezed(rest).startswith(_squeezed(said)):
                     self._count(WHITESPACE, f"{name}: {response[:60]!r}")
                 elif said in rest:
                     added = rest[: rest.index(said)]
-                    self._report(ADDED, f"the chat template writes {added[:60]!r} before the response: it has no "
-                                 "generation prompt, and this would carry loss", name)  # fmt: skip
+                    what = f"the chat template writes {added[:60]!r} between its generation prompt and the response"
+                    self._report(ADDED, f"{what}, where it would carry loss", name)
                 else:
                     what = f"the chat template changes the response: {response[:80]!r} becomes {rest[:80]!r}"
                     self._report(CHANGED, what, name)
@@ -243,6 +245,13 @@ class Renderer:
 
 def _plain(text: str, start: str) -> Joint:
     return Joint(text, [(len(start), len(text))])
+
+
+def _after_opening(start: str, response: str) -> str:
+    """The response behind a generation prompt that may have opened its reasoning already, as DeepSeek-R1's does."""
+    if _OPEN_REASONING.search(start) and response.lstrip().startswith("<think>"):
+        return response.lstrip().removeprefix("<think>").lstrip("\n")
+    return response
 
 
 def _squeezed(text: str) -> str:

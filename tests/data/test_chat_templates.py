@@ -34,7 +34,8 @@ QWEN3 = (
 )
 TRIM = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+    "{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
 )
 # Zephyr's without its generation prompt.
 NO_GENERATION = CHATML.partition("{% if add_generation_prompt %}")[0]
@@ -90,7 +91,7 @@ def with_loss(tokenizer, row, k):
     [
         (R1, THOUGHTS, "generation starts from .*<think>"),
         (R1, ["5", "6"], "generation starts from .*<think>"),
-        (NO_GENERATION, ["5", "6"], r"writes '<\|assistant\|>' before the response"),
+        (NO_GENERATION, ["5", "6"], r"writes '<\|assistant\|>' between its generation prompt and the response"),
         (DOUBLED, ["Five.", "Six."], "after this response and .* after others"),
         (LOWER, ["Five.", "Six."], "changes the response: 'Five.' becomes 'five."),
         (CHATML, ["5</s>", "6"], "contains '</s>', which becomes a control token"),
@@ -129,6 +130,16 @@ def test_reasoning_of_the_qwen3_kind_is_whole(templated):
     assert with_loss(tokenizer, row, 0) == THOUGHTS[0] + "</s>"
     without = encode(tokenizer, ["5", "6"])
     assert with_loss(tokenizer, without, 1) == "<think>\n\n</think>\n\n6</s>"  # as the model itself writes it
+
+
+@pytest.mark.parametrize(("responses", "loss"), [
+    (THOUGHTS, "Add.\n</think>\n\n5</s>"), (["5", "6"], "\n</think>\n\n5</s>"),
+])  # fmt: skip
+def test_a_generation_prompt_may_open_the_reasoning(templated, responses, loss):
+    """As Qwen3's thinking models do: training starts where generation does, behind the opening."""
+    tokenizer = templated(QWEN3.replace("{{ '[A]' }}{% endif %}", "{{ '[A]<think>\n' }}{% endif %}"))
+    row = encode(tokenizer, responses)
+    assert with_loss(tokenizer, row, 0).lstrip("\n") == loss.lstrip("\n")
 
 
 def test_verbatim_keeps_responses_and_opens_reasoning_once(templated):
@@ -210,10 +221,9 @@ def test_the_date_is_fixed(templated):
     set_template_date(tokenizer, "2024-02-05")
     assert prompt_text(USER, tokenizer).startswith("[05 February 2024 00:00]<|user|>")
     # Llama 3's way to ask.
-    tokenizer.chat_template = (
-        "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}{{ d }}\n"
-    )
-    assert prompt_text(USER, tokenizer) == "05 Feb 2024\n"
+    asks = "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}{% endif %}"
+    tokenizer.chat_template = asks + "{{ d }}"
+    assert prompt_text(USER, tokenizer) == "05 Feb 2024"
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "get_depth", "arguments": '{"lake": "Brenno"}'}}
