@@ -5,11 +5,12 @@ import copy
 import pytest
 
 from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.encoder import TokenReport
 from tuna_peft.data.load import encode_source
 from tuna_peft.data.ranked import normalise_ranked
 from tuna_peft.data.rendering import SPECIAL, WHITESPACE, Renderer
 from tuna_peft.data.texts import prompt_ids, prompt_text, reads_the_clock, set_template_date
-from tuna_peft.data.tokenize import TokenReport, encode_dataset, encode_ranked, encode_sft
+from tuna_peft.data.tokenize import encode_dataset, encode_ranked, encode_sft
 from tuna_peft.errors import UserError
 
 CHATML = (
@@ -80,7 +81,7 @@ def encode(tokenizer, responses, messages=USER, prompt=None, tools=None, **optio
 
 def with_loss(tokenizer, row, k):
     """The text of the tokens of response k that carry loss."""
-    from tuna_peft.data.tokenize import loss_tokens
+    from tuna_peft.data.encoder import loss_tokens
 
     gaps = row.get("completion_gaps", [[]] * (k + 1))[k]
     return tokenizer.decode(loss_tokens(row["completions_ids"][k], row["completion_skips"][k], gaps))

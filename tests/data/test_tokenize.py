@@ -9,10 +9,10 @@ import datasets
 import pytest
 
 from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.encoder import TokenReport
 from tuna_peft.data.ranked import normalise_ranked
 from tuna_peft.data.texts import prompt_ids, prompt_text
 from tuna_peft.data.tokenize import (
-    TokenReport,
     encode_dataset,
     encode_ranked,
     encode_sft,

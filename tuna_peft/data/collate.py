@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tuna_peft.data.batch import PackedBatch, segment_keys
-from tuna_peft.data.tokenize import loss_tokens
+from tuna_peft.data.encoder import loss_tokens
 from tuna_peft.errors import UserError
 from tuna_peft.limits import PAD_TO
 

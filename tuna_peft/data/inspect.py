@@ -11,13 +11,14 @@ from rich.panel import Panel
 from rich.text import Text
 
 from tuna_peft.data.config import DataSource, Overflow, PromptConfig
+from tuna_peft.data.encoder import loss_tokens
 from tuna_peft.data.load import best_alone, load_prompts, read_placed, source_format
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.messages import message_text
 from tuna_peft.data.ranked import Record, response_text
 from tuna_peft.data.suggest import data_block
 from tuna_peft.data.texts import reads_the_clock, set_template_date, template_date
-from tuna_peft.data.tokenize import encode_ranked, loss_tokens
+from tuna_peft.data.tokenize import encode_ranked
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
