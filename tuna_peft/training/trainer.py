@@ -194,9 +194,8 @@ class TunaTrainer(StackCheckpoints, Trainer):
         """`Trainer` removes other columns of the data; by default it keeps the arguments of the model's `forward`."""
         if self._signature_columns is None:
             self._signature_columns: list[str] | None = [
-                "prompt_ids", "completions_ids", "completion_skips", "completion_gaps", "ranks",
-                "reference_ids", "reference_skip", "reference_gaps",
-                self.args.length_column_name,
+                "prompt_ids", "completions_ids", "completion_skips", "completion_gaps", "ranks", "reference_ids",
+                "reference_skip", "reference_gaps", self.args.length_column_name,
             ]  # fmt: skip
 
     def _prepare_inputs(self, inputs):
