@@ -62,7 +62,7 @@ def test_inspect_a_recipe_shows_its_stages_with_its_tokenizer(folder, monkeypatc
 def test_convert_with_columns(folder):
     result = invoke("convert", "nested.jsonl", "out.jsonl", *COLUMNS, "--skip-bad-rows")
     assert result.exit_code == 0
-    assert "wrote out.jsonl: 4 of 5 records, 1 skipped" in result.stdout
+    assert "wrote out.jsonl: 4 of 5 records\n  1 of 5 records are skipped: one response (20.0%)" in result.stdout
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert rows[0]["prompt"] == "question 0"
     assert rows[0]["completions"] == ["fine", "poor"]

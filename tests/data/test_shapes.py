@@ -158,3 +158,26 @@ def test_a_list_as_json_text_in_a_table(tmp_path):
     }
     [record], _ = read_ranked(DataSource(path=str(path), columns=columns), PLAIN)
     assert (record["prompt"], record["completions"]) == ("Name a colour.", ["Blue.", "Colour"])
+
+
+def test_an_entry_of_llama_factory(jsonl, tmp_path):
+    jsonl({"q": "Sort.", "ctx": "b a", "good": "a b", "bad": "b a"}, name="pairs.jsonl")
+    jsonl({"instruction": "Sort.", "input": "b a", "output": "a b"}, name="sft.jsonl")
+    names = {"prompt": "q", "query": "ctx", "chosen": "good", "rejected": "bad"}
+    entries = {
+        "pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": names},
+        "plain": {"file_name": "sft.jsonl"},
+        "script": {"script_url": "x.py"},
+        "chats": {"file_name": "sft.jsonl", "formatting": "sharegpt"},
+    }
+    path = str(tmp_path / "dataset_info.json")
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    [record], _ = read_ranked(DataSource(path=path, name="pairs"), PLAIN)
+    assert (record["prompt"], record["completions"]) == ("Sort.b a", ["a b", "b a"])
+    dataset, _ = load_sft(DataSource(path=path, name="plain"), PLAIN)
+    assert dataset[0]["completion"] == "a b"
+    wrong = {None: "which entry is meant", "pair": "no entry 'pair'", "script": "neither `file_name`",
+             "chats": "whole conversations"}  # fmt: skip
+    for name, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            read_ranked(DataSource(path=path, name=name), PLAIN)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.grouping import group_rows
+from tuna_peft.data.llama_factory import resolve_entry
 from tuna_peft.data.messages import clean_tools
 from tuna_peft.data.ranked import (
     Normalised,
@@ -201,6 +202,7 @@ def source_format(source: DataSource) -> tuple[str, DataSource]:
     Returns:
         The name, and the source with the `format` or the `columns` that say the same without looking at the data.
     """
+    source = resolve_entry(source)
     format, read_as = _format(source, read_records(source.model_copy(update={"limit": 1})))
     name = "columns" if read_as.columns is not None else format.name
     return format.name, read_as.model_copy(update={"format": name})
@@ -247,6 +249,7 @@ def _read(
     prompts_only: bool = False,
 ) -> tuple[list[Placed], ReadReport]:
     """What `build` makes of each raw record, with invalid ones skipped and counted where the source allows it."""
+    source = resolve_entry(source)
     raw_records = read_records(source)
     (format, source), template = _format(source, raw_records, prompts_only=prompts_only), PromptTemplate(prompt)
     if source.group_by is not None:

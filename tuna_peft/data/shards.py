@@ -8,7 +8,7 @@ from __future__ import annotations
 import decimal
 import glob
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Shard(NamedTuple):
     """
 
     size: int
-    read: Callable[[Sequence[int]], list[tuple[str, Any]]]
+    read: Callable[[Sequence[int]], Iterable[tuple[str, Any]]]
 
 
 def data_suffix(path: Path) -> str:
@@ -120,13 +120,13 @@ def open_shard(path: Path, *, header: bool = True) -> Shard:
     if unit == "line":
         last = units[-1][0]
 
-        def parse(indices: Sequence[int]) -> list[tuple[str, Any]]:
-            chosen = (units[index] for index in indices)
-            return [(f"line {number}", parse_line(path, number, line, last=number == last)) for number, line in chosen]
+        def parse(indices: Sequence[int]) -> Iterable[tuple[str, Any]]:
+            for number, line in (units[index] for index in indices):
+                yield f"line {number}", parse_line(path, number, line, last=number == last)
 
         return Shard(len(units), parse)
     name = "line" if unit == "row" else "record"
-    return Shard(len(units), lambda indices: [(f"{name} {units[i][0]}", units[i][1]) for i in indices])
+    return Shard(len(units), lambda indices: ((f"{name} {units[i][0]}", units[i][1]) for i in indices))
 
 
 def _open_parquet(path: Path) -> Shard:
@@ -140,7 +140,7 @@ def _open_parquet(path: Path) -> Shard:
     if size == 0:
         raise UserError("the file has no rows", where=str(path), fix="Check that what wrote it had finished.")
 
-    def read(indices: Sequence[int]) -> list[tuple[str, Any]]:
+    def read(indices: Sequence[int]) -> Iterable[tuple[str, Any]]:
         try:
             table = pyarrow.parquet.read_table(path)
             rows = table.take(pyarrow.array(indices, pyarrow.int64())).to_pylist()
@@ -148,7 +148,7 @@ def _open_parquet(path: Path) -> Shard:
             raise _not_parquet(path, error) from error
         if re.search(r"binary|decimal", str(table.schema.types)):
             rows = [plain(row, f"{path}: row {index}") for index, row in zip(indices, rows, strict=True)]
-        return [(f"row {index}", row) for index, row in zip(indices, rows, strict=True)]
+        return ((f"row {index}", row) for index, row in zip(indices, rows, strict=True))
 
     return Shard(size, read)
 
