@@ -28,6 +28,7 @@ from tuna_peft.cli import (
     score,
 )
 from tuna_peft.cli.group import ErrorReportingGroup
+from tuna_peft.terminal import echo
 
 app = typer.Typer(
     cls=ErrorReportingGroup,
@@ -39,7 +40,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tuna-peft {tuna_peft.__version__}")
+        echo(f"tuna-peft {tuna_peft.__version__}")
         raise typer.Exit
 
 

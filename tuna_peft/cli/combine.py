@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tuna_peft.cli.options import BasePath, Check, Prompts, Stack
+from tuna_peft.terminal import echo
 
 
 def combine(
@@ -34,12 +35,12 @@ def combine(
     source = find_stack(stack)
     ids = comparison_prompts(source, prompts, base_model)
     report = combine_stack(source, out, upto=upto, rank=rank)
-    typer.echo(
+    echo(
         f"wrote {report.path}: {' + '.join(report.adapters)} as one adapter of rank {report.rank} on "
         f"{report.modules} modules, {report.nbytes / 2**20:,.1f} MiB, {report.seconds:.1f} s"
     )
     if report.compression_error:
-        typer.echo(
+        echo(
             "the smaller rank changed the update of a module by {mean:.1%} on average, {max:.1%} at most".format(
                 **report.compression_error
             )

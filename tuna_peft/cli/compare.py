@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuna_peft.terminal import console, echo
+
 if TYPE_CHECKING:
     from tuna_peft.evaluation.compare_results import Pairing, ResultComparison
 
@@ -33,7 +35,6 @@ def compare(
     """Compare two evaluations prompt by prompt: paired difference, wins and losses with both responses."""
     import dataclasses
 
-    from rich.console import Console
     from rich.table import Table
 
     from tuna_peft.errors import UserError
@@ -58,8 +59,8 @@ def compare(
         counts = f"{len(one.wins)}/{len(one.losses)}/{one.ties}"
         name = TITLES.get(one.task, f"{one.task} {one.metric}")
         table.add_row(name, *cells, str(one.difference or Metric(None)), counts)
-    typer.echo(f"first   {first}\nsecond  {second}")
-    Console().print(table, crop=False)
+    echo(f"first   {first}\nsecond  {second}")
+    console().print(table, crop=False)
     for one in comparisons:
         _print_unpaired(one, first, second)
         for title, pairings in (("win", one.wins), ("loss", one.losses)):
@@ -98,7 +99,7 @@ def _print_unpaired(one: ResultComparison, first: str, second: str) -> None:
         (one.unscored, "without a score in one of them"),
     ):
         if count:
-            typer.secho(f"{one.task}: {count} prompts {what}, not compared", fg="yellow")
+            echo(f"{one.task}: {count} prompts {what}, not compared", fg="yellow")
 
 
 def _print_pairing(task: str, title: str, pairing: Pairing) -> None:
@@ -107,9 +108,9 @@ def _print_pairing(task: str, title: str, pairing: Pairing) -> None:
         return line if len(line) <= 300 else line[:297] + "..."
 
     scores = f"{pairing.scores[0]:.3f} -> {pairing.scores[1]:.3f}"
-    typer.secho(f"\n{task}, {title}, {pairing.id}: {scores}", bold=True)
-    typer.echo(f"  prompt  {shortened(pairing.prompt)}")
-    typer.echo(f"  first   {shortened(pairing.responses[0])}")
-    typer.echo(f"  second  {shortened(pairing.responses[1])}")
+    echo(f"\n{task}, {title}, {pairing.id}: {scores}", bold=True)
+    echo(f"  prompt  {shortened(pairing.prompt)}")
+    echo(f"  first   {shortened(pairing.responses[0])}")
+    echo(f"  second  {shortened(pairing.responses[1])}")
     if pairing.references:
-        typer.echo(f"  right   {shortened(pairing.references[0])}")
+        echo(f"  right   {shortened(pairing.references[0])}")

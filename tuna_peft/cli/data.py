@@ -9,6 +9,7 @@ import typer
 
 from tuna_peft.cli.options import Column, Format, GroupBy, Header, SkipBad, Split, Template, data_source
 from tuna_peft.errors import UserError
+from tuna_peft.terminal import console, echo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,16 +39,15 @@ def inspect(
     header: Header = True,
 ) -> None:
     """Show prompts with their responses in rank order: score, length, and which tokens have a loss."""
-    from rich.console import Console
 
     from tuna_peft.data.inspect import inspect_file, inspect_prompts
 
-    console = Console()
+    screen = console()
     if not _is_recipe(target):
         if stage is not None:
             raise UserError("--stage needs a recipe; this is data", where=target)
         source, prompt = data_source(target, format, column, split, template, skip_bad_rows, group_by, header)
-        console.print(inspect_file(source, prompt, load_tokenizer(tokenizer), n))
+        screen.print(inspect_file(source, prompt, load_tokenizer(tokenizer), n))
         return
 
     from tuna_peft.recipe.load import load_recipe
@@ -60,11 +60,11 @@ def inspect(
     loaded = load_tokenizer(tokenizer or recipe.base.model, None if tokenizer else recipe.base)
     for entry in {one.section: one for one in resolve_stages(recipe)}.values():  # rounds share their data
         if stage in (None, entry.section):
-            console.rule(f"stage {entry.section} ({entry.type})")
+            screen.rule(f"stage {entry.section} ({entry.type})")
             if entry.feedback:
-                console.print(inspect_prompts(entry.source, recipe.prompt, n))
+                screen.print(inspect_prompts(entry.source, recipe.prompt, n))
                 continue
-            console.print(
+            screen.print(
                 inspect_file(
                     entry.source,
                     recipe.prompt,
@@ -95,9 +95,9 @@ def convert_file(
 
     source, prompt = data_source(file, format, column, split, template, skip_bad_rows, group_by, header)
     report = convert(source, prompt, out)
-    typer.echo(f"wrote {out}: {report.kept} of {report.read} records")
+    echo(f"wrote {out}: {report.kept} of {report.read} records")
     for line in describe_losses(report.as_dict()):
-        typer.echo(f"  {line}")
+        echo(f"  {line}")
 
 
 def _is_recipe(target: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuna_peft.cli.options import BasePath, Prompts, Stack
+from tuna_peft.terminal import console, echo
 
 if TYPE_CHECKING:
     from tuna_peft.export.compare_exports import ExportOption
@@ -71,12 +72,11 @@ def print_divergence(
 
     logging.disable_progress_bar()
     for path, measured in check_exports(stack, exports, prompts, upto=upto, base_model=base_model).items():
-        typer.echo(f"{path}: KL divergence from the stack: {measured}")
+        echo(f"{path}: KL divergence from the stack: {measured}")
 
 
 def print_routes(routes: Iterable[ExportOption]) -> None:
     """Prints a table of all export options when the last one is measured."""
-    from rich.console import Console
     from rich.table import Table
     from transformers.utils import logging
 
@@ -86,7 +86,7 @@ def print_routes(routes: Iterable[ExportOption]) -> None:
         table.add_column(heading, justify="right")
     tokens = 0
     for route in routes:
-        typer.echo(f"measured {route.name}", err=True)
+        echo(f"measured {route.name}", err=True)
         size = "-" if route.nbytes is None else f"{route.nbytes / 1e6:,.1f}"
         if (measured := route.divergence) is None:
             table.add_row(route.name, size, f"not possible: {route.reason}")
@@ -95,4 +95,4 @@ def print_routes(routes: Iterable[ExportOption]) -> None:
         agreement = f"{measured.top1_agreement:.2%}"
         table.add_row(route.name, size, f"{measured.kl_mean:.1e}", f"{measured.kl_max:.1e}", agreement)
     table.caption = f"KL divergence in nats, after each of {tokens:,} tokens"
-    Console().print(table)
+    console().print(table)

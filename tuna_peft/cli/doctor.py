@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.terminal import echo
+
 _SIGNS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "fail": ("✗", "red")}
 
 
@@ -18,12 +20,12 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
         checks.append(check)
         if not as_json:
             sign, colour = _SIGNS[check.status]
-            typer.secho(f" {sign} ", fg=colour, nl=False)
-            typer.echo(f"{check.name:<22}{check.detail}")
+            echo(f" {sign} ", fg=colour, nl=False)
+            echo(f"{check.name:<22}{check.detail}")
     if as_json:
         import dataclasses
         import json
 
-        typer.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+        echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tuna_peft.cli.options import AnyModel, Device, OtherTemplate, Quantization, StackBase, from_options
+from tuna_peft.terminal import console, echo, log_handler
 
 
 def evaluate(
@@ -54,7 +55,6 @@ def evaluate(
     """Evaluate a model, or every stage of a run, on benchmarks. Existing results are kept."""
     import logging
 
-    from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     from tuna_peft.cli.results import results_tables
@@ -66,7 +66,7 @@ def evaluate(
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("tuna_peft").setLevel(logging.INFO)
-    logging.getLogger("tuna_peft").addHandler(logging.StreamHandler())
+    logging.getLogger("tuna_peft").addHandler(log_handler())
     settings = from_options(EvaluationSettings, _settings(settings_of_run(model), task or [], overrides or []))
     if not settings.tasks.given():
         raise UserError("there is nothing to evaluate", fix="Name a task: --task ranking=held-out.jsonl.")
@@ -79,11 +79,11 @@ def evaluate(
         prompt=None if template is None else from_options(PromptConfig, {"template": template}),
         loading=Loading(base_model, quantization, device, trust_remote_code),
     )
-    console = Console()
-    console.print(results_tables(results, console.width), crop=False)
-    typer.echo(f"Every prompt's score: {folder}/evaluation/")
+    screen = console()
+    screen.print(results_tables(results, screen.width), crop=False)
+    echo(f"Every prompt's score: {folder}/evaluation/")
     write_report(folder)
-    typer.echo(f"Report: {folder}/report.html")
+    echo(f"Report: {folder}/report.html")
 
 
 def _settings(recorded: dict[str, Any], tasks: list[str], overrides: list[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuna_peft.cli.options import Check, Prompts
+from tuna_peft.terminal import echo
 
 if TYPE_CHECKING:
     from tuna_peft.export.gguf.model import GGUFReport
@@ -139,15 +140,13 @@ def _export_choosing_the_base(
     )  # fmt: skip
     for file, found in measured.items():
         for chosen, divergence in found.items():
-            typer.echo(f"{file}, {chosen} base: KL divergence from the stack: {divergence}")
+            echo(f"{file}, {chosen} base: KL divergence from the stack: {divergence}")
     _print_report(report)
 
 
 def _print_report(report: GGUFReport) -> None:
     for file, size in report.files.items():
-        typer.echo(f"wrote {report.path / file}: {size / 2**20:,.1f} MiB")
+        echo(f"wrote {report.path / file}: {size / 2**20:,.1f} MiB")
         if kept := report.kept_in_f16[file]:
-            typer.echo(
-                f"  {len(kept)} tensors in f16, because their row length is not a multiple of 32: {kept[0]} ..."
-            )
-    typer.echo(f"{report.seconds:.1f} s; with Ollama: ollama create NAME -f {report.path / 'Modelfile'}")
+            echo(f"  {len(kept)} tensors in f16, because their row length is not a multiple of 32: {kept[0]} ...")
+    echo(f"{report.seconds:.1f} s; with Ollama: ollama create NAME -f {report.path / 'Modelfile'}")

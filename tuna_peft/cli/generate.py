@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tuna_peft.cli.options import AnyModel, Device, OtherTemplate, StackBase, Upto, from_options
+from tuna_peft.terminal import echo
 
 
 def generate(
@@ -43,7 +44,7 @@ def generate(
     for instruction in _instructions(prompt):
         ids = prompt_ids(prompts.render(instruction, input), loaded.tokenizer)
         [response] = generate_responses(loaded.model, loaded.tokenizer, [ids], max_new_tokens=max_new_tokens)
-        typer.echo(response)
+        echo(response)
 
 
 def _instructions(prompt: str | None) -> Iterator[str]:
@@ -51,7 +52,7 @@ def _instructions(prompt: str | None) -> Iterator[str]:
         yield prompt
         return
     if sys.stdin.isatty():
-        typer.echo("One instruction per line; Ctrl-D ends.", err=True)
+        echo("One instruction per line; Ctrl-D ends.", err=True)
     for line in sys.stdin:
         if line.strip():
             yield line.strip()

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from tuna_peft.errors import UserError
+from tuna_peft.terminal import CleanFormatter, echo
 
 # The base class of the parser's errors. Newer typer releases bundle click, older ones depend on it; this works with
 # both.
@@ -33,6 +34,8 @@ class ErrorReportingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         debug = bool(ctx.params.get("debug"))
+        if logging.lastResort:  # prints warnings where a command sets up no handler
+            logging.lastResort.setFormatter(CleanFormatter())
         if not debug:
             # On import it prints a long warning that an optional, faster CPU kernel is not installed.
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -48,16 +51,14 @@ class ErrorReportingGroup(TyperGroup):
                 if ctx.invoked_subcommand in ("run", "evaluate", "merge", "sample", "score", "judge")
                 else ""
             )
-            typer.echo(f"\nInterrupted.{again}", err=True)
+            echo(f"\nInterrupted.{again}", err=True)
             raise typer.Exit(130) from interrupt
         except Exception as error:
             if debug:
-                traceback.print_exc()
+                echo(traceback.format_exc(), err=True, nl=False)
             message, code = describe_error(error)
-            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            typer.echo(
-                message if debug or code == 2 else f"{message}\n  Run it with --debug for the traceback.", err=True
-            )
+            echo("error: ", fg="red", bold=True, nl=False, err=True)
+            echo(message if debug or code == 2 else f"{message}\n  Run it with --debug for the traceback.", err=True)
             raise typer.Exit(code) from error
 
 

@@ -22,6 +22,7 @@ from tuna_peft.cli.options import (
 from tuna_peft.cli.settings_options import SettingsCommand
 from tuna_peft.cli.spending import confirm_spending
 from tuna_peft.errors import UserError
+from tuna_peft.terminal import echo
 
 if TYPE_CHECKING:
     from tuna_peft.data.config import DataSource, PromptConfig
@@ -94,9 +95,9 @@ def _judge(
             confirm_spending(judging.estimate(), settings.server, yes)
         records, report = judging.records()
     write_jsonl(out, records)
-    typer.echo(f"wrote {out}: {report.ranked:,} of {read.read:,} prompts ranked")
+    echo(f"wrote {out}: {report.ranked:,} of {read.read:,} prompts ranked")
     for reason, count in {**read.skipped, **report.left_out}.items():
-        typer.echo(f"  skipped: {count:,} ({reason})")
+        echo(f"  skipped: {count:,} ({reason})")
     _print_answers(report)
 
 
@@ -124,11 +125,11 @@ def _validate(
             confirm_spending(judging.estimate(), settings.server, yes)
         agreement, report = measure_agreement(rows, judging, source.title)
     for line in agreement.lines():
-        typer.echo(line)
+        echo(line)
     _print_answers(report)
     if out is not None:
         write_json(out, {"agreement": asdict(agreement), "judge": report.as_dict()})
-        typer.echo(f"wrote {out}")
+        echo(f"wrote {out}")
 
 
 def _print_answers(report: JudgeReport) -> None:
@@ -137,7 +138,7 @@ def _print_answers(report: JudgeReport) -> None:
         asked += f"; in total {report.tokens_in:,} tokens in, {report.tokens_out:,} out"
     if report.cost:
         asked += f", cost {report.cost:,.4f}"
-    typer.echo(f"  {asked}")
+    echo(f"  {asked}")
     extra: dict[str, Any] = {
         "pairs whose better response depends on the order shown": (report.pairs_reversed, report.pairs),
         "prompts in which the judge ranks its own response first": (
@@ -147,4 +148,4 @@ def _print_answers(report: JudgeReport) -> None:
     }
     for what, (part, whole) in extra.items():
         if whole:
-            typer.echo(f"  {what}: {part:,} of {whole:,} ({part / whole:.1%})")
+            echo(f"  {what}: {part:,} of {whole:,} ({part / whole:.1%})")

@@ -9,6 +9,7 @@ import typer
 
 from tuna_peft.cli.options import BasePath, Check, Prompts, Stack
 from tuna_peft.errors import UserError
+from tuna_peft.terminal import echo
 
 
 def merge(
@@ -45,12 +46,12 @@ def merge(
     if compare and not ids:
         raise UserError("--compare needs prompts", fix="Give data with --prompts, or the folder of a run.")
     report = merge_stack(source, out, dtype=dtype, base=base, upto=upto, base_model=base_model)  # type: ignore[arg-type]
-    typer.echo(
+    echo(
         f"wrote {report.path}: {' + '.join(report.adapters)} merged into the {report.base} base, {report.dtype}, "
         f"{report.nbytes / 2**20:,.1f} MiB, {report.seconds:.1f} s"
     )
     if report.requantisation_error:
-        typer.echo(
+        echo(
             "quantizing again changed the weights of a module by {mean:.1%} on average, {max:.1%} at most "
             "(Frobenius norm)".format(**report.requantisation_error)
         )

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.terminal import console, echo
+
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
@@ -25,7 +27,6 @@ def plan(
 
     Exits with code 1 when the run does not fit, and lists what to change, the cheapest change first.
     """
-    from rich.console import Console
 
     from tuna_peft.cli import plan_output
     from tuna_peft.planning.from_recipe import plan_recipe, this_device
@@ -41,9 +42,9 @@ def plan(
         import json
 
         dicts = [plan_output.as_dict(made, source) for made in plans]
-        typer.echo(json.dumps(dicts[0] if len(dicts) == 1 else dicts, indent=2))
+        echo(json.dumps(dicts[0] if len(dicts) == 1 else dicts, indent=2))
     else:
         shown = plan_output.describe(plans[0], source) if len(plans) == 1 else plan_output.over_gpus(plans)
-        Console(soft_wrap=True).print(shown)
+        console(soft_wrap=True).print(shown)
     if not any(made.fits for made in plans):
         raise typer.Exit(1)

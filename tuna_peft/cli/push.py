@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.terminal import echo
+
 
 def push(
     source: Annotated[
@@ -56,10 +58,10 @@ def push(
         license=license, data_license=data_license, message=message, dry_run=dry_run,
     )  # fmt: skip
     for path, size in report.files.items():
-        typer.echo(f"{size:>15,}  {path}")
+        echo(f"{size:>15,}  {path}")
     total = sum(report.files.values()) / 2**20
     where = f"{'public' if public else 'private'} {report.repo_id}"
     if dry_run:
-        typer.echo(f"{len(report.files)} files, {total:,.1f} MiB, would be uploaded to {where}; nothing was uploaded")
+        echo(f"{len(report.files)} files, {total:,.1f} MiB, would be uploaded to {where}; nothing was uploaded")
     else:
-        typer.echo(f"{len(report.files)} files, {total:,.1f} MiB, are at {where}: {report.url}")
+        echo(f"{len(report.files)} files, {total:,.1f} MiB, are at {where}: {report.url}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tuna_peft.errors import UserError
+from tuna_peft.terminal import echo
 
 app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
 
@@ -22,7 +23,7 @@ def list_recipes() -> None:
     known = shipped_recipes()
     width = max(map(len, known), default=0)
     for name, file in known.items():
-        typer.echo(f"{name:<{width}}  {summary(file)}")
+        echo(f"{name:<{width}}  {summary(file)}")
 
 
 @app.command("show")
@@ -30,7 +31,7 @@ def show_recipe(name: _Name) -> None:
     """Print a recipe."""
     from tuna_peft.recipe.shipped import shipped_recipe
 
-    typer.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+    echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
 
 
 @app.command("copy")
@@ -54,4 +55,4 @@ def copy_recipe(
             "the file exists already", where=str(target), fix="Give another DEST, or --force to overwrite it."
         )
     write_text(target, file.read_text(encoding="utf-8"))
-    typer.echo(f"wrote {target}")
+    echo(f"wrote {target}")

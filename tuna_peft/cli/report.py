@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.terminal import echo
+
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not, or of an evaluation.")],
@@ -19,4 +21,4 @@ def report(
     from tuna_peft.evaluation.report.write import write_report
 
     write_report(run, prompt or [])
-    typer.echo(f"wrote {run / 'report.html'}, with report.json and report.md beside it")
+    echo(f"wrote {run / 'report.html'}, with report.json and report.md beside it")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from tuna_peft.evaluation.results import TITLES, Metric, TaskResult
+from tuna_peft.terminal import console
 
 
 def results_tables(results: dict[str, dict[str, TaskResult]], width: int) -> RenderableType:
@@ -18,7 +19,7 @@ def results_tables(results: dict[str, dict[str, TaskResult]], width: int) -> Ren
     for task in dict.fromkeys(task for of_stage in results.values() for task in of_stage):
         by_stage = {stage: of_stage[task] for stage, of_stage in results.items() if task in of_stage}
         table = _stages_as_columns(task, by_stage)
-        if Console(width=10_000).measure(table).maximum > width:
+        if console(width=10_000).measure(table).maximum > width:
             table = _stages_as_rows(task, by_stage)
         parts += [table, *_left_out(by_stage)]
     return Group(*parts)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.terminal import console
+
 
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
@@ -28,7 +30,6 @@ def run(
     ] = None,
 ) -> None:
     """Train, evaluate and export as a recipe says. An interrupted run is resumed."""
-    from rich.console import Console
 
     from tuna_peft.recipe.load import load_recipe
 
@@ -42,7 +43,7 @@ def run(
     if dry_run:
         from tuna_peft.run.dry_run import describe_recipe
 
-        Console().print(describe_recipe(loaded, folder), soft_wrap=True)
+        console().print(describe_recipe(loaded, folder), soft_wrap=True)
         return
 
     from tuna_peft.cli.summary import run_summary
@@ -50,4 +51,4 @@ def run(
 
     report = run_recipe(loaded, folder)
     if report:  # only the first of several processes has it
-        Console().print(run_summary(report, folder), crop=False)
+        console().print(run_summary(report, folder), crop=False)

@@ -23,6 +23,7 @@ from tuna_peft.cli.options import (
     require_jsonl,
 )
 from tuna_peft.cli.settings_options import SettingsCommand
+from tuna_peft.terminal import echo
 
 
 class SampleCommand(SettingsCommand):
@@ -68,6 +69,6 @@ def sample(
         with Journal(out.with_suffix(".journal.jsonl")) as journal:
             found, report = sample_candidates(sampler, records, settings, journal, seed=seed)
     write_jsonl(out, found)
-    typer.echo(f"wrote {out}: {report.responses:,} responses to {report.kept:,} of {read.read:,} prompts")
+    echo(f"wrote {out}: {report.responses:,} responses to {report.kept:,} of {read.read:,} prompts")
     for line in report.lines():
-        typer.echo(f"  {line}")
+        echo(f"  {line}")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.terminal import echo
+
 
 def schema(
     field: Annotated[
@@ -24,6 +26,6 @@ def schema(
     if markdown:
         from tuna_peft.recipe.reference import recipe_reference
 
-        typer.echo(recipe_reference(), nl=False)
+        echo(recipe_reference(), nl=False)
         return
-    typer.echo(field_help(field) if field else json.dumps(recipe_json_schema(), indent=2))
+    echo(field_help(field) if field else json.dumps(recipe_json_schema(), indent=2))

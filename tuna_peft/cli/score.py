@@ -22,6 +22,7 @@ from tuna_peft.cli.options import (
 from tuna_peft.cli.settings_options import SettingsCommand
 from tuna_peft.cli.spending import confirm_spending
 from tuna_peft.errors import UserError
+from tuna_peft.terminal import echo
 
 if TYPE_CHECKING:
     from tuna_peft.data.ranked import Record
@@ -123,6 +124,6 @@ def _write(out: Path, records: list[Record], report: ScoreReport) -> None:
     from tuna_peft.files import write_jsonl
 
     write_jsonl(out, records)
-    typer.echo(f"wrote {out}: {report.responses:,} responses to {report.scored:,} of {report.rows:,} prompts, ranked")
+    echo(f"wrote {out}: {report.responses:,} responses to {report.scored:,} of {report.rows:,} prompts, ranked")
     for line in report.lines():
-        typer.echo(f"  {line}")
+        echo(f"  {line}")

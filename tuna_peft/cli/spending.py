@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from tuna_peft.errors import UserError
+from tuna_peft.terminal import echo
 
 if TYPE_CHECKING:
     from tuna_peft.feedback.settings import ServerSettings
@@ -31,7 +32,7 @@ def confirm_spending(estimate: Estimate, server: ServerSettings | None, yes: boo
     parts.append(f"about {estimate.tokens_in:,} tokens in, at most {estimate.tokens_out:,} out")
     if estimate.cost is not None:
         parts.append(f"at most {estimate.cost:,.2f} in the prices' currency if every first answer can be read")
-    typer.echo("; ".join(parts), err=True)
+    echo("; ".join(parts), err=True)
     if yes or server is None or estimate.cost == 0 or (estimate.cost is None and server.is_local):
         return
     what = "this may cost money" if estimate.cost is not None else "this may cost money (--price-in and --price-out)"

@@ -22,6 +22,7 @@ from tuna_peft.files import take_lock, write_json, write_text
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.processes import Processes
+from tuna_peft.terminal import CleanFormatter, log_handler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,9 +111,9 @@ class RunDirectory:
             self._lock.close()
             raise
         file = logging.FileHandler(self.path / "run.log", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        file.setFormatter(CleanFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
         self._handlers = [(name, file) for name in _LOGGED]
-        self._handlers.append(("tuna_peft", logging.StreamHandler()))
+        self._handlers.append(("tuna_peft", log_handler()))
         for name, handler in self._handlers:
             logging.getLogger(name).addHandler(handler)
         logger.setLevel(logging.INFO)

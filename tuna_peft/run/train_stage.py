@@ -30,6 +30,7 @@ from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.measure import Peak
 from tuna_peft.run.sharding import under_deepspeed, world_size
+from tuna_peft.terminal import echo
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
 from tuna_peft.training.config import TunaConfig, mixed_precision, use_one_gpu
 from tuna_peft.training.engines import require_fitting_deepspeed, require_same_engine
@@ -197,7 +198,7 @@ def _stop_on_ctrl_c(stop: StopOnRequest) -> Iterator[None]:
         nonlocal first
         if first is None:
             stop.requested, first = True, time.monotonic()
-            print("\nStopping after this step, with a checkpoint (Ctrl-C again: immediately) ...", flush=True)
+            echo("\nStopping after this step, with a checkpoint (Ctrl-C again: immediately) ...")
         elif world_size() == 1 or time.monotonic() > first + _REPEATED_CTRL_C:
             raise KeyboardInterrupt
 
