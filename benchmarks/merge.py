@@ -101,11 +101,11 @@ def generate(folder: Path, shape: str, layers: int | None) -> int:
     from transformers import LlamaForCausalLM
 
     from benchmarks.shapes import TARGETS, config_of
-    from tuna_peft.export.factors import PEFT_PREFIX
     from tuna_peft.export.output import require_space
     from tuna_peft.export.safetensors_stream import TensorSpec, write_safetensors
     from tuna_peft.files import write_json
     from tuna_peft.models.base.load import safetensors_files, weights_fingerprint
+    from tuna_peft.models.stack.adapters import PEFT_PREFIX
     from tuna_peft.models.stack.manifest import AdapterEntry, Manifest
 
     config = config_of(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 
@@ -23,10 +24,21 @@ class UserError(ValueError):
         super().__init__(f"{message}\n  {fix}" if fix else message)
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of an error's message, shortened; its type where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def did_you_mean(name: str, valid: Iterable[str], most: int = 20) -> str:
     """`Did you mean ...?` with the most similar of `valid`; if none is similar, a list of the first `most` of them."""
     options = list(valid)
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     if near:
         return f"Did you mean `{near[0]}`?"
-    return f"Valid here: {', '.join(options[:most])}{', ...' if len(options) > most else ''}."
+    return f"Valid here: {listed(options, most)}."
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """The first `most` names with commas between them, and `...` if there are more."""
+    first = list(itertools.islice(names, most + 1))
+    return ", ".join(first[:most]) + (", ..." if len(first) > most else "")

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, first_line
 
 
 @contextlib.contextmanager
 def disk_full_is_a_user_error(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an error during writing to `path` into a UserError if the disk is full.
+    """Turns an error during writing to `path` into a UserError if the disk is full or the file may not be larger.
 
     torch and safetensors raise their own error types without an errno, so with less than 1 MiB free any error counts.
     """
@@ -32,7 +32,22 @@ def disk_full_is_a_user_error(path: str | os.PathLike[str]) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT) or free_bytes(path) < 1 << 20:
             fix = "Free some space and run the command again."
             raise UserError("the disk is full", where=str(path), fix=fix) from error
+        if number == errno.EFBIG or "File too large" in str(error):
+            fix = "Raise the limit (`ulimit -f unlimited`), or write to another file system."
+            raise UserError("the file would be larger than is allowed here", where=str(path), fix=fix) from error
         raise
+
+
+@contextlib.contextmanager
+def unreadable_is_a_user_error(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turns whatever a library raises while it reads `path` into a UserError that says these are not `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        fix = "The file is damaged or of another kind: get it again."
+        raise UserError(f"not readable as {what}: {first_line(error)}", where=str(path), fix=fix) from error
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:

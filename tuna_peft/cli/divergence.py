@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuna_peft.cli.options import BasePath, Prompts, Stack
+from tuna_peft.json_text import read_json
 from tuna_peft.terminal import console, echo
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def comparison_prompts(stack: Path, data: str | None, base_model: str | None) ->
     """
     if data is None:
         file = stack.parent / "divergence_prompts.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        return read_json(file) if file.is_file() else []
 
     from transformers import AutoTokenizer
 

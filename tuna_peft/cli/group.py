@@ -20,6 +20,10 @@ from tuna_peft.terminal import CleanFormatter, echo
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
+MAX_MESSAGE = 4000
+"""Characters. A longer message quotes data, such as a key of a megabyte."""
+
+
 class ErrorReportingGroup(TyperGroup):
     """The top-level group. Exit codes: 2 for the user's mistakes, 130 after Ctrl-C, 1 for everything else.
 
@@ -65,7 +69,8 @@ class ErrorReportingGroup(TyperGroup):
 def describe_error(error: Exception) -> tuple[str, int]:
     """The message for the terminal and the exit code."""
     if isinstance(error, UserError):
-        return str(error), 2
+        message = str(error)
+        return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ...", 2
     if is_disk_full(error):
         return "the disk is full\n  Free some space and run the command again.", 2
     lines = str(error).strip().splitlines()

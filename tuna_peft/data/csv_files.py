@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,10 @@ def read_csv_rows(path: Path, *, header: bool = True) -> list[tuple[int, Any]]:
         _refuse_data(names, path)
     else:
         records, names = rows, [str(number) for number in range(1, len(rows[0][1]) + 1)]
-    if twice := sorted({name or "(empty)" for name in names if not name or names.count(name) > 1}):
+    counts = Counter(names)
+    if twice := sorted({name or "(empty)" for name in names if not name or counts[name] > 1}):
         raise UserError(
-            f"each column of the header needs a different name; missing or repeated: {', '.join(twice)}",
+            f"each column of the header needs a different name; missing or repeated: {', '.join(twice[:10])}",
             where=f"{path}: line 1",
             fix="Name the columns; if this line is data already, write `header: false` and number them from 1.",
         )

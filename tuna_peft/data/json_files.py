@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
+from tuna_peft.json_text import Decoder, Rejected, parse_json
 
 _CUT_FIX = "The file is incomplete, perhaps after an interrupted copy: get it again, or delete the incomplete record."
 
@@ -27,11 +28,9 @@ def read_json_units(path: Path) -> tuple[str, list[tuple[int, Any]]]:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
     if text.lstrip().startswith("["):
         try:
-            return "record", list(enumerate(json.loads(text), 1))
-        except json.JSONDecodeError as error:
+            return "record", list(enumerate(parse_json(text), 1))
+        except ValueError as error:
             raise _error_in_list(path, text, error) from None
-        except RecursionError:
-            raise UserError("the JSON is nested too deeply", where=str(path)) from None
     if ".jsonl" not in path.suffixes:
         _refuse_one_object(path, text)
     # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside a string.
@@ -42,7 +41,7 @@ def read_json_units(path: Path) -> tuple[str, list[tuple[int, Any]]]:
 def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
     """Parses one line of JSONL; with `last`, the last line, an error may mean that the file is incomplete."""
     try:
-        return json.loads(line)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         where = f"{path}: line {number}"
         begun = line.lstrip().startswith("{")
@@ -54,8 +53,8 @@ def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
             where=where,
             fix="A .jsonl file holds one JSON object per line, a .json file one list of objects.",
         ) from None
-    except RecursionError:
-        raise UserError("the JSON is nested too deeply", where=f"{path}: line {number}") from None
+    except Rejected as error:
+        raise UserError(str(error), where=f"{path}: line {number}", fix="Correct this line.") from None
 
 
 def read_text(path: Path) -> str:
@@ -91,8 +90,8 @@ def _read_bytes(path: Path) -> bytes:
 def _refuse_one_object(path: Path, text: str) -> None:
     """Raises UserError for a single JSON value; returns for JSONL with another extension."""
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return  # several lines of JSON, or an error that parse_line will report
     found = "a single value"
     if isinstance(value, dict):
@@ -105,17 +104,20 @@ def _refuse_one_object(path: Path, text: str) -> None:
     )
 
 
-def _error_in_list(path: Path, text: str, error: json.JSONDecodeError) -> UserError:
+def _error_in_list(path: Path, text: str, error: ValueError) -> UserError:
     """The error with the number of the invalid record, found by parsing the list again, one record at a time."""
-    decoder, number, position = json.JSONDecoder(), 0, text.index("[") + 1
-    with contextlib.suppress(json.JSONDecodeError):  # raised again at error.pos, inside the invalid record
+    decoder, number, position = Decoder(), 0, text.index("[") + 1
+    end = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
+    with contextlib.suppress(ValueError):  # raised again, inside the invalid record
         while True:
-            while position < error.pos and text[position] in " \t\r\n,":
+            while position < end and text[position] in " \t\r\n,":
                 position += 1
-            if position >= error.pos:
+            if position >= end:
                 break
             number += 1
             _, position = decoder.raw_decode(text, position)
+    if not isinstance(error, json.JSONDecodeError):
+        return UserError(str(error), where=f"{path}: record {number}", fix="Correct this record.")
     # Editors and `head -c` count bytes, Python counts characters.
     place = f"line {error.lineno}, byte {len(text[: error.pos].encode('utf-8', 'surrogatepass'))}"
     if error.pos >= len(text.rstrip()) or not text.rstrip().endswith("]"):

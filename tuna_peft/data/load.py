@@ -28,6 +28,7 @@ from tuna_peft.data.ranked import (
     clean_response,
     normalise,
     record_id,
+    require_few,
     split_dialogues,
 )
 from tuna_peft.data.readers import Format, choose_format, grouped
@@ -337,6 +338,7 @@ def _with_responses(raw: Record, where: str, format: Format, found: Record, prom
     responses = found["completions"]
     if not isinstance(responses, list) or not responses:
         raise BadRow("the record has no responses", reason="no responses", where=where)
+    require_few(len(responses), where)
     texts = [
         _text_alone(clean_response(response, prompt, f"{where}, candidate {index}"), where)
         for index, response in enumerate(responses)

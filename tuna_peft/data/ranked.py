@@ -17,12 +17,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tuna_peft.data.bad_row import FIX_ROW, BadRow, kind
+from tuna_peft.data.bad_row import FIX_ROW, BadRow, check_unicode, kind
 from tuna_peft.data.messages import Message, clean_message, clean_tools, content_text, message_text
 
 Prompt = str | list[Message]
 Response = str | list[Message]
 Record = dict[str, Any]
+
+MAX_RESPONSES = 1000
+"""Of one prompt. The loss compares all pairs, and each response is shown, tokenized and scored."""
 
 
 @dataclasses.dataclass
@@ -93,6 +96,7 @@ def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
         raise BadRow(f"the responses are {kind(completions)}, not a list", reason="wrong type", where=where)
     if not completions:
         raise BadRow("the record has no responses", reason="no responses", where=where)
+    require_few(len(completions), where)
 
     scores, keys = _order(record, len(completions), where)
     responses: list[Response] = [
@@ -125,6 +129,13 @@ def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
         "reference": reference,
     } | ({} if tools is None else {"tools": tools})
     return Normalised(normalised, merged=len(completions) - len(kept) - omitted, omitted=omitted)
+
+
+def require_few(count: int, where: str) -> None:
+    """Raises BadRow for more than `MAX_RESPONSES` responses to one prompt."""
+    if count > MAX_RESPONSES:
+        what = f"{count:,} responses to one prompt, at most {MAX_RESPONSES:,} can be used"
+        raise BadRow(what, reason="too many responses", where=where)
 
 
 def add_reference(record: Record, place: str, where: str) -> Record:
@@ -324,4 +335,7 @@ def _response(response: Any, where: str) -> Response:
 
 def record_id(value: Any, where: str) -> str:
     # The place in the file stays the same under slices and shuffles: "file.jsonl: line 12" gives "line-12".
-    return where.rsplit(": ", 1)[-1].replace(" ", "-") if value is None else str(value)
+    if value is None:
+        return where.rsplit(": ", 1)[-1].replace(" ", "-")
+    check_unicode(str(value), f"{where}, id")
+    return str(value)

@@ -21,7 +21,7 @@ from tuna_peft.data.suggest import data_block, suggest
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.transcripts import looks_like_transcripts, read_transcripts
 from tuna_peft.data.verdict import Unreadable, own_response, read_verdict
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def choose_format(
         name = fitting[0] if fitting else "auto"
     if name == "auto":
         raise UserError(
-            f"no known format has the keys {', '.join(f'`{key}`' for key in first)}",
+            f"no known format has the keys {listed(f'`{key}`' for key in first)}",
             where=where,
             fix=_unknown(source, first),
         )
@@ -142,7 +142,7 @@ def _unknown(source: DataSource, first: Record) -> str:
 
 def _field(raw: Record, key: str, where: str) -> Any:
     if raw.get(key) is None:
-        what = f"the record has no `{key}`, it has {', '.join(f'`{name}`' for name in raw)}"
+        what = f"the record has no `{key}`, it has {listed(f'`{name}`' for name in raw)}"
         raise BadRow(what, reason="missing field", where=where)
     return raw[key]
 

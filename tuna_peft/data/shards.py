@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tuna_peft.data.csv_files import read_csv_rows
 from tuna_peft.data.json_files import parse_line, read_json_units
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -144,7 +144,7 @@ def _open_parquet(path: Path) -> Shard:
         try:
             table = pyarrow.parquet.read_table(path)
             rows = table.take(pyarrow.array(indices, pyarrow.int64())).to_pylist()
-        except pyarrow.ArrowException as error:
+        except Exception as error:  # Arrow's own types, and what Python says of text or dates that it cannot hold
             raise _not_parquet(path, error) from error
         if re.search(r"binary|decimal", str(table.schema.types)):
             rows = [plain(row, f"{path}: row {index}") for index, row in zip(indices, rows, strict=True)]
@@ -181,8 +181,3 @@ def _not_parquet(path: Path, error: Exception) -> UserError:
         where=str(path),
         fix="It may be incomplete or of another kind: get it again, or check its extension.",
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message, at most 300 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -15,13 +15,12 @@ from tuna_peft.data.shards import (
     Shard,
     data_suffix,
     find_shards,
-    first_line,
     is_pattern,
     match_pattern,
     open_shard,
 )
 from tuna_peft.data.streamed import read_streamed
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, first_line
 
 RawRecords = list[tuple[str, dict[str, Any]]]
 
@@ -157,7 +156,10 @@ def _read_saved(path: Path, source: DataSource) -> RawRecords:
     records: RawRecords = []
     for name, run in itertools.groupby(chosen, key=lambda place: place[0]):
         indices = [index for _, index in run]
-        rows = splits[name].select(indices)
+        try:
+            rows = list(splits[name].select(indices))
+        except Exception as error:  # images, audio and damaged files are only decoded now
+            raise UserError(f"the data set cannot be read: {first_line(error)}", where=f"{path}[{name}]") from error
         records += [(f"{path}[{name}]: row {index}", row) for index, row in zip(indices, rows, strict=True)]
     return records
 

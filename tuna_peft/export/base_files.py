@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer
 from tuna_peft.errors import UserError
 from tuna_peft.export.chat_template import chat_template_of
 from tuna_peft.files import write_json, write_text
+from tuna_peft.json_text import read_json
 from tuna_peft.models.base.load import resolve_model_path, safetensors_files, weights_fingerprint
 from tuna_peft.models.stack.files import require_same_base
 from tuna_peft.models.stack.manifest import Manifest
@@ -64,7 +64,7 @@ def locate_base(manifest: Manifest, base_model: str | None, where: str | os.Path
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's `config.json` as it is stored."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return read_json(folder / "config.json", "configuration of a model")
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -99,7 +99,7 @@ def copy_companions(
 
 def _stop_at(eos: int, out: Path) -> None:
     file = out / "generation_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = read_json(file) if file.is_file() else {}
     # Without this file, transformers reads the model's configuration.
     known = settings.get("eos_token_id", None if settings else read_config(out).get("eos_token_id"))
     ids = known if isinstance(known, list) else [] if known is None else [known]
@@ -113,6 +113,6 @@ def _write_chat_template(out: Path, template: str) -> None:
     (out / "chat_template.json").unlink(missing_ok=True)
     config = out / "tokenizer_config.json"
     if config.is_file():
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = read_json(config)
         if settings.pop("chat_template", None) is not None:
             write_json(config, settings)

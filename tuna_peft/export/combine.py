@@ -12,11 +12,11 @@ from peft import LoraConfig
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.compress import compress
-from tuna_peft.export.factors import PEFT_PREFIX, StackFactors
+from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.output import mean_and_max, require_replaceable, require_space, write_record
 from tuna_peft.export.safetensors_stream import TensorSpec, write_safetensors
 from tuna_peft.files import atomic_directory, write_json
-from tuna_peft.models.stack.adapters import ADAPTER_WEIGHTS
+from tuna_peft.models.stack.adapters import ADAPTER_WEIGHTS, LORA_A, LORA_B, PEFT_PREFIX
 
 COMPRESSION = "compression_error.json"
 
@@ -75,8 +75,8 @@ def combine_stack(
     ranks = {module: min(shape.rank, rank or shape.rank) for module, shape in factors.shapes.items()}
     groups = {
         module: {
-            f"{PEFT_PREFIX}{module}.lora_A.weight": TensorSpec("F32", (ranks[module], shape.inputs)),
-            f"{PEFT_PREFIX}{module}.lora_B.weight": TensorSpec("F32", (shape.outputs, ranks[module])),
+            f"{PEFT_PREFIX}{module}{LORA_A}": TensorSpec("F32", (ranks[module], shape.inputs)),
+            f"{PEFT_PREFIX}{module}{LORA_B}": TensorSpec("F32", (shape.outputs, ranks[module])),
         }
         for module, shape in factors.shapes.items()
     }
@@ -87,7 +87,7 @@ def combine_stack(
 
     def load(module: str) -> dict[str, torch.Tensor]:
         both, errors[module] = compress(factors.of(module), ranks[module])
-        return {f"{PEFT_PREFIX}{module}.lora_A.weight": both.a, f"{PEFT_PREFIX}{module}.lora_B.weight": both.b}
+        return {f"{PEFT_PREFIX}{module}{LORA_A}": both.a, f"{PEFT_PREFIX}{module}{LORA_B}": both.b}
 
     config = _combined_config(factors, ranks)
     with atomic_directory(out_dir) as aside:

@@ -20,12 +20,16 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from tuna_peft.errors import UserError
-from tuna_peft.models.stack.adapters import ADAPTER_WEIGHTS, require_stackable
+from tuna_peft.models.stack.adapters import (
+    ADAPTER_WEIGHTS,
+    LORA_A,
+    LORA_B,
+    PEFT_PREFIX,
+    read_adapter,
+    require_stackable,
+)
 from tuna_peft.models.stack.find import find_stack
 from tuna_peft.models.stack.manifest import AdapterEntry, Manifest, read_manifest
-
-PEFT_PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class StackFactors:
     @classmethod
     def of_adapter(cls, folder: str | os.PathLike[str]) -> StackFactors:
         """A folder with one plain PEFT adapter (a combined one, for example), read as a stack of one."""
-        config = LoraConfig.from_pretrained(str(folder))
+        config, _ = read_adapter(Path(folder), Path(folder).name)
         base = {"model": config.base_model_name_or_path, "revision": config.revision, "fingerprint": None}
         factors = cls.__new__(cls)
         factors._open(Path(folder), Manifest(base, None, [AdapterEntry.of(Path(folder), ".")]))
@@ -98,10 +102,7 @@ class StackFactors:
         self.shapes = {}
         self._adapters: list[_Adapter] = []
         for entry in manifest.adapters:
-            folder = root / entry.path
-            config = LoraConfig.from_pretrained(str(folder))
-            require_stackable(config, entry.name)
-            self._adapters.append(_Adapter(folder / ADAPTER_WEIGHTS, config, self._add_shapes(folder, entry.name)))
+            self._add(root / entry.path, entry.name)
 
     @property
     def configs(self) -> list[LoraConfig]:
@@ -115,29 +116,30 @@ class StackFactors:
             if module not in adapter.ranks:
                 continue
             with safe_open(adapter.file, framework="pt") as tensors:
-                parts_a.append(tensors.get_tensor(PEFT_PREFIX + module + _A).float())
-                parts_b.append(tensors.get_tensor(PEFT_PREFIX + module + _B).float() * adapter.scaling(module))
+                parts_a.append(tensors.get_tensor(PEFT_PREFIX + module + LORA_A).float())
+                parts_b.append(tensors.get_tensor(PEFT_PREFIX + module + LORA_B).float() * adapter.scaling(module))
         return Factors(torch.cat(parts_a, dim=0), torch.cat(parts_b, dim=1))
 
-    def _add_shapes(self, folder: Path, name: str) -> dict[str, int]:
-        """Adds an adapter's sizes to `shapes` and returns its rank per module."""
+    def _add(self, folder: Path, name: str) -> None:
+        """Adds an adapter and its sizes."""
+        config, shapes = read_adapter(folder, name)
+        require_stackable(config, name)
+        for key in sorted(shapes):
+            if not key.startswith(PEFT_PREFIX) or not key.endswith((LORA_A, LORA_B)) or len(shapes[key]) != 2:
+                raise UserError(
+                    f"adapter {name!r} holds {key!r}, which is no LoRA factor of a linear layer",
+                    where=str(folder),
+                    fix="Only plain LoRA on linear layers can be combined or merged exactly.",
+                )
         ranks: dict[str, int] = {}
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
-            keys = set(tensors.keys())
-            for key in sorted(keys):
-                if not key.startswith(PEFT_PREFIX) or not key.endswith((_A, _B)):
-                    raise UserError(
-                        f"adapter {name!r} holds {key!r}, which is no LoRA factor of a linear layer",
-                        where=str(folder),
-                        fix="Only plain LoRA on linear layers can be combined or merged exactly.",
-                    )
-            for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                if not key.endswith(_A):
-                    continue
-                module = key.removeprefix(PEFT_PREFIX).removesuffix(_A)
-                rank, inputs = tensors.get_slice(key).get_shape()
-                outputs, _ = tensors.get_slice(key.removesuffix(_A) + _B).get_shape()
+        for key, (rank, inputs) in shapes.items():
+            if key.endswith(LORA_A):
+                module = key.removeprefix(PEFT_PREFIX).removesuffix(LORA_A)
+                outputs, _ = shapes[key.removesuffix(LORA_A) + LORA_B]
                 ranks[module] = rank
                 below = self.shapes.get(module)
+                if below and (below.inputs, below.outputs) != (inputs, outputs):
+                    what = f"adapter {name!r} is for another base than those below it: {module} has other sizes"
+                    raise UserError(what, where=str(folder), fix="Copy the whole stack again.")
                 self.shapes[module] = FactorShape(rank + (below.rank if below else 0), inputs, outputs)
-        return ranks
+        self._adapters.append(_Adapter(folder / ADAPTER_WEIGHTS, config, ranks))

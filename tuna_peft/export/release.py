@@ -17,6 +17,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.base_files import companion_files
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.output import RECORD
+from tuna_peft.json_text import read_json
 from tuna_peft.models.base.load import resolve_model_path
 from tuna_peft.models.stack.manifest import ADAPTER_FILES, MANIFEST, read_manifest
 
@@ -111,7 +112,7 @@ def collect_release(
         )
     if kind not in (None, found):
         raise UserError(f"this is {found}, not {kind}", where=str(folder), fix="Leave out what to publish.")
-    stack = json.loads((folder / MANIFEST).read_text("utf-8")) if found == "adapters" else record.get("stack")
+    stack = read_json(folder / MANIFEST) if found == "adapters" else record.get("stack")
     if not stack:
         raise UserError("no record of the base and stages of this model", where=str(folder), fix="Export it again.")
     base = public_base(found, stack["base"]["model"], base_id)
@@ -228,7 +229,7 @@ def _renamed(stack: dict[str, Any], base: str | None) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _bytes(value: Any) -> bytes:

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from tuna_peft.files import unreadable_is_a_user_error
+
 # Bytes per element of the types that a model's checkpoint holds.
 ITEM_SIZE = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -53,7 +55,10 @@ class SafetensorsReader:
         self.specs: dict[str, TensorSpec] = {}
         self._file_of: dict[str, str] = {}
         for file in files:
-            with safe_open(file, framework="pt") as tensors:
+            with (
+                unreadable_is_a_user_error(file, "weights of a model"),
+                safe_open(file, framework="pt") as tensors,
+            ):
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                     view = tensors.get_slice(name)
                     self.specs[name] = TensorSpec(view.get_dtype(), tuple(view.get_shape()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from importlib import resources
 from pathlib import Path
@@ -11,6 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from tuna_peft.errors import UserError
+from tuna_peft.json_text import read_json
 from tuna_peft.models.base.hub_files import hub_file
 from tuna_peft.planning.shapes import ModelShape, known_shape
 
@@ -57,19 +57,10 @@ def is_on_disk(model: str, revision: str | None = None) -> bool:
 
     if (index := cached("model.safetensors.index.json")) is None:
         return cached("model.safetensors") is not None
-    shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    shards = set(read_json(index)["weight_map"].values())
     return all(cached(shard) is not None for shard in shards)
 
 
 def _read(file: Path, model: str) -> ModelShape:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read config.json: {error.strerror}", where=model, fix="Check `base.model`."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"its config.json is not valid JSON: {error}", where=model, fix="Download the model again."
-        ) from error
+    config = read_json(file, "config.json of a model", "Check `base.model`, or download the model again.")
     return ModelShape.from_config(config, model)

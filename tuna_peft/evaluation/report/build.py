@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -15,6 +14,7 @@ from tuna_peft.evaluation.report.curves import read_curves
 from tuna_peft.evaluation.report.distributions import by_rank
 from tuna_peft.evaluation.report.samples import choose_samples
 from tuna_peft.evaluation.results import RUN_INFO, TaskResult, load_results
+from tuna_peft.json_text import read_json
 
 Report = dict[str, Any]
 Results = dict[str, dict[str, TaskResult]]
@@ -85,4 +85,4 @@ def _by_length(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 
 def _json(file: Path) -> Any | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return read_json(file, "record of a run") if file.exists() else None

@@ -26,7 +26,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, first_line
+from tuna_peft.files import unreadable_is_a_user_error
 from tuna_peft.limits import is_ampere_or_later
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.hub_files import CACHE, hub_file
@@ -164,8 +165,10 @@ def load_base(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers, safetensors and bitsandbytes each raise their own types
+        raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
     loaded.config.pad_token_id = tokenizer.pad_token_id
     loaded.config.use_cache = False
     keep_quantised_layout(loaded)
@@ -200,9 +203,9 @@ def load_config_and_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files of a model raise almost any type
         raise UserError(
-            f"cannot load the base model {model!r}: {str(error).splitlines()[0]}", fix="Check the path or Hub id."
+            f"cannot load the base model {model!r}: {first_line(error)}", fix="Check the path or Hub id."
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model!r} has no EOS token", fix="Set `eos_token` in its tokenizer config.")
@@ -243,7 +246,7 @@ def weights_fingerprint(files: list[str]) -> str | None:
     digest = hashlib.sha256()
     rows: dict[str, bytes] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with unreadable_is_a_user_error(file, "weights of a model"), safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
                 view = tensors.get_slice(name)
                 row = view[0:1] if view.get_shape() else tensors.get_tensor(name)

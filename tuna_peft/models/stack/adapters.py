@@ -24,14 +24,20 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tuna_peft.errors import UserError
+from tuna_peft.files import unreadable_is_a_user_error
+from tuna_peft.json_text import read_json
 from tuna_peft.models.base.load import model_id
 from tuna_peft.models.forward import fused_lora
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 # These initializations change the base weight, which is quantized or shared by the stack.
 _BASE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "eva", "orthogonal", "lora_ga")
@@ -71,7 +77,7 @@ def push_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConf
             stacked.add_adapter(name, config)
         else:
             stacked = get_peft_model(model, config, adapter_name=name)
-    except ValueError as error:  # no module of the base matches, or LoRA does not support one
+    except (ValueError, re.error) as error:  # no module matches, LoRA does not support one, or a bad expression
         raise UserError(
             f"adapter {name!r} does not fit this base: {str(error).splitlines()[0]}",
             fix="Check target_modules and related settings against the module names of the base.",
@@ -152,7 +158,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, name: str, folder: Path) ->
     Raises:
         UserError: Names or shapes of its tensors do not fit this base; PEFT would skip some of them.
     """
-    config = LoraConfig.from_pretrained(str(folder))
+    config, _ = read_adapter(folder, name)
     # The manifest checks the base by its weights; PEFT would compare names, and warn.
     config.base_model_name_or_path = None
     stacked = push_adapter(model, name, config)
@@ -164,7 +170,8 @@ def load_adapter(model: PreTrainedModel | PeftModel, name: str, folder: Path) ->
 
 def load_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
     """Overwrites the weights of adapter `name` with the saved ones; every tensor must match."""
-    saved = load_file(folder / ADAPTER_WEIGHTS)
+    with unreadable_is_a_user_error(folder / ADAPTER_WEIGHTS, "weights of an adapter"):
+        saved = load_file(folder / ADAPTER_WEIGHTS)
     own = adapter_state(model, name)
     # Names that only one side has; without any, tensors whose shapes differ.
     wrong = sorted(set(saved) ^ set(own)) or sorted(key for key in own if own[key].shape != saved[key].shape)
@@ -175,6 +182,64 @@ def load_adapter_weights(model: PeftModel, name: str, folder: Path) -> None:
             fix="Load it on the base it was trained on.",
         )
     set_peft_model_state_dict(model, saved, adapter_name=name)
+
+
+def read_adapter(folder: Path, name: str) -> tuple[LoraConfig, dict[str, tuple[int, ...]]]:
+    """Reads a saved adapter once and checks what its hashes cannot show: that it is a usable adapter at all.
+
+    Args:
+        folder: The folder with `adapter_config.json` and `adapter_model.safetensors`.
+        name: Its name, for errors.
+
+    Returns:
+        Its configuration, and the shape of each tensor by PEFT's name.
+
+    Raises:
+        UserError: A file cannot be read; there is no tensor, or one is not finite; the configuration's ranks or alphas
+            are no positive numbers, or contradict the tensors.
+    """
+    file = folder / "adapter_config.json"
+    read_json(file, "configuration of an adapter")  # PEFT would pass over a repeated key
+    where, fix = str(folder), "Get the adapter again, or train it again."
+    with unreadable_is_a_user_error(file, "configuration of an adapter"):
+        config = LoraConfig.from_pretrained(str(folder))
+        if isinstance(config.target_modules, str):
+            re.compile(config.target_modules)
+        elif config.target_modules is not None and not isinstance(config.target_modules, (list, set)):
+            raise TypeError(f"target_modules is {config.target_modules!r:.40}")
+        ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+        for pattern in (*ranks, *alphas):  # PEFT takes the keys for regular expressions
+            re.compile(pattern)
+        for what, values in (
+            ("r", [config.r, *ranks.values()]),
+            ("lora_alpha", [config.lora_alpha, *alphas.values()]),
+        ):
+            for value in values:
+                number = isinstance(value, int if what == "r" else (int, float)) and not isinstance(value, bool)
+                if not number or not 0 < value < 1 << 20:  # also false for NaN and infinity
+                    raise UserError(f"adapter {name!r} has {what}={value!r:.40}", where=where, fix=fix)
+    shapes: dict[str, tuple[int, ...]] = {}
+    with (
+        unreadable_is_a_user_error(folder / ADAPTER_WEIGHTS, "weights of an adapter"),
+        safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors,
+    ):
+        for key in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+            tensor = tensors.get_tensor(key)
+            shapes[key] = tuple(tensor.shape)
+            if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+                raise UserError(f"adapter {name!r}: {key} holds NaN, infinity or no floats", where=where, fix=fix)
+    if not shapes:
+        raise UserError(f"adapter {name!r} has no tensors", where=where, fix=fix)
+    for key in shapes:
+        if LORA_A not in key and LORA_B not in key:
+            continue
+        a, b = shapes.get(key.replace(LORA_B, LORA_A)), shapes.get(key.replace(LORA_A, LORA_B))
+        module = key.removeprefix(PEFT_PREFIX).removesuffix(LORA_A).removesuffix(LORA_B)
+        rank = ranks.get(get_pattern_key(list(ranks), module), config.r)
+        if not a or not b or len(b) < 2 or not a[0] == b[1] == rank:
+            what = f"adapter {name!r}: r is {rank}, and {module} has factors of shapes {a} and {b}"
+            raise UserError(what, where=where, fix=fix)
+    return config, shapes
 
 
 def fingerprint(model: PeftModel, name: str) -> str:

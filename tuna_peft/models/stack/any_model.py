@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tuna_peft.data.config import PromptConfig
 from tuna_peft.errors import UserError
+from tuna_peft.files import unreadable_is_a_user_error
+from tuna_peft.json_text import read_json
 from tuna_peft.models.base.load import (
     base_identity,
     load_base,
@@ -63,7 +65,9 @@ def load_any_model(
         trust_remote_code=trust_remote_code,
     )
     record = Path(model) / "tuna_export.json"
-    prompt = json.loads(record.read_text(encoding="utf-8"))["stack"]["prompt"] if record.is_file() else {}
+    with unreadable_is_a_user_error(record, "record of an export"):
+        prompt = read_json(record)["stack"]["prompt"] if record.is_file() else {}
+        PromptConfig.model_validate(prompt)
     return AdapterStack(base.model, base.tokenizer, prompt)
 
 

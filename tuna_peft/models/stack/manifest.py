@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 import tuna_peft
+from tuna_peft.data.config import PromptConfig
 from tuna_peft.errors import UserError
 from tuna_peft.files import sha256, write_json
+from tuna_peft.json_text import read_json
 
 MANIFEST = "stack.json"
 FORMAT = 1
 
 # The configuration is hashed too: another lora_alpha makes another adapter.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+_QUANTIZATION: dict[str, tuple[Any, ...]] = {
+    "load_in_8bit": (True,),
+    "load_in_4bit": (True,),
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_use_double_quant": (True, False),
+}
 
 
 @dataclass
@@ -73,8 +84,8 @@ def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Ma
     file = root / MANIFEST
     if not file.is_file():
         raise _no_manifest(root)
+    raw = read_json(file, "stack manifest", "Copy the stack again.")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
         if raw.get("format") != FORMAT:
             raise UserError(
                 f"stack format {raw.get('format')!r}, this version reads {FORMAT}",
@@ -83,9 +94,9 @@ def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Ma
             )
         manifest = Manifest(**{**raw, "adapters": [AdapterEntry(**entry) for entry in raw["adapters"]]})
         _require_complete(manifest)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (ValidationError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"not a valid stack manifest: {error}", where=str(file), fix="Copy the stack again."
+            f"not a valid stack manifest: {_reason(error)}", where=str(file), fix="Copy the stack again."
         ) from error
     if upto is not None:
         names = [entry.name for entry in manifest.adapters]
@@ -126,8 +137,27 @@ def _require_complete(manifest: Manifest) -> None:
         texts = (entry.name, entry.path, *map(entry.sha256.get, ADAPTER_FILES))
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"adapter {entry.name!r} needs a name, a path, and a hash of each of its files")
-    if missing := {"model", "revision", "fingerprint"} - set(manifest.base):
+    if len({entry.name for entry in manifest.adapters}) < len(manifest.adapters):
+        raise TypeError("two adapters have one name")
+    base, quantization = manifest.base, manifest.quantization
+    if missing := {"model", "revision", "fingerprint"} - set(base):
         raise KeyError(f"base.{min(missing)}")
+    if not isinstance(base["model"], str | None) or not isinstance(base["revision"], str | None):
+        raise TypeError("the base needs a name, and a revision or null")
+    if not isinstance(base["fingerprint"], str | None):
+        raise TypeError("the fingerprint of the base is text or null")
+    if quantization is not None and any(value not in _QUANTIZATION[key] for key, value in quantization.items()):
+        raise TypeError(f"unknown quantization {quantization!r:.200}")
+    if manifest.load_dtype not in (None, "float32", "float16", "bfloat16"):
+        raise TypeError(f"unknown dtype {manifest.load_dtype!r:.40}")
+    if manifest.prompt:
+        PromptConfig.model_validate(manifest.prompt)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return f"prompt: {error.errors()[0]['msg']}"
+    return f"{error.args[0]} is missing or unknown" if isinstance(error, KeyError) else str(error)
 
 
 def _verify(root: Path, entry: AdapterEntry) -> None:
