@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from scripted_server import chat, scripted_server
+from scripted_server import Answer, chat, scripted_server
 from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
@@ -51,6 +51,23 @@ def test_a_server_ranks(tmp_path):
     assert len(http.asked) == 4
     written = [json.loads(line) for line in before.splitlines()]
     assert [row["id"] for row in written] == ["0", "1", "2", "3"] and written[0]["ranks"] == [0, 1]
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_a_key_in_a_good_answer_is_stored_nowhere(tmp_path, escaped):
+    """A careless or hostile server repeats what it was sent; the answer itself stays usable."""
+    answer = json.dumps({"own_response": f"My key is {KEY}.", KEY: 1, "rank": [0, 1]})
+    body = chat(answer).body
+    if escaped:
+        body = body.replace(KEY.encode(), "".join(f"\\u{ord(char):04x}" for char in KEY).encode())
+    with scripted_server(lambda asked: Answer(200, body)) as http:
+        options = ["--server", http.url, "--model", "m", "--include-judge-answer", "reference"]
+        result = judge("out.jsonl", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "My key is [key]." in (tmp_path / "out.jsonl").read_text()
+    for file in tmp_path.rglob("*"):
+        assert KEY not in file.read_text(), file
+    assert len(list(tmp_path.rglob("*"))) >= 3  # data, output and journal
 
 
 def test_money_is_spent_only_with_a_yes(tmp_path):

@@ -166,7 +166,7 @@ def test_launch_starts_accelerate_with_the_same_command(monkeypatch, tmp_path):
     assert result.exit_code == 3
     [command] = started
     assert command[1:4] == ["-m", "accelerate.commands.launch", "--config_file"] and command[4].endswith("ddp.yaml")
-    assert command[5:] == ["-m", "tuna_peft", "run", "quickstart", "seed=1", "--output", output]
+    assert command[5:] == ["-m", "tuna_peft", "run", "quickstart", "seed=1", "--output", output, "--yes"]
 
 
 def test_an_accelerate_configuration_that_does_not_exist_is_named():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuna_peft.cli.consent import require_consent
 from tuna_peft.cli.options import Column, Format, GroupBy, Header, SkipBad, Split, Template, data_source
 from tuna_peft.errors import UserError
 from tuna_peft.terminal import console, echo
@@ -54,6 +55,7 @@ def inspect(
     from tuna_peft.recipe.resolved import resolve_stages
 
     recipe = load_recipe(target, check=False)
+    require_consent(recipe.base, yes=True)  # it may say that code of the tokenizer is to be run
     names = [entry.name for entry in recipe.stages]
     if stage is not None and stage not in names:
         raise UserError(f"the recipe has no stage `{stage}`", where=target, fix=f"It has: {', '.join(names)}.")

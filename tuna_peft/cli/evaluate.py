@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tuna_peft.cli.consent import Yes, require_consent
 from tuna_peft.cli.options import AnyModel, Device, OtherTemplate, Quantization, StackBase, from_options
 from tuna_peft.terminal import console, echo, log_handler
 
@@ -51,6 +52,7 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
+    yes: Yes = False,
 ) -> None:
     """Evaluate a model, or every stage of a run, on benchmarks. Existing results are kept."""
     import logging
@@ -71,6 +73,7 @@ def evaluate(
     if not settings.tasks.given():
         raise UserError("there is nothing to evaluate", fix="Name a task: --task ranking=held-out.jsonl.")
     folder = output or default_output(model)
+    require_consent(settings, yes=yes)  # a run's folder names them, and may come from a stranger, too
     results = evaluate_target(
         model,
         settings,

@@ -11,6 +11,7 @@ def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | N
     """Starts `accelerate launch --config_file CONFIG -m tuna_peft run ...` and waits for it.
 
     Args:
+        recipe, overrides: Loaded by the caller, so that one process reports a mistake and asks for consent.
         config: A file that `accelerate config` or a user wrote, or the name of one in `recipes/accelerate`.
 
     Returns:
@@ -19,17 +20,15 @@ def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | N
     Raises:
         UserError: There is no such file, or it requests an unsupported DeepSpeed setup.
     """
-    from tuna_peft.recipe.load import load_recipe
     from tuna_peft.recipe.shipped import find_accelerate_config
     from tuna_peft.run.sharding import require_supported
 
     file = find_accelerate_config(config)
     require_supported(file)
-    load_recipe(recipe, overrides)  # so that one process reports a mistake, not all of them
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     command += ["-m", "tuna_peft", "run", recipe, *overrides]
     command += ["--output", str(output)] if output else []
-    command += ["--dry-run"] if dry_run else []
+    command += ["--dry-run"] if dry_run else ["--yes"]
     process = subprocess.Popen(command)
     while True:
         try:

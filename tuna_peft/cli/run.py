@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tuna_peft.cli.consent import Yes, require_consent
 from tuna_peft.terminal import console
 
 
@@ -28,17 +29,20 @@ def run(
             "--launch", metavar="CONFIG", help="Run on several GPUs, through `accelerate launch --config_file CONFIG`."
         ),
     ] = None,
+    yes: Yes = False,
 ) -> None:
     """Train, evaluate and export as a recipe says. An interrupted run is resumed."""
 
     from tuna_peft.recipe.load import load_recipe
 
+    loaded = load_recipe(recipe, overrides or [])
     if launch is not None:
         from tuna_peft.cli.launch import launch_run
 
+        if not dry_run:
+            require_consent(loaded, yes=yes)  # before the processes start: they cannot ask
         raise typer.Exit(launch_run(launch, recipe, overrides or [], output, dry_run=dry_run))
 
-    loaded = load_recipe(recipe, overrides or [])
     folder = output or Path("runs") / loaded.name
     if dry_run:
         from tuna_peft.run.dry_run import describe_recipe
@@ -46,6 +50,7 @@ def run(
         console().print(describe_recipe(loaded, folder), soft_wrap=True)
         return
 
+    require_consent(loaded, yes=yes)
     from tuna_peft.cli.summary import run_summary
     from tuna_peft.run.pipeline import run_recipe
 

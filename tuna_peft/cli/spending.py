@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
-import typer
-
-from tuna_peft.errors import UserError
+from tuna_peft.cli.consent import ask
 from tuna_peft.terminal import echo
 
 if TYPE_CHECKING:
@@ -36,8 +33,4 @@ def confirm_spending(estimate: Estimate, server: ServerSettings | None, yes: boo
     if yes or server is None or estimate.cost == 0 or (estimate.cost is None and server.is_local):
         return
     what = "this may cost money" if estimate.cost is not None else "this may cost money (--price-in and --price-out)"
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise UserError(
-            f"{what}, and there is no terminal to ask you", where=server.base_url, fix="Confirm with --yes."
-        )
-    typer.confirm(f"{what}; continue?", abort=True, err=True)
+    ask(what, server.base_url)

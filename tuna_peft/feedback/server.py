@@ -21,6 +21,10 @@ MAX_ANSWER_BYTES = 16 << 20
 """A longer answer is an error. The log-probabilities of a long prompt need some megabytes."""
 
 
+MIN_SECRET = 8
+"""A shorter key is none: local servers take `EMPTY` or `x`, which must not be replaced in answers."""
+
+
 class RequestFailed(UserError):
     """This request has no usable answer; other requests may have one."""
 
@@ -55,7 +59,7 @@ class Server:
 
     Args:
         settings: See `ServerSettings`. The API key is read from the environment here. It is only used in the headers
-            of requests, and removed from error messages.
+            of requests, and removed from answers and error messages.
         spending: Counts tokens and enforces the limit; by default a new counter with the settings' prices.
 
     Raises:
@@ -106,7 +110,7 @@ class Server:
         with self.spending.request(worst) as used:
             content = self._send(path, {"model": self.settings.model, **body})
             used.append(worst)  # an answer that cannot be read costs money, too
-            data = self._parse(content)
+            data = self._redacted(self._parse(content))
             used[0] = usage = _usage(data, worst)
         return Reply(data, usage)
 
@@ -158,6 +162,15 @@ class Server:
         text = re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", text).strip()
         return text if len(text) <= most else text[:most] + " ..."
 
+    def _redacted(self, data: dict[str, Any]) -> dict[str, Any]:
+        """An answer without the API key, which a careless or hostile server may repeat: answers are stored."""
+        if len(self._key) < MIN_SECRET:
+            return data
+        try:
+            return _replaced(data, self._key, "[key]")
+        except RecursionError:
+            raise BadAnswer("the answer is nested too deeply", where=self._where) from None
+
     def _parse(self, content: bytes) -> dict[str, Any]:
         try:
             data = json.loads(content.decode("utf-8"))
@@ -166,6 +179,17 @@ class Server:
         if not isinstance(data, dict):
             raise BadAnswer("the answer is JSON, but not an object", where=self._where)
         return data
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """The JSON value with `old` replaced in every text and key."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, list):
+        return [_replaced(entry, old, new) for entry in value]
+    if isinstance(value, dict):
+        return {key.replace(old, new): _replaced(entry, old, new) for key, entry in value.items()}
+    return value
 
 
 def _limited_client(settings: ServerSettings) -> Any:

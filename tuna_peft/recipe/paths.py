@@ -40,19 +40,24 @@ def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[Key
                 yield path, what, _nearby(text, folders)
 
 
-def _named(section: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, BaseModel, str, MayBeLocal]]:
-    """Every field marked `MayBeLocal` that is set: its path of keys, its section, its name there, its mark."""
-    for name, field in type(section).model_fields.items():
+def sections(section: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, BaseModel]]:
+    """The section itself and all sections inside of it, each with its path of keys."""
+    yield path, section
+    for name in type(section).model_fields:
         value = getattr(section, name)
-        if value is None:
-            continue
-        for mark in field.metadata:
-            if isinstance(mark, MayBeLocal):
-                yield (*path, name), section, name, mark
         for index, inner in enumerate(value if isinstance(value, list) else [value]):
             if isinstance(inner, BaseModel):
                 place = (index,) if isinstance(value, list) else ()
-                yield from _named(inner, (*path, name, *place))
+                yield from sections(inner, (*path, name, *place))
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[KeyPath, BaseModel, str, MayBeLocal]]:
+    """Every field marked `MayBeLocal` that is set: its path of keys, its section, its name there, its mark."""
+    for path, section in sections(recipe):
+        for name, field in type(section).model_fields.items():
+            for mark in field.metadata:
+                if isinstance(mark, MayBeLocal) and getattr(section, name) is not None:
+                    yield (*path, name), section, name, mark
 
 
 def _resolve(text: str, kind: MayBeLocal, folders: Sequence[Path]) -> str:

@@ -18,6 +18,7 @@ from tuna_peft.planning.lengths import recipe_tokenizer
 from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.evaluation_schema import RankingTask
+from tuna_peft.recipe.reach import addresses, foreign_code, unusual_variables
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.folder import read_run_recipe
@@ -58,6 +59,8 @@ def _steps(recipe: Recipe, output: Path) -> Text:
     stored: str = "unquantized" if quantization.method == "none" else quantization.method
     if quantization.method in ("nf4", "fp4") and quantization.double_quant:
         stored += ", double quantization"
+    if lines := [*foreign_code(recipe), *addresses(recipe)]:
+        step("beyond this package", *lines, _asks(recipe))
     step("base", f"{recipe.base.model}, {stored}")
     loaded = _tokenizer(recipe) if any(is_here(source.path) for source in recipe.sources().values()) else None
     for stage in resolve_stages(recipe):
@@ -87,6 +90,11 @@ def _steps(recipe: Recipe, output: Path) -> Text:
     pushed = f"{push.what} to the {visible} {push.repo} on the Hub" if push else None
     step("export", "stack of adapters", "combined adapter" if export.combine else None, merged, gguf, pushed)
     return text
+
+
+def _asks(recipe: Recipe) -> str | None:
+    names = unusual_variables(recipe)
+    return f"asks before it sends {' and '.join(names)}, unless --yes is given" if names else None
 
 
 def _adapter(stage: ResolvedStage) -> str:
