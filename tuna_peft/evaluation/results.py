@@ -7,7 +7,6 @@ Higher scores are better, except for metrics that are only descriptive (such as 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from tuna_peft.errors import UserError
 from tuna_peft.files import write_json
+from tuna_peft.json_text import read_json
 
 FOLDER = "evaluation"
 
@@ -199,7 +199,9 @@ def load_result(folder: Path, stage: str, task: str) -> TaskResult | None:
     if not file.is_file():
         return None
     try:
-        return TaskResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return TaskResult.from_dict(read_json(file, "evaluation result", "Delete it and evaluate again."))
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         what = f"this is no evaluation result: {error}"
         raise UserError(what, where=str(file), fix="Delete it and evaluate again.") from error

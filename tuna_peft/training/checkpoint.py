@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -69,10 +70,11 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     def step(path: Path) -> int:
         return int(path.name.rpartition("-")[2])
 
-    for path in sorted(Path(folder).glob("checkpoint-[0-9]*"), key=step, reverse=True):
+    named = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]{1,18}", path.name)]
+    for path in sorted(named, key=step, reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError, RecursionError):
             continue
         return path
     return None
