@@ -85,6 +85,13 @@ def test_a_bad_override_and_a_missing_recipe_exit_with_2(tmp_path):
     assert CliRunner().invoke(app, ["run", "no-such-recipe"]).exit_code == 2
 
 
+def test_a_path_that_cannot_be_used_is_a_users_mistake(run):
+    result = run(OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000))
+    assert result.exit_code == 2
+    assert "File name too long\n  Check the path" in result.stderr
+    assert run(OSError("no errno")).exit_code == 1
+
+
 def test_a_full_disk_is_told_apart_also_when_it_is_only_the_cause():
     full = OSError(errno.ENOSPC, "No space left on device")
     wrapped = RuntimeError("writer failed")

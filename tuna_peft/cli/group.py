@@ -73,6 +73,8 @@ def describe_error(error: Exception) -> tuple[str, int]:
         return message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ...", 2
     if is_disk_full(error):
         return "the disk is full\n  Free some space and run the command again.", 2
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{str(error.filename)[:MAX_MESSAGE]}: {error.strerror}\n  Check the path and its permissions.", 2
     lines = str(error).strip().splitlines()
     if is_out_of_memory(error):
         what = lines[0].partition(" GPU ")[0] if lines else "out of memory"

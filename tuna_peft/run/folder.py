@@ -12,13 +12,13 @@ import os
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from tuna_peft.data.texts import reads_the_clock, set_template_date, template_date
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import RUN_INFO
 from tuna_peft.files import take_lock, write_json, write_text
+from tuna_peft.recipe.document import read_document
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.processes import Processes
@@ -45,10 +45,11 @@ def read_run_recipe(folder: Path) -> Recipe | None:
     if not file.is_file():
         return None
     try:
-        return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (ValidationError, yaml.YAMLError) as error:
-        reason = "not valid YAML"
-        if isinstance(error, ValidationError):
+        return Recipe.model_validate(read_document(file).data)
+    except (ValidationError, UserError) as error:
+        if isinstance(error, UserError):
+            reason = error.what
+        else:
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise UserError(

@@ -118,6 +118,13 @@ def test_configurations_that_peft_cannot_read(stack, tmp_path, config):
     refused(stack, tmp_path, "ranking")
 
 
+def test_alpha_is_not_guessed(stack, tmp_path):
+    file = stack / "ranking" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"lora_alpha"', '"lora_alfa"'))
+    rewrite(stack)
+    refused(stack, tmp_path, "adapter 'ranking' has no lora_alpha")
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 30, b"\x08" + b"\0" * 7 + b"{}      "])
 def test_weights_that_are_no_safetensors(stack, tmp_path, content):
     (stack / "ranking" / "adapter_model.safetensors").write_bytes(content)

@@ -199,9 +199,11 @@ def read_adapter(folder: Path, name: str) -> tuple[LoraConfig, dict[str, tuple[i
             are no positive numbers, or contradict the tensors.
     """
     file = folder / "adapter_config.json"
-    read_json(file, "configuration of an adapter")  # PEFT would pass over a repeated key
+    stored = read_json(file, "configuration of an adapter")  # PEFT would pass over a repeated key
     where, fix = str(folder), "Get the adapter again, or train it again."
     with unreadable_is_a_user_error(file, "configuration of an adapter"):
+        if missing := {"r", "lora_alpha"} - set(stored):  # for which PEFT has defaults
+            raise UserError(f"adapter {name!r} has no {min(missing)}", where=where, fix=fix)
         config = LoraConfig.from_pretrained(str(folder))
         if isinstance(config.target_modules, str):
             re.compile(config.target_modules)

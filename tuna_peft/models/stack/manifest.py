@@ -86,7 +86,7 @@ def read_manifest(folder: str | os.PathLike[str], upto: str | None = None) -> Ma
         raise _no_manifest(root)
     raw = read_json(file, "stack manifest", "Copy the stack again.")
     try:
-        if raw.get("format") != FORMAT:
+        if isinstance(raw.get("format"), bool) or raw.get("format") != FORMAT:
             raise UserError(
                 f"stack format {raw.get('format')!r}, this version reads {FORMAT}",
                 where=str(file),
@@ -150,7 +150,7 @@ def _require_complete(manifest: Manifest) -> None:
         raise TypeError(f"unknown quantization {quantization!r:.200}")
     if manifest.load_dtype not in (None, "float32", "float16", "bfloat16"):
         raise TypeError(f"unknown dtype {manifest.load_dtype!r:.40}")
-    if manifest.prompt:
+    if manifest.prompt != {}:
         PromptConfig.model_validate(manifest.prompt)
 
 
