@@ -16,7 +16,7 @@ from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.output import mean_and_max, require_replaceable, require_space, write_record
 from tuna_peft.export.safetensors_stream import TensorSpec, write_safetensors
 from tuna_peft.files import atomic_directory, write_json
-from tuna_peft.models.stack.adapters import ADAPTER_WEIGHTS, LORA_A, LORA_B, PEFT_PREFIX
+from tuna_peft.models.stack.adapters import ADAPTER_WEIGHTS, LORA_A, LORA_B, PEFT_PREFIX, save_config
 
 COMPRESSION = "compression_error.json"
 
@@ -92,7 +92,7 @@ def combine_stack(
     config = _combined_config(factors, ranks)
     with atomic_directory(out_dir) as aside:
         write_safetensors(aside / ADAPTER_WEIGHTS, groups, load)
-        config.save_pretrained(str(aside))
+        save_config(config, aside)
         if rank is not None:
             write_json(aside / COMPRESSION, errors)
         write_record(aside, "combined", factors.manifest, rank=rank)

@@ -76,7 +76,7 @@ def _steps(recipe: Recipe, output: Path) -> Text:
             f"about {steps:,} optimizer steps" if steps else None,
         )
     for name, task in (recipe.evaluation.tasks.given() if recipe.evaluation else {}).items():
-        lines = [getattr(task, "path", None)]
+        lines: list[str | None] = [getattr(task, "path", None)]
         if isinstance(task, DataSource):
             limits = (task.max_length, task.overflow, False) if isinstance(task, RankingTask) else None
             rows, losses = _rows(task, recipe, loaded, limits)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +170,26 @@ def test_without_an_adapter_the_others_are_active_and_frozen(stack: PeftModel, b
     drop_adapter(stack, "sft")
     assert list(stack.active_adapters) == ["ranking"] and trainable(stack) == set()
     assert not torch.equal(logits(stack), logits(load_tiny(base_path).model))
+
+
+def test_equal_configurations_give_equal_files_in_every_process(tmp_path: Path) -> None:
+    """The order of a set depends on the hash seed of the process; here seeds for which the orders differ."""
+    code = """
+import sys
+import os
+import subprocess
+import sys
+from pathlib import Path
+from peft import LoraConfig
+from tuna_peft.models.stack.adapters import save_config
+modules = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+print(list(modules))
+save_config(LoraConfig(target_modules=modules, exclude_modules={"layers.0", "layers.1"}), Path(sys.argv[1]))
+"""
+    orders, files = set(), set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code, str(tmp_path / seed)]
+        orders.add(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+        files.add((tmp_path / seed / "adapter_config.json").read_bytes())
+    assert len(orders) == 2 and len(files) == 1

@@ -8,6 +8,7 @@ adapters.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -135,14 +136,25 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous() for key, value in adapter_state(model, name).items()}
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = model.peft_config[name]
-    inference_mode, path = config.inference_mode, config.base_model_name_or_path
-    base_model = model_id(cast(PreTrainedModel, model.get_base_model()))
-    config.inference_mode, config.base_model_name_or_path = True, base_model or path
-    try:
-        config.save_pretrained(str(folder))
-    finally:
-        config.inference_mode, config.base_model_name_or_path = inference_mode, path
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode = True
+    config.base_model_name_or_path = model_id(cast(PreTrainedModel, model.get_base_model())) or (
+        config.base_model_name_or_path
+    )
+    save_config(config, folder)
+
+
+def save_config(config: PeftConfig, folder: Path) -> None:
+    """Writes `adapter_config.json`; equal configurations give equal files.
+
+    PEFT keeps `target_modules` and `exclude_modules` as sets, whose order differs between processes, and `stack.json`
+    has hashes of the file.
+    """
+    config = copy.copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
+    config.save_pretrained(str(folder))
 
 
 def adapter_state(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
