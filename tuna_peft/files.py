@@ -1,4 +1,8 @@
-"""Writes files so that a reader never sees half of one, and locks them. All of the package writes through this."""
+"""Writes files so that a reader never sees half of one, and locks them. All of the package writes through this.
+
+A file or a folder is written under a temporary name next to its place, flushed to disk and renamed. Its writer holds a
+lock on it, so `remove_abandoned` can tell what a killed process has left behind.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ from typing import Any
 
 from tuna_peft.errors import UserError, first_line
 
+TEMPORARY = ".tmp"
+"""The end of temporary names."""
+
 
 @contextlib.contextmanager
 def disk_full_is_a_user_error(path: str | os.PathLike[str]) -> Iterator[None]:
@@ -29,7 +36,7 @@ def disk_full_is_a_user_error(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT) or free_bytes(path) < 1 << 20:
+        if number in (errno.ENOSPC, errno.EDQUOT) or _free_bytes(path) < 1 << 20:
             fix = "Free some space and run the command again."
             raise UserError("the disk is full", where=str(path), fix=fix) from error
         if number == errno.EFBIG or "File too large" in str(error):
@@ -50,10 +57,26 @@ def unreadable_is_a_user_error(path: str | os.PathLike[str], what: str) -> Itera
         raise UserError(f"not readable as {what}: {first_line(error)}", where=str(path), fix=fix) from error
 
 
-def free_bytes(path: str | os.PathLike[str]) -> int:
-    """Free space on the disk where `path` is or will be."""
+def _free_bytes(path: str | os.PathLike[str]) -> int:
     existing = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free
+
+
+@contextlib.contextmanager
+def temporary_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty directory next to `path`, and deletes it afterwards unless it was renamed."""
+    beside = Path(path)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(beside.parent, f".{beside.name}.*{TEMPORARY}")
+    aside = Path(tempfile.mkdtemp(prefix=f".{beside.name}.", suffix=TEMPORARY, dir=beside.parent))
+    os.chmod(aside, 0o755)
+    lock = os.open(aside, os.O_RDONLY)
+    try:
+        _mark_in_use(lock)
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -62,25 +85,23 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The earlier content of `path` is deleted only after the new directory is in place.
     """
-    final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    os.chmod(aside, 0o755)
-    try:
-        with disk_full_is_a_user_error(final):
-            yield aside
-            replace_directory(aside, final)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with temporary_directory(path) as aside, disk_full_is_a_user_error(path):
+        yield aside
+        replace_directory(aside, Path(path))
 
 
 def replace_directory(aside: Path, final: Path) -> None:
-    """Replaces the directory `final` with `aside`; after an interruption one of the two exists, whole."""
-    if not final.exists():
+    """Flushes `aside` to disk and renames it to `final`; after an interruption one of the two exists, whole."""
+    flush_directory(aside)
+    if final.exists():
+        _exchange(aside, final)
+    else:
         os.replace(aside, final)
-        return
-    before = aside.with_name(aside.name + ".before")
+    flush(final.parent)
+
+
+def _exchange(aside: Path, final: Path) -> None:
+    before = aside.with_name(f"{aside.name}.before{TEMPORARY}")
     os.replace(final, before)
     try:
         os.replace(aside, final)
@@ -93,18 +114,55 @@ def replace_directory(aside: Path, final: Path) -> None:
             shutil.rmtree(before, ignore_errors=True)
 
 
+def flush_directory(folder: Path) -> None:
+    """Flushes all files in `folder` to disk, so that they outlive a power failure."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Flushes a file, or the list of names in a folder, to disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network drives do not flush folders
+            raise
+    finally:
+        os.close(file)
+
+
+def remove_abandoned(folder: Path, pattern: str = f"**/.*{TEMPORARY}") -> None:
+    """Deletes temporary files and directories in `folder` whose writers have died."""
+    for path in sorted(folder.glob(pattern)):
+        with contextlib.suppress(OSError):  # its writer holds the lock, or it was deleted with the directory around it
+            file = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(file)
+
+
+def _mark_in_use(file: int) -> None:
+    with contextlib.suppress(OSError):  # a file system without locks; outputs may be there, runs may not
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a temporary file, flushes it to disk and renames it: readers see the old file or the new one, whole."""
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f".{final.name}.{os.getpid()}")
+    aside = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY}")
     try:
         with disk_full_is_a_user_error(final):
             with open(aside, "wb") as out:
+                _mark_in_use(out.fileno())
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(aside, final)
+            flush(final.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

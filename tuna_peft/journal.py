@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
-from tuna_peft.files import disk_full_is_a_user_error, take_lock
+from tuna_peft.files import disk_full_is_a_user_error, flush, take_lock
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Journal:
         try:
             busy, fix = "the journal is in use by another process", "Wait for it to end, or choose another journal."
             take_lock(self._file, busy, where=self.path, fix=fix)
+            flush(self.path.parent)  # the file may be new
             self._read()
         except BaseException:
             os.close(self._file)

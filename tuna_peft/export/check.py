@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tuna_peft.errors import UserError
 from tuna_peft.export.divergence import Divergence, divergence, iter_logits
 from tuna_peft.export.gguf.load import gguf_files, load_gguf
+from tuna_peft.files import temporary_directory
 from tuna_peft.limits import MERGED_WEIGHTS, available_ram
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.load import resolve_device, resolve_dtype
@@ -130,12 +130,12 @@ class ExportComparison:
         free_memory()
         if folder.suffix == ".gguf":
             return self._divergence(load_gguf(folder, self._config, self._dtype, self._device), folder.name)
-        with tempfile.TemporaryDirectory(prefix=".offload.", dir=folder.parent) as offload:
+        with temporary_directory(folder.parent / "offload") as offload:
             merged: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=self._dtype,
                 trust_remote_code=self._trust_remote_code,
-                offload_folder=offload,
+                offload_folder=str(offload),
                 **self._placement(folder),
             )
             keep_quantised_layout(merged)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from tuna_peft.export.combine import CombineReport, combine_stack
 from tuna_peft.export.divergence import Divergence
 from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.merge import MERGED_DTYPES, MergeReport, merge_stack
+from tuna_peft.files import temporary_directory
 from tuna_peft.models.stack.find import find_stack
 from tuna_peft.models.stack.manifest import read_manifest
 
@@ -78,8 +78,8 @@ def _measured(
     write: Callable[[Path], CombineReport | MergeReport],
     measure: Callable[[Path], Divergence],
 ) -> ExportOption:
-    with tempfile.TemporaryDirectory(prefix=".compare.", dir=work_dir) as folder:
-        out = Path(folder) / "export"
+    with temporary_directory(Path(work_dir) / "compare") as folder:
+        out = folder / "export"
         try:
             return ExportOption(name, write(out).nbytes, measure(out))
         except UserError as error:  # for example no space, or float16 overflows: other options may still work

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
-from tuna_peft.files import disk_full_is_a_user_error, free_bytes, replace_directory, take_lock, write_json
+from tuna_peft.files import disk_full_is_a_user_error, replace_directory, take_lock, write_json
 from tuna_peft.models.stack.manifest import Manifest
 
 RECORD = "tuna_export.json"
@@ -98,13 +98,13 @@ def require_space(out_dir: str | os.PathLike[str], needed: int) -> None:
     Raises:
         UserError: Not enough space is free.
     """
-    parent = Path(out_dir).resolve().parent
-    left = sum(file.stat().st_size for file in partial_directory(out_dir).glob("*") if file.is_file())
-    free = free_bytes(parent) + left
+    existing = next(path for path in Path(out_dir).resolve().parents if path.exists())
+    partial = partial_directory(out_dir)
+    free = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in partial.glob("*") if file.is_file())
     if free < needed:
         raise UserError(
             f"not enough disk space: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free",
-            where=str(parent),
+            where=str(existing),
             fix="Free some space or choose another output directory.",
         )
 

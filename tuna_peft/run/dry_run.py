@@ -76,12 +76,12 @@ def _steps(recipe: Recipe, output: Path) -> Text:
             f"about {steps:,} optimizer steps" if steps else None,
         )
     for name, task in (recipe.evaluation.tasks.given() if recipe.evaluation else {}).items():
-        lines: list[str | None] = [getattr(task, "path", None)]
+        described: list[str | None] = [getattr(task, "path", None)]
         if isinstance(task, DataSource):
             limits = (task.max_length, task.overflow, False) if isinstance(task, RankingTask) else None
             rows, losses = _rows(task, recipe, loaded, limits)
-            lines = [_data(task, rows), *losses]
-        step(f"task {name}, before the first stage and after each stage", *lines)
+            described = [_data(task, rows), *losses]
+        step(f"task {name}, before the first stage and after each stage", *described)
     export = recipe.export
     merged = f"merged {export.merge.dtype} model on the {export.merge.base} base" if export.merge.enabled else None
     gguf = f"GGUF: {', '.join(export.gguf)}" if export.gguf else None

@@ -6,18 +6,19 @@ interrupted run is resumed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from tuna_peft.data.texts import reads_the_clock, set_template_date, template_date
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import RUN_INFO
-from tuna_peft.files import take_lock, write_json, write_text
+from tuna_peft.files import remove_abandoned, take_lock, write_json, write_text
 from tuna_peft.recipe.document import read_document
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tuna_peft")
 
 TEMPLATE_DATE = "template_date.json"
-
+# Folders that hold what a run has computed.
+_RESULTS = ("evaluation", "stages", "stack")
 # Loggers whose messages go to run.log. Only those of tuna_peft go to the terminal too.
 _LOGGED = ("tuna_peft", "transformers", "py.warnings")
 
@@ -39,7 +41,8 @@ def read_run_recipe(folder: Path) -> Recipe | None:
     """The recipe that a run has written into its folder; None if `folder` is not a run's.
 
     Raises:
-        UserError: Another version of this package has written it, with keys that this version does not have.
+        UserError: The file is damaged, or another version of this package has written it, with keys that this version
+            does not have.
     """
     file = folder / "recipe.yaml"
     if not file.is_file():
@@ -55,7 +58,8 @@ def read_run_recipe(folder: Path) -> Recipe | None:
         raise UserError(
             f"this version of tuna_peft cannot read the recipe of this run ({reason})",
             where=str(file),
-            fix="Use the version that made the run (see `packages` in run.json), or choose another --output.",
+            fix="Use the version that made the run (see `packages` in run.json), choose another --output, or delete "
+            "this folder to begin anew.",
         ) from error
 
 
@@ -77,14 +81,15 @@ class RunDirectory:
     - `report.html`, `report.json`, `report.md`: the report.
 
     Raises:
-        UserError: The folder has a run of another recipe, is in use by another process, or has other files.
+        UserError: The folder has a run of another recipe, is in use by another process, has other files, or is deleted
+            while the run writes to it.
     """
 
     def __init__(self, path: str | Path, recipe: Recipe, processes: Processes | None = None):
         self.path = Path(path)
         self.recipe = recipe
         self.processes = processes or Processes(on_cpu=True)
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
         self._handlers: list[tuple[str, logging.Handler]] = []
 
     def __enter__(self) -> RunDirectory:
@@ -98,7 +103,7 @@ class RunDirectory:
             raise UserError("this is a file, not a folder", where=str(self.path), fix="Choose another --output.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until __exit__
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)  # held until __exit__
         except OSError as error:
             raise UserError(
                 f"cannot write here: {error.strerror}",
@@ -107,9 +112,9 @@ class RunDirectory:
             ) from error
         try:
             self._take_lock(self._lock)
-            self._check_recipe()
+            self._take_recipe()
         except BaseException:
-            self._lock.close()
+            os.close(self._lock)
             raise
         file = logging.FileHandler(self.path / "run.log", encoding="utf-8")
         file.setFormatter(CleanFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
@@ -120,42 +125,45 @@ class RunDirectory:
         logger.setLevel(logging.INFO)
         logging.captureWarnings(True)
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if self._lock is None:
             return
         logging.captureWarnings(False)
         for name, handler in self._handlers:
             logging.getLogger(name).removeHandler(handler)
             handler.close()
-        self._lock.close()
+        try:
+            # The loss of the folder is what the user should hear of, not what it has caused.
+            if error is None or (isinstance(error, Exception) and not isinstance(error, UserError)):
+                self._require_folder()
+        finally:
+            os.close(self._lock)
 
-    def _take_lock(self, file: IO[str]) -> None:
-        file.seek(0)
-        take_lock(
-            file.fileno(),
-            "the output directory is in use by another run",
-            where=self.path,
-            fix="Wait for it to end, or choose another --output.",
-            holder=file.read(20).strip(),  # written below by the run that has the lock
-        )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    def _take_lock(self, file: int) -> None:
+        holder = os.pread(file, 20, 0).decode().strip()  # written below by the run that has the lock
+        busy, fix = "the output directory is in use by another run", "Wait for it to end, or choose another --output."
+        take_lock(file, busy, where=self.path, fix=fix, holder=holder)
+        known = {".lock", ".ipynb_checkpoints"}
+        if holder:  # a run was here before; without one, a `recipe.yaml` is not ours to replace
+            remove_abandoned(self.path)
+            known |= {"recipe.yaml", "run.log", RUN_INFO}
+        begun = self._begun()
+        if not begun:
+            known |= {*_RESULTS}  # empty folders
+        foreign = [entry.name for entry in self.path.iterdir() if entry.name not in known]
+        if foreign and not (begun and (self.path / "recipe.yaml").exists()):
+            raise UserError(
+                f"the output directory holds other files ({', '.join(sorted(foreign)[:3])} ...)",
+                where=str(self.path),
+                fix="Choose an empty or new --output.",
+            )
+        os.pwrite(file, b"%-20d" % os.getpid(), 0)
 
-    def _check_recipe(self) -> None:
-        file = self.path / "recipe.yaml"
-        if file.exists() and not self._begun():
-            file.unlink()  # a run that stopped at its inputs has no results yet, so its recipe may be corrected
+    def _take_recipe(self) -> None:
+        if not self._begun():  # a run that stopped at its inputs has no results yet, so its recipe may be corrected
             for name in ("run.log", RUN_INFO):
                 (self.path / name).unlink(missing_ok=True)
-        if not file.exists():
-            if foreign := [entry.name for entry in self.path.iterdir() if entry.name not in (".lock", "stages")]:
-                raise UserError(
-                    f"the output directory holds other files ({', '.join(sorted(foreign)[:3])} ...)",
-                    where=str(self.path),
-                    fix="Choose an empty or new --output.",
-                )
-            write_text(file, dump_recipe(self.recipe))
+            write_text(self.path / "recipe.yaml", dump_recipe(self.recipe))
             return
         old = read_run_recipe(self.path)
         if old and (differing := diff_recipes(old, self.recipe)):
@@ -168,19 +176,39 @@ class RunDirectory:
 
     def _begun(self) -> bool:
         """Whether the folder has any result of evaluation or training."""
-        parts = ("evaluation", "stages", "stack")
-        return any(path.is_file() for part in parts for path in (self.path / part).rglob("*"))
+        return any(path.is_file() for part in _RESULTS for path in (self.path / part).rglob("*"))
+
+    def _require_folder(self) -> None:
+        """Raises UserError if the folder was deleted, or replaced by another one, since the run began."""
+        if self._lock is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock), os.stat(self.path / ".lock")):
+                    return
+            raise UserError(
+                "the output directory was deleted during the run",
+                where=str(self.path),
+                fix="Delete what was written there since, and run the command again: it begins anew.",
+            )
 
     def stage_folder(self, name: str) -> Path:
         """The folder of a stage, `stages/<name>`; created if needed."""
+        self._require_folder()
         folder = self.path / "stages" / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def load(self, name: str) -> Any | None:
-        """The content of the JSON file `name` in the run's folder; None if it is not written yet."""
+        """The content of the JSON file `name` in the run's folder; None if it is not written yet.
+
+        Raises:
+            UserError: The file is damaged.
+        """
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        except ValueError as error:
+            fix = "Delete it and run the command again: this step is repeated."
+            raise UserError(f"this file is damaged: {error}", where=str(file), fix=fix) from error
 
     def fix_template_date(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Fixes the date that a chat template shows: that of the recipe, or the day on which the run started."""
@@ -196,4 +224,5 @@ class RunDirectory:
     def save(self, name: str, value: Any) -> None:
         """Writes `value` to the JSON file `name` in the run's folder, atomically; only the first process does."""
         if self.processes.main:
+            self._require_folder()
             write_json(self.path / name, value)
