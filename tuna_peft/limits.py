@@ -1,4 +1,4 @@
-"""Limits that a run obeys and a plan must know: context, device rules, sizes of allocations, free main memory.
+"""Limits that a run obeys and a plan must know: context, device rules, sizes of allocations, main memory.
 
 Both `tuna_peft.planning` and the code that runs import them from here, so that a plan and the run cannot disagree. The
 module imports no torch.
@@ -7,6 +7,7 @@ module imports no torch.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -130,3 +131,17 @@ def _available_in_group(folder: Path, limit: str, usage: str, cached: tuple[str,
     most, used = (float((folder / name).read_text()) for name in (limit, usage))
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     return max(most - used + sum(float(stat.get(key, 0)) for key in cached), 0.0)
+
+
+def peak_rss_bytes() -> int | None:
+    """Peak memory of this process since its start, in bytes; None on Windows."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: `getrusage` counts what the process that started this one held
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

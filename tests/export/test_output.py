@@ -21,7 +21,8 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.export.merged_weights import MergedWeights
-from tuna_peft.export.output import RECORD, partial_directory, peak_rss_bytes, resumable_directory
+from tuna_peft.export.output import RECORD, partial_directory, resumable_directory
+from tuna_peft.limits import peak_rss_bytes
 
 EXPORTS = pytest.mark.parametrize("export", [combine_stack, merge_stack])
 Export = Callable[..., Any]

@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import tuna_peft.run.pipeline as pipeline_module
 import tuna_peft.run.train_stage as train_stage_module
-from tuna_peft import AdapterStack, UserError
+from tuna_peft import AdapterStack, TunaTrainer, UserError
 from tuna_peft.models.base.load import load_base
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.exports import export_stack
 from tuna_peft.run.folder import RunDirectory
 from tuna_peft.run.pipeline import run_recipe
 from tuna_peft.training.checkpoint import StopOnRequest
+from tuna_peft.training.sft import StackSFTTrainer
 
 TRAIN = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "steps",
          "save_steps": 2, "logging_steps": 1, "gradient_checkpointing": False}  # fmt: skip
@@ -147,6 +148,31 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(straight, files, tmp_path,
     assert without_seconds(report["evaluation"]) == without_seconds(straight[1]["evaluation"])
 
 
+def test_a_stage_killed_between_its_last_checkpoint_and_its_marker_is_not_trained_on(
+    straight, files, tmp_path, monkeypatch
+):
+    """Nor do its figures become those of the process that only marks it."""
+    copy = shutil.copytree(straight[0], tmp_path / "run")
+    for marker in copy.glob("stages/*/done.json"):
+        marker.unlink()
+    for folder in ("combined", "merged"):
+        shutil.rmtree(copy / folder)
+    (copy / "exports.json").unlink()
+    assert all(len(list(folder.glob("checkpoint-*"))) == 1 for folder in copy.glob("stages/*"))
+    monkeypatch.setattr(TunaTrainer, "training_step", lambda *_: pytest.fail("trained on"))
+    monkeypatch.setattr(StackSFTTrainer, "training_step", lambda *_: pytest.fail("trained on"))
+    report = run_recipe(recipe(files), copy)
+    for name in ("stack/*/*", "combined/adapter*", "merged/model.safetensors"):
+        for file in straight[0].glob(name):
+            assert (copy / file.relative_to(straight[0])).read_bytes() == file.read_bytes()
+    for name, stage in report["stages"].items():
+        expected = straight[1]["stages"][name]
+        assert stage["resumed_from"] == "checkpoint-4"
+        same = ("steps", "epochs", "train_loss", "tokens", "trainable_parameters", "lora")
+        assert {key: stage[key] for key in same} == {key: expected[key] for key in same}
+    assert report["curves"] == straight[1]["curves"]
+
+
 def without_seconds(evaluation):
     return {
         stage: {task: {**result, "seconds": None} for task, result in tasks.items()}
@@ -159,16 +185,18 @@ def _with(trainer, callback):
     return trainer
 
 
-def test_ctrl_c_saves_the_step_and_the_run_resumes_to_the_same_bytes(straight, files, tmp_path, monkeypatch):
-    class PressCtrlC(TrainerCallback):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # Ctrl-C, and what schedulers send
+def test_a_signal_saves_the_step_and_the_run_resumes_to_the_same_bytes(straight, files, tmp_path, monkeypatch, number):
+    class Send(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
-    real = train_stage_module._trainer
-    monkeypatch.setattr(train_stage_module, "_trainer", lambda *args: _with(real(*args), PressCtrlC()))
+    real, before = train_stage_module._trainer, [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(train_stage_module, "_trainer", lambda *args: _with(real(*args), Send()))
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(files), tmp_path / "run")
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     monkeypatch.undo()
     assert (tmp_path / "run/stages/sft/checkpoint-3/trainer_state.json").exists()
     report = run_recipe(recipe(files), tmp_path / "run")

@@ -1,12 +1,15 @@
 """The trainer's configuration for GPUs that this machine does not have."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import TrainerState
 
 from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.resolved import resolve_stages
-from tuna_peft.run.measure import Peak
 from tuna_peft.run.train_stage import stage_config
+from tuna_peft.training.totals import Totals
 
 
 @pytest.mark.parametrize(
@@ -44,4 +47,7 @@ def test_a_run_on_the_cpu_leaves_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("reset_peak_memory_stats", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, touched)
-    assert Peak(torch.device("cpu")).as_dict()["peak_memory_of"] == "process"
+    arguments = SimpleNamespace(device=torch.device("cpu"))
+    totals = Totals(SimpleNamespace(args=arguments))
+    totals.on_train_begin(arguments, TrainerState(), None)
+    assert totals.peak_memory() > 0

@@ -13,7 +13,7 @@ from tuna_peft import TunaConfig, TunaTrainer, UserError
 from tuna_peft.models.base.load import make_quantization_config
 from tuna_peft.models.forward.scoring import response_logps
 from tuna_peft.models.stack.adapters import adapter_names, fingerprint, push_adapter
-from tuna_peft.training.checkpoint import latest_checkpoint
+from tuna_peft.training.resume import latest_checkpoint
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 
 def main() -> None:
@@ -12,6 +13,9 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")  # only the first of several processes shows progress bars
+
+    # What schedulers send before they kill counts as Ctrl-C: results so far are kept, and the exit code is 130.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     from tuna_peft.cli.app import app
 

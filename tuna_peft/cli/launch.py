@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ def launch_run(config: Path, recipe: str, overrides: list[str], output: Path | N
     command += ["--output", str(output)] if output else []
     command += ["--dry-run"] if dry_run else ["--yes"]
     process = subprocess.Popen(command)
+    # Schedulers may send it to this process alone; Ctrl-C reaches all processes of a terminal.
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
             return process.wait()

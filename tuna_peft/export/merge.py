@@ -24,7 +24,6 @@ from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.merged_weights import DTYPES, MergedWeights
 from tuna_peft.export.output import (
     mean_and_max,
-    peak_rss_bytes,
     require_replaceable,
     require_space,
     resumable_directory,
@@ -32,6 +31,7 @@ from tuna_peft.export.output import (
 )
 from tuna_peft.export.safetensors_stream import write_safetensors
 from tuna_peft.files import write_json
+from tuna_peft.limits import peak_rss_bytes
 from tuna_peft.models.base.load import resolve_device, resolve_dtype
 
 MERGED_DTYPES = (*DTYPES, "nf4")

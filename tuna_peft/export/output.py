@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -112,17 +111,3 @@ def require_space(out_dir: str | os.PathLike[str], needed: int) -> None:
 def mean_and_max(errors: Mapping[str, float]) -> dict[str, float] | None:
     """Mean and maximum of the modules' errors; None without any."""
     return {"mean": sum(errors.values()) / len(errors), "max": max(errors.values())} if errors else None
-
-
-def peak_rss_bytes() -> int | None:
-    """Peak memory of this process since its start, in bytes; None on Windows."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux: `getrusage` counts what the process that started this one held
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

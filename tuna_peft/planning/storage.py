@@ -60,7 +60,7 @@ def disk(run: RunSpec, device: Device) -> dict[str, float]:
             disk[f"{helper.name}, 16-bit, downloaded"] = 2.0 * (helper.shape.body + helper.shape.unquantized)
     disk |= {
         "adapters, separate and combined": 2 * 4.0 * adapters,
-        "checkpoints: one of each stage, and one that is being written": (len(run.stages) + 1) * checkpoint,
+        "checkpoints: one of each stage, two more while it trains": (len(run.stages) + 2) * checkpoint,
     }
     if run.merge is None:
         return disk

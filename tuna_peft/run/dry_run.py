@@ -179,7 +179,7 @@ def _data(source: DataSource, rows: int | None) -> str:
 
 
 def _state(output: Path, stage: ResolvedStage) -> str:
-    from tuna_peft.training.checkpoint import latest_checkpoint
+    from tuna_peft.training.resume import latest_checkpoint
 
     folder = output / "stages" / stage.name
     if (folder / "done.json").is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 import threading
 import time
@@ -28,13 +29,13 @@ from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.stack.adapters import push_adapter, take_over
 from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.recipe.schema import Recipe
-from tuna_peft.run.measure import Peak
 from tuna_peft.run.sharding import under_deepspeed, world_size
 from tuna_peft.terminal import echo
 from tuna_peft.training.checkpoint import StopOnRequest, latest_checkpoint
 from tuna_peft.training.config import TunaConfig, mixed_precision, use_one_gpu
 from tuna_peft.training.engines import require_fitting_deepspeed, require_same_engine
 from tuna_peft.training.progress import StageProgress
+from tuna_peft.training.resume import checkpoints, latest_checkpoint
 from tuna_peft.training.sft import StackSFTTrainer
 from tuna_peft.training.trainer import TunaTrainer
 
@@ -87,7 +88,6 @@ def train_stage(
     if checkpoint:
         require_same_engine(checkpoint, config.world_size, deepspeed=trainer.is_deepspeed_enabled)
         logger.info("stage %s resumes from %s", stage.name, checkpoint.name)
-    started, peak = time.monotonic(), Peak(stacked.device)
     with _stop_on_ctrl_c(stop), contextlib.closing(progress):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = trainer.state.log_history
@@ -96,15 +96,19 @@ def train_stage(
         save_curves(history, folder / "curves.png", title=f"{recipe.name}: {stage.name}")
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
+    if trainer.is_world_process_zero() and "save_total_limit" not in stage.train_overrides:
+        for earlier in checkpoints(folder)[1:]:
+            shutil.rmtree(earlier, ignore_errors=True)
     summary = {
         "type": stage.type,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "train_loss": result.training_loss,
         "tokens": _tokens(trainer),
-        "seconds": round(time.monotonic() - started, 2),
+        "seconds": round(trainer.totals.seconds(), 2),
         "resumed_from": checkpoint.name if checkpoint else None,
-        **peak.as_dict(),
+        "peak_memory_gib": round(trainer.totals.peak_memory() / 2**30, 3),
+        "peak_memory_of": "cuda" if stacked.device.type == "cuda" else "process",
         "trainable_parameters": sum(p.numel() for p in stacked.parameters() if p.requires_grad),
         "lora": lora.model_dump(),
     }
@@ -119,7 +123,7 @@ def stage_config(recipe: Recipe, stage: ResolvedStage, folder: Path, *, on_cpu: 
     """
     settings: dict[str, Any] = {
         "report_to": "none",
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # one to resume from where the newest is damaged
         "dataloader_pin_memory": not on_cpu,
         "ddp_find_unused_parameters": False,  # all trained weights are used; searching would cost time in every pass
         **stage.train_overrides,
@@ -185,6 +189,8 @@ def _tokens(trainer: StackSFTTrainer | TunaTrainer) -> int | None:
 def _stop_on_ctrl_c(stop: StopOnRequest) -> Iterator[None]:
     """The first Ctrl-C stops training after the current step, with a checkpoint; a second one interrupts immediately.
 
+    SIGTERM, which schedulers send before they kill, counts as Ctrl-C.
+
     Under a launcher a second signal right after the first one is ignored: it is the same Ctrl-C.
     """
     # Python allows signal handlers in the main thread only; notebooks and servers may train in another one.
@@ -202,8 +208,9 @@ def _stop_on_ctrl_c(stop: StopOnRequest) -> Iterator[None]:
         elif world_size() == 1 or time.monotonic() > first + _REPEATED_CTRL_C:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, request)
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,20 +7,20 @@ defect.
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import TrainerCallback
 
 from tuna_peft.errors import UserError
-from tuna_peft.files import disk_full_is_a_user_error
+from tuna_peft.files import disk_full_is_a_user_error, flush_directory
 from tuna_peft.models.stack.adapters import adapter_names, load_adapter_weights, train_top_adapter
 from tuna_peft.models.stack.files import write_stack
 from tuna_peft.training.engines import DataParallel
+from tuna_peft.training.resume import latest_checkpoint, require_undamaged
+from tuna_peft.training.totals import Totals
 
 
 class StackCheckpoints(DataParallel):
@@ -28,7 +28,52 @@ class StackCheckpoints(DataParallel):
 
     Every save writes the whole stack with its manifest (`stack.json`); every load sets the weights of the top adapter
     only, because the frozen ones have not changed.
+
+    Attributes:
+        totals: Sums over the whole training, resumed or not.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.totals = Totals(self)
+        self.add_callback(self.totals)
+
+    def metric_sums(self) -> Any:
+        """The metrics of training steps that are not logged yet, as a JSON value; saved in checkpoints."""
+        return None
+
+    def restore_metric_sums(self, sums: Any) -> None:
+        """The inverse of `metric_sums`."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval=None):
+        """Trains as `Trainer` does. `resume_from_checkpoint=True` takes the newest checkpoint that is not damaged.
+
+        Raises:
+            UserError: The checkpoint is damaged.
+        """
+        if resume_from_checkpoint is True:
+            if (found := latest_checkpoint(self.args.output_dir)) is not None:
+                resume_from_checkpoint = str(found)
+        elif resume_from_checkpoint:
+            require_undamaged(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one optimizer step; none if training was resumed at its end, where `Trainer` takes a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs; the speed at the end is that of the whole training, as is its mean loss."""
+        if "train_runtime" in logs:
+            seconds = self.totals.seconds()
+            for key in ("train_samples_per_second", "train_steps_per_second"):
+                if key in logs:
+                    logs[key] = round(logs[key] * logs["train_runtime"] / seconds, 3)
+            logs["train_runtime"] = round(seconds, 4)
+        super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not isinstance(self.model, PeftModel):
@@ -40,8 +85,14 @@ class StackCheckpoints(DataParallel):
             self.processing_class.save_pretrained(str(folder))
 
     def _save_checkpoint(self, model, trial) -> None:
-        with disk_full_is_a_user_error(self.args.output_dir):
+        folder = Path(self.args.output_dir)
+        if not folder.is_dir():
+            raise UserError("the output directory was deleted during training", where=str(folder))
+        self.totals.save()
+        with disk_full_is_a_user_error(folder):
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                flush_directory(folder / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if isinstance(self.model, PeftModel):
@@ -59,25 +110,6 @@ class StackCheckpoints(DataParallel):
         top = adapter_names(self.model)[-1]
         load_adapter_weights(self.model, top, Path(checkpoint) / top)
         train_top_adapter(self.model)
-
-
-def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint in a trainer's output folder.
-
-    `trainer_state.json` is written last: a checkpoint without a readable one was interrupted, and is ignored.
-    """
-
-    def step(path: Path) -> int:
-        return int(path.name.rpartition("-")[2])
-
-    named = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]{1,18}", path.name)]
-    for path in sorted(named, key=step, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        return path
-    return None
 
 
 class StopOnRequest(TrainerCallback):

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import reduce
+from operator import add
 
 import torch
 from accelerate.utils import gather_object
@@ -36,6 +38,25 @@ class RunningMeans:
         """Adds `total` over `count` items to the mean `name`."""
         self._sums[name].append((torch.as_tensor(total).detach(), torch.as_tensor(count)))
 
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """`{name: (total, count)}` of this process."""
+        # Added one by one: `sum` rounds less from Python 3.12 on, and then depends on where training was interrupted.
+        return {
+            name: (
+                reduce(add, (float(total) for total, _ in pairs)),
+                reduce(add, (float(count) for _, count in pairs)),
+            )
+            for name, pairs in self._sums.items()
+        }
+
+    def restore(self, sums: dict[str, tuple[float, float]]) -> None:
+        """Puts back what `sums` returned, exactly."""
+        self._sums.clear()
+        for name, (total, count) in sums.items():
+            self._sums[name].append(
+                (torch.tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64))
+            )
+
     def copy(self) -> RunningMeans:
         """A copy to restore when a step is repeated."""
         other = RunningMeans()
@@ -44,10 +65,7 @@ class RunningMeans:
 
     def pop(self, *, several_processes: bool = False) -> dict[str, float]:
         """`{name: mean}` over all processes; names without any item are left out. Resets the sums."""
-        own = {
-            name: (sum(float(total) for total, _ in pairs), sum(float(count) for _, count in pairs))
-            for name, pairs in self._sums.items()
-        }
+        own = self.sums()
         self._sums.clear()
         totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for sums in gather_object([own]) if several_processes else [own]:

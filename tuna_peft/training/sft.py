@@ -22,6 +22,16 @@ class StackSFTTrainer(StackCheckpoints, SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.float32)
 
+    def metric_sums(self):
+        """The metrics that are not logged yet, and the number of tokens so far."""
+        return {"tokens": self._total_train_tokens, "metrics": dict(self._metrics["train"])}
+
+    def restore_metric_sums(self, sums):
+        """Puts them back."""
+        self._total_train_tokens = sums["tokens"]
+        self._metrics["train"].update(sums["metrics"])
+        self.model.train()  # TRL logs the metrics of the mode that the model is in
+
     def create_model_card(self, *args, **kwargs):
         """Writes no card: the export writes one for the whole stack."""
 

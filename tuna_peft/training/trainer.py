@@ -210,6 +210,14 @@ class TunaTrainer(StackCheckpoints, Trainer):
         self.state.num_input_tokens_seen += sum(len(batch.tokens_U) for batch in micro_batches)
         return batches, self._count(micro_batches)
 
+    def metric_sums(self):
+        """The ranking metrics that are not logged yet."""
+        return self._means["train"].sums()
+
+    def restore_metric_sums(self, sums):
+        """Puts them back."""
+        self._means["train"].restore(sums)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward passes over the micro-batches of one batch.
 
