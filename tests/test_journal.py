@@ -167,3 +167,22 @@ def test_kill_9_in_the_middle_of_writing(tmp_path):
         with Journal(tmp_path / "j.jsonl") as journal:
             keys = [int(key) for key in journal]
             assert keys == list(range(len(keys))) and len(keys) > last
+
+
+def test_records_and_the_name_of_the_file_are_flushed_to_disk(tmp_path, monkeypatch):
+    flushed = []
+
+    def fsync(file):
+        flushed.append((os.readlink(f"/proc/self/fd/{file}"), (tmp_path / "j.jsonl").read_bytes().count(b"\n")))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Journal(tmp_path / "j.jsonl") as journal:
+        assert flushed == [(str(tmp_path), 0)]  # a new file is lost with the list of names that it is missing from
+        monkeypatch.setattr("tuna_peft.journal.SYNC_SECONDS", 1e9)
+        journal.add("a", 1)
+        assert len(flushed) == 1
+        monkeypatch.setattr("tuna_peft.journal.SYNC_SECONDS", -1.0)
+        journal.add("b", 2)
+        monkeypatch.setattr("tuna_peft.journal.SYNC_SECONDS", 1e9)
+        journal.add("c", 3)
+    assert flushed[1:] == [(str(tmp_path / "j.jsonl"), 2), (str(tmp_path / "j.jsonl"), 3)]

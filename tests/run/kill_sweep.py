@@ -3,7 +3,7 @@
     python tests/run/kill_sweep.py FOLDER KILLS SEED SCHEDULES
 
 The process imports everything once and forks for each run, which is much faster than to start Python each time.
-Nothing is computed before a fork, so each run has threads and random numbers of its own. `test_kill_sweep.py` calls it.
+Nothing is computed before a fork, so each run has threads and random numbers of its own. `test_kill_sweep` calls it.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -209,3 +210,17 @@ def test_an_output_folder_that_is_deleted_stops_training_at_its_next_checkpoint(
 
     with pytest.raises(UserError, match="deleted during training"):
         tuna(base_folder, tmp_path / "run", STEPS, [Delete()]).train()
+
+
+def test_a_checkpoint_is_flushed_to_disk(base_folder, tmp_path, monkeypatch):  # noqa: F811
+    """The one before is deleted in the end; without a flush, a power failure could leave neither."""
+    flushed, real = set(), os.fsync
+
+    def fsync(file):
+        flushed.add(os.readlink(f"/proc/self/fd/{file}"))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    tuna(base_folder, tmp_path, {**STEPS, "max_steps": 1}).train()
+    written = [path for path in latest_checkpoint(tmp_path).rglob("*") if path.is_file()]
+    assert len(written) > 5 and {str(path) for path in written} <= flushed
