@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -43,3 +44,16 @@ def test_importing_the_package_loads_no_torch():
 def test_python_m_runs_the_same():
     done = subprocess.run([sys.executable, "-m", "tuna_peft", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("tuna-peft ")
+
+
+def test_sigterm_counts_as_ctrl_c(monkeypatch):
+    """Schedulers send it some time before they kill; by default Python ends at once, and reports nothing."""
+    from tuna_peft import cli
+
+    monkeypatch.setattr("tuna_peft.cli.app.app", lambda **_: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the handler was not replaced"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
