@@ -153,9 +153,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
         if train_dataset is not None:
             train_dataset = _encode(train_dataset, processing_class, args, context)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: _encode(dataset, processing_class, args, context) for name, dataset in eval_dataset.items()
-            }
+            eval_dataset = {name: _encode(one, processing_class, args, context) for name, one in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = _encode(eval_dataset, processing_class, args, context)
 
@@ -211,11 +209,9 @@ class TunaTrainer(StackCheckpoints, Trainer):
         return batches, self._count(micro_batches)
 
     def metric_sums(self):
-        """The ranking metrics that are not logged yet."""
         return self._means["train"].sums()
 
     def restore_metric_sums(self, sums):
-        """Puts them back."""
         self._means["train"].restore(sums)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -351,13 +347,10 @@ class TunaTrainer(StackCheckpoints, Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss only; `compute_loss` records the metrics."""
-        micro_batches = inputs["micro_batches"]
-        counts = self._count(micro_batches)
+        passes = inputs["micro_batches"]
+        counts = self._count(passes)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [
-                self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=counts)
-                for batch in micro_batches
-            ]
+            losses = [self.compute_loss(model, self._prepare_inputs(one), num_items_in_batch=counts) for one in passes]
         return torch.stack(losses).sum(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -404,5 +397,4 @@ def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: TunaConf
 def _micro_batch_counts(batch: PackedBatch) -> tuple[list[int], int, int]:
     """Pairs by difference in rank, prompts, and tokens of the SFT loss (NLL) term."""
     counts = PairCounts.of(batch.ranks_BN)
-    mle_tokens = batch.mle_BN.flatten()[batch.responses_P].sum()
-    return counts.pairs_G.tolist(), int(counts.prompts), int(mle_tokens)
+    return counts.pairs_G.tolist(), int(counts.prompts), int(batch.mle_BN.flatten()[batch.responses_P].sum())
