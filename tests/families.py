@@ -26,11 +26,19 @@ FAMILIES = {
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 4, "head_dim": 16,
                                     "layer_types": ["sliding_attention", "full_attention"]}),
 }  # fmt: skip
+# Families whose logits are not `hidden @ weight.T + bias`. The values are far from "no effect", and differ.
+CHANGED_LOGITS = {
+    "granite": ("GraniteConfig", {"logits_scaling": 0.25}),
+    "cohere": ("CohereConfig", {"logit_scale": 3.0}),
+    "cohere2": ("Cohere2Config", {"logit_scale": 0.5, "sliding_window": 4}),
+    "hyperclovax": ("HyperCLOVAXConfig", {"logits_scaling": 3.0}),
+    "gemma2": ("Gemma2Config", {"final_logit_softcapping": 0.3, "sliding_window": 4, "head_dim": 16}),
+}
 
 
 def make_model(family="llama", attn_implementation="sdpa", **overrides):
     """A random model of a family; the same seed every time."""
-    name, extra = FAMILIES[family]
+    name, extra = (FAMILIES | CHANGED_LOGITS)[family]
     config = getattr(transformers, name)(**{**SMALL, **extra, **overrides})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()

@@ -156,7 +156,7 @@ def test_names_of_gpus_are_unique():
         ({"model_type": "gpt2"}, "the planner does not know models of type 'gpt2'"),
         ({"model_type": "llama"}, "has no 'hidden_size'"),
         ({"model_type": "qwen3_moe", "num_experts": 64}, "'qwen3_moe': experts stay in 16 bits"),
-        ({"model_type": "gemma2"}, "'gemma2': its logits are soft-capped"),
+        ({"model_type": "gemma2"}, "'gemma2': its attention scores are soft-capped"),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "'gemma3': with its vision model"),
     ],
 )

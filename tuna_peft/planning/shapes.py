@@ -13,7 +13,7 @@ from tuna_peft.limits import context_length
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
 # Other models that users are likely to try, and why there is no plan.
 _REFUSED = {
-    "gemma2": "its logits are soft-capped, which neither the plan nor the ranking loss supports",
+    "gemma2": "its attention scores are soft-capped, so they are held in memory, which the plan does not count",
     "gemma3": "with its vision model it is not a causal language model; `run` rejects it too",
 }
 _MOE_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")

@@ -31,6 +31,7 @@ from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.sharding import under_deepspeed, world_size
 from tuna_peft.terminal import echo
+from tuna_peft.training.checkpoint import StopOnRequest
 from tuna_peft.training.config import TunaConfig, mixed_precision, use_one_gpu
 from tuna_peft.training.engines import require_fitting_deepspeed, require_same_engine
 from tuna_peft.training.progress import StageProgress

@@ -37,7 +37,7 @@ from tuna_peft.limits import LONG_ROW, context_length, within_context
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.load import load_base
 from tuna_peft.models.base.shards import is_sharded
-from tuna_peft.models.forward.logps import require_plain_head
+from tuna_peft.models.forward.logps import output_head
 from tuna_peft.models.forward.prefix import describe_attention
 from tuna_peft.models.forward.scoring import response_logps, unwrap
 from tuna_peft.models.forward.verify import verify_packing
@@ -146,7 +146,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
             model.enable_input_require_grads()
         if train_dataset is not None:
             require_trainable(model)
-        require_plain_head(model)
+        output_head(model)
 
         # Data
         context = context_length(model.config)

@@ -9,6 +9,7 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from families import make_model
 from safetensors.torch import load_file
 from tiny_llama import load_tiny, write_base
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, T5Config
@@ -51,6 +52,14 @@ def test_a_missing_base_is_refused(tmp_path: Path) -> None:
         load_base(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="no built-in model"):
         resolve_model_path("builtin:unknown")
+
+
+def test_a_model_without_sdpa_uses_eager_attention(base_path: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base_path, tmp_path / "gemma2"))
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    make_model("gemma2", "eager").save_pretrained(folder)
+    assert load_base(str(folder), device="cpu").model.config._attn_implementation == "eager"
 
 
 def test_pickled_weights_are_not_read(base_path: str, tmp_path: Path) -> None:

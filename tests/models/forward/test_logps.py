@@ -17,7 +17,7 @@ def test_value_and_gradient_equal_log_softmax(rows, bias):
     for chunked in (True, False):
         hidden = torch.randn(rows, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
         if chunked:
-            value = logps.token_logps(hidden, head, targets)
+            value = logps.token_logps(hidden, logps.Head(head.weight, head.bias), targets)
         else:
             value = head(hidden).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
         (value * weights).sum().backward()
@@ -28,13 +28,17 @@ def test_value_and_gradient_equal_log_softmax(rows, bias):
 
 
 def test_gradcheck():
-    head = torch.nn.Linear(4, 9).double().requires_grad_(False)
+    layer = torch.nn.Linear(4, 9).double()
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 9, (5,))
+
     # The forward sums in fp32, hence the loose tolerances.
-    assert torch.autograd.gradcheck(lambda h: logps.token_logps(h, head, targets), (hidden,), eps=1e-2, atol=1e-2)
+    def function(hidden, weight, bias):
+        return logps.token_logps(hidden, logps.Head(weight, bias, 0.7, 2.0), targets)
+
+    assert torch.autograd.gradcheck(function, (hidden, layer.weight, layer.bias), eps=1e-2, atol=1e-2)
 
 
 def test_no_targets():
-    head = torch.nn.Linear(4, 9)
+    head = logps.Head(torch.zeros(9, 4))
     assert logps.token_logps(torch.zeros(0, 4), head, torch.zeros(0, dtype=torch.long)).shape == (0,)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, make_model, make_rows
+from families import CHANGED_LOGITS, FAMILIES, make_model, make_rows
 
 from tuna_peft import UserError
 from tuna_peft.data.collate import RankedCollator
@@ -77,8 +77,30 @@ def test_lengths_and_normalisation():
     torch.testing.assert_close(logps.normalised(0.0), logps.sums_BN)
 
 
+@pytest.mark.parametrize("chunk_rows", [5, 256])
+@pytest.mark.parametrize("family", [*CHANGED_LOGITS, "llama", "llama-tied"])
+def test_every_weight_gets_the_gradient_of_the_models_own_logits(family, chunk_rows, monkeypatch):
+    """Also the head and tied embeddings, and where the model scales or caps its logits."""
+    monkeypatch.setattr("tuna_peft.models.forward.logps.CHUNK_ROWS", chunk_rows)
+    model = make_model(family, "eager" if family == "gemma2" else "sdpa")
+    rows = make_rows(4)
+    weights = torch.linspace(-1, 1, sum(len(row["ranks"]) for row in rows))
+    gradients, values = [], []
+    for score in (separate_sequences, lambda *args: packed_sequences(*args)[0]):
+        model.zero_grad()
+        value = score(model, rows)
+        (value * weights).sum().backward()
+        values.append(value.detach())
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*values, atol=2e-5, rtol=1e-5)
+    for name, gradient in gradients[0].items():
+        # Sums of a few hundred rounded products: relative to the largest entry, not to each.
+        bound = 1e3 * torch.finfo(torch.float32).eps * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], gradient, atol=bound, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_unsupported_output_layers_are_rejected():
     model = make_model()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(UserError, match="final_logit_softcapping=30"):
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(UserError, match="the output layer is a Sequential"):
         packed_sequences(model, make_rows())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import make_model, make_rows
+from families import CHANGED_LOGITS, make_model, make_rows
 
 from tuna_peft import UserError
 from tuna_peft.models.forward import verify
@@ -26,6 +26,17 @@ def test_a_model_that_ignores_the_mask_is_refused():
         verify_packing(model, make_rows(1, n=(3, 3))[0], CPU)
 
 
+@pytest.mark.parametrize("family", CHANGED_LOGITS)
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(family):
+    model = make_model(family, "eager" if family == "gemma2" else "sdpa")
+    row = make_rows(1, n=(3, 3))[0]
+    assert verify_packing(model, row, CPU) < 1e-5
+    forward = model.lm_head.forward  # what `output_head` reads is right, and the model computes something else
+    model.lm_head.forward = lambda hidden: forward(hidden) * 1.3
+    with pytest.raises(UserError, match="changes its logits in a way that is not supported"):
+        verify_packing(model, row, CPU)
+
+
 @pytest.mark.parametrize("length", [1, 4, 100])
 @pytest.mark.parametrize(("dtype", "of_one", "least"), [("bfloat16", 0.4, 0.05), ("float16", 0.1, 0.02)])
 def test_short_responses_may_round_further(length, dtype, of_one, least, monkeypatch):
@@ -37,10 +48,8 @@ def test_short_responses_may_round_further(length, dtype, of_one, least, monkeyp
     def off_by(difference):
         def found(model, batch):
             logps = score(model, batch)
-            separate = [
-                verify._mean_logp(model, row["prompt_ids"], ids, 0, CPU) * len(ids) for ids in row["completions_ids"]
-            ]
-            logps.sums_BN = torch.stack(separate)[None].float() + difference * length
+            means = [verify._mean_logp(model, row["prompt_ids"], ids, 0, CPU)[0] for ids in row["completions_ids"]]
+            logps.sums_BN = (torch.tensor(means)[None] + difference) * length
             return logps
 
         return found

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from tuna_peft.errors import UserError, first_line
@@ -146,12 +146,16 @@ def load_base(
         quantization_config: See `make_quantization_config`; None loads the model unquantized.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        attn_implementation: `sdpa` is `eager` for models that do not support it, such as Gemma 2.
 
     Raises:
         UserError: The model does not exist, cannot be read, or is not a decoder-only causal LM.
     """
     target = resolve_device(device)
     config, tokenizer = load_config_and_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None for code from the Hub
+    if attn_implementation == "sdpa" and kind is not None and not kind._supports_sdpa:
+        attn_implementation = "eager"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model_path(model),

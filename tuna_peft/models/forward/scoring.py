@@ -18,7 +18,7 @@ from peft import PeftModel
 from tuna_peft.data.batch import PackedBatch
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.errors import UserError
-from tuna_peft.models.forward.logps import require_plain_head, token_logps
+from tuna_peft.models.forward.logps import output_head, token_logps
 from tuna_peft.models.forward.prefix import model_inputs
 
 
@@ -47,12 +47,11 @@ def response_logps(model: torch.nn.Module, batch: PackedBatch) -> ResponseLogps:
         batch: On the model's device.
 
     Raises:
-        UserError: The model's attention or output layer is not supported, see `model_inputs` and `require_plain_head`.
+        UserError: The model's attention or output layer is not supported, see `model_inputs` and `output_head`.
     """
     inputs, predictors_R = model_inputs(unwrap(model), batch)
-    hidden_BTD = final_hidden_states(model, **inputs)
-    head = require_plain_head(unwrap(model))
-    logps_R = token_logps(hidden_BTD.flatten(0, 1)[predictors_R], head, batch.targets_R)
+    hidden_BTD, _ = final_hidden_states(model, **inputs)
+    logps_R = token_logps(hidden_BTD.flatten(0, 1)[predictors_R], output_head(unwrap(model)), batch.targets_R)
     shape, responses_P = batch.ranks_BN.shape, batch.responses_P
     sums = logps_R.new_zeros(shape.numel()).index_add(0, responses_P, logps_R[batch.predictions_P])
     # Not `bincount`: it needs the largest index on the CPU, which makes the CPU wait for the GPU.
@@ -110,8 +109,8 @@ def without_peft(model: torch.nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def final_hidden_states(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
-    """`(B, T, D)` hidden states after the last norm.
+def final_hidden_states(model: torch.nn.Module, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(B, T, D)` hidden states after the last norm, and `(B, V)` the model's own logits at the last position.
 
     The whole model is called, because wrappers (autocast, DDP) act on its `forward`; it computes the logits of one
     position only, and a hook keeps the hidden states. `output_hidden_states=True` would keep those of every layer, and
@@ -121,7 +120,7 @@ def final_hidden_states(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
     backbone = without_peft(unwrap(model)).base_model
     hook = backbone.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
     try:
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
     finally:
         hook.remove()
-    return hidden[0]
+    return hidden[0], logits[:, -1]

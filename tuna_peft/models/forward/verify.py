@@ -1,7 +1,8 @@
-"""Checks on a real model that a packed sequence gives the same log-probabilities as separate sequences.
+"""Checks on a real model that packed sequences and our output layer give the model's own log-probabilities.
 
 Run once before training (`TunaTrainer`), before scoring with a teacher, and by `tuna-peft doctor`: a model that
-ignores the mask or the positions would otherwise train on wrong numbers without an error.
+ignores the mask or the positions, or changes its logits in a way of its own, would otherwise train on wrong numbers
+without an error.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.errors import UserError
-from tuna_peft.models.forward.logps import require_plain_head, token_logps
+from tuna_peft.models.forward.logps import output_head, token_logps
 from tuna_peft.models.forward.scoring import final_hidden_states, response_logps, unwrap
 
 # Largest difference that counts as rounding, in nats, of a response's mean log-probability. The first number holds for
@@ -36,28 +37,32 @@ def verify_packing(model: torch.nn.Module, row: dict[str, Any], device: torch.de
 
     Raises:
         UserError: It is larger than rounding: this model or its attention kernel ignores the mask. Or it is not
-            finite: the model overflows.
+            finite: the model overflows. Or the model's own logits give other log-probabilities than `output_head`.
     """
     row = {name: value for name, value in row.items() if not name.endswith("_gaps")}  # the mask is the same without
     training = model.training
     model.eval()  # dropout would differ between the two
     try:
         packed = response_logps(model, RankedCollator(0)([row]).to(device))
-        separate = torch.stack([
-            _mean_logp(model, row["prompt_ids"], response, skip, device)
-            for response, skip in zip(row["completions_ids"], row["completion_skips"], strict=True)
-        ])  # fmt: skip
+        responses = zip(row["completions_ids"], row["completion_skips"], strict=True)
+        separate = [_mean_logp(model, row["prompt_ids"], response, skip, device) for response, skip in responses]
     finally:
         model.train(training)
     name, dtypes = unwrap(model).config.model_type, _dtypes(model, device)
-    pairs = zip(packed.normalised()[0].tolist(), separate.tolist(), strict=True)
-    differences = [abs(one - other) for one, other in pairs]
+    pairs = zip(packed.normalised()[0].tolist(), separate, strict=True)
+    differences = [abs(one - other) for one, (other, _) in pairs]
     if not all(map(math.isfinite, differences)):
         fix = "Check the weights of the base."
         if torch.float16 in dtypes:
             fix = "Hold the base in float32 (`base.dtype: float32`), or use a GPU that has bf16 (Ampere or later)."
         raise UserError(f"{name}: log-probabilities are not finite in {_named(dtypes)}", fix=fix)
     any_length, one_token = max(_TOLERANCE[dtype] for dtype in dtypes)
+    if (off := max(off for _, off in separate)) > one_token:
+        raise UserError(
+            f"{name}: the model changes its logits in a way that is not supported (log-probabilities differ by "
+            f"{off:.3g} nats; rounding in {_named(dtypes)} explains {one_token:.3g})",
+            fix="A factor (`logit_scale`, `logits_scaling`) and a soft cap (`final_logit_softcapping`) are supported.",
+        )
     for difference, length in zip(differences, packed.lengths_BN[0].tolist(), strict=True):
         tolerance = max(any_length, one_token / length**0.5)
         if difference > tolerance:
@@ -71,7 +76,7 @@ def verify_packing(model: torch.nn.Module, row: dict[str, Any], device: torch.de
 
 def _dtypes(model: torch.nn.Module, device: torch.device) -> set[torch.dtype]:
     """The dtypes in which the model rounds: of its weights, of 8-bit layers, of autocast."""
-    dtypes = {require_plain_head(unwrap(model)).weight.dtype}
+    dtypes = {output_head(unwrap(model)).weight_VD.dtype}
     if getattr(unwrap(model), "is_loaded_in_8bit", False):
         dtypes.add(torch.int8)
     if torch.is_autocast_enabled(device.type):
@@ -83,9 +88,14 @@ def _named(dtypes: set[torch.dtype]) -> str:
     return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def _mean_logp(model: torch.nn.Module, prompt: list[int], response: list[int], skip: int, device) -> torch.Tensor:
-    """Mean log-probability of a response without its first `skip` tokens, in a plain causal sequence."""
+def _mean_logp(
+    model: torch.nn.Module, prompt: list[int], response: list[int], skip: int, device: torch.device
+) -> tuple[float, float]:
+    """Mean log-probability of a response without its first `skip` tokens, in a plain causal sequence; and the largest
+    difference to what the model's own logits give after it, among the most likely tokens there."""
     ids = torch.tensor([prompt + response], device=device)
-    hidden_TD = final_hidden_states(model, input_ids=ids)[0]
-    first = len(prompt) + skip
-    return token_logps(hidden_TD[first - 1 : -1], require_plain_head(unwrap(model)), ids[0, first:]).mean()
+    hidden_BTD, own_BV = final_hidden_states(model, input_ids=ids)
+    hidden_TD, head, first = hidden_BTD[0], output_head(unwrap(model)), len(prompt) + skip
+    own_logps, likely = own_BV[0].float().log_softmax(-1).topk(min(8, own_BV.shape[-1]))
+    off = (token_logps(hidden_TD[-1:].expand(len(likely), -1), head, likely) - own_logps).abs().max()
+    return token_logps(hidden_TD[first - 1 : -1], head, ids[0, first:]).mean().item(), off.item()
