@@ -121,25 +121,27 @@ class MicroBatchCollator:
         max_tokens: Maximum tokens of a micro-batch, padding included; None puts all prompts into one.
 
     Returns (when called):
-        `{"micro_batches": [PackedBatch, ...]}`, the longest sequences first, so that running out of memory shows at
-        once. A dict, because `Trainer` looks up keys in a batch.
+        `{"micro_batches": [PackedBatch, ...], "order": [int, ...]}`, the longest sequences first, so that running out
+        of memory shows at once; `order` holds the row of each sequence. A dict, because `Trainer` looks up keys in a
+        batch.
     """
 
     collate: RankedCollator
     max_tokens: int | None = None
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[PackedBatch]]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         packed = [self.collate.pack(row) for row in rows]
+        order = list(range(len(rows)))
         if self.max_tokens is None:
-            return {"micro_batches": [self.collate.stack(packed)]}
-        packed.sort(key=lambda row: -len(row.tokens))
+            return {"micro_batches": [self.collate.stack(packed)], "order": order}
+        order.sort(key=lambda index: -len(packed[index].tokens))
         micro_batches: list[list[PackedRow]] = []
-        for row in packed:
+        for row in (packed[index] for index in order):
             width = len(micro_batches[-1][0].tokens) if micro_batches else 0
             if not micro_batches or (len(micro_batches[-1]) + 1) * width > self.max_tokens:
                 micro_batches.append([])
             micro_batches[-1].append(row)
-        return {"micro_batches": [self.collate.stack(rows) for rows in micro_batches]}
+        return {"micro_batches": [self.collate.stack(rows) for rows in micro_batches], "order": order}
 
     def require_fitting(self, rows: Iterable[dict[str, Any]]) -> None:
         """Checks that every prompt fits into the budget with its responses.

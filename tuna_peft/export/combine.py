@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.compress import compress
@@ -17,6 +16,7 @@ from tuna_peft.export.output import mean_and_max, require_replaceable, require_s
 from tuna_peft.export.safetensors_stream import TensorSpec, write_safetensors
 from tuna_peft.files import atomic_directory, write_json
 from tuna_peft.models.stack.adapters import ADAPTER_WEIGHTS, LORA_A, LORA_B, PEFT_PREFIX, save_config
+from tuna_peft.models.stack.combined import sum_config
 
 COMPRESSION = "compression_error.json"
 
@@ -54,8 +54,7 @@ def combine_stack(
 ) -> CombineReport:
     """Writes the stack as one adapter by rank concatenation; plain `PeftModel.from_pretrained` loads it.
 
-    The scalings go into B in fp32 and the new adapter's alpha equals its rank, so no loader's convention (alpha / r,
-    alpha / sqrt(r), one alpha for all ranks) can change it.
+    The scalings go into B, in fp32; for its configuration see `sum_config`.
 
     Args:
         stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
@@ -89,7 +88,8 @@ def combine_stack(
         both, errors[module] = compress(factors.of(module), ranks[module])
         return {f"{PEFT_PREFIX}{module}{LORA_A}": both.a, f"{PEFT_PREFIX}{module}{LORA_B}": both.b}
 
-    config = _combined_config(factors, ranks)
+    base = factors.manifest.base
+    config = sum_config(factors.configs, ranks, base=base["model"], revision=base["revision"])
     with atomic_directory(out_dir) as aside:
         write_safetensors(aside / ADAPTER_WEIGHTS, groups, load)
         save_config(config, aside)
@@ -105,44 +105,3 @@ def combine_stack(
         nbytes=(Path(out_dir) / ADAPTER_WEIGHTS).stat().st_size,
         seconds=time.perf_counter() - start,
     )
-
-
-def _combined_config(factors: StackFactors, ranks: dict[str, int]) -> LoraConfig:
-    # r is the largest rank: servers such as vLLM size their buffers by it.
-    rank = max(ranks.values())
-    pattern = _rank_pattern(ranks, rank)
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=_targets(factors),
-        fan_in_fan_out=factors.configs[0].fan_in_fan_out,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        base_model_name_or_path=factors.manifest.base["model"],
-        revision=factors.manifest.base["revision"],
-    )
-
-
-def _rank_pattern(ranks: dict[str, int], default: int) -> dict[str, int]:
-    """Ranks other than `default`, by the last part of module names if these modules agree, else by full name."""
-    by_leaf: dict[str, dict[str, int]] = {}
-    for module, rank in ranks.items():
-        by_leaf.setdefault(module.rpartition(".")[2], {})[module] = rank
-    pattern: dict[str, int] = {}
-    for leaf, own in by_leaf.items():
-        agreed = {leaf: next(iter(own.values()))} if len(set(own.values())) == 1 else own
-        pattern.update({key: rank for key, rank in agreed.items() if rank != default})
-    return pattern
-
-
-def _targets(factors: StackFactors) -> list[str]:
-    """The union of the adapters' target lists if it selects the same modules, else every module's full name."""
-    targets: set[str] = set()
-    for config in factors.configs:
-        narrowed = config.layers_to_transform is not None or config.exclude_modules
-        if isinstance(config.target_modules, str) or not config.target_modules or narrowed:
-            return sorted(factors.shapes)
-        targets.update(config.target_modules)
-    return sorted(targets)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from tuna_peft.errors import UserError
 from tuna_peft.files import disk_full_is_a_user_error, flush_directory
 from tuna_peft.models.stack.adapters import adapter_names, load_adapter_weights, train_top_adapter
+from tuna_peft.models.stack.combined import save_sum
 from tuna_peft.models.stack.files import write_stack
 from tuna_peft.training.engines import DataParallel
 from tuna_peft.training.resume import latest_checkpoint, require_undamaged
@@ -26,8 +27,8 @@ from tuna_peft.training.totals import Totals
 class StackCheckpoints(DataParallel):
     """Mixin for trainers of a stack's top adapter; put it before the trainer class.
 
-    Every save writes the whole stack with its manifest (`stack.json`); every load sets the weights of the top adapter
-    only, because the frozen ones have not changed.
+    Every save writes the whole stack with its manifest (`stack.json`), and its sum as one adapter that plain PEFT
+    loads; every load sets the weights of the top adapter only, because the frozen ones have not changed.
 
     Attributes:
         totals: Sums over the whole training, resumed or not.
@@ -82,6 +83,7 @@ class StackCheckpoints(DataParallel):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             write_stack(self.model, folder)
+            save_sum(self.model, folder)
             self.processing_class.save_pretrained(str(folder))
 
     def _save_checkpoint(self, model, trial) -> None:

@@ -14,6 +14,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from tuna_peft.data.config import Overflow
 from tuna_peft.limits import is_ampere_or_later
+from tuna_peft.training.options import refuse_options
 
 
 @dataclass
@@ -139,6 +140,7 @@ class TunaConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self) -> None:
+        refuse_options(self)
         # transformers 5.18 renamed the field; None means that only the old name was set.
         if getattr(self, "activation_checkpointing", True) is None:
             self.activation_checkpointing = self.gradient_checkpointing

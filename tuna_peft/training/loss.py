@@ -60,6 +60,16 @@ class RankingLoss:
         Returns:
             A scalar. With the counts of the step, the results of its micro-batches add up to the loss of the step.
         """
+        sums_G = self.sums(scores_BN, ranks_BN)
+        denominators_G = self.denominators(counts)[: len(sums_G)]
+        return sums_G @ denominators_G.clamp_min(1).double().reciprocal().to(sums_G)
+
+    def sums(self, scores_BN: torch.Tensor, ranks_BN: torch.Tensor) -> torch.Tensor:
+        """The losses of a batch, not averaged yet, so that those of different batches add up.
+
+        Returns:
+            `(G,)` by difference in rank for `gap_mean`; `(1,)` for what is averaged over prompts.
+        """
         # Missing responses may have any score, even NaN, which must not reach the sum or the gradient.
         scores_BN = scores_BN.masked_fill(ranks_BN < 0, 0.0)
         steps_BNN = distances(ranks_BN)
@@ -68,21 +78,20 @@ class RankingLoss:
             # Only responses that are ranked below i compete with it.
             below_BNN = (self.beta * ahead_BNN).masked_fill(steps_BNN == 0, -torch.inf)
             zeros_BN1 = torch.zeros_like(scores_BN)[..., None]  # log(1 + sum exp(x)) = logsumexp(0, x)
-            return torch.cat([zeros_BN1, below_BNN], dim=-1).logsumexp(-1).sum() / counts.prompts
+            return torch.cat([zeros_BN1, below_BNN], dim=-1).logsumexp(-1).sum()[None]
         violations_BNN = ahead_BNN + self.margin * steps_BNN.to(scores_BN)
         losses_BNN = violations_BNN.clamp_min(0) if self.loss_type == "hinge" else softplus(self.beta * violations_BNN)
         # Sums by difference in rank, because `gap_mean` averages each of them over its own number of pairs.
         gaps = range(1, scores_BN.shape[1])
         if not gaps:
-            return scores_BN.sum() * 0  # zero, with a gradient: `backward` must work for a batch without pairs
-        losses_G = torch.stack([losses_BNN.masked_fill(steps_BNN != gap, 0.0).sum() for gap in gaps])
-        return losses_G @ self._weights(counts)[: len(losses_G)].to(losses_G)
+            return scores_BN.sum()[None] * 0  # zero, with a gradient: `backward` must work for a batch without pairs
+        sums_G = torch.stack([losses_BNN.masked_fill(steps_BNN != gap, 0.0).sum() for gap in gaps])
+        return sums_G if self.reduction == "gap_mean" else sums_G.sum()[None]
 
-    def _weights(self, counts: PairCounts) -> torch.Tensor:
-        """`(G,)` weights for the summed losses of the pairs of each difference in rank."""
-        if self.reduction == "gap_mean":
-            return counts.pairs_G.clamp_min(1).double().reciprocal()
-        return counts.prompts.double().reciprocal().expand(len(counts.pairs_G))
+    def denominators(self, counts: PairCounts) -> torch.Tensor:
+        """The numbers of pairs, or of prompts, that the `sums` are averaged over; `(G,)` or `(1,)`."""
+        by_gap = self.reduction == "gap_mean" and self.loss_type != "list_mle"
+        return counts.pairs_G if by_gap else counts.prompts[None]
 
 
 def tuna_loss(

@@ -28,6 +28,16 @@ def pair_statistics(
     return right, satisfied, pairs_BNN.sum()
 
 
+def add_ranking_metrics(means: RunningMeans, scores_BN: torch.Tensor, ranks_BN: torch.Tensor, margin: float) -> None:
+    """Adds a micro-batch to `ranking_accuracy`, `margin_satisfaction` and the mean score of every rank."""
+    right, satisfied, pairs = pair_statistics(scores_BN, ranks_BN, margin)
+    means.add("ranking_accuracy", right, pairs)
+    means.add("margin_satisfaction", satisfied, pairs)
+    for rank in range(ranks_BN.shape[1]):
+        has_rank_BN = ranks_BN == rank
+        means.add(f"scores/rank_{rank}", torch.where(has_rank_BN, scores_BN, 0.0).sum(), has_rank_BN.sum())
+
+
 class RunningMeans:
     """Sums and counts by name. No value leaves the device before `pop`, so recording does not wait for a GPU."""
 

@@ -6,6 +6,7 @@ import torch
 from trl import SFTTrainer
 
 from tuna_peft.training.checkpoint import StackCheckpoints
+from tuna_peft.training.finite import SkippedSteps, require_finite_loss
 
 
 class StackSFTTrainer(StackCheckpoints, SFTTrainer):
@@ -16,6 +17,7 @@ class StackSFTTrainer(StackCheckpoints, SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.add_callback(SkippedSteps())
         # TRL 1.16 casts the adapters of a quantized base to bf16. On a T4 (fp16) the gradient scaler fails on bf16
         # gradients, and everywhere bf16 weights round away the small updates at the end of training.
         for parameter in self.model.parameters():
@@ -31,6 +33,11 @@ class StackSFTTrainer(StackCheckpoints, SFTTrainer):
         self._total_train_tokens = sums["tokens"]
         self._metrics["train"].update(sums["metrics"])
         self.model.train()  # TRL logs the metrics of the mode that the model is in
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        require_finite_loss(self, loss)
+        return loss
 
     def create_model_card(self, *args, **kwargs):
         """Writes no card: the export writes one for the whole stack."""

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -31,11 +32,9 @@ from transformers import (
 
 from tuna_peft.data.batch import PackedBatch
 from tuna_peft.data.collate import MicroBatchCollator, RankedCollator, total_length
-from tuna_peft.data.tokenize import encode_dataset
-from tuna_peft.errors import UserError
-from tuna_peft.limits import LONG_ROW, context_length, within_context
+from tuna_peft.files import write_text
+from tuna_peft.limits import LONG_ROW, context_length
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
-from tuna_peft.models.base.load import load_base
 from tuna_peft.models.base.shards import is_sharded
 from tuna_peft.models.forward.logps import output_head
 from tuna_peft.models.forward.prefix import describe_attention
@@ -43,30 +42,20 @@ from tuna_peft.models.forward.scoring import response_logps, unwrap
 from tuna_peft.models.forward.verify import verify_packing
 from tuna_peft.models.stack.adapters import push_adapter
 from tuna_peft.training.activation_memory import ActivationMemory
+from tuna_peft.training.card import trainer_card
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
 from tuna_peft.training.config import TunaConfig
-from tuna_peft.training.loss import PairCounts, RankingLoss
-from tuna_peft.training.metrics import RunningMeans, pair_statistics
+from tuna_peft.training.evaluation import RankedEvaluation
+from tuna_peft.training.finite import SkippedSteps, require_finite_loss
+from tuna_peft.training.inputs import encoded_rows, load_model
+from tuna_peft.training.loss import RankingLoss
+from tuna_peft.training.metrics import RunningMeans, add_ranking_metrics
+from tuna_peft.training.step_counts import StepCounts
 
 logger = logging.getLogger("tuna_peft")
 
 
-@dataclass
-class StepCounts:
-    """The denominators of one optimizer step's loss, over all its micro-batches and processes.
-
-    Attributes:
-        pairs: Number of pairs by difference in rank; index 0 holds a difference of 1.
-        prompts: Number of prompts.
-        mle_tokens: Number of response tokens in the SFT loss (NLL) term.
-    """
-
-    pairs: list[int]
-    prompts: int
-    mle_tokens: int
-
-
-class TunaTrainer(StackCheckpoints, Trainer):
+class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
     """
     Trainer for Tuna's ranking loss (https://arxiv.org/abs/2310.13385).
 
@@ -89,13 +78,18 @@ class TunaTrainer(StackCheckpoints, Trainer):
             `peft_config`, the new adapter becomes the next of the stack, on top of frozen ones.
         args: See `TunaConfig`.
         train_dataset: Columns `prompt`, `completions` and `scores` (higher is better) or `ranks`; optionally
-            `reference` and `id`. Prompts and completions are strings or lists of messages.
-        eval_dataset: The same, or a dict of such data sets.
+            `reference` and `id`. Prompts and completions are strings or lists of messages. A `datasets.Dataset`, a
+            list of dicts, or a PyTorch data set with a length.
+        eval_dataset: The same, or a dict of such data sets; `evaluate` and `predict` take the same.
         processing_class: The tokenizer; loaded with the model by default.
         peft_config: The LoRA configuration of the adapter to train.
         quantization_config: For a model given as a string.
-        data_collator: Returns what `MicroBatchCollator` returns, which is the default.
+        data_collator: Takes a list of tokenized rows (`tuna_peft.data.tokenize.encode_ranked`) and returns
+            `{"micro_batches": [PackedBatch, ...]}`, as the default, `MicroBatchCollator`, does. Each row has to be in
+            exactly one of the batches; the loss is averaged over all of them.
         callbacks: As for `transformers.Trainer`, like `optimizers`.
+        compute_metrics: Called after an evaluation with an `EvalPrediction`: `predictions` are the scores
+            `(prompts, n)`, `label_ids` the ranks (0 is best); both are -100 where a response is missing.
 
     Raises:
         UserError: The data cannot be ranked, tokenized or fitted into `max_length`; the model cannot be trained.
@@ -108,13 +102,14 @@ class TunaTrainer(StackCheckpoints, Trainer):
         model: str | PreTrainedModel | PeftModel,
         args: TunaConfig | None = None,
         data_collator: Any | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Any | None = None,
+        eval_dataset: Any | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: LoraConfig | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
     ):
         args = args or TunaConfig("tuna-output")
         if train_dataset is None and eval_dataset is None:
@@ -125,7 +120,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
 
         # Model and tokenizer
         if isinstance(model, str):
-            model, processing_class = _load_model(model, args, processing_class, quantization_config, peft_config)
+            model, processing_class = load_model(model, args, processing_class, quantization_config, peft_config)
         elif quantization_config is not None or args.model_init_kwargs:
             raise ValueError("`quantization_config` and `model_init_kwargs` go with a model given as a string")
         if processing_class is None:
@@ -149,13 +144,15 @@ class TunaTrainer(StackCheckpoints, Trainer):
         output_head(model)
 
         # Data
-        context = context_length(model.config)
+        self._encode = partial(
+            encoded_rows, tokenizer=processing_class, args=args, context=context_length(model.config)
+        )
         if train_dataset is not None:
-            train_dataset = _encode(train_dataset, processing_class, args, context)
+            train_dataset = self._encode(train_dataset)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: _encode(one, processing_class, args, context) for name, one in eval_dataset.items()}
+            eval_dataset = {name: self._encode(dataset) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = _encode(eval_dataset, processing_class, args, context)
+            eval_dataset = self._encode(eval_dataset)
 
         # Collator
         ranked_collator = RankedCollator(processing_class.pad_token_id, mle_on=args.mle_on)
@@ -166,7 +163,8 @@ class TunaTrainer(StackCheckpoints, Trainer):
         # State of this class, which `Trainer.__init__` and the callbacks may use already
         self._verified = False
         self._activations = ActivationMemory(args.activation_memory, args.world_size)
-        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._means, self._evaluated = RunningMeans(), RunningMeans()
+        self._ranking_loss = RankingLoss(args.loss_type, args.margin, args.reduction, args.beta)
 
         super().__init__(
             model=model,
@@ -175,7 +173,8 @@ class TunaTrainer(StackCheckpoints, Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), self._activations],
+            compute_metrics=compute_metrics,
+            callbacks=[*(callbacks or []), self._activations, SkippedSteps()],
             optimizers=optimizers,
         )
 
@@ -209,10 +208,10 @@ class TunaTrainer(StackCheckpoints, Trainer):
         return batches, self._count(micro_batches)
 
     def metric_sums(self):
-        return self._means["train"].sums()
+        return self._means.sums()
 
     def restore_metric_sums(self, sums):
-        self._means["train"].restore(sums)
+        self._means.restore(sums)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward passes over the micro-batches of one batch.
@@ -228,7 +227,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
         can_repeat = self.accelerator.num_processes == 1
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad] if can_repeat else []
         earlier = [parameter.grad for parameter in parameters]
-        metrics = self._means["train"].copy()
+        metrics = self._means.copy()
         if self.exchanges_in_each_pass or is_sharded(model):
             self._equalize_passes(model, micro_batches)
         while True:
@@ -247,12 +246,14 @@ class TunaTrainer(StackCheckpoints, Trainer):
                 if smaller is None:
                     raise
                 micro_batches = smaller
-            self._means["train"] = metrics.copy()
+            self._means = metrics.copy()
             torch.cuda.empty_cache()
         for parameter, gradient in zip(parameters, earlier, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum()
+        require_finite_loss(self, loss)
+        return loss
 
     def _with_less_memory(self, micro_batches: list[PackedBatch]) -> list[PackedBatch] | None:
         """The micro-batches to try next after running out of memory, or None when nothing is left to try."""
@@ -298,15 +299,7 @@ class TunaTrainer(StackCheckpoints, Trainer):
                 self.accelerator.backward(zero)
 
     def _count(self, batches: list[PackedBatch]) -> StepCounts:
-        """The counts of these micro-batches, summed over processes."""
-        own = [_micro_batch_counts(batch) for batch in batches]
-        # Python objects, not tensors: processes differ in the number of micro-batches and of distances in rank.
-        counts = gather_object(own) if self.accelerator.num_processes > 1 else own
-        return StepCounts(
-            pairs=[sum(pairs) for pairs in zip_longest(*(pairs for pairs, _, _ in counts), fillvalue=0)],
-            prompts=sum(prompts for _, prompts, _ in counts),
-            mle_tokens=sum(tokens for _, _, tokens in counts),
-        )
+        return StepCounts.of(batches, several_processes=self.accelerator.num_processes > 1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: StepCounts | None = None):
         """The ranking loss plus `mle_weight` times the token mean of the SFT loss (NLL) term, for one `PackedBatch`.
@@ -320,81 +313,43 @@ class TunaTrainer(StackCheckpoints, Trainer):
         logps = response_logps(model, inputs)
         scores_BN = logps.normalised(args.length_penalty)
 
-        step = PairCounts(
-            torch.tensor(counts.pairs, device=scores_BN.device), torch.tensor(counts.prompts, device=scores_BN.device)
-        )
-        rank_loss = RankingLoss(args.loss_type, args.margin, args.reduction, args.beta)(scores_BN, ranks_BN, step)
-        mle_loss = -torch.where(inputs.mle_BN, logps.sums_BN, 0.0).sum() / max(counts.mle_tokens, 1)
+        rank_loss = self._ranking_loss(scores_BN, ranks_BN, counts.pair_counts(scores_BN.device))
+        nll = -torch.where(inputs.mle_BN, logps.sums_BN, 0.0).sum()
+        mle_loss = nll / max(counts.mle_tokens, 1)
         loss = rank_loss + args.mle_weight * mle_loss
 
-        self._record(model.training, scores_BN.detach(), ranks_BN, rank_loss, mle_loss, counts.prompts)
+        if model.training:
+            share = len(ranks_BN) / counts.prompts  # the shares of all micro-batches of a step add up to 1
+            add_ranking_metrics(self._means, scores_BN.detach(), ranks_BN, args.margin)
+            self._means.add("rank_loss", rank_loss, share)
+            self._means.add("mle_loss", mle_loss, share)
+        else:
+            self._record_evaluation(scores_BN, ranks_BN, nll, StepCounts.of([inputs]))
         # The counts are those of all processes, but gradients and logs are averaged over processes afterwards.
         loss = loss * self.accelerator.num_processes
         return (loss, {"scores": scores_BN}) if return_outputs else loss
 
-    def _record(self, training, scores_BN, ranks_BN, rank_loss, mle_loss, prompts) -> None:
-        """Adds one micro-batch to the metrics that the next `log` writes."""
-        means = self._means["train" if training else "eval"]
-        right, satisfied, pairs = pair_statistics(scores_BN, ranks_BN, self.args.margin)
-        means.add("ranking_accuracy", right, pairs)
-        means.add("margin_satisfaction", satisfied, pairs)
-        for rank in range(ranks_BN.shape[1]):
-            has_rank_BN = ranks_BN == rank
-            means.add(f"scores/rank_{rank}", torch.where(has_rank_BN, scores_BN, 0.0).sum(), has_rank_BN.sum())
-        share = len(ranks_BN) / prompts  # the shares of all micro-batches and processes of a step add up to 1
-        means.add("rank_loss", rank_loss, share)
-        means.add("mle_loss", mle_loss, share)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss only; `compute_loss` records the metrics."""
-        passes = inputs["micro_batches"]
-        counts = self._count(passes)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [self.compute_loss(model, self._prepare_inputs(one), num_items_in_batch=counts) for one in passes]
-        return torch.stack(losses).sum(), None, None
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the ranking metrics to the values that `Trainer` logs."""
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        prefix = "eval_" if mode == "eval" else ""
-        for name, mean in self._means[mode].pop(several_processes=self.accelerator.num_processes > 1).items():
-            logs[prefix + name] = mean
-        if mode == "train" and "loss" in logs:
+        """Adds the ranking metrics of training to the values that `Trainer` logs of it."""
+        if "loss" in logs or "total_flos" in logs:  # of some steps, or of the whole training
+            logs.update(self._means.pop(several_processes=self.accelerator.num_processes > 1))
+        if "loss" in logs:
             logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes `README.md` to the output folder, as `push_to_hub` does with the same keyword arguments.
 
-def _load_model(
-    name: str,
-    args: TunaConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    quantization_config: BitsAndBytesConfig | None,
-    peft_config: LoraConfig | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of that name, trainable if no adapter is added to it, and its tokenizer unless one is given."""
-    if quantization_config is not None and peft_config is None:
-        raise UserError("a quantized base cannot be trained itself", fix="Pass a peft_config.")
-    options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-    base = load_base(name, quantization_config=quantization_config, **options)
-    base.model.requires_grad_(peft_config is None)
-    return base.model, tokenizer or base.tokenizer
-
-
-def _encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: TunaConfig, context: int | None) -> Dataset:
-    """The tokenized rows of a data set, with their lengths where the sampler groups by length."""
-    if "prompt_ids" not in dataset.column_names:
-        max_length = within_context(args.max_length, context)
-        dataset, _ = encode_dataset(
-            dataset, tokenizer, max_length=max_length, overflow=args.overflow,
-            needs_reference=args.mle_on == "reference",
-        )  # fmt: skip
-    if args.train_sampling_strategy == "group_by_length" and args.length_column_name not in dataset.column_names:
-        # `Trainer` would measure `input_ids`, which ranked rows do not have.
-        dataset = dataset.add_column(args.length_column_name, [total_length(row) for row in dataset])
-    return dataset
-
-
-def _micro_batch_counts(batch: PackedBatch) -> tuple[list[int], int, int]:
-    """Pairs by difference in rank, prompts, and tokens of the SFT loss (NLL) term."""
-    counts = PairCounts.of(batch.ranks_BN)
-    return counts.pairs_G.tolist(), int(counts.prompts), int(batch.mle_BN.flatten()[batch.responses_P].sum())
+        Args:
+            model_name: By default the name of the output folder.
+            dataset_name: Hub id of the data set.
+            tags: More tags for the Hub.
+        """
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            more = [tags] if isinstance(tags, str) else tags or []
+            card = trainer_card(self, model_name or folder.resolve().name, dataset_name, [*self._tag_names, *more])
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "README.md", card)

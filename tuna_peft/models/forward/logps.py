@@ -7,7 +7,9 @@ Shape suffixes: R predicted tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,7 +49,9 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx, hidden_RD, weight_VD, bias_V, targets_R, factor, cap):
         head = Head(weight_VD, bias_V, factor, cap)
         of_hidden, *of_head = ctx.needs_input_grad[:3]
-        logps, slopes = zip(*(_chunk(*rows, head, of_hidden) for rows in _chunks(hidden_RD, targets_R)), strict=True)
+        logps, slopes = zip(
+            *(_chunk(rows, targets, head, of_hidden) for rows, targets in _chunks(hidden_RD, targets_R)), strict=True
+        )
         ctx.factor, ctx.cap = factor, cap
         ctx.save_for_backward(
             torch.cat(slopes) if of_hidden else None,
@@ -75,7 +79,7 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _chunks(*columns: torch.Tensor):
+def _chunks(*columns: torch.Tensor) -> Iterator[Any]:
     return zip(*(column.split(CHUNK_ROWS) for column in columns), strict=True)
 
 

@@ -138,9 +138,8 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.copy(model.peft_config[name])
     config.inference_mode = True
-    config.base_model_name_or_path = model_id(cast(PreTrainedModel, model.get_base_model())) or (
-        config.base_model_name_or_path
-    )
+    base_model = model_id(cast(PreTrainedModel, model.get_base_model()))
+    config.base_model_name_or_path = base_model or config.base_model_name_or_path
     save_config(config, folder)
 
 

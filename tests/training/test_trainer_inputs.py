@@ -1,0 +1,77 @@
+"""What users of other trainers hand to `TunaTrainer`: raw rows in many containers, and models by name."""
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_llama import write_base
+from tiny_trainer import LORA, config
+
+from tuna_peft import TunaTrainer, UserError
+
+RAW = [
+    {"prompt": f"w{3 + i} w5", "completions": [f" w{6 + i}", " w8 w9", " w20"], "scores": [2.0, 1.0, float(i % 2)]}
+    for i in range(6)
+]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(RAW)
+
+    def __getitem__(self, index):
+        return RAW[index]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("with_tokenizer") / "base")
+
+
+def make(base, folder, data, **settings):
+    return TunaTrainer(base, config(folder, **settings), train_dataset=data, eval_dataset=data,
+                       peft_config=LoraConfig(**LORA))  # fmt: skip
+
+
+@pytest.mark.parametrize("container", [Dataset.from_list, list, lambda rows: Rows()], ids=["Dataset", "list", "torch"])
+def test_containers_of_rows_train_alike(base, tmp_path, container):
+    run = make(base, tmp_path, container(RAW), max_steps=2)
+    run.train()
+    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    expected = make(base, tmp_path, Dataset.from_list(RAW), max_steps=2)
+    expected.train()
+    assert logged == [entry["loss"] for entry in expected.state.log_history if "loss" in entry]
+
+
+def test_evaluate_and_predict_take_raw_rows(base, tmp_path):
+    run = make(base, tmp_path, Dataset.from_list(RAW))
+    expected = run.evaluate()["eval_loss"]
+    assert run.evaluate(Dataset.from_list(RAW))["eval_loss"] == pytest.approx(expected)
+    assert run.evaluate({"raw": RAW})["eval_raw_loss"] == pytest.approx(expected)
+    output = run.predict(Dataset.from_list(RAW))
+    assert output.metrics["test_loss"] == pytest.approx(expected) and output.predictions.shape == (6, 3)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(RAW)
+
+
+STREAMS = [Dataset.from_list(RAW).to_iterable_dataset(), Stream()]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        *((stream, "a streamed data set cannot be used") for stream in STREAMS),
+        (Dataset.from_list([{"prompt": "w3", "completion": " w4"}]), "nothing can be ranked"),
+        (Dataset.from_list([{"text": "w3 w4"}]), "the data set has the columns text"),
+        (["w3 w4"], "a list cannot be read as rows"),
+        (42, "a int cannot be read as rows"),
+        (datasets.DatasetDict(train=Dataset.from_list(RAW)), "a DatasetDict cannot be read as rows"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused_at_construction(base, tmp_path, data, message):
+    with pytest.raises(UserError, match=message):
+        TunaTrainer(base, config(tmp_path), train_dataset=data, peft_config=LoraConfig(**LORA))
