@@ -45,22 +45,23 @@ def verify_packing(model: torch.nn.Module, row: dict[str, Any], device: torch.de
     try:
         packed = response_logps(model, RankedCollator(0)([row]).to(device))
         responses = zip(row["completions_ids"], row["completion_skips"], strict=True)
-        separate = [_mean_logp(model, row["prompt_ids"], response, skip, device) for response, skip in responses]
+        separate_N2 = torch.stack([_mean_logp(model, row["prompt_ids"], *response, device) for response in responses])
     finally:
         model.train(training)
     name, dtypes = unwrap(model).config.model_type, _dtypes(model, device)
+    separate, off = separate_N2.T.tolist()
     pairs = zip(packed.normalised()[0].tolist(), separate, strict=True)
-    differences = [abs(one - other) for one, (other, _) in pairs]
+    differences = [abs(one - other) for one, other in pairs]
     if not all(map(math.isfinite, differences)):
         fix = "Check the weights of the base."
         if torch.float16 in dtypes:
             fix = "Hold the base in float32 (`base.dtype: float32`), or use a GPU that has bf16 (Ampere or later)."
         raise UserError(f"{name}: log-probabilities are not finite in {_named(dtypes)}", fix=fix)
     any_length, one_token = max(_TOLERANCE[dtype] for dtype in dtypes)
-    if (off := max(off for _, off in separate)) > one_token:
+    if max(off) > one_token:
         raise UserError(
             f"{name}: the model changes its logits in a way that is not supported (log-probabilities differ by "
-            f"{off:.3g} nats; rounding in {_named(dtypes)} explains {one_token:.3g})",
+            f"{max(off):.3g} nats; rounding in {_named(dtypes)} explains {one_token:.3g})",
             fix="A factor (`logit_scale`, `logits_scaling`) and a soft cap (`final_logit_softcapping`) are supported.",
         )
     for difference, length in zip(differences, packed.lengths_BN[0].tolist(), strict=True):
@@ -90,12 +91,12 @@ def _named(dtypes: set[torch.dtype]) -> str:
 
 def _mean_logp(
     model: torch.nn.Module, prompt: list[int], response: list[int], skip: int, device: torch.device
-) -> tuple[float, float]:
-    """Mean log-probability of a response without its first `skip` tokens, in a plain causal sequence; and the largest
-    difference to what the model's own logits give after it, among the most likely tokens there."""
+) -> torch.Tensor:
+    """`(2,)` the mean log-probability of a response without its first `skip` tokens, in a plain causal sequence; and
+    the largest difference to what the model's own logits give after it, among the most likely tokens there."""
     ids = torch.tensor([prompt + response], device=device)
     hidden_BTD, own_BV = final_hidden_states(model, input_ids=ids)
     hidden_TD, head, first = hidden_BTD[0], output_head(unwrap(model)), len(prompt) + skip
     own_logps, likely = own_BV[0].float().log_softmax(-1).topk(min(8, own_BV.shape[-1]))
     off = (token_logps(hidden_TD[-1:].expand(len(likely), -1), head, likely) - own_logps).abs().max()
-    return token_logps(hidden_TD[first - 1 : -1], head, ids[0, first:]).mean().item(), off.item()
+    return torch.stack([token_logps(hidden_TD[first - 1 : -1], head, ids[0, first:]).mean(), off])
