@@ -14,7 +14,6 @@ from tuna_peft import TunaTrainer, UserError
 from tuna_peft.models.base.load import make_quantization_config
 from tuna_peft.models.forward.scoring import response_logps
 from tuna_peft.models.stack.adapters import adapter_names, fingerprint
-from tuna_peft.training.checkpoint import latest_checkpoint
 from tuna_peft.training.resume import latest_checkpoint
 
 
