@@ -36,14 +36,26 @@ FormatName = Literal[
 _PATH = re.compile(r"[^.\[\]]+(\[-?\d*\])*(\.[^.\[\]]+(\[-?\d*\])*)*")
 
 
-class Columns(BaseModel):
+class Section(BaseModel):
+    """A section of a recipe: unknown keys are errors, and every number is finite and fits into 64 bits."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _fits_64_bits(cls, value: Any) -> Any:
+        # What reads it (torch, `itertools.islice`) would raise an OverflowError.
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("this number is too large")
+        return value
+
+
+class Columns(Section):
     """The paths of the parts of a record, for `format: columns`.
 
     A path is a key, with dots for nested objects, `[]` for every entry of a list and `[2]` or `[-1]` for one entry:
     `responses[].text`, `messages[-1].content`. In a table a number is a column, counted from 1.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     prompt: str | None = Field(None, description="Path of the full prompt (text or messages); no template is applied.")
     instruction: str | None = Field(None, description="Path of the instruction, which the prompt template wraps.")
@@ -116,10 +128,8 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-class Markers(BaseModel):
+class Markers(Section):
     """What stands before the turns of a transcript."""
-
-    model_config = ConfigDict(extra="forbid")
 
     user: str = Field("Human:", min_length=1, description="Before each turn of the user, at the beginning of a line.")
     assistant: str = Field("Assistant:", min_length=1, description="Before each turn of the assistant.")
@@ -136,10 +146,8 @@ class MayBeLocal:
     only_file: bool = False
 
 
-class DataSource(BaseModel):
+class DataSource(Section):
     """One data set: its location, and how its records become prompts with ranked responses."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: Annotated[
         Annotated[str, Field(min_length=1)]
@@ -187,7 +195,6 @@ class DataSource(BaseModel):
     length_penalty: float | None = Field(
         None,
         ge=0,
-        allow_inf_nan=False,
         description="Teacher format only: score = sum of token log-probabilities / length ** length_penalty; "
         "null is 1.",
     )
@@ -225,10 +232,8 @@ class DataSource(BaseModel):
         return ", ".join(self.paths[:3]) + (", ..." if len(self.paths) > 3 else "")
 
 
-class PromptConfig(BaseModel):
+class PromptConfig(Section):
     """How an instruction and its input become a prompt."""
-
-    model_config = ConfigDict(extra="forbid")
 
     template: str = Field(
         "alpaca",

@@ -11,19 +11,19 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from tuna_peft.data.config import MayBeLocal
+from tuna_peft.data.config import MayBeLocal, Section
 
 LOCAL_ONLY = ("revision", "trust_remote_code")
 """Settings that have no effect without `model`."""
 
 
-class ServerSettings(BaseModel):
+class ServerSettings(Section):
     """Where an OpenAI-compatible server is, and how it may be used. None of these values is a secret."""
 
     # A key that was put in the wrong place must not come back in an error message.
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     base_url: str = Field(
         description="Address of an OpenAI-compatible server: https://api.openai.com/v1, http://localhost:8000/v1."
@@ -37,12 +37,11 @@ class ServerSettings(BaseModel):
         6, ge=0, le=20, description="Maximum retries of a request after 429, 5xx, timeouts and lost connections."
     )
     in_flight: PositiveInt = Field(8, le=256, description="Maximum number of concurrent requests.")
-    price_in: float | None = Field(None, ge=0, allow_inf_nan=False, description="Price of a million prompt tokens.")
-    price_out: float | None = Field(None, ge=0, allow_inf_nan=False, description="Price of a million answer tokens.")
+    price_in: float | None = Field(None, ge=0, description="Price of a million prompt tokens.")
+    price_out: float | None = Field(None, ge=0, description="Price of a million answer tokens.")
     max_cost: float | None = Field(
         None,
         gt=0,
-        allow_inf_nan=False,
         description="Stop before the answers cost more, in the prices' currency.",
     )
 
@@ -79,15 +78,11 @@ class ServerSettings(BaseModel):
         return urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
-class SampleSettings(BaseModel):
+class SampleSettings(Section):
     """How responses are sampled from a model. The defaults are those of Tuna's released code."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    n: int = Field(4, ge=2, description="Responses per prompt.")
-    temperature: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Sampling temperature of the first attempt."
-    )
+    n: int = Field(4, ge=2, le=1000, description="Responses per prompt.")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the first attempt.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling probability.")
     max_new_tokens: int = Field(
         512, ge=1, description="Maximum length of a response, in tokens; longer ones are truncated and counted."
@@ -97,9 +92,7 @@ class SampleSettings(BaseModel):
         gt=0,
         description="Sample a prompt again when two of its responses have this ROUGE-L F1 or more. Above 1: never.",
     )
-    hotter_by: float = Field(
-        0.1, ge=0, allow_inf_nan=False, description="Increase of the temperature for each new sampling attempt."
-    )
+    hotter_by: float = Field(0.1, ge=0, description="Increase of the temperature for each new sampling attempt.")
     trials: int = Field(3, ge=1, description="Maximum sampling attempts; the most diverse set of responses is kept.")
     batch_size: int = Field(32, ge=1, description="Responses generated at once; halved when memory runs out.")
     backend: Literal["transformers", "vllm"] = Field(
@@ -107,10 +100,8 @@ class SampleSettings(BaseModel):
     )
 
 
-class GenerateSettings(BaseModel):
+class GenerateSettings(Section):
     """Responses that the teacher's server samples itself, as text-davinci-003 did for the paper."""
-
-    model_config = ConfigDict(extra="forbid")
 
     n: int = Field(4, ge=2, le=128, description="Responses per prompt.")
     temperature: float = Field(1.0, gt=0, le=2, description="Sampling temperature of the server.")
@@ -118,10 +109,10 @@ class GenerateSettings(BaseModel):
     max_tokens: int = Field(512, ge=1, description="Maximum length of a response, in the server's tokens.")
 
 
-class LocalModelSettings(BaseModel):
+class LocalModelSettings(Section):
     """A teacher or judge that runs on this machine: what `ScoreSettings` and `JudgeSettings` have in common."""
 
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     model: Annotated[str | None, MayBeLocal()] = Field(
         None, description="A model on this machine: Hub id, path, `builtin:pico-llama`, a stack, or a run's folder."
@@ -151,9 +142,7 @@ class ScoreSettings(LocalModelSettings):
     generate: GenerateSettings | None = Field(
         None, description="With `server`: it samples the responses itself and scores them in the same request."
     )
-    length_penalty: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="score = sum of token log-probabilities / length ** this."
-    )
+    length_penalty: float = Field(1.0, ge=0, description="score = sum of token log-probabilities / length ** this.")
     on_no_answer: Literal["error", "skip"] = Field(
         "error",
         description="With `server`: what to do about prompts without an answer once all others are answered: stop "

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from tuna_peft.data.config import DataSource, MayBeLocal, Overflow
+from tuna_peft.data.config import DataSource, MayBeLocal, Overflow, Section
 from tuna_peft.feedback.settings import JudgeSettings
 
 
@@ -43,10 +43,8 @@ class GradedTask(DataSource):
     max_new_tokens: int = Field(64, ge=1, description="Maximum length of a generated response, in tokens.")
 
 
-class _Benchmark(BaseModel):
+class _Benchmark(Section):
     """Settings that the published benchmarks share."""
-
-    model_config = ConfigDict(extra="forbid")
 
     wrap: bool = Field(
         True,
@@ -63,7 +61,7 @@ class SuperNITask(_Benchmark):
     )
     tasks: list[str] | None = Field(None, description="Names of tasks; null is the benchmark's test tasks.")
     per_task: int = Field(100, ge=1, description="Use only the first N instances of each task.")
-    shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+    shots: Annotated[list[Annotated[int, Field(ge=0, le=100)]], Field(min_length=1)] = Field(
         default_factory=lambda: [0, 2],
         description="Numbers of positive examples in the prompt (few-shot); each number gets its own result.",
     )
@@ -102,10 +100,8 @@ class VicunaTask(_Benchmark):
     max_new_tokens: int = Field(1024, ge=1, description="Maximum length of a generated response, in tokens.")
 
 
-class LMEvalTask(BaseModel):
+class LMEvalTask(Section):
     """Tasks of EleutherAI's lm-evaluation-harness; requires the extra `lm-eval`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tasks: list[str] = Field(min_length=1, description="Names of the harness's tasks or groups.")
     include_path: Annotated[str | None, MayBeLocal()] = Field(None, description="Folder with your own task files.")
@@ -115,10 +111,8 @@ class LMEvalTask(BaseModel):
     limit: int | None = Field(None, ge=1, description="Use only the first N documents of each task; null is all.")
 
 
-class TaskSettings(BaseModel):
+class TaskSettings(Section):
     """The tasks of an evaluation, by name."""
-
-    model_config = ConfigDict(extra="forbid")
 
     ranking: RankingTask | None = Field(
         None, description="Held-out ranked responses: pairwise accuracy and related metrics."
@@ -129,15 +123,13 @@ class TaskSettings(BaseModel):
     vicuna: VicunaTask | None = Field(None, description="Vicuna QA: win rate according to a judge.")
     lm_eval: LMEvalTask | None = Field(None, description="Any tasks of EleutherAI's harness.")
 
-    def given(self) -> dict[str, BaseModel]:
+    def given(self) -> dict[str, Section]:
         """The settings of the tasks that the recipe gives, by name."""
         return {name: task for name in type(self).model_fields if (task := getattr(self, name)) is not None}
 
 
-class EvaluationSettings(BaseModel):
+class EvaluationSettings(Section):
     """What is measured before the first stage and after each stage."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tasks: TaskSettings = Field(default_factory=TaskSettings, description="The tasks, by name.")
     batch_size: int = Field(32, ge=1, description="Number of prompts per batch.")

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from tuna_peft.data.config import DataSource
+from tuna_peft.data.config import DataSource, Section
 from tuna_peft.feedback.settings import JudgeSettings, SampleSettings, ScoreSettings
 
 
 class StageSample(SampleSettings):
     """Responses sampled from a model of this run."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
     from_stage: str | None = Field(
         None,
@@ -25,10 +25,8 @@ class StageSample(SampleSettings):
     )
 
 
-class FeedbackSource(BaseModel):
+class FeedbackSource(Section):
     """Prompts whose responses the run ranks itself: sampled by `sample`, ranked by `score` or `judge`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompts: DataSource = Field(description="The prompts; without `sample`, each with its responses.")
     sample: StageSample | None = Field(

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from tuna_peft.data.config import DataSource, MayBeLocal, Overflow, PromptConfig
+from tuna_peft.data.config import DataSource, MayBeLocal, Overflow, PromptConfig, Section
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
 from tuna_peft.recipe.feedback_schema import FeedbackSource, StageData
 
@@ -24,11 +24,7 @@ GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 RESERVED_STAGE_NAMES = ("default", "base")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class BaseSettings(_Section):
+class BaseSettings(Section):
     """The base model. Its weights stay frozen; the stages train adapters on it."""
 
     model: Annotated[str, MayBeLocal()] = Field(description="A Hub id, a local path, or `builtin:pico-llama`.")
@@ -51,7 +47,7 @@ class BaseSettings(_Section):
         return device
 
 
-class QuantizationSettings(_Section):
+class QuantizationSettings(Section):
     """How bitsandbytes stores the base's linear layers."""
 
     method: Literal["nf4", "fp4", "int8", "none"] = Field("nf4", description="`none` leaves the base unquantized.")
@@ -63,10 +59,10 @@ class QuantizationSettings(_Section):
     )
 
 
-class LoraSettings(_Section):
+class LoraSettings(Section):
     """LoRA settings of the adapters."""
 
-    r: int = Field(16, ge=1, description="Rank of the LoRA update.")
+    r: int = Field(16, ge=1, le=2**16, description="Rank of the LoRA update.")
     alpha: int = Field(
         32, ge=1, description="Scaling: the update is multiplied by alpha / r (alpha / sqrt(r) with rsLoRA)."
     )
@@ -79,10 +75,10 @@ class LoraSettings(_Section):
     use_rslora: bool = Field(False, description="Rank-stabilized LoRA: scale by alpha / sqrt(r).")
 
 
-class LoraOverride(_Section):
+class LoraOverride(Section):
     """LoRA settings of one stage that override the recipe's `lora`; null keeps the recipe's value."""
 
-    r: int | None = Field(None, ge=1, description="As `lora.r`, for this stage.")
+    r: int | None = Field(None, ge=1, le=2**16, description="As `lora.r`, for this stage.")
     alpha: int | None = Field(None, ge=1, description="As `lora.alpha`, for this stage.")
     dropout: float | None = Field(None, ge=0, lt=1, description="As `lora.dropout`, for this stage.")
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] | None = Field(
@@ -91,7 +87,7 @@ class LoraOverride(_Section):
     use_rslora: bool | None = Field(None, description="As `lora.use_rslora`, for this stage.")
 
 
-class Stage(_Section):
+class Stage(Section):
     """One training stage: a new adapter, trained on top of the frozen adapters of the earlier stages."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Name of the adapter and its folder: a-z, 0-9, _ and -.")
@@ -105,6 +101,7 @@ class Stage(_Section):
     rounds: int = Field(
         1,
         ge=1,
+        le=1000,
         description="Number of times to repeat sampling, ranking and training. Each round trains its own adapter "
         "(NAME-1, NAME-2 ...) on top of the earlier ones and samples from the model of the round before.",
     )
@@ -168,7 +165,7 @@ MergeBase = Annotated[
 ]
 
 
-class MergeSettings(_Section):
+class MergeSettings(Section):
     """How the adapters are merged into the base."""
 
     enabled: bool = Field(True, description="Write a merged model at the end of the run.")
@@ -182,7 +179,7 @@ class MergeSettings(_Section):
     )
 
 
-class PushSettings(_Section):
+class PushSettings(Section):
     """What is published on the Hugging Face Hub at the end of the run; see `tuna-peft push`."""
 
     repo: str = Field(
@@ -202,7 +199,7 @@ class PushSettings(_Section):
     data_license: str | None = Field(None, description="License of the training data, in the model card.")
 
 
-class ExportSettings(_Section):
+class ExportSettings(Section):
     """What a run writes at its end besides the stack of adapters."""
 
     combine: bool = Field(True, description="Concatenate the stack into one adapter that PEFT can load by itself.")
@@ -232,7 +229,7 @@ class ExportSettings(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run: base, quantization, prompts, adapters, the stages in order, evaluation, export."""
 
     name: str = Field(

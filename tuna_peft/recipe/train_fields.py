@@ -18,6 +18,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from tuna_peft.errors import did_you_mean
 from tuna_peft.recipe.messages import expected
 from tuna_peft.recipe.schema import StageType
+from tuna_peft.training.ranges import out_of_range
 
 # Fields that a recipe sets elsewhere, or that conflict with the run's folder. Each is an error that says what to set
 # instead, because an ignored key would be a silent mistake.
@@ -136,8 +137,9 @@ def _wrong_value(field: TrainField, value: Any) -> tuple[str, str | None] | None
     except ValidationError as error:
         return expected(error.errors(), value), None
     except PydanticUserError:
-        return None
-    return None
+        pass
+    what = out_of_range(field.name, value)
+    return (what, None) if what else None
 
 
 def _named_values(annotation: Any) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ its help texts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -15,6 +15,7 @@ from transformers import SchedulerType, TrainingArguments
 from tuna_peft.data.config import Overflow
 from tuna_peft.limits import is_ampere_or_later
 from tuna_peft.training.options import refuse_options
+from tuna_peft.training.ranges import out_of_range
 
 
 @dataclass
@@ -148,6 +149,9 @@ class TunaConfig(TrainingArguments):
             bf16, fp16 = mixed_precision(self.use_cpu)
             self.fp16: bool = self.fp16 or fp16
             self.bf16 = bf16 and not self.fp16
+        for each in fields(self):
+            if what := out_of_range(each.name, getattr(self, each.name)):
+                raise ValueError(f"{each.name}: {what}")
         super().__post_init__()
         for name in ("overflow", "loss_type", "reduction", "mle_on"):
             choices = get_args(get_type_hints(type(self))[name])
