@@ -141,9 +141,11 @@ class MayBeLocal:
 
     Attributes:
         only_file: The path must be a file; a folder with that name is ignored.
+        required: It can be nothing else, so the path must exist.
     """
 
     only_file: bool = False
+    required: bool = False
 
 
 class DataSource(Section):

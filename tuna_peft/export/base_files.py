@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.chat_template import chat_template_of
 from tuna_peft.files import write_json, write_text
 from tuna_peft.json_text import read_json
-from tuna_peft.models.base.load import resolve_model_path, safetensors_files, weights_fingerprint
+from tuna_peft.models.base.load import require_unquantized, resolve_model_path, safetensors_files, weights_fingerprint
 from tuna_peft.models.stack.files import require_same_base
 from tuna_peft.models.stack.manifest import Manifest
 
@@ -51,12 +51,7 @@ def locate_base(manifest: Manifest, base_model: str | None, where: str | os.Path
     files = safetensors_files(str(folder))
     if not files:
         raise UserError("the base has no safetensors weights", where=model, fix="Convert it: pickles are not read.")
-    if "quantization_config" in read_config(folder):
-        raise UserError(
-            "the stored weights of the base are already quantised",
-            where=model,
-            fix="Merge into the 16-bit model they were made from (base_model).",
-        )
+    require_unquantized(PretrainedConfig.from_dict(read_config(folder)), model)
     loaded = {"model": model, "revision": revision, "fingerprint": weights_fingerprint(files)}
     require_same_base(loaded, manifest.base, str(where))
     return folder

@@ -48,6 +48,7 @@ def require_linear(model: PreTrainedModel, modules: Iterable[str]) -> None:
     layers = dict(model.named_modules())
     for name in modules:
         layer = layers.get(name)
+        layer = getattr(layer, "base_layer", layer)  # below an adapter
         kind = getattr(layer, "source_cls", type(layer))  # bitsandbytes layers remember what they replaced
         if layer is None or not issubclass(kind, nn.Linear):
             what = "has no module" if layer is None else f"has a {kind.__name__}, not a Linear, at"

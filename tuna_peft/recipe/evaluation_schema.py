@@ -56,7 +56,7 @@ class _Benchmark(Section):
 class SuperNITask(_Benchmark):
     """Super-NaturalInstructions, with the prompts and metrics of Tk-Instruct."""
 
-    path: Annotated[str, MayBeLocal()] = Field(
+    path: Annotated[str, MayBeLocal(required=True)] = Field(
         description="A checkout of allenai/natural-instructions, or a .jsonl file of instances."
     )
     tasks: list[str] | None = Field(None, description="Names of tasks; null is the benchmark's test tasks.")
@@ -71,7 +71,7 @@ class SuperNITask(_Benchmark):
 class LMentryTask(_Benchmark):
     """LMentry: 25 elementary tasks and their robustness variants, scored by the benchmark's rules."""
 
-    path: Annotated[str, MayBeLocal()] = Field(
+    path: Annotated[str, MayBeLocal(required=True)] = Field(
         description="The benchmark's `data` folder, or a checkout of aviaefrat/lmentry."
     )
     tasks: list[str] | None = Field(None, description="Names of tasks or variants; null is all 41.")
@@ -88,7 +88,7 @@ class LMentryTask(_Benchmark):
 class VicunaTask(_Benchmark):
     """Vicuna QA: a judge compares the model's responses to open questions with another model's, in both orders."""
 
-    path: Annotated[str, MayBeLocal()] = Field(
+    path: Annotated[str, MayBeLocal(required=True)] = Field(
         description="FastChat's question.jsonl, with `question_id`, `text` and `category` in each line."
     )
     against: Annotated[str, MayBeLocal(only_file=True)] = Field(
@@ -104,7 +104,9 @@ class LMEvalTask(Section):
     """Tasks of EleutherAI's lm-evaluation-harness; requires the extra `lm-eval`."""
 
     tasks: list[str] = Field(min_length=1, description="Names of the harness's tasks or groups.")
-    include_path: Annotated[str | None, MayBeLocal()] = Field(None, description="Folder with your own task files.")
+    include_path: Annotated[str | None, MayBeLocal(required=True)] = Field(
+        None, description="Folder with your own task files."
+    )
     num_fewshot: int | None = Field(
         None, ge=0, description="Number of examples in the prompt (few-shot); null is each task's default."
     )

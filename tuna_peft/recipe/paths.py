@@ -31,10 +31,10 @@ def resolve_paths(recipe: Recipe, folders: Sequence[Path]) -> None:
 
 def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str, str]]:
     """`(path of keys, what, fix)` for every value that can only be a local path and does not exist."""
-    for path, section, name, _ in _named(recipe):
+    for path, section, name, kind in _named(recipe):
         value = getattr(section, name)
         for text in value if isinstance(value, list) else [value]:
-            if _must_be_local(text) and not _exists(Path(text).expanduser()):
+            if (kind.required or _must_be_local(text)) and not _exists(Path(text).expanduser()):
                 beside = ", ".join(map(str, folders))
                 what = f"there is no file or folder {text!r} here or next to the recipe ({beside})."
                 yield path, what, _nearby(text, folders)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -14,13 +16,15 @@ from tuna_peft.data.load import encode_source, load_prompts, read_ranked
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.sources import is_here
 from tuna_peft.errors import UserError
+from tuna_peft.models.base.load import resolve_device
 from tuna_peft.planning.lengths import recipe_tokenizer
 from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.evaluation_schema import RankingTask
 from tuna_peft.recipe.reach import addresses, foreign_code, unusual_variables
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
-from tuna_peft.recipe.schema import Recipe
+from tuna_peft.recipe.schema import BaseSettings, Recipe
+from tuna_peft.run.checks import check_base, check_options
 from tuna_peft.run.folder import read_run_recipe
 
 if TYPE_CHECKING:
@@ -30,13 +34,18 @@ if TYPE_CHECKING:
 def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     """The resolved recipe, then each step with its data, its size and how far it has got in `output`.
 
-    Reads local data like the run does, so that a bad record is found here too.
+    Checks what the run checks before it loads weights, if the base is on this machine, and reads local data like the
+    run does, so that a bad record is found here too.
 
     Raises:
-        UserError: The data cannot be used.
+        UserError: The data, an option, or the base cannot be used.
     """
     if "template" not in recipe.prompt.model_fields_set:
         warn_of_default_template(recipe, recipe_tokenizer(recipe))
+    stages = resolve_stages(recipe)
+    check_options(recipe, stages, output, on_cpu=resolve_device(recipe.base.device).type == "cpu")
+    if _is_here(recipe.base):
+        check_base(recipe, stages)
     parts: list[RenderableType] = [
         Text(dump_recipe(recipe)),
         _steps(recipe, output),
@@ -46,6 +55,20 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
         lines = "".join(f"\n  {line}" for line in changed)
         parts.append(Text(f"{output} holds a run of another recipe and would be rejected:{lines}", style="red"))
     return Group(*parts)
+
+
+def _is_here(base: BaseSettings) -> bool:
+    """Whether the base's configuration and tokenizer are on this machine: a dry run downloads nothing."""
+    if base.model.startswith("builtin:") or Path(base.model).exists():
+        return True
+    try:
+        found = [
+            try_to_load_from_cache(base.model, name, revision=base.revision)
+            for name in ("config.json", "tokenizer_config.json")
+        ]
+    except HFValidationError:
+        return False
+    return all(isinstance(file, str) for file in found)
 
 
 def _steps(recipe: Recipe, output: Path) -> Text:

@@ -10,9 +10,12 @@ import dataclasses
 import logging
 from typing import Any
 
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
+from tuna_peft.export.base_weight import require_linear
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.hub import push, require_token
@@ -28,18 +31,24 @@ PUSHED = "pushed.json"
 logger = logging.getLogger("tuna_peft")
 
 
-def require_exports(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_exports(
+    recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, trial: PeftModel
+) -> None:
     """Checks, before anything is trained, that the exports at the end of the run can be made.
 
     Args:
         config: The configuration of the base.
         tokenizer: The tokenizer of the base.
+        trial: The base with the adapters of all stages, without weights.
 
     Raises:
-        UserError: A package is missing, llama.cpp cannot run the base, there is no token for the Hub, or the base is
-            a local folder and the recipe does not say what it is called on the Hub.
+        UserError: A layer cannot be merged, a package is missing, llama.cpp cannot run the base, there is no token for
+            the Hub, or the base is a local folder and the recipe does not say what it is called on the Hub.
     """
     settings = recipe.export
+    if settings.merge.enabled:
+        base = trial.get_base_model()
+        require_linear(base, [name for name, layer in base.named_modules() if isinstance(layer, LoraLayer)])
     if settings.gguf:
         from tuna_peft.export.gguf import require_gguf
 

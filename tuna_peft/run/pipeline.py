@@ -27,7 +27,6 @@ from tuna_peft.journal import Journal
 from tuna_peft.models.base.load import (
     Base,
     load_base,
-    load_config_and_tokenizer,
     make_quantization_config,
     resolve_device,
     resolve_dtype,
@@ -41,8 +40,9 @@ from tuna_peft.models.stack.manifest import read_manifest
 from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.checks import check_base, check_options
 from tuna_peft.run.evaluate import evaluate_stage
-from tuna_peft.run.exports import export_stack, publish, require_exports
+from tuna_peft.run.exports import export_stack, publish
 from tuna_peft.run.folder import RunDirectory
 from tuna_peft.run.inputs import Inputs, read_inputs
 from tuna_peft.run.measure import environment
@@ -50,7 +50,7 @@ from tuna_peft.run.preflight import preflight
 from tuna_peft.run.processes import Processes
 from tuna_peft.run.rank_samples import check_feedback, is_ranked, make_rows
 from tuna_peft.run.sharding import require_shardable
-from tuna_peft.run.train_stage import stage_config, train_stage
+from tuna_peft.run.train_stage import train_stage
 
 logger = logging.getLogger("tuna_peft")
 
@@ -117,14 +117,10 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
         All data of the recipe, encoded.
     """
     recipe, processes = run.recipe, run.processes
-    for stage in stages:
-        stage_config(recipe, stage, run.stage_folder(stage.name), on_cpu=on_cpu)  # raises if its fields conflict
+    check_options(recipe, stages, run.path, on_cpu=on_cpu)
     if recipe.evaluation and recipe.evaluation.tasks.graded:
         load_grader(recipe.evaluation.tasks.graded.grader, "evaluation.tasks.graded.grader")
-    config, tokenizer = load_config_and_tokenizer(
-        recipe.base.model, revision=recipe.base.revision, trust_remote_code=recipe.base.trust_remote_code
-    )
-    require_exports(recipe, config, tokenizer)
+    config, tokenizer = check_base(recipe, stages)
     warn_of_default_template(recipe, tokenizer)
     with processes.main_first():  # the first process downloads, the others read its cache
         run.fix_template_date(tokenizer)

@@ -28,7 +28,7 @@ from tuna_peft.models.base.shards import keep_from_ddp
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.stack.adapters import push_adapter, take_over
 from tuna_peft.recipe.resolved import ResolvedStage
-from tuna_peft.recipe.schema import Recipe
+from tuna_peft.recipe.schema import LoraSettings, Recipe
 from tuna_peft.run.sharding import under_deepspeed, world_size
 from tuna_peft.terminal import echo
 from tuna_peft.training.checkpoint import StopOnRequest
@@ -73,11 +73,8 @@ def train_stage(
     stacked = push_adapter(
         model,
         stage.name,
-        LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
-            use_rslora=lora.use_rslora, task_type="CAUSAL_LM",
-        ),
-    )  # fmt: skip
+        lora_config(lora),
+    )
     if stage.replaces:
         take_over(stacked)
     keep_from_ddp(stacked)
@@ -115,6 +112,14 @@ def train_stage(
     return _released(trainer, stacked), summary
 
 
+def lora_config(lora: LoraSettings) -> LoraConfig:
+    """PEFT's configuration for these settings."""
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora, task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
 def stage_config(recipe: Recipe, stage: ResolvedStage, folder: Path, *, on_cpu: bool) -> SFTConfig | TunaConfig:
     """The trainer's configuration for `stage`: our defaults, then the recipe's fields, then what every run fixes.
 
@@ -145,7 +150,7 @@ def stage_config(recipe: Recipe, stage: ResolvedStage, folder: Path, *, on_cpu: 
         else:
             config = SFTConfig(**{"completion_only_loss": True, **settings})
             use_one_gpu(config)  # `TunaConfig` does this itself
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(str(error), where=f"{stage.key}.train", fix="Change these fields in the recipe.") from error
     require_fitting_deepspeed(config)
     return config

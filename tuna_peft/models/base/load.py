@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +34,8 @@ from tuna_peft.files import unreadable_is_a_user_error
 from tuna_peft.limits import is_ampere_or_later
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.hub_files import CACHE, hub_file
+
+logger = logging.getLogger("tuna_peft")
 
 BUILTIN = {"builtin:pico-llama": "pico_llama"}
 QUANTIZATION_METHODS = ("nf4", "fp4", "int8", "none")
@@ -191,7 +196,8 @@ def load_config_and_tokenizer(
         model, revision, trust_remote_code: See `load_base`.
 
     Returns:
-        The configuration, and the tokenizer with a `pad_token` (EOS where it has none).
+        The configuration, and the tokenizer with a `pad_token` (EOS where it has none, or
+        one that the model has no row for).
 
     Raises:
         UserError: It does not exist, is gated, cannot be reached or read, or is not a decoder-only causal LM.
@@ -208,14 +214,60 @@ def load_config_and_tokenizer(
     except UserError:
         raise
     except Exception as error:  # damaged files of a model raise almost any type
-        raise UserError(
-            f"cannot load the base model {model!r}: {first_line(error)}", fix="Check the path or Hub id."
-        ) from error
+        raise _cannot_load(model, path, first_line(error)) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model!r} has no EOS token", fix="Set `eos_token` in its tokenizer config.")
-    if tokenizer.pad_token_id is None:
+    rows = getattr(config.get_text_config(), "vocab_size", None) or math.inf
+    if tokenizer.eos_token_id >= rows:
+        raise UserError(
+            f"the EOS token {tokenizer.eos_token!r} has id {tokenizer.eos_token_id}, and the model has {rows:,} rows",
+            where=model,
+            fix="Take the tokenizer that belongs to the model.",
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        if tokenizer.pad_token_id is not None:  # added to the tokenizer, but not to the model
+            logger.warning("the model has no row for %r: padding with EOS instead", tokenizer.pad_token)
         tokenizer.pad_token = tokenizer.eos_token
     return config, tokenizer
+
+
+def _cannot_load(model: str, path: str, reason: str) -> UserError:
+    """The error for what transformers says about a configuration or a tokenizer."""
+    fix = "Check the path or Hub id."
+    if "custom code" in reason:
+        reason, fix = "it comes with Python code of its own", "If you trust it, set base.trust_remote_code: true."
+    elif "does not recognize this architecture" in reason:
+        reason, fix = (
+            reason.split(" but ")[0] + f" and transformers {transformers.__version__} does not know it",
+            ("Upgrade transformers, or use another base."),
+        )
+    elif Path(path).is_dir() and not [*Path(path).glob("tokenizer*"), *Path(path).glob("vocab*")]:
+        reason, fix = "the folder has no tokenizer files", "Copy tokenizer.json and tokenizer_config.json into it."
+    return UserError(f"cannot load the base model {model!r}: {reason}", fix=fix)
+
+
+def require_unquantized(config: PretrainedConfig, model: str, *, merging: bool = True) -> None:
+    """Checks that the stored weights of a base are not quantized: `quantization` quantizes them on loading.
+
+    Args:
+        config: The configuration as stored.
+        model: The base's name, for the error.
+        merging: Whether a merged model is wanted; without it, weights stored by bitsandbytes are accepted.
+
+    Raises:
+        UserError: They are quantized, by GPTQ, AWQ, compressed-tensors, fp8 ...
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method"))
+    if method != "bitsandbytes" or merging:
+        raise UserError(
+            f"the stored weights of the base are already quantized ({method})",
+            where=model,
+            fix="Take the 16-bit model that they were made from; `quantization` quantizes it on loading.",
+        )
 
 
 def _require_causal_lm(config: Any, model: str) -> None:

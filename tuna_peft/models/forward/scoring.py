@@ -117,7 +117,7 @@ def final_hidden_states(model: torch.nn.Module, **inputs: Any) -> tuple[torch.Te
     under accelerate's mixed precision convert them to fp32.
     """
     hidden: list[torch.Tensor] = []
-    backbone = without_peft(unwrap(model)).base_model
+    backbone = without_peft(unwrap(model)).get_decoder()  # OPT's lies inside its `base_model`, which is not called
     hook = backbone.register_forward_hook(lambda module, args, output: hidden.append(output[0]))
     try:
         logits = model(**inputs, use_cache=False, logits_to_keep=1).logits

@@ -84,8 +84,13 @@ def layer_windows(config: Any) -> dict[str, int | None]:
     """`{layer type: size of its sliding window}` for the attention layers of a model; None for full attention.
 
     Raises:
-        UserError: The model has layers of another type (linear attention, state space).
+        UserError: The model has layers of another type (linear attention, state space), or no attention layers.
     """
+    if not hasattr(config, "num_attention_heads"):
+        raise UserError(
+            f"{config.model_type} has no attention layers, which packed sequences need",
+            fix="Use a model with plain attention layers.",
+        )
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     if unknown := kinds - {"full_attention", "sliding_attention"}:

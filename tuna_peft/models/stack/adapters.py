@@ -25,10 +25,12 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from tuna_peft.errors import UserError
 from tuna_peft.files import unreadable_is_a_user_error
@@ -83,6 +85,7 @@ def push_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConf
             f"adapter {name!r} does not fit this base: {str(error).splitlines()[0]}",
             fix="Check target_modules and related settings against the module names of the base.",
         ) from error
+    _require_plain_targets(stacked, name)
     train_top_adapter(stacked)
     return stacked
 
@@ -287,6 +290,28 @@ def require_stackable(config: PeftConfig, name: str) -> None:
         reason = "LoRA on the head: log-probabilities come from the frozen head's weight, so it would never be used"
     if reason:
         raise UserError(f"adapter {name!r} cannot join the stack: {reason}", fix="Use plain LoRA (rsLoRA is fine).")
+
+
+def _require_plain_targets(model: PeftModel, name: str) -> None:
+    """Checks that the adapter wraps linear layers only (`Conv1D` is one): its update is then `scaling * B A x`.
+
+    PEFT also adapts embeddings and, in a mixture of experts, the experts' stacked weights, even for `all-linear`.
+    """
+    base = model.get_base_model()
+    wrapped = {path: layer.get_base_layer() for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    plain = {path.rpartition(".")[2] for path, layer in wrapped.items() if isinstance(layer, torch.nn.Linear | Conv1D)}
+    other = [(path, type(layer).__name__) for path, layer in wrapped.items() if path.rpartition(".")[2] not in plain]
+    if isinstance(base.get_output_embeddings(), LoraLayer):
+        raise UserError(f"adapter {name!r} would train the output head", fix="Leave it out of target_modules.")
+    if other:
+        path, kind = other[0]
+        names = ", ".join(sorted(plain))
+        raise UserError(
+            f"adapter {name!r} would train {path!r}, which is a {kind} and not a linear layer",
+            fix=f"Set target_modules to the linear layers: [{names}]."
+            if names
+            else "Use another base or other layers.",
+        )
 
 
 def _tuner(model: PeftModel) -> LoraModel:
