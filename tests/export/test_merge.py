@@ -315,7 +315,7 @@ def test_weights_beyond_float16_are_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_quantised_checkpoint_is_refused_as_base(tiny: Tiny, tmp_path: Path) -> None:
     load_tiny(tiny.base).model.save_pretrained(tmp_path / "base4")
-    with pytest.raises(UserError, match="already quantised"):
+    with pytest.raises(UserError, match="already quantized"):
         merge_stack(tiny.stack, tmp_path / "merged", base_model=str(tmp_path / "base4"))
 
 

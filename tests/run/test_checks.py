@@ -16,6 +16,7 @@ from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.resolved import resolve_stages
 from tuna_peft.run.checks import check_base, check_options
 from tuna_peft.run.dry_run import describe_recipe
+from tuna_peft.run.inputs import encode_rows
 
 PICO = Path(resolve_model_path("builtin:pico-llama"))
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -165,3 +166,19 @@ def test_a_dry_run_checks_the_base_too(recipe_file, base, tmp_path):
 def test_benchmarks_that_do_not_exist(recipe_file, task):
     with pytest.raises(UserError, match="there is no file or folder"):
         load_recipe(recipe_file, [f"evaluation.tasks={{{task}}}"])
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_tokens_of_the_data_that_the_model_has_no_row_for(recipe_file, base, tmp_path, stage):
+    folder = base("llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(folder)
+    rows = (tmp_path / "ranked.jsonl").read_text()
+    recipe = load_recipe(recipe_file, [f"base.model={folder}"])
+    source, prompt = resolve_stages(recipe)[stage], recipe.prompt
+    config, loaded = load_config_and_tokenizer(folder)
+    encode_rows(source, source.source, prompt, loaded, config)  # a token that the data does not use is no mistake
+    (tmp_path / "ranked.jsonl").write_text(rows.replace("good", "good<image>"))
+    with pytest.raises(UserError, match=r"row 0.*'<image>' has id \d+, and the model has 1,280 rows"):
+        encode_rows(source, source.source, prompt, loaded, config)

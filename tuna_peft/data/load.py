@@ -35,7 +35,7 @@ from tuna_peft.data.readers import Format, choose_format, grouped
 from tuna_peft.data.sources import RawRecords, read_records
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.texts import prompt_text
-from tuna_peft.data.tokenize import Overflow, encode_records
+from tuna_peft.data.tokenize import Overflow, encode_records, require_known_ids
 from tuna_peft.errors import UserError
 from tuna_peft.limits import context_length, within_context
 
@@ -82,6 +82,8 @@ def encode_source(
             placed, len(placed), tokenizer, sft=supervised, overflow=overflow, needs_reference=needs_reference,
             max_length=within_context(max_length, context_length(config)), prompt=prompt, on_bad_row=source.on_bad_row,
         )  # fmt: skip
+        if (vocabulary := getattr(config.get_text_config(), "vocab_size", None)) is not None:
+            require_known_ids(encoded, tokenizer, vocabulary)
     except UserError as error:
         raise UserError(error.what, where=error.where or source.title, fix=error.fix) from error
     return encoded, {**read.as_dict(), "tokens": tokens.as_dict()}

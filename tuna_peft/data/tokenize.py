@@ -10,7 +10,7 @@ the turns that are not the assistant's carry none either (`completion_gaps`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
@@ -182,6 +182,30 @@ def encode_records(
     features = {name: feature for name, feature in _features().items() if name in present}
     table = {name: [row.get(name) for row in encoded] for name in features}
     return datasets.Dataset.from_dict(table, features=datasets.Features(features)), report
+
+
+def require_known_ids(encoded: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Checks that the model has a row for every token, where the tokenizer knows more tokens than the model.
+
+    Args:
+        encoded: Rows of `encode_dataset`.
+        vocabulary: Number of rows of the model's embedding.
+
+    Raises:
+        UserError: Names the first row with a token that the model does not have.
+    """
+    if len(tokenizer) <= vocabulary:
+        return
+    for index, row in enumerate(encoded):
+        parts = [row["input_ids"]] if "input_ids" in row else [row["prompt_ids"], *row["completions_ids"]]
+        highest = max(chain.from_iterable([*parts, row.get("reference_ids") or []]))
+        if highest >= vocabulary:
+            raise UserError(
+                f"the token {tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}, and the model has "
+                f"{vocabulary:,} rows",
+                where=f"row {index}" + (f" (id {row['id']})" if row.get("id") else ""),
+                fix="Remove it from the data, or take the tokenizer that belongs to the model.",
+            )
 
 
 def _as_ranked(row: Record, where: str) -> Record:

@@ -95,7 +95,7 @@ def _require_optimizer_and_scheduler(config: TrainingArguments, where: str) -> N
             torch.optim.SGD(weight.parameters()),
             num_warmup_steps=1,
             num_training_steps=2,
-            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
         )
     except (TypeError, ValueError) as error:
         raise UserError(
