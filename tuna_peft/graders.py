@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -31,9 +32,7 @@ def load_grader(name: str, where: str) -> Grader:
         UserError: There is no such module or function.
     """
     module, _, function = BUILTIN.get(name, name).partition(":")
-    # The installed command does not search the current folder. Last, so that its files hide no installed module.
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
+    _search_current_folder()
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
@@ -41,6 +40,24 @@ def load_grader(name: str, where: str) -> Grader:
     if not callable(found):
         raise _no_grader(name, f"{function} is not a function", where)
     return found
+
+
+def require_module(name: str, where: str) -> None:
+    """Checks that the module of a grader exists, without running any of its code; for arguments see `load_grader`.
+
+    Raises:
+        UserError: There is no such module.
+    """
+    top = BUILTIN.get(name, name).partition(":")[0].partition(".")[0]
+    _search_current_folder()
+    if importlib.util.find_spec(top) is None:
+        raise _no_grader(name, f"no module named {top!r}", where)
+
+
+def _search_current_folder() -> None:
+    # The installed command does not search the current folder. Last, so that its files hide no installed module.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
 
 
 def _no_grader(name: str, reason: str, where: str) -> UserError:

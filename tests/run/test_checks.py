@@ -182,3 +182,14 @@ def test_tokens_of_the_data_that_the_model_has_no_row_for(recipe_file, base, tmp
     (tmp_path / "ranked.jsonl").write_text(rows.replace("good", "good<image>"))
     with pytest.raises(UserError, match=r"row 0.*'<image>' has id \d+, and the model has 1,280 rows"):
         encode_rows(source, source.source, prompt, loaded, config)
+
+
+def test_a_dry_run_finds_missing_graders_without_running_them(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_own_grader.py").write_text("raise RuntimeError('run')")
+    graded = "evaluation.tasks={{graded: {{path: ranked.jsonl, grader: '{}'}}}}"
+    describe_recipe(load_recipe(recipe_file, [graded.format("my_own_grader:grade")]), tmp_path / "run")
+    for missing in ("no_such_grader:grade", "builtin:pic"):
+        recipe = load_recipe(recipe_file, [graded.format(missing)])
+        with pytest.raises(UserError, match=f"no grader '{missing}'"):
+            describe_recipe(recipe, tmp_path / "run")

@@ -16,6 +16,7 @@ from tuna_peft.data.load import encode_source, load_prompts, read_ranked
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.sources import is_here
 from tuna_peft.errors import UserError
+from tuna_peft.graders import require_module
 from tuna_peft.models.base.load import resolve_device
 from tuna_peft.planning.lengths import recipe_tokenizer
 from tuna_peft.planning.prompt_check import warn_of_default_template
@@ -44,6 +45,8 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
         warn_of_default_template(recipe, recipe_tokenizer(recipe))
     stages = resolve_stages(recipe)
     check_options(recipe, stages, output, on_cpu=resolve_device(recipe.base.device).type == "cpu")
+    for name, where in _functions(recipe):
+        require_module(name, where)
     if _is_here(recipe.base):
         check_base(recipe, stages)
     parts: list[RenderableType] = [
@@ -55,6 +58,18 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
         lines = "".join(f"\n  {line}" for line in changed)
         parts.append(Text(f"{output} holds a run of another recipe and would be rejected:{lines}", style="red"))
     return Group(*parts)
+
+
+def _functions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The Python functions that the recipe names, each with its key."""
+    for stage in recipe.stages:
+        if stage.feedback and stage.feedback.judge and stage.feedback.judge.function:
+            yield stage.feedback.judge.function, f"stages.{stage.name}.data.judge.function"
+    tasks = recipe.evaluation.tasks if recipe.evaluation else None
+    if tasks and tasks.graded:
+        yield tasks.graded.grader, "evaluation.tasks.graded.grader"
+    if tasks and tasks.vicuna and tasks.vicuna.judge.function:
+        yield tasks.vicuna.judge.function, "evaluation.tasks.vicuna.judge.function"
 
 
 def _is_here(base: BaseSettings) -> bool:
