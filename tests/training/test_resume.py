@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from families import make_rows
-from test_trainer import StopAfter, base_folder, stacked, trainer  # noqa: F401 - base_folder is a fixture
+from test_trainer import StopAfter
+from tiny_trainer import stacked, trainer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig
