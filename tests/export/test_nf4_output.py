@@ -12,10 +12,8 @@ from tiny_llama import PROMPTS, Tiny, load_tiny, write_base, write_stack
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tuna_peft.export.base_weight import quantised_modules
-from tuna_peft.export.check import check_exports
-from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.models.base.dequantise import dequantised_weight, keep_quantised_layout
+from tuna_peft.models.base.dequantise import keep_quantised_layout
 
 
 @pytest.mark.parametrize("method", ["nf4", "none"])
@@ -52,25 +50,6 @@ def test_plain_transformers_loads_it(tiny: Tiny, tmp_path: Path) -> None:
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert quantised_modules(model) == quantised_modules(load_tiny(tiny.base).model)
     assert model.generate(torch.tensor([PROMPTS[0]]), do_sample=False).shape[1] > len(PROMPTS[0])
-
-
-def test_the_error_of_every_module_is_reported(tiny: Tiny, tmp_path: Path) -> None:
-    report = merge_stack(tiny.stack, tmp_path / "merged", dtype="nf4")
-    merge_stack(tiny.stack, tmp_path / "full", dtype="float32")
-    adapted = StackFactors(tiny.stack).shapes
-    errors = json.loads((tmp_path / "merged" / "requantisation_error.json").read_text())
-    full = load_file(tmp_path / "full" / "model.safetensors")
-    live = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    for name, error in errors.items():
-        weight = full[name + ".weight"]
-        found = (dequantised_weight(live.get_submodule(name)).float() - weight).norm() / weight.norm()
-        assert error == pytest.approx(found.item(), abs=0.003), name  # the stored form dequantises to bf16
-        # Weights without an adapter come from NF4 and lie on its grid; the scales are rounded once more.
-        assert (0.01 < error < 0.2) if name in adapted else error < 0.001, name
-    assert len(errors) == 14
-    assert report.requantisation_error == {"mean": sum(errors.values()) / 14, "max": max(errors.values())}
-    (found,) = check_exports(tiny.stack, [tmp_path / "merged"], PROMPTS, device="cpu").values()
-    assert 1e-6 < found.kl_mean < 0.5
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuna_peft.cli.options import Check, Prompts
+from tuna_peft.cli.options import AllowLostUpdate, Check, Prompts
 from tuna_peft.terminal import echo
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def gguf(
     ] = None,
     prompts: Prompts = None,
     check: Check = True,
+    allow_lost_update: AllowLostUpdate = False,
 ) -> None:
     """Write GGUF files for llama.cpp, Ollama and LM Studio, and a Modelfile with the prompt template of training."""
     from tuna_peft.cli.divergence import comparison_prompts, print_divergence
@@ -86,7 +87,9 @@ def gguf(
     if base is not None:
         if base != "auto" or adapter:
             raise UserError(f"--base {base} cannot be used here", fix="Use --base auto, for model files of a stack.")
-        _export_choosing_the_base(source, out, types, name, upto, base_model, imatrix, prompts)
+        _export_choosing_the_base(
+            source, out, types, name, upto, base_model, imatrix, prompts, allow_lost_update=allow_lost_update
+        )
         return
     # A published stack has `stack/` too, beside the combined adapter.
     if (folder / "stack" / MANIFEST).is_file() and not (folder / "adapter_config.json").is_file():
@@ -107,10 +110,13 @@ def gguf(
         for option, value in (("--upto", upto), ("--base-model", base_model), ("--adapter", adapter or None)):
             if value is not None:
                 raise UserError(f"{option} needs a stack; this is a single model", where=source)
-        report = export_gguf(folder, out, types=types or ("q8_0",), name=name, imatrix=imatrix)
         record, stack = read_record(folder), folder.resolve().parent / "stack"
         if record.get("kind") == "merged" and (stack / MANIFEST).is_file():
             measured_by = stack, record["stack"]["adapters"][-1]["name"]
+        report = export_gguf(
+            folder, out, types=types or ("q8_0",), name=name, imatrix=imatrix,
+            stack_dir=measured_by and measured_by[0], allow_lost_update=allow_lost_update,
+        )  # fmt: skip
     _print_report(report)
     if measured_by is None:
         if prompts is not None:
@@ -128,6 +134,8 @@ def _export_choosing_the_base(
     base_model: str | None,
     imatrix: Path | None,
     prompts: str | None,
+    *,
+    allow_lost_update: bool,
 ) -> None:
     from tuna_peft.cli.divergence import comparison_prompts
     from tuna_peft.export.gguf.choose import export_gguf_of_stack
@@ -137,6 +145,7 @@ def _export_choosing_the_base(
     report, measured = export_gguf_of_stack(
         stack, out, comparison_prompts(stack, prompts, base_model), types=types or ("q8_0",),
         name=name or Path(source).resolve().name, upto=upto, base_model=base_model, imatrix=imatrix,
+        allow_lost_update=allow_lost_update,
     )  # fmt: skip
     for file, found in measured.items():
         for chosen, divergence in found.items():
@@ -149,4 +158,6 @@ def _print_report(report: GGUFReport) -> None:
         echo(f"wrote {report.path / file}: {size / 2**20:,.1f} MiB")
         if kept := report.kept_in_f16[file]:
             echo(f"  {len(kept)} tensors in f16, because their row length is not a multiple of 32: {kept[0]} ...")
+        if update := report.kept_update[file]:
+            echo(f"  {update}")
     echo(f"{report.seconds:.1f} s; with Ollama: ollama create NAME -f {report.path / 'Modelfile'}")

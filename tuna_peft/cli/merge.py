@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tuna_peft.cli.options import BasePath, Check, Prompts, Stack
+from tuna_peft.cli.options import AllowLostUpdate, BasePath, Check, Prompts, Stack
 from tuna_peft.errors import UserError
 from tuna_peft.terminal import echo
 
@@ -28,6 +28,7 @@ def merge(
     base_model: BasePath = None,
     prompts: Prompts = None,
     check: Check = True,
+    allow_lost_update: AllowLostUpdate = False,
     compare: Annotated[
         bool,
         typer.Option(
@@ -45,16 +46,21 @@ def merge(
     ids = comparison_prompts(source, prompts, base_model)
     if compare and not ids:
         raise UserError("--compare needs prompts", fix="Give data with --prompts, or the folder of a run.")
-    report = merge_stack(source, out, dtype=dtype, base=base, upto=upto, base_model=base_model)  # type: ignore[arg-type]
+    report = merge_stack(
+        source,
+        out,
+        dtype=dtype,
+        base=base,  # type: ignore[arg-type]
+        upto=upto,
+        base_model=base_model,
+        allow_lost_update=allow_lost_update,
+    )
     echo(
         f"wrote {report.path}: {' + '.join(report.adapters)} merged into the {report.base} base, {report.dtype}, "
         f"{report.nbytes / 2**20:,.1f} MiB, {report.seconds:.1f} s"
     )
-    if report.requantisation_error:
-        echo(
-            "quantizing again changed the weights of a module by {mean:.1%} on average, {max:.1%} at most "
-            "(Frobenius norm)".format(**report.requantisation_error)
-        )
+    if report.kept_update is not None:
+        echo(f"rounding to {report.dtype}: {report.kept_update}")
     if compare:
         print_routes(compare_exports(source, ids, out.absolute().parent, upto=upto, base_model=base_model))
     elif ids and check:

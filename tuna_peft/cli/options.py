@@ -118,6 +118,12 @@ Prompts = Annotated[
         show_default="for a run: prompts of the run",
     ),
 ]
+AllowLostUpdate = Annotated[
+    bool,
+    typer.Option(
+        "--allow-lost-update", help="Write it even if rounding undoes more than half of what the adapters changed."
+    ),
+]
 Check = Annotated[
     bool, typer.Option("--check/--no-check", help="Measure the export on the prompts, if there are any.")
 ]

@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from tuna_peft.errors import UserError
 from tuna_peft.export.base_files import companion_files, copy_companions, locate_base
 from tuna_peft.export.factors import StackFactors
+from tuna_peft.export.kept_update import KeptUpdate, ModuleUpdate
 from tuna_peft.export.merged_weights import DTYPES, MergedWeights
 from tuna_peft.export.output import (
-    mean_and_max,
+    peak_rss_bytes,
     require_replaceable,
     require_space,
     resumable_directory,
@@ -35,7 +36,12 @@ from tuna_peft.limits import peak_rss_bytes
 from tuna_peft.models.base.load import resolve_device, resolve_dtype
 
 MERGED_DTYPES = (*DTYPES, "nf4")
-REQUANTISATION = "requantisation_error.json"
+UPDATES = "kept_update.json"
+
+_FIX = (
+    "Use `--dtype bfloat16` or `float32`; to serve 4 bits, the combined adapter on the base in NF4 is exact. "
+    "`--allow-lost-update` merges all the same."
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class MergeReport:
         dtype: Output dtype, or `nf4`.
         tensors: Number of tensors written.
         merged: Number of modules that adapters were added to.
-        requantisation_error: For `nf4`: mean and maximum over the modules of |W - nf4(W)| / |W| (Frobenius norm).
+        kept_update: Which share of the adapters' update the weights have after rounding; None for `float32`.
         files: Number of weight files.
         nbytes: Size of all weights.
         seconds: Wall-clock time.
@@ -62,7 +68,7 @@ class MergeReport:
     dtype: str
     tensors: int
     merged: int
-    requantisation_error: dict[str, float] | None
+    kept_update: KeptUpdate | None
     files: int
     nbytes: int
     seconds: float
@@ -81,6 +87,7 @@ def merge_stack(
     device: str = "auto",
     load_dtype: str = "auto",
     trust_remote_code: bool = False,
+    allow_lost_update: bool = False,
 ) -> MergeReport:
     """Writes the base with the stack merged in; plain `AutoModelForCausalLM.from_pretrained` loads it.
 
@@ -99,10 +106,11 @@ def merge_stack(
         device: Device that quantises and adds; `auto` is the GPU if there is one.
         load_dtype: Dtype in which the base was loaded for training; `auto` reads it from the manifest and, if it is
             missing there, takes the dtype that `load_base` would choose on this machine.
+        allow_lost_update: Only warn when rounding to `dtype` undoes more than half of the adapters' update.
 
     Raises:
         UserError: A broken stack, another or an unreadable base, a layout in which a weight is not found, no space,
-            an `out_dir` in use, or weights that do not fit the dtype.
+            an `out_dir` in use, weights that do not fit the dtype, or a dtype in which most of the update is lost.
     """
     start = time.perf_counter()
     if dtype not in MERGED_DTYPES:
@@ -133,7 +141,10 @@ def merge_stack(
         copy_companions(folder, aside, weights.config_changes(), manifest.prompt, trust_remote_code=trust_remote_code)
         with tqdm(total=total, desc="merging", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
             files = _write_shards(aside, weights, max_shard_size, bar.update)
-        write_record(aside, "merged", manifest, base=base, dtype=dtype)
+        kept = KeptUpdate.over(weights.updates)
+        if kept is not None:
+            kept.check(f"{dtype} weights", _FIX, allow_lost_update=allow_lost_update)
+        write_record(aside, "merged", manifest, base=base, dtype=dtype, kept_update=kept and asdict(kept))
     return MergeReport(
         path=Path(out_dir),
         adapters=[entry.name for entry in manifest.adapters],
@@ -141,7 +152,7 @@ def merge_stack(
         dtype=dtype,
         tensors=sum(map(len, weights.groups.values())),
         merged=len(factors.shapes),
-        requantisation_error=mean_and_max(weights.errors),
+        kept_update=kept,
         files=len(files),
         nbytes=total,
         seconds=time.perf_counter() - start,
@@ -153,15 +164,16 @@ def _write_shards(
     folder: Path, weights: MergedWeights, max_shard_size: str | int, report: Callable[[int], object]
 ) -> list[Path]:
     """Writes the weights as transformers names them, one file or shards with an index; skips shards that are there."""
-    errors = folder / REQUANTISATION
-    if errors.is_file():
-        weights.errors.update(json.loads(errors.read_text(encoding="utf-8")))
+    updates = folder / UPDATES
+    if updates.is_file():
+        measured = json.loads(updates.read_text(encoding="utf-8"))
+        weights.updates.update({module: ModuleUpdate(**sums) for module, sums in measured.items()})
 
     def make(group: str) -> dict[str, torch.Tensor]:
-        before = len(weights.errors)
+        before = len(weights.updates)
         made = weights.make(group)
-        if len(weights.errors) > before:
-            write_json(errors, weights.errors)
+        if len(weights.updates) > before:
+            write_json(updates, {module: asdict(sums) for module, sums in weights.updates.items()})
         return made
 
     sizes = {group: sum(spec.nbytes for spec in specs.values()) for group, specs in weights.groups.items()}

@@ -20,6 +20,7 @@ from tuna_peft.export.base_weight import (
     skeleton,
 )
 from tuna_peft.export.factors import Factors, StackFactors
+from tuna_peft.export.kept_update import ModuleUpdate
 from tuna_peft.export.safetensors_stream import FLOATS, SafetensorsReader, TensorSpec
 from tuna_peft.limits import QUANTIZATION_BLOCK, SCALES_BLOCK
 from tuna_peft.models.base.load import safetensors_files
@@ -44,14 +45,14 @@ class MergedWeights:
 
     Attributes:
         groups: Types and shapes of all tensors, by the stored weight from which they are computed.
-        errors: For `nf4`, by module, as far as computed: |W - nf4(W)| / |W| in the Frobenius norm.
+        updates: By module, as far as computed: how much of the update is kept; for `float32` nothing is measured.
 
     Raises:
         UserError: A layout in which a weight is not found, or of another shape.
     """
 
     groups: dict[str, dict[str, TensorSpec]]
-    errors: dict[str, float]
+    updates: dict[str, ModuleUpdate]
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class MergedWeights:
             dtype = "float16" if load_dtype == torch.float16 else "bfloat16"
         self.dtype = dtype
         self.groups = {name: self._specs(name, spec) for name, spec in self._source.specs.items()}
-        self.errors = {}
+        self.updates = {}
 
     def config_changes(self) -> dict[str, Any]:
         """What differs from the base in `config.json`."""
@@ -104,8 +105,8 @@ class MergedWeights:
             weight = weight.to(self._load_dtype)
         factors = self._factors.of(module) if module in self._factors.shapes else None
         if module in self._requantised:
-            return self._requantise(name, _sum(weight, factors, torch.float32))
-        rounded = _sum(weight, factors, getattr(torch, self.dtype))
+            return self._requantise(name, weight.float(), factors)
+        rounded = self._sum(module, weight, factors, getattr(torch, self.dtype))
         if self.dtype == "float16" and not rounded.isfinite().all():
             raise UserError(f"{name!r} has values beyond float16's range", fix="Use bfloat16 or float32.")
         return {name: rounded}
@@ -123,17 +124,42 @@ class MergedWeights:
             }
         return {name: TensorSpec(DTYPES[self.dtype] if stored.dtype in FLOATS else stored.dtype, stored.shape)}
 
-    def _requantise(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """NF4 as bitsandbytes serialises it (`QuantState.as_dict(packed=True)`), and the error that it adds."""
+    def _requantise(self, name: str, base: torch.Tensor, factors: Factors | None) -> dict[str, torch.Tensor]:
+        """NF4 as bitsandbytes serialises it (`QuantState.as_dict(packed=True)`)."""
+        module = name.removesuffix(".weight")
+        weight = self._sum(module, base, factors, torch.float32)
         codes, state = quantise_4bit(weight, "nf4", double_quant=True, dtype=torch.float32)
-        difference = dequantise_4bit(codes, state).sub_(weight).norm() / weight.norm().clamp_min(1e-30)
-        self.errors[name.removesuffix(".weight")] = difference.item()
+        if factors is not None:
+            # The base is quantized, too, so that only the update makes a difference.
+            codes_of_base = quantise_4bit(base, "nf4", double_quant=True, dtype=torch.float32)
+            self.updates[module] = ModuleUpdate()
+            self.updates[module].add(dequantise_4bit(codes, state), dequantise_4bit(*codes_of_base), weight - base)
         state.dtype = getattr(torch, self.dtype)
         packed = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
         key = f"{name}.quant_state.bitsandbytes__nf4"
         filled = torch.full((_state_bytes(weight.numel()),), ord(" "), dtype=torch.uint8)
         filled[: packed[key].numel()] = packed[key]
         return {**packed, key: filled, name: codes[: -(-weight.numel() // 2)].view(-1, 1)}
+
+    def _sum(self, module: str, weight: torch.Tensor, factors: Factors | None, dtype: torch.dtype) -> torch.Tensor:
+        """`weight + B A`, added up in fp32 and rounded to `dtype` once; `updates` gets the effect of the rounding.
+
+        A few rows at a time, so that fp32 needs little memory.
+        """
+        if factors is None:
+            return weight.to(dtype)
+        a, b = factors.a.to(weight.device), factors.b.to(weight.device)
+        result = torch.empty_like(weight, dtype=dtype)
+        measured = ModuleUpdate()
+        rows = max(1, _ROWS // weight.shape[1])
+        for part, own_b, own_rows in zip(weight.split(rows), b.split(rows), result.split(rows), strict=True):
+            update = own_b @ a
+            own_rows.copy_(part + update)
+            if dtype != torch.float32:
+                measured.add(own_rows.float(), part.to(dtype).float(), update)
+        if dtype != torch.float32:
+            self.updates[module] = measured
+        return result
 
     def _require_weights(self, modules: list[str], folder: Path) -> None:
         for module in modules:
@@ -151,18 +177,6 @@ class MergedWeights:
                     where=str(folder),
                     fix="Merge into the base that the stack was trained on.",
                 )
-
-
-def _sum(weight: torch.Tensor, factors: Factors | None, dtype: torch.dtype) -> torch.Tensor:
-    """`weight + B A`, added up in fp32 and rounded to `dtype` once; a few rows at a time, so that fp32 stays small."""
-    if factors is None:
-        return weight.to(dtype)
-    a, b = factors.a.to(weight.device), factors.b.to(weight.device)
-    result = torch.empty_like(weight, dtype=dtype)
-    rows = max(1, _ROWS // weight.shape[1])
-    for part, own_b, own_rows in zip(weight.split(rows), b.split(rows), result.split(rows), strict=True):
-        own_rows.copy_(torch.addmm(part.float(), own_b, a))
-    return result
 
 
 def _state_bytes(elements: int) -> int:

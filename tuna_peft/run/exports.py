@@ -80,13 +80,22 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     if settings.merge.enabled:
         merge = settings.merge
         report = merge_stack(
-            stack, run.path / "merged", dtype=merge.dtype, base=merge.base, load_dtype=base.dtype, **loading
-        )
+            stack, run.path / "merged", dtype=merge.dtype, base=merge.base, load_dtype=base.dtype,
+            allow_lost_update=True,  # a warning: the adapters are trained, and the recipe asks for this dtype
+            **loading,
+        )  # fmt: skip
         exports["merged"] = _as_dict(report)
     if settings.gguf:
         from tuna_peft.export.gguf.model import export_gguf  # imports the optional package `gguf`
 
-        written = export_gguf(run.path / "merged", run.path / "gguf", types=settings.gguf, name=run.recipe.name)
+        written = export_gguf(
+            run.path / "merged",
+            run.path / "gguf",
+            types=settings.gguf,
+            name=run.recipe.name,
+            stack_dir=stack,
+            allow_lost_update=True,
+        )
         exports["gguf"] = _as_dict(written)
         exports |= {f"gguf/{file}": {"path": f"gguf/{file}", "nbytes": size} for file, size in written.files.items()}
     prompts = divergence_prompts(inputs, settings.divergence_prompts)

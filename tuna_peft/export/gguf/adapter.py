@@ -98,7 +98,7 @@ def export_gguf_adapter(
         write_modelfile(aside / MODELFILE, BASE_FILE, tokenizer, manifest.prompt, adapter=file)
         write_record(aside, "gguf-adapter", manifest, types=[type], files=[file])
     size = (Path(out_dir) / file).stat().st_size
-    return GGUFReport(Path(out_dir), {file: size}, {file: []}, time.perf_counter() - start)
+    return GGUFReport(Path(out_dir), {file: size}, {file: []}, {file: None}, time.perf_counter() - start)
 
 
 def _factors_of(folder: Path, upto: str | None) -> StackFactors:

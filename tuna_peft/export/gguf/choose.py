@@ -6,13 +6,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.check import ExportComparison
 from tuna_peft.export.divergence import Divergence
-from tuna_peft.export.gguf.model import GGUFReport, check_types, export_gguf, read_record
+from tuna_peft.export.gguf.model import LOST_UPDATE, GGUFReport, check_types, export_gguf, read_record
 from tuna_peft.export.gguf.modelfile import MODELFILE
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.export.output import RECORD, require_replaceable
@@ -32,6 +33,7 @@ def export_gguf_of_stack(
     base_model: str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     device: str = "auto",
+    allow_lost_update: bool = False,
 ) -> tuple[GGUFReport, dict[str, dict[str, Divergence]]]:
     """Merges into the dequantized and into the original base, and keeps for each type the file with the smaller KL.
 
@@ -42,7 +44,7 @@ def export_gguf_of_stack(
         stack_dir: The folder with `stack.json`.
         out_dir: Appears whole or not at all; until then both merged models and all files are in a folder beside it.
         prompts: Token ids of each prompt to measure on.
-        types, name, imatrix: As in `export_gguf`.
+        types, name, imatrix, allow_lost_update: As in `export_gguf`.
         upto, base_model, device: As in `merge_stack`.
 
     Returns:
@@ -61,24 +63,39 @@ def export_gguf_of_stack(
     beside.mkdir(parents=True, exist_ok=True)
     measured: dict[str, dict[str, Divergence]] = {}
     with tempfile.TemporaryDirectory(prefix=".gguf.", dir=beside) as work:
-        reports = {}
+        reports: dict[str, GGUFReport] = {}
         for base in BASES:
-            merged = merge_stack(stack_dir, Path(work) / "merged", base=base, **loading)
-            reports[base] = export_gguf(merged.path, Path(work) / base, types=types, name=name, imatrix=imatrix)
+            merged = merge_stack(stack_dir, Path(work) / "merged", base=base, allow_lost_update=True, **loading)
+            reports[base] = export_gguf(
+                merged.path, Path(work) / base, types=types, name=name, imatrix=imatrix, stack_dir=stack_dir,
+                allow_lost_update=True,  # only the chosen files count
+            )  # fmt: skip
             for file in reports[base].files:
                 measured.setdefault(file, {})[base] = comparison.model(Path(work) / base / file)
         chosen = {file: min(found, key=lambda base: found[base].kl_mean) for file, found in measured.items()}
+        kept = {file: reports[base].kept_update[file] for file, base in chosen.items()}
+        for file, found in kept.items():
+            if found is not None:
+                found.check(file, LOST_UPDATE, allow_lost_update=allow_lost_update)
         first = Path(work) / next(iter(chosen.values()))
         with atomic_directory(out_dir) as aside:
             for file, folder in chosen.items():
                 os.replace(Path(work) / folder / file, aside / file)
             for other in [first / MODELFILE, *first.glob("LICENSE*"), *first.glob("NOTICE*")]:
                 shutil.copyfile(other, aside / other.name)
-            write_json(aside / RECORD, {**read_record(first), "base": chosen})
+            write_json(
+                aside / RECORD,
+                {
+                    **read_record(first),
+                    "base": chosen,
+                    "kept_update": {file: share and asdict(share) for file, share in kept.items()},
+                },
+            )
     report = GGUFReport(
         path=Path(out_dir),
         files=reports[BASES[0]].files,
         kept_in_f16=reports[BASES[0]].kept_in_f16,
+        kept_update=kept,
         seconds=sum(report.seconds for report in reports.values()),
     )
     return report, measured

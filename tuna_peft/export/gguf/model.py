@@ -11,24 +11,28 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Format
 from gguf import Metadata
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.base_weight import skeleton
+from tuna_peft.export.factors import Factors, StackFactors
 from tuna_peft.export.gguf.architecture import Architecture
 from tuna_peft.export.gguf.llama_quantize import K_QUANTS, find_llama_quantize, quantize
 from tuna_peft.export.gguf.metadata import general_metadata
 from tuna_peft.export.gguf.modelfile import MODELFILE, write_modelfile
-from tuna_peft.export.gguf.tensors import BELOW_8_BITS, TYPES, GGUFTensor, plan_tensors, unaligned
+from tuna_peft.export.gguf.tensors import BELOW_8_BITS, TYPES, GGUFTensor, plan_tensors, reorder_heads, unaligned
 from tuna_peft.export.gguf.tokenizer import strips_after_special_tokens, write_tokenizer
+from tuna_peft.export.kept_update import KeptUpdate, ModuleUpdate
 from tuna_peft.export.output import RECORD, require_replaceable, require_space
 from tuna_peft.export.safetensors_stream import SafetensorsReader
 from tuna_peft.files import atomic_directory, write_json
@@ -37,6 +41,10 @@ from tuna_peft.models.base.load import resolve_model_path, safetensors_files
 logger = logging.getLogger("tuna_peft")
 
 _METADATA = 64 << 20  # allowed for tokenizer and headers when space is checked
+
+LOST_UPDATE = (
+    "Use q8_0 or f16, or let `--base auto` compare both bases; `--allow-lost-update` writes the file all the same."
+)
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,14 @@ class GGUFReport:
         path: The folder.
         files: Sizes in bytes by file name.
         kept_in_f16: By file, the tensors whose rows are no whole number of blocks of the file's type.
+        kept_update: By file, which share of the adapters' update it has; None if that was not measured.
         seconds: Wall-clock time.
     """
 
     path: Path
     files: dict[str, int]
     kept_in_f16: dict[str, list[str]]
+    kept_update: dict[str, KeptUpdate | None]
     seconds: float
 
 
@@ -63,6 +73,8 @@ def export_gguf(
     types: Sequence[str] = ("q8_0",),
     name: str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
+    stack_dir: str | os.PathLike[str] | None = None,
+    allow_lost_update: bool = False,
 ) -> GGUFReport:
     """Writes a model as `NAME-TYPE.gguf`, one file per type, with an Ollama `Modelfile` for the first.
 
@@ -74,10 +86,14 @@ def export_gguf(
         types: Number formats, see `TYPES`; and `K_QUANTS` if llama.cpp's `llama-quantize` is installed.
         name: The model's name; by default that of its folder.
         imatrix: An importance matrix for the K-quants, as `llama-imatrix` writes it.
+        stack_dir: The stack that was merged into the model, to measure how much of its update each file keeps (not for
+            `f32` and the K-quants).
+        allow_lost_update: Only warn when a type undoes more than half of that update.
 
     Raises:
         UserError: An unknown type, a type or importance matrix without `llama-quantize`, a model or tokenizer that
-            llama.cpp cannot run, a checkpoint that does not fit its configuration, no space, or an `out_dir` in use.
+            llama.cpp cannot run, a checkpoint that does not fit its configuration, no space, an `out_dir` in use, or a
+            type in which most of the update is lost.
     """
     start = time.perf_counter()
     types = check_types(types)
@@ -121,12 +137,17 @@ def export_gguf(
     parameters = sum(math.prod(shape) for shape in expected.values())
     metadata = general_metadata(_name_for_llama_cpp(name, tokenizer), stack, folder, parameters)
     _warn_of_two_grids(record, types)
+    factors = None if stack_dir is None else StackFactors(stack_dir, stack["adapters"][-1]["name"])
+    kept: dict[str, KeptUpdate | None] = dict.fromkeys(files.values())
     with atomic_directory(out_dir) as aside:
         for type, plan in plans.items():
             with open_writer(aside / files[type], architecture, metadata, type) as writer:
                 architecture.write(writer)
                 write_tokenizer(writer, tokenizer, config.vocab_size, prompt)
-                _write_tensors(writer, plan, source, architecture, files[type])
+                updates = _write_tensors(writer, plan, source, architecture, files[type], factors)
+            kept[files[type]] = found = KeptUpdate.over(updates)
+            if found is not None and type in types:
+                found.check(files[type], LOST_UPDATE, allow_lost_update=allow_lost_update)
         for type in k_quants:
             quantize(program, aside / files[lossless], aside / files[type], type, imatrix)
         for type in set(written) - set(types):
@@ -134,7 +155,10 @@ def export_gguf(
         write_modelfile(aside / MODELFILE, files[types[0]], tokenizer, prompt)
         for license in [*folder.glob("LICENSE*"), *folder.glob("NOTICE*")]:
             shutil.copyfile(license, aside / license.name)
-        write_json(aside / RECORD, {**record, "kind": "gguf", "types": types, "files": list(files.values())})
+        kept = {file: kept[file] for file in files.values()}
+        changes = {"kind": "gguf", "types": types, "files": list(files.values())}
+        shares = {file: found and asdict(found) for file, found in kept.items()}
+        write_json(aside / RECORD, {**record, **changes, "kept_update": shares})
     return GGUFReport(
         path=Path(out_dir),
         files={file: (Path(out_dir) / file).stat().st_size for file in files.values()},
@@ -142,6 +166,7 @@ def export_gguf(
             file: [tensor.name for tensor in unaligned(plans[type], type)] if type in plans else []
             for type, file in files.items()
         },
+        kept_update=kept,
         seconds=time.perf_counter() - start,
     )
 
@@ -191,7 +216,14 @@ def _write_tensors(
     source: SafetensorsReader,
     architecture: Architecture,
     description: str,
-) -> None:
+    factors: StackFactors | None,
+) -> dict[str, ModuleUpdate]:
+    """Writes the data of all tensors.
+
+    Returns:
+        By module with adapters, how much of the update is in the file; empty without `factors` and in fp32.
+    """
+    updates = {}
     writer.add_type(gguf.GGUFType.MODEL)
     for tensor in plan:
         tensor.announce(writer)
@@ -206,8 +238,27 @@ def _write_tensors(
             else:
                 weight = source.read(tensor.source, cpu)
                 heads, offset = architecture.rotated_heads(tensor.source), architecture.stored_offset(tensor.source)
-                writer.write_tensor_data(tensor.convert(weight, heads, offset))
+                data = tensor.convert(weight, heads, offset)
+                writer.write_tensor_data(data)
+                module = tensor.source.removesuffix(".weight")
+                if factors is not None and module in factors.shapes and tensor.format is not Format.F32:
+                    updates[module] = _update_in(tensor, data, weight, factors.of(module), heads)
             bar.update(tensor.nbytes)
+    return updates
+
+
+def _update_in(
+    tensor: GGUFTensor, data: np.ndarray, weight: torch.Tensor, factors: Factors, heads: int | None
+) -> ModuleUpdate:
+    """Compares a merged weight as stored with its base, converted in the same way."""
+    update = factors.b @ factors.a
+    base = tensor.convert(weight.float() - update, heads)
+    if heads is not None:
+        update = reorder_heads(update, heads)
+    rounded, rounded_base = (torch.from_numpy(gguf.dequantize(values, tensor.format)) for values in (data, base))
+    measured = ModuleUpdate()
+    measured.add(rounded, rounded_base, update)
+    return measured
 
 
 def _name_for_llama_cpp(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
