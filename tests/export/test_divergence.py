@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_llama import PROMPTS, Tiny
+from tiny_llama import PROMPTS, SFT, Tiny, load_tiny, stack_on
 
 import tuna_peft.export.check as check_module
 from tuna_peft.errors import UserError
 from tuna_peft.export.check import check_exports
+from tuna_peft.export.compare_exports import compare_exports
 from tuna_peft.export.divergence import divergence, iter_logits
 from tuna_peft.export.merge import merge_stack
+from tuna_peft.models.stack.files import save_stack
 
 
 class Bigram(torch.nn.Module):
@@ -47,6 +49,18 @@ def test_a_model_does_not_diverge_from_itself_and_keeps_no_gradients() -> None:
     found = divergence(iter_logits(model, batches), model, batches)
     assert (found.kl_mean, found.kl_max, found.top1_agreement, found.tokens) == (0, 0, 1, 300)
     assert model.table.grad is None
+
+
+def test_exports_of_a_16_bit_stack_are_compared_in_fp32(tiny: Tiny, tmp_path: Path) -> None:
+    """In bf16, an exact adapter and rounded weights would both be within the noise of bf16."""
+    live = load_tiny(tiny.base)
+    save_stack(stack_on(live, sft=SFT), tmp_path / "stack", {"template": "alpaca"}, load_dtype="bfloat16")
+    rows = {row.name: row for row in compare_exports(tmp_path / "stack", PROMPTS, tmp_path, device="cpu")}
+    kl = {name: row.divergence.kl_mean for name, row in rows.items() if row.divergence is not None}
+    [noise] = [name for name, row in rows.items() if row.is_noise]
+    assert noise == "unmerged adapters, bfloat16" and kl[noise] > 1e-8
+    assert kl["adapter, rank 8"] <= 1e-10
+    assert len({kl[f"dequantized, {dtype}"] for dtype in ("float32", "float16", "bfloat16")}) == 3
 
 
 def test_nothing_to_compare_is_an_error(tiny: Tiny) -> None:

@@ -84,7 +84,7 @@ def print_routes(routes: Iterable[ExportOption]) -> None:
     table = Table("export", title="KL divergence from the stack")
     for heading in ("MB", "KL, mean", "KL, largest", "top-1 agreement"):
         table.add_column(heading, justify="right")
-    tokens = 0
+    tokens, noise = 0, 0.0
     for route in routes:
         echo(f"measured {route.name}", err=True)
         size = "-" if route.nbytes is None else f"{route.nbytes / 1e6:,.1f}"
@@ -92,7 +92,12 @@ def print_routes(routes: Iterable[ExportOption]) -> None:
             table.add_row(route.name, size, f"not possible: {route.reason}")
             continue
         tokens = measured.tokens
-        agreement = f"{measured.top1_agreement:.2%}"
-        table.add_row(route.name, size, f"{measured.kl_mean:.1e}", f"{measured.kl_max:.1e}", agreement)
-    table.caption = f"KL divergence in nats, after each of {tokens:,} tokens"
+        if route.is_noise:
+            noise = measured.kl_mean
+        mark = "*" if measured.kl_mean < noise else ""
+        mean, agreement = f"{mark}{measured.kl_mean:.1e}", f"{measured.top1_agreement:.2%}"
+        table.add_row(route.name, size, mean, f"{measured.kl_max:.1e}", agreement)
+    table.caption = f"KL divergence in nats, after each of {tokens:,} tokens, computed in fp32"
+    if noise:
+        table.caption += "; *: below the noise of the dtype of training (unmerged adapters in that dtype)"
     console().print(table)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,15 @@ class ExportComparison:
             dtype = read_manifest(find_stack(stack_dir)).load_dtype or "auto"
         self._device, self._trust_remote_code = resolve_device(device), trust_remote_code
         self._dtype = resolve_dtype(dtype, self._device)
-        stack = AdapterStack.from_pretrained(
+        self._load = partial(
+            AdapterStack.from_pretrained,
             stack_dir,
             upto=upto,
             base_model=base_model,
             device=device,
-            dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+        stack = self._load(dtype=dtype)
         self._logits = list(iter_logits(stack.model, self._batches))
         self._config = stack.model.config
         self._base: Any = stack.model.unload() if isinstance(stack.model, PeftModel) else stack.model
@@ -116,6 +118,10 @@ class ExportComparison:
     def base(self) -> Divergence:
         """The divergence of the base without adapters, as a scale."""
         return self._divergence(self._base, "base")
+
+    def stack(self, dtype: str) -> Divergence:
+        """The divergence of the unmerged adapters computing in `dtype`: the noise of that dtype's rounding."""
+        return self._divergence(self._load(dtype=dtype).model, f"stack in {dtype}")
 
     def adapter(self, folder: Path) -> Divergence:
         """The divergence of a combined adapter on the stack's base, loaded by plain PEFT. Call it before `model`."""

@@ -28,12 +28,14 @@ class ExportOption:
         nbytes: Size of its weights in bytes; None for the base alone and for a failed export.
         divergence: KL divergence from the unmerged adapters; None for a failed export.
         reason: Why the export failed.
+        is_noise: Whether this is the stack itself in the dtype of training: what is nearer cannot be told apart there.
     """
 
     name: str
     nbytes: int | None
     divergence: Divergence | None
     reason: str | None = None
+    is_noise: bool = False
 
 
 def compare_exports(
@@ -47,6 +49,9 @@ def compare_exports(
 ) -> Iterator[ExportOption]:
     """The base alone, the combined adapter (at full and at half rank), and merged models of both bases in every dtype.
 
+    All of them compute in fp32, because 16 bits would hide what the exports round. If training computed in 16 bits,
+    the unmerged adapters in that dtype are measured too.
+
     Args:
         stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
         prompts: Token ids of each prompt.
@@ -57,15 +62,19 @@ def compare_exports(
         UserError: A broken or empty stack, another base, no prompts.
     """
     source = find_stack(stack_dir)
-    comparison = ExportComparison(source, prompts, upto=upto, base_model=base_model, device=device)
+    manifest = read_manifest(source)
+    comparison = ExportComparison(source, prompts, upto=upto, base_model=base_model, device=device, dtype="float32")
     yield ExportOption("base without the stack", None, comparison.base())
+    if manifest.load_dtype not in (None, "float32"):
+        noise = comparison.stack(manifest.load_dtype)
+        yield ExportOption(f"unmerged adapters, {manifest.load_dtype}", None, noise, is_noise=True)
 
     full = max(shape.rank for shape in StackFactors(source, upto).shapes.values())
     half = -(-full // 2)
     for name, rank in ((f"adapter, rank {full}", None), (f"adapter, rank {half}", half)):
         write = partial(combine_stack, source, upto=upto, rank=rank)
         yield _measured(name, work_dir, write, comparison.adapter)
-    quantised = read_manifest(source).quantization is not None
+    quantised = manifest.quantization is not None
     for base in ("dequantized", "original") if quantised else ("original",):
         for dtype in MERGED_DTYPES:
             merge = partial(

@@ -24,7 +24,6 @@ from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.kept_update import KeptUpdate, ModuleUpdate
 from tuna_peft.export.merged_weights import DTYPES, MergedWeights
 from tuna_peft.export.output import (
-    peak_rss_bytes,
     require_replaceable,
     require_space,
     resumable_directory,
