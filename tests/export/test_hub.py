@@ -55,6 +55,7 @@ def test_a_stack_is_published_private_in_one_commit(tiny: Tiny, hub: Hub, capsys
                 for name in ("adapter_config.json", "adapter_model.safetensors")
             ),
             "stack/stack.json",
+            "stack/ranking/README.md",
         }
     )
     assert report.files == {path: len(content) for path, content in files.items()}

@@ -187,6 +187,8 @@ def _add_adapters(release: Release, folder: Path, run: Path | None, workdir: Pat
             release.files[f"stack/{entry['path']}/{name}"] = content
             if isinstance(content, bytes):
                 entry["sha256"][name] = hashlib.sha256(content).hexdigest()
+        if (readme := folder / entry["path"] / "README.md").is_file():  # says that it needs the adapters below it
+            release.files[f"stack/{entry['path']}/README.md"] = readme
     release.files[f"stack/{MANIFEST}"] = _bytes(release.stack)
     if release.base is not None and release.base.startswith("builtin:"):
         # PEFT cannot load built-in models, so the base is published too.

@@ -39,6 +39,11 @@ def test_a_stack_comes_back_bitwise(base_path: str, tmp_path: Path, method: str)
     assert (tmp_path / "again" / "stack.json").read_text() == (tmp_path / "stack" / "stack.json").read_text()
 
 
+def test_the_folder_of_an_upper_adapter_says_what_is_missing(stack_path: Path) -> None:
+    assert "`ranking` was trained on top of sft" in (stack_path / "ranking" / "README.md").read_text()
+    assert not (stack_path / "sft" / "README.md").exists()  # which works on the base alone
+
+
 def test_upto_loads_the_lower_part(base_path: str, stack_path: Path) -> None:
     stack = AdapterStack.from_pretrained(stack_path, upto="sft", device="cpu")
     assert stack.names == ["sft"]

@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tuna_peft.errors import UserError
-from tuna_peft.files import unreadable_is_a_user_error
+from tuna_peft.files import unreadable_is_a_user_error, write_text
 from tuna_peft.json_text import read_json
 from tuna_peft.models.base.load import model_id
 from tuna_peft.models.forward import fused_lora
@@ -41,6 +41,14 @@ from tuna_peft.models.forward import fused_lora
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+_UPPER_README = """\
+# Not an adapter for the base alone
+
+`{name}` was trained on top of {below}, and gives wrong answers without it. PEFT loads this folder without an error.
+
+Load the whole stack from the folder that holds `stack.json` (`tuna_peft.AdapterStack.from_pretrained`), or write one
+adapter for plain PEFT with `tuna-peft combine`.
+"""
 
 # These initializations change the base weight, which is quantized or shared by the stack.
 _BASE_CHANGING_INITS = ("pissa", "corda", "olora", "loftq", "eva", "orthogonal", "lora_ga")
@@ -135,7 +143,10 @@ def active_adapters(model: PreTrainedModel | PeftModel, names: Sequence[str]) ->
 
 
 def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
-    """Writes one adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+    """Writes one adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+    PEFT loads an upper adapter without those below it and says nothing, so its `README.md` does.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous() for key, value in adapter_state(model, name).items()}
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -144,6 +155,9 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     base_model = model_id(cast(PreTrainedModel, model.get_base_model()))
     config.base_model_name_or_path = base_model or config.base_model_name_or_path
     save_config(config, folder)
+    names = adapter_names(model)
+    if below := names[: names.index(name)]:
+        write_text(folder / "README.md", _UPPER_README.format(name=name, below=", ".join(below)))
 
 
 def save_config(config: PeftConfig, folder: Path) -> None:
