@@ -17,7 +17,7 @@ from tuna_peft.data.config import DataSource, Markers
 from tuna_peft.data.grouping import Group, merge_responses
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.shapes import SHAPES
-from tuna_peft.data.suggest import data_block, suggest
+from tuna_peft.data.suggest import data_block, suggest, undecided
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.transcripts import looks_like_transcripts, read_transcripts
 from tuna_peft.data.verdict import Unreadable, own_response, read_verdict
@@ -67,7 +67,7 @@ def choose_format(
         fitting = [format.name for format in FORMATS.values() if format.matches(present)][:1]
         fitting += [shape for shape in SHAPES if SHAPES[shape].matches(present)]
         if not prompts_only and (len(fitting) > 1 or "labels" in fitting):
-            raise _undecided(fitting, where)
+            raise undecided(fitting, where)
         if prompts_only:
             fitting += [reads for key, reads in (("prompt", "ranked"), ("instruction", "alpaca")) if key in present]
         name = fitting[0] if fitting else "auto"
@@ -89,22 +89,6 @@ def choose_format(
     if name in SHAPES:
         return dataclasses.replace(FORMATS["columns"], name=name), SHAPES[name].apply(source)
     return FORMATS[name], source
-
-
-def _undecided(fitting: list[str], where: str) -> UserError:
-    if fitting == ["labels"]:
-        return UserError(
-            "these records may be several responses with a label each, or TRL's stepwise supervision (the steps of "
-            "one response), which is no ranking",
-            where=where,
-            fix="For several responses write `format: labels` (`--format labels`).",
-        )
-    names = " or ".join(f"`{name}`" for name in fitting)
-    return UserError(
-        f"these records may be of the formats {names}",
-        where=where,
-        fix=f"Write one of them as `format`, for example `format: {fitting[-1]}` (`--format {fitting[-1]}`).",
-    )
 
 
 def grouped(format: Format) -> Format:

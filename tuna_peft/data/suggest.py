@@ -10,6 +10,7 @@ import yaml
 from tuna_peft.data.columns import as_number
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.ranked import Record
+from tuna_peft.errors import UserError
 
 _PROMPTS = ("instruction", "prompt", "question", "query", "context", "history", "post", "task")
 _RESPONSES = ("response", "completion", "answer", "output", "reply", "generation", "generated", "candidate", "text")
@@ -121,3 +122,20 @@ def _siblings(record: Record, count: int | None = None) -> list[str]:
             stems.setdefault(match[1].lower(), []).append(key)
     fitting = [keys for keys in stems.values() if (len(keys) == count if count else len(keys) > 1)]
     return max(fitting, key=len, default=[])
+
+
+def undecided(fitting: list[str], where: str) -> UserError:
+    """The error for records that more than one format may describe."""
+    if fitting == ["labels"]:
+        return UserError(
+            "these records may be several responses with a label each, or TRL's stepwise supervision (the steps of "
+            "one response), which is no ranking",
+            where=where,
+            fix="For several responses write `format: labels` (`--format labels`).",
+        )
+    names = " or ".join(f"`{name}`" for name in fitting)
+    return UserError(
+        f"these records may be of the formats {names}",
+        where=where,
+        fix=f"Write one of them as `format`, for example `format: {fitting[-1]}` (`--format {fitting[-1]}`).",
+    )
