@@ -58,6 +58,8 @@ def _losses(counts: dict[str, Any]) -> list[tuple[str, float, str]]:
     for key, whole, what, keep in (
         ("rows_dropped", "rows", "rows are skipped after tokenizing, most often as too long", _LONGER),
         ("responses_dropped", "responses", "responses are too long and are skipped", _LONGER),
+        ("responses_merged", "responses", "responses have the tokens of a better one of their row and are merged",
+         "make their texts differ after the chat template"),
         ("responses_cut", "responses", "responses are truncated to max_length, and their EOS with them",
          "raise `train.max_length`"),
     ):  # fmt: skip
