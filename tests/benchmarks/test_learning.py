@@ -47,7 +47,8 @@ def test_no_prompt_is_in_two_parts(base, lists):
 def test_a_small_real_model_on_real_rankings():
     world = stories(SHARED)
     parts = [world.lists, world.validation.ranked, world.test.ranked]
-    assert world.start.num_parameters() == 260_032 and [len(part) for part in parts] == [336, 48, 93]
+    # The published runs had 336 lists: the two responses of one are equal once they are truncated, and now merge.
+    assert world.start.num_parameters() == 260_032 and [len(part) for part in parts] == [335, 48, 93]
     for row in itertools.chain(*parts):
         assert len(row["completions_ids"]) > 1 and row["ranks"] == sorted(row["ranks"])
         assert max(map(len, row["completions_ids"])) + len(row["prompt_ids"]) <= MAX_LENGTH

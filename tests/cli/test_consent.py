@@ -59,6 +59,7 @@ def test_another_variable_needs_a_yes(run, name, monkeypatch):
 
 
 def test_a_dry_run_lists_it_and_imports_nothing(run):
+    Path("a_module_of_mine.py").write_text("raise AssertionError('imported')\n\n\ndef grade(record, response): ...\n")
     result, ran = run("HF_TOKEN", "--dry-run")
     assert result.exit_code == 0 and not ran, result.output
     assert "beyond this package\n  runs Python code: imports the module a_module_of_mine" in result.stdout

@@ -128,7 +128,7 @@ def test_sharegpt_ranked(jsonl):
 ])  # fmt: skip
 def test_a_dialogue_is_supervised_data(jsonl, record):
     source = DataSource(path=jsonl(record))
-    assert source_format(source) == "messages"
+    assert source_format(source)[0] == "messages"
     [row] = load_sft(source, CHAT)[0]
     assert (row["prompt"], row["completion"]) == ([USER], [said("The Aare.")])
     [prompt] = load_prompts(source, CHAT)[0]
@@ -159,7 +159,7 @@ ASKED = transcript(("Human", "Which tree?"), ("Assistant", "Where?"), ("Human", 
 
 def test_transcripts_as_text(jsonl):
     source = DataSource(path=jsonl(pair(f"{ASKED}\n\nAssistant: The spruce.", f"{ASKED}\n\nAssistant: A stone.")))
-    assert source_format(source) == "transcript"
+    assert source_format(source)[0] == "transcript"
     [row] = load_ranked(source, PromptConfig())[0]
     assert (row["prompt"], row["completions"]) == (f"{ASKED}\n\nAssistant:", [" The spruce.", " A stone."])
 

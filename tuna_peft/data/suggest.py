@@ -10,7 +10,7 @@ import yaml
 from tuna_peft.data.columns import as_number
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.ranked import Record
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, listed
 
 _PROMPTS = ("instruction", "prompt", "question", "query", "context", "history", "post", "task")
 _RESPONSES = ("response", "completion", "answer", "output", "reply", "generation", "generated", "candidate", "text")
@@ -61,7 +61,7 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         columns |= order
         if order and prompt:
             settings["group_by"] = prompt
-    keys = ", ".join(f"`{key}`" for key in record)
+    keys = listed(f"`{key}`" for key in record)
     missing = [
         f"{what} ({keys})"
         for what, found in (

@@ -29,7 +29,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     for path in checkpoints(folder):
         try:
             json.loads((path / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if (damage := find_damage(path)) is None:
             if damaged:
