@@ -2,9 +2,9 @@
 
     python -m benchmarks.cases ../shared/cases --log build/cases.log
 
-A case is a folder with `cmd` (shell lines) and `expected.txt`. What should happen is prose, so this prints the exit code,
-the last line that the command printed and the expectation side by side; only a Python traceback or a time-out is counted
-as a failure by itself.
+A case is a folder with `cmd` (shell lines) and `expected.txt`. What should happen is prose, so this prints the exit
+code and the last line that the command printed; the log has all output beside what should happen. Only a Python
+traceback or a time-out is counted as a failure by itself.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def test_dropped_connections_and_errors_of_the_server_are_retried(tiny: Tiny, hu
     hub.faults["preupload"] = [502]
     hub.faults["batch"] = [503]
     push(tiny.stack, "me/adapters", base_id=BASE_ID)
-    assert len(hub.repositories["me/adapters"].files()) == 8
+    assert len(hub.repositories["me/adapters"].files()) == 9
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_branches_and_pull_requests(tiny: Tiny, hub: Hub) -> None:
     push(tiny.stack, "me/x", base_id=BASE_ID, revision="v1/rc")
     repository = hub.repositories["me/x"]
     assert repository.files("main") == {}
-    assert len(repository.files("v1/rc")) == 8
+    assert len(repository.files("v1/rc")) == 9
     report = push(tiny.stack, "me/x", base_id=BASE_ID, create_pr=True)
     assert "/discussions/" in str(report.url)
     assert repository.files("main") == {}
@@ -223,7 +223,7 @@ def test_a_dry_run_needs_neither_network_nor_token(
     result = CliRunner().invoke(app, ["push", str(tiny.stack), "me/x", "--base-id", BASE_ID, "--dry-run"])
     assert result.exit_code == 0, result.stderr
     assert re.search(r"^ +[\d,]+  stack/ranking/adapter_model.safetensors$", result.stdout, re.MULTILINE)
-    assert "8 files" in result.stdout
+    assert "9 files" in result.stdout
     assert "would be uploaded to private me/x; nothing was uploaded" in result.stdout
 
 

@@ -50,6 +50,7 @@ def test_what_is_done_already_and_another_recipe(recipe_file, tmp_path):
     checkpoint = run / "stages" / "probabilistic" / "checkpoint-7"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "model.safetensors").touch()
     (run / "stages" / "sft").mkdir()
     (run / "stages" / "sft" / "done.json").write_text(json.dumps({}))
     (run / "recipe.yaml").write_text(dump_recipe(recipe))

@@ -157,7 +157,7 @@ def test_with_several_processes_all_layers_recompute(model):
 
 @pytest.mark.parametrize("value", ["lots", -1, "nan"])
 def test_a_wrong_setting_is_an_error(tmp_path, value):
-    with pytest.raises(ValueError, match="use GiB, or one of auto, full, none"):
+    with pytest.raises(ValueError, match="use GiB, or one of auto, full, none|out of range: use 0 or more"):
         TunaConfig(str(tmp_path), activation_memory=value, use_cpu=True)
 
 

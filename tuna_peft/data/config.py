@@ -45,8 +45,9 @@ class Section(BaseModel):
     @classmethod
     def _fits_64_bits(cls, value: Any) -> Any:
         # What reads it (torch, `itertools.islice`) would raise an OverflowError.
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError("this number is too large")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int) and abs(one) >= 2**63:
+                raise ValueError("this number is too large")
         return value
 
 
@@ -97,7 +98,7 @@ class Columns(Section):
         """YAML reads the number of a column, or a label, as an integer."""
         if isinstance(value, dict):
             return {_text(key): entry for key, entry in value.items()}
-        return [_text(entry) for entry in value] if isinstance(value, list) else _text(value)
+        return [_column(entry) for entry in value] if isinstance(value, list) else _column(value)
 
     @field_validator("*")
     @classmethod
@@ -122,6 +123,12 @@ class Columns(Section):
         if self.winner_labels is not None and self.winner is None:
             raise ValueError("`winner_labels` says what the labels of `winner` mean; give `winner` too")
         return self
+
+
+def _column(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and not 0 < value < 2**31:
+        raise ValueError("columns are counted from 1")
+    return _text(value)
 
 
 def _text(value: Any) -> Any:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.divergence import Divergence, divergence, iter_logits
-from tuna_peft.export.gguf.load import gguf_files, load_gguf
+from tuna_peft.export.load_gguf import gguf_files, load_gguf
 from tuna_peft.files import temporary_directory
 from tuna_peft.limits import MERGED_WEIGHTS, available_ram
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation

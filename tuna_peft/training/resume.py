@@ -68,6 +68,8 @@ def find_damage(checkpoint: Path) -> str | None:
             read_manifest(checkpoint)  # verifies the hashes of all adapters
         except UserError as error:
             return error.what
+    elif (checkpoint / "adapter_config.json").is_file():  # the sum of the stack alone does not say what trains
+        return f"{MANIFEST} is missing"
     elif not any(checkpoint.glob("*model*")):
         return "the weights are missing"
     states = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
