@@ -12,12 +12,12 @@ from tuna_peft.training.finite import MOST_SKIPPED, SkippedSteps
 
 
 def test_a_diverged_run_stops_at_once(base_folder, tmp_path):
-    run = trainer(stacked(base_folder), tmp_path, make_rows(8), learning_rate=1e18, lr_scheduler_type="constant",
+    run = trainer(stacked(base_folder), tmp_path, make_rows(8), learning_rate=1e30, lr_scheduler_type="constant",
                   max_grad_norm=0.0)  # fmt: skip
     with pytest.raises(UserError) as error:
         run.train()
     assert run.state.global_step == 1
-    assert "the loss is" in error.value.what and "in step 2 (learning rate 1e+18, largest gradient" in error.value.what
+    assert "the loss is" in error.value.what and "in step 2 (learning rate 1e+30, largest gradient" in error.value.what
     assert "gradient norm of the last logged step" in error.value.what
     assert "Lower learning_rate" in error.value.fix and "fp16" not in error.value.fix
 

@@ -58,7 +58,7 @@ _RANGES: dict[str, _Range] = {
 def out_of_range(name: str, value: Any) -> str | None:
     """What is wrong with a number in a field, or in a list or mapping that it holds; None if nothing is.
 
-    Fields without a range of their own may hold every finite number that fits into 64 bits.
+    Fields without a range of their own may hold every finite number; integers must fit into 64 bits.
     """
     if isinstance(value, Mapping):
         return next((found for part in value.values() if (found := out_of_range("", part))), None)
@@ -66,8 +66,10 @@ def out_of_range(name: str, value: Any) -> str | None:
         return next((found for part in value if (found := out_of_range("", part))), None)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if not math.isfinite(value) or abs(value) >= 2**63:
-        return f"{value} is not a finite number that fits into 64 bits." if value == value else "this is not a number."
+    if value != value:
+        return "this is not a number."
+    if abs(value) == math.inf or (isinstance(value, int) and abs(value) >= 2**63):
+        return f"{value} is too large."
     if name == "max_steps" and value != -1 and value < 1:
         return f"{value} steps cannot be trained: use 1 or more, or -1 to train for `num_train_epochs`."
     low, with_low, high, with_high = _RANGES.get(name, (-math.inf, False, math.inf, False))
