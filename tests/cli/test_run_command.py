@@ -26,6 +26,7 @@ REPORT = {
         for stage, value in (("base", 0.5), ("a", 0.75))
     },
     "changes": {},
+    "curves": {"a": {"loss": {"loss": [[1, 2.5], [12, 1.25]]}}},
     "stages": {"a": {"steps": 12, "tokens": 3456, "seconds": 7.0, "peak_memory_gib": 1.25}},
 }
 
@@ -59,10 +60,12 @@ def test_the_default_folder_has_the_recipes_name(calls):
 def test_the_table_and_the_next_commands_come_last(calls):
     Path("runs/x/merged").mkdir(parents=True)
     lines = CliRunner().invoke(app, ["run", "r.yaml"]).stdout.splitlines()
-    [base] = [line for line in lines if line.startswith("│ base")]
-    [stage] = [line for line in lines if line.startswith("│ a ")]
-    assert [cell.strip() for cell in base.strip("│").split("│")] == ["base", "0.500", *["-"] * 4]
-    assert [cell.strip() for cell in stage.strip("│").split("│")] == ["a", "0.750", "12", "3,456", "7", "1.25"]
+    rows = [
+        [cell.strip() for cell in line.strip("│┃").split(line[0])] for line in lines if line.startswith(("│", "┃"))
+    ]
+    assert rows[0] == ["after", "base", "a"] and rows[1] == ["ranking accuracy", "0.500", "0.750"]
+    assert ["loss, first to last", "-", "2.500 to 1.250"] in rows and ["tokens", "-", "3,456"] in rows
+    assert rows[-1] == ["peak GiB", "-", "1.25"]
     text = "\n".join(lines)
     assert "response" not in text.partition("Ask it")[0]  # nothing was graded
     assert "tuna-peft generate runs/x 'Your instruction'" in text

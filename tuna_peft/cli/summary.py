@@ -11,7 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tuna_peft.evaluation.report.table import stage_table
+from tuna_peft.evaluation.report.checks import problems
+from tuna_peft.evaluation.report.table import Cell, stage_table
 
 
 def run_summary(report: dict[str, Any], folder: Path) -> RenderableType:
@@ -21,7 +22,8 @@ def run_summary(report: dict[str, Any], folder: Path) -> RenderableType:
         report: As `run_recipe` returns it.
         folder: The run's folder.
     """
-    return Group(_table(report), Text(), *_next_commands(report, folder))
+    said = [Text(f"- {problem}", style="yellow") for problem in problems(report)]
+    return Group(_table(report), *said, Text(), *_next_commands(report, folder))
 
 
 # Colors for significant changes from the stage before.
@@ -32,12 +34,16 @@ def _table(report: dict[str, Any]) -> Table:
     headings, rows = stage_table(report)
     measured = ": on held-out data" if any(report["evaluation"].values()) else ""
     table = Table("after", title=f"{report['name']}{measured}")
-    table.columns[0].no_wrap = True
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for stage, cells in rows:
-        table.add_row(stage, *(Text(cell.text or "-", style=_STYLES.get(cell.verdict, "")) for cell in cells))
+    for stage, _ in rows:
+        table.add_column(stage, justify="right")
+    for heading, cells in zip(headings, zip(*(cells for _, cells in rows), strict=True), strict=True):
+        table.add_row(heading, *map(_shown, cells))
     return table
+
+
+def _shown(cell: Cell) -> Text:
+    text = Text(cell.text or "-", style=_STYLES.get(cell.verdict, ""))
+    return text.append(f"\n{cell.interval}", style="dim") if cell.interval else text
 
 
 def _next_commands(report: dict[str, Any], folder: Path) -> list[Text]:

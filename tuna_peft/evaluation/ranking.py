@@ -57,7 +57,8 @@ def evaluate_ranking(
 
     Returns:
         `pair_accuracy` over untied pairs (the main metric), also where the better response is longer and where it is
-        shorter; `margin_satisfaction`; `prefers_longer`, how often v prefers the longer of two responses, and
+        shorter; `margin`, the mean of v of the better response minus v of the worse one over these pairs, in nats per
+        token; `margin_satisfaction`; `prefers_longer`, how often v prefers the longer of two responses, and
         `better_is_longer`, how often it is the better one; `kendall_tau_b`, `ndcg`, `top1_hit`, `mrr` as means over
         prompts. Groups hold `pair_accuracy` by how much longer the better response is.
     """
@@ -72,6 +73,8 @@ def evaluate_ranking(
         prompts.append(_prompt_result(row, v, lengths, tokenizer))
         pairs.append(pairs_of(v, row["ranks"], lengths))
     metrics = {name: _pair_metric(pairs, *conditions) for name, conditions in _OVER_PAIRS.items()}
+    gaps = [[pair.v_gap for pair in of_prompt] for of_prompt in pairs]
+    metrics["margin"] = mean_metric([sum(of_prompt) / len(of_prompt) for of_prompt in gaps], list(map(len, gaps)))
     metrics["margin_satisfaction"] = _pair_metric(pairs, lambda pair: pair.v_gap >= margin * pair.rank_gap)
     metrics |= {name: mean_metric([prompt.scores[name] for prompt in prompts]) for name in _OVER_PROMPTS}
     untied = [prompt.id for prompt in prompts if prompt.scores["kendall_tau_b"] is None]

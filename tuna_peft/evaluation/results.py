@@ -29,6 +29,7 @@ also has `adapters` (hashes by stage) and `evaluated` (the stages that were meas
 TITLES = {
     "ranking": "ranking accuracy",
     "graded": "response score",
+    "answers": "answer length (characters)",
     "superni-0shot": "Super-NI 0-shot ROUGE-L",
     "superni-2shot": "Super-NI 2-shot ROUGE-L",
     "lmentry": "LMentry accuracy",
@@ -39,6 +40,7 @@ TITLES = {
 MEANINGS = {
     "ranking": "share of held-out response pairs in which the model finds the better response more likely",
     "graded": "mean grade, 0 to 1, by a Python function, of the model's answers to held-out prompts",
+    "answers": "mean length of the model's answers to held-out prompts; longer is not better",
     "superni": "overlap of the answers with the references, in percent",
     "lmentry": "share of correct answers by the benchmark's rules, in percent",
     "vicuna": "share of questions on which a judge prefers the model's answer to the other side's; a tie counts half",
@@ -140,7 +142,7 @@ class TaskResult:
     """The result of one task on one stage.
 
     Attributes:
-        task: `ranking`, `graded`, `superni-0shot` (of any number of shots), `lmentry`, `vicuna`, `lm_eval`.
+        task: `ranking`, `graded`, `answers`, `superni-0shot` (of any number of shots), `lmentry`, `vicuna`, `lm_eval`.
         main: The metric that tables show and that comparisons between stages and runs use.
         metrics: By name.
         prompts: All scored prompts.

@@ -80,7 +80,7 @@ def train_stage(
     keep_from_ddp(stacked)
     config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu")
     stop, progress = StopOnRequest(), StageProgress(stage.name)
-    trainer = _trainer(stacked, config, tokenizer, rows, [stop, progress])
+    trainer = _trainer(stacked, config, tokenizer, rows, [stop, LogFirstAndLast(), progress])
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
         require_same_engine(checkpoint, config.world_size, deepspeed=trainer.is_deepspeed_enabled)
@@ -188,6 +188,15 @@ def _tokens(trainer: StackSFTTrainer | TunaTrainer) -> int | None:
     if isinstance(trainer, TunaTrainer):
         return int(trainer.state.num_input_tokens_seen)
     return next((int(e["num_tokens"]) for e in reversed(trainer.state.log_history) if "num_tokens" in e), None)
+
+
+class LogFirstAndLast(TrainerCallback):
+    """Logs the first and the last step whatever `logging_steps` is: even a run of three steps has two losses then."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Requests the log."""
+        if state.global_step in (1, state.max_steps):
+            control.should_log = True
 
 
 @contextlib.contextmanager

@@ -94,6 +94,7 @@ def test_the_table_says_what_helped():
         "evaluation": {"base": {"superni": result}, "sft": {}},
         "stages": {"sft": {"steps": 1200, "seconds": None}},
         "changes": {},
+        "curves": {},
     }
     headings, rows = stage_table(report)
     assert headings == ["superni rougeL", "steps"]

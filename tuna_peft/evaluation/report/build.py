@@ -12,7 +12,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.evaluation.compare_results import compare_results
 from tuna_peft.evaluation.report.curves import read_curves
 from tuna_peft.evaluation.report.distributions import by_rank
-from tuna_peft.evaluation.report.samples import choose_samples
+from tuna_peft.evaluation.report.samples import NOT_ANSWERED, choose_samples
 from tuna_peft.evaluation.results import RUN_INFO, TaskResult, load_results
 from tuna_peft.json_text import read_json
 
@@ -29,8 +29,9 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
 
     Returns:
         `name`, `seed`, `base`, `environment`, `data`, `exports`, `recipe`; `stages`: the training summaries;
-        `evaluation`: the results by stage and task; `changes`: differences of the main metrics from the stage before,
-        paired by prompt; `curves`, `v_by_rank`, `by_length`, `samples`: what the figures show.
+        `evaluation`: the results by stage and task, each with `answer_length` (mean characters of the answers);
+        `changes`: differences of the main metrics from the stage before, paired by prompt; `curves`, `v_by_rank`,
+        `by_length`, `samples`: what the figures show.
 
     Raises:
         UserError: The folder holds no run or evaluation, or its evaluation lacks a prompt.
@@ -48,7 +49,10 @@ def build_report(folder: Path, prompts: Sequence[str] = ()) -> Report:
         **facts,
         "stages": stages,
         "evaluation": {
-            stage: {task: result.summary() for task, result in results.get(stage, {}).items()}
+            stage: {
+                task: {**result.summary(), "answer_length": _answer_length(result)}
+                for task, result in results.get(stage, {}).items()
+            }
             for stage in order
             if stage in results or stages.get(stage)
         },
@@ -70,6 +74,13 @@ def _changes(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
             if task in results[before] and (change := compare_results(results[before][task], result).difference):
                 changes.setdefault(after, {})[task] = {"against": before, **asdict(change)}
     return changes
+
+
+def _answer_length(result: TaskResult) -> float | None:
+    """Mean length of the model's own answers, in characters; None for a task without any."""
+    if result.task in NOT_ANSWERED or not result.prompts:
+        return None
+    return sum(len(prompt.response) for prompt in result.prompts) / len(result.prompts)
 
 
 def _by_length(results: Results) -> dict[str, list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tuna_peft.evaluation.report.checks import problems
 from tuna_peft.evaluation.report.table import heading_of, stage_table, tasks_of
 from tuna_peft.rendering import render
 
@@ -24,4 +25,6 @@ def render_markdown(report: dict[str, Any]) -> str:
     excluded = [
         (heading_of(report, task), exclusion) for task in tasks_of(report) for exclusion in last[task]["excluded"]
     ]
-    return render("evaluation/report/report.md.jinja", report=report, rows=rows, excluded=excluded)
+    return render(
+        "evaluation/report/report.md.jinja", report=report, rows=rows, excluded=excluded, problems=problems(report)
+    )

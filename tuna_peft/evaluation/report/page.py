@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuna_peft.evaluation.report import figures
+from tuna_peft.evaluation.report.checks import checks
 from tuna_peft.evaluation.report.table import Cell, after, heading_of, main_metrics, metric_cell, stage_table, tasks_of
 from tuna_peft.evaluation.report.theme import PALETTE, css, style
 from tuna_peft.evaluation.results import MEANINGS, in_percent, number
@@ -34,6 +35,7 @@ def render_page(report: Report) -> str:
         cards=list(_cards(report)),
         stage_table=stage_table(report),
         task_tables=[_task_table(report, task) for task in tasks_of(report)],
+        checks=checks(report),
         facts=list(_facts(report)),
         palette=PALETTE,
         reasons=_REASONS,
@@ -54,6 +56,8 @@ def _lead(report: Report) -> str:
     text += "." if report["seed"] is None else f"; seed {report['seed']}."
     if missing := [name for name, summary in report["stages"].items() if not summary]:
         text += f" Not finished: {', '.join(missing)}."
+    if held_out := report["data"].get("evaluation", {}).get("held_out"):
+        text += f" Measured on {plural(sum(held_out.values()), 'prompt')} held back from training."
     return text
 
 

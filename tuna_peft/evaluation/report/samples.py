@@ -10,6 +10,9 @@ from tuna_peft.evaluation.results import PromptResult, TaskResult
 
 Results = dict[str, dict[str, TaskResult]]
 
+NOT_ANSWERED = ("ranking", "lm_eval")
+"""Tasks whose responses are not the model's own answers to read."""
+
 BEST, WORST, OTHERS = 3, 2, 3
 
 
@@ -61,7 +64,7 @@ def choose_samples(results: Results, wanted: Sequence[str] = ()) -> list[dict[st
 
 def _answered_task(results: Results, wanted: Sequence[str]) -> str | None:
     last = results[list(results)[-1]] if results else {}
-    answered = [task for task in last if task not in ("ranking", "lm_eval") and last[task].prompts]
+    answered = [task for task in last if task not in NOT_ANSWERED and last[task].prompts]
     holding = (task for task in answered if {*wanted} <= {prompt.id for prompt in last[task].prompts})
     return next(holding, answered[0] if answered else None)
 
@@ -77,7 +80,7 @@ def _chosen(stages: dict[str, dict[str, PromptResult]], main: str) -> list[tuple
     order = sorted(gains, key=lambda name: -gains[name])  # stable: equal gains in the order of the data
     gained = [name for name in order[:BEST] if gains[name] > 0]
     lost = [name for name in order[::-1][:WORST] if gains[name] < 0]
-    between = [name for name in last if name in gains and name not in {*gained, *lost}]
+    between = [name for name in last if (name in gains or not gains) and name not in {*gained, *lost}]
     step = max(1, len(between) // OTHERS)
     typical = between[step // 2 :: step][:OTHERS]
     return [*((n, "gained") for n in gained), *((n, "lost") for n in lost), *((n, "typical") for n in typical)]

@@ -40,10 +40,18 @@ def stage_table(report: dict[str, Any]) -> tuple[list[str], list[tuple[str, list
     costs = [
         cost for cost in _COSTS if any((stage or {}).get(cost[1]) is not None for stage in report["stages"].values())
     ]
-    headings = [heading_of(report, task) for task in tasks] + [heading for heading, _, _ in costs]
+    margins = {stage: margin for stage in evaluation if (margin := margin_of(report, stage))}
+    losses = {stage: loss for stage in evaluation if (loss := losses_of(report, stage))}
+    headings = [heading_of(report, task) for task in tasks]
+    headings += ["loss, first to last"] * bool(losses) + [heading for heading, _, _ in costs]
+    if margins:  # beside the ranking accuracy, the first of the tasks
+        headings.insert(1, "margin")
     rows = []
     for stage in evaluation:
         cells = [_measured(report, stage, task) for task in tasks]
+        cells += [Cell("{:.3f} to {:.3f}".format(*losses[stage])) if stage in losses else Cell()] * bool(losses)
+        if margins:
+            cells.insert(1, metric_cell(margins[stage]) if stage in margins else Cell())
         summary = report["stages"].get(stage) or {}
         cells += [
             Cell(format(summary[key], form)) if summary.get(key) is not None else Cell() for _, key, form in costs
@@ -56,6 +64,19 @@ def tasks_of(report: dict[str, Any]) -> list[str]:
     """The tasks with a result for any stage: the built-in ones in their order, then the others."""
     found = dict.fromkeys(task for results in report["evaluation"].values() for task in results)
     return [*(task for task in TITLES if task in found), *(task for task in found if task not in TITLES)]
+
+
+def margin_of(report: dict[str, Any], stage: str) -> dict[str, Any] | None:
+    """The mean margin between two held-out responses after a stage; None in reports of earlier versions."""
+    ranking = report["evaluation"][stage].get("ranking", {"metrics": {}})
+    margin = ranking["metrics"].get("margin")
+    return margin if margin and margin["value"] is not None else None
+
+
+def losses_of(report: dict[str, Any], stage: str) -> tuple[float, float] | None:
+    """The first and the last loss that the trainer logged in a stage; None without a log."""
+    points = report["curves"].get(stage, {}).get("loss", {}).get("loss")
+    return (points[0][1], points[-1][1]) if points else None
 
 
 def main_metrics(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
