@@ -82,11 +82,12 @@ def evaluate_seconds(run: str, settings: EvaluationSettings) -> float:
 
 def _settings(run: str, path: str | None, limit: int | None) -> EvaluationSettings:
     recipe = read_run_recipe(Path(run))
-    if recipe is None or recipe.evaluation is None or recipe.evaluation.tasks.graded is None:
+    settings = recipe.named_evaluation if recipe else None
+    if settings is None or settings.tasks.graded is None:
         raise SystemExit(f"{run} is no run with evaluation.tasks.graded")
-    graded = recipe.evaluation.tasks.graded
+    graded = settings.tasks.graded
     graded.path, graded.limit = path or graded.path, limit or graded.limit
-    return recipe.evaluation.model_copy(update={"tasks": TaskSettings(graded=graded)})
+    return settings.model_copy(update={"tasks": TaskSettings(graded=graded)})
 
 
 if __name__ == "__main__":

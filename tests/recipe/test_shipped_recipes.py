@@ -26,7 +26,7 @@ def test_it_loads_with_every_check(name, tmp_path):
         for path, source in as_shipped.sources().items()
         if source.path.startswith("data/")
     ]
-    benchmarks = as_shipped.evaluation.tasks.given() if as_shipped.evaluation else {}
+    benchmarks = as_shipped.named_evaluation.tasks.given() if as_shipped.named_evaluation else {}
     overrides += [f"evaluation.tasks.{task}.path={tmp_path}" for task in {"superni", "lmentry"} & benchmarks.keys()]
     assert load_recipe(name, overrides).name == name.rpartition("/")[2]
 

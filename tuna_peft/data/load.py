@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Placed = tuple[str, Record]  # a record's place in its file, and the record
+Select = Callable[[list[Placed]], list[Placed]]
 
 
 def encode_source(
@@ -56,6 +57,7 @@ def encode_source(
     max_length: int | None,
     overflow: Overflow,
     needs_reference: bool = False,
+    select: Select | None = None,
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Reads and tokenizes the data of a recipe's stage or task: the one call from a source to training rows.
 
@@ -66,6 +68,7 @@ def encode_source(
         config: The model's configuration; its context length bounds `max_length`.
         supervised: Use only the best response of each record, as `load_sft`.
         max_length, overflow, needs_reference: See `tuna_peft.data.tokenize.encode_ranked`.
+        select: Picks the records to encode from those that were read; None encodes all.
 
     Returns:
         Rows as `tuna_peft.data.tokenize.encode_dataset` returns them, and the counts of records and rows that were
@@ -75,6 +78,7 @@ def encode_source(
         UserError: As `load_ranked` and `encode_dataset`; names the file and the record's place in it.
     """
     placed, read = read_placed(source, prompt, pairs=not supervised)
+    placed = select(placed) if select else placed
     if supervised:
         placed = [(where, best_alone(record)) for where, record in placed]
     try:

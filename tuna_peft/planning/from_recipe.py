@@ -220,9 +220,10 @@ def _judge(settings: JudgeSettings, rows: Workload, device: Device, key: str) ->
 
 def _evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) -> EvaluationSpec | None:
     """The tasks whose lengths are known; Super-NI is one task for each number of shots."""
-    if recipe.evaluation is None:
+    settings = recipe.named_evaluation
+    if settings is None:  # `auto` never needs more memory than training, see `run/held_out.py`
         return None
-    given, tasks = recipe.evaluation.tasks.given(), {}
+    given, tasks = settings.tasks.given(), {}
     for key, workload in workloads.items():
         section, _, name = key.partition(".")
         if section != "evaluation":
@@ -234,10 +235,10 @@ def _evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) 
             pairs = Workload(
                 tuple(Row(row.prompt, (task.max_new_tokens,) * 2) for row in workload.rows), workload.total, ""
             )
-            settings = task.judge.model_copy(update={"both_orders": True})
-            judge = _judge(settings, pairs, device, "evaluation.tasks.vicuna.judge")
+            asked = task.judge.model_copy(update={"both_orders": True})
+            judge = _judge(asked, pairs, device, "evaluation.tasks.vicuna.judge")
         tasks[name] = TaskSpec(workload, new, judge)
-    return EvaluationSpec(recipe.evaluation.batch_size, tasks)
+    return EvaluationSpec(settings.batch_size, tasks)
 
 
 def _longest(workload: Workload, count: int) -> tuple[int, ...]:
@@ -252,7 +253,7 @@ def _unplanned(recipe: Recipe) -> Iterator[str]:
         sample = stage.feedback.sample if stage.feedback else None
         if sample is not None and sample.backend == "vllm":
             yield f"sampling of {stage.name}: vLLM loads a second copy of the model and uses all free memory"
-    if recipe.evaluation is not None and recipe.evaluation.tasks.lm_eval is not None:
+    if recipe.named_evaluation and recipe.named_evaluation.tasks.lm_eval:
         yield "evaluation of lm_eval: only the harness knows the number of prompts"
 
 

@@ -77,7 +77,7 @@ def read_workloads(recipe: Recipe, shape: ModelShape) -> dict[str, Workload]:
                 "overflow": stage.overflow,
             }
         workloads[stage.name] = prompt_workload(stage, source_workload(stage.source, recipe, tokenizer, **options))
-    tasks = recipe.evaluation.tasks.given() if recipe.evaluation else {}
+    tasks = recipe.named_evaluation.tasks.given() if recipe.named_evaluation else {}
     for name, task in tasks.items():
         if isinstance(task, DataSource):
             options = {"kind": "prompts"}

@@ -13,9 +13,10 @@ from tuna_peft.recipe.schema import Recipe
 def dump_recipe(recipe: Recipe) -> str:
     """YAML with every default written out; `load_recipe` reads it back as an equal recipe.
 
-    Null keys are omitted, because null is the default of every key that may be null.
+    Null keys are omitted, because null is the default of every key that may be null, except for `evaluation`.
     """
     data = recipe.model_dump(mode="json", exclude_none=True)
+    data.setdefault("evaluation", None)
     return yaml.dump(data, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -6,9 +6,9 @@ Only pydantic is imported.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from tuna_peft.data.config import DataSource, MayBeLocal, Overflow, Section
 from tuna_peft.feedback.settings import JudgeSettings
@@ -135,3 +135,17 @@ class EvaluationSettings(Section):
 
     tasks: TaskSettings = Field(default_factory=TaskSettings, description="The tasks, by name.")
     batch_size: int = Field(32, ge=1, description="Number of prompts per batch.")
+
+
+# Tags of the two kinds, see `recipe/feedback_schema.py`.
+AUTOMATIC, NAMED = "<auto>", "<named>"
+
+
+def _kind(data: Any) -> str:
+    return AUTOMATIC if isinstance(data, str) else NAMED
+
+
+Evaluation = Annotated[
+    Annotated[Literal["auto"], Tag(AUTOMATIC)] | Annotated[EvaluationSettings, Tag(NAMED)], Discriminator(_kind)
+]
+"""The key `evaluation`: the user's own tasks, or `auto`, for which `run/held_out.py` holds prompts back."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from tuna_peft.errors import did_you_mean
 from tuna_peft.recipe.document import Document, KeyPath
+from tuna_peft.recipe.evaluation_schema import AUTOMATIC, NAMED
 from tuna_peft.recipe.feedback_schema import FEEDBACK, FILE, FeedbackSource
 from tuna_peft.recipe.layers import EXTENDS, apply_overrides, read_recipe
 from tuna_peft.recipe.messages import Problem, expected, raise_problems
@@ -97,7 +98,7 @@ def _real_path(entry: Any, data: Any) -> KeyPath:
     """The keys of the recipe in an error's location, without the names of union members that pydantic adds."""
     path: list[str | int] = []
     for key in entry["loc"]:
-        if key in (FILE, FEEDBACK):
+        if key in (FILE, FEEDBACK, AUTOMATIC, NAMED):
             continue
         inside = isinstance(data, dict) and key in data or isinstance(data, list) and isinstance(key, int)
         if not inside:

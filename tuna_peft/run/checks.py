@@ -45,7 +45,8 @@ def check_base(recipe: Recipe, stages: list[ResolvedStage]) -> tuple[PretrainedC
         base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
     )
     require_unquantized(config, base.model, merging=recipe.export.merge.enabled)
-    if any(stage.type == "ranking" for stage in stages) or recipe.evaluation and recipe.evaluation.tasks.ranking:
+    named = recipe.named_evaluation
+    if any(stage.type == "ranking" for stage in stages) or named and named.tasks.ranking:
         layer_windows(config.get_text_config())
     first_rounds = {stage.section: stage for stage in reversed(stages)}.values()  # later rounds have equal adapters
     adapters = {stage.name: lora_config(stage.lora) for stage in reversed(first_rounds)}

@@ -26,7 +26,7 @@ from tuna_peft.recipe.reach import addresses, foreign_code, unusual_variables
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import BaseSettings, Recipe
 from tuna_peft.run.checks import check_base, check_options
-from tuna_peft.run.folder import read_run_recipe
+from tuna_peft.run.folder import as_in_folder, read_run_recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -43,6 +43,8 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     """
     if "template" not in recipe.prompt.model_fields_set:
         warn_of_default_template(recipe, recipe_tokenizer(recipe))
+    existing = read_run_recipe(output)
+    recipe = as_in_folder(recipe, output)
     stages = resolve_stages(recipe)
     check_options(recipe, stages, output, on_cpu=resolve_device(recipe.base.device).type == "cpu")
     for name, where in _functions(recipe):
@@ -53,7 +55,6 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
         Text(dump_recipe(recipe)),
         _steps(recipe, output),
     ]
-    existing = read_run_recipe(output)
     if existing and (changed := diff_recipes(existing, recipe)):
         lines = "".join(f"\n  {line}" for line in changed)
         parts.append(Text(f"{output} holds a run of another recipe and would be rejected:{lines}", style="red"))
@@ -65,7 +66,7 @@ def _functions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for stage in recipe.stages:
         if stage.feedback and stage.feedback.judge and stage.feedback.judge.function:
             yield stage.feedback.judge.function, f"stages.{stage.name}.data.judge.function"
-    tasks = recipe.evaluation.tasks if recipe.evaluation else None
+    tasks = recipe.named_evaluation.tasks if recipe.named_evaluation else None
     if tasks and tasks.graded:
         yield tasks.graded.grader, "evaluation.tasks.graded.grader"
     if tasks and tasks.vicuna and tasks.vicuna.judge.function:
@@ -113,7 +114,9 @@ def _steps(recipe: Recipe, output: Path) -> Text:
             *_ranking(stage),
             f"about {steps:,} optimizer steps" if steps else None,
         )
-    for name, task in (recipe.evaluation.tasks.given() if recipe.evaluation else {}).items():
+    if recipe.evaluation == "auto":
+        step("evaluation auto, before the first stage and after each stage", "prompts held back from ranking stages")
+    for name, task in (recipe.named_evaluation.tasks.given() if recipe.named_evaluation else {}).items():
         described: list[str | None] = [getattr(task, "path", None)]
         if isinstance(task, DataSource):
             limits = (task.max_length, task.overflow, False) if isinstance(task, RankingTask) else None

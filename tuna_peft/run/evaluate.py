@@ -26,8 +26,9 @@ from tuna_peft.models.stack.any_model import load_any_model, local_stack, model_
 from tuna_peft.models.stack.files import quantization_method
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
 from tuna_peft.run.folder import read_run_recipe
+from tuna_peft.run.inputs import read_inputs
 from tuna_peft.run.measure import environment
-from tuna_peft.run.tasks import Task, read_tasks
+from tuna_peft.run.tasks import Task, TaskData, read_tasks
 
 logger = logging.getLogger("tuna_peft")
 
@@ -93,7 +94,8 @@ def evaluate_target(
 
     Args:
         target: A run's folder, a stack, a merged model, a Hub id or `builtin:pico-llama`.
-        settings: What to measure.
+        settings: What to measure. Without tasks, a run with `evaluation: auto` is measured on the prompts that it held
+            back.
         output: The folder for `evaluation/<stage>/<task>.json` and for `run.json`, which a report needs. Results that
             are there already are not measured again.
         stages: The stages to evaluate, `base` among them; None evaluates all. A single model is the stage `model`.
@@ -116,7 +118,13 @@ def evaluate_target(
         if stage not in known:
             raise UserError(f"there is no stage {stage!r}", where=target, fix=did_you_mean(stage, known))
     template = prompt or PromptConfig.model_validate(loaded.prompt or usual_prompt(loaded.tokenizer))
-    data = read_tasks(settings.tasks, template, loaded.tokenizer, loaded.model.config, known)
+    recipe = read_run_recipe(Path(target))
+    if not settings.tasks.given() and recipe and recipe.evaluation == "auto":
+        inputs = read_inputs(recipe, loaded.tokenizer, loaded.model.config)
+        data = TaskData(inputs.tasks)
+        settings = settings.model_copy(update={"batch_size": inputs.batch_size})
+    else:
+        data = read_tasks(settings.tasks, template, loaded.tokenizer, loaded.model.config, known)
     digest = model_digest(loaded.model)
     _save_facts(output, target, digest, known, data.counts)
     results: dict[str, dict[str, TaskResult]] = {}
@@ -137,7 +145,8 @@ def evaluate_target(
 def settings_of_run(target: str) -> dict[str, Any]:
     """The section `evaluation` of a run's recipe, as plain values; empty where `target` is anything else."""
     recipe = read_run_recipe(Path(target))
-    return recipe.evaluation.model_dump(exclude_none=True) if recipe and recipe.evaluation else {}
+    named = recipe.named_evaluation if recipe else None
+    return named.model_dump(exclude_none=True) if named else {}
 
 
 def default_output(target: str) -> Path:

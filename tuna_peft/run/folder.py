@@ -48,7 +48,8 @@ def read_run_recipe(folder: Path) -> Recipe | None:
     if not file.is_file():
         return None
     try:
-        return Recipe.model_validate(read_document(file).data)
+        # The version before left out null, which was the default.
+        return Recipe.model_validate({"evaluation": None, **read_document(file).data})
     except (ValidationError, UserError) as error:
         if isinstance(error, UserError):
             reason = error.what
@@ -61,6 +62,17 @@ def read_run_recipe(folder: Path) -> Recipe | None:
             fix="Use the version that made the run (see `packages` in run.json), choose another --output, or delete "
             "this folder to begin anew.",
         ) from error
+
+
+def as_in_folder(recipe: Recipe, folder: Path) -> Recipe:
+    """`recipe`, but with `evaluation: null` if it has none and the version before began the run in `folder`.
+
+    That version measured nothing by default, so the same file still means the same run.
+    """
+    file = folder / "recipe.yaml"
+    if "evaluation" in recipe.model_fields_set or not file.is_file() or "evaluation" in read_document(file).data:
+        return recipe
+    return recipe.model_copy(update={"evaluation": None})
 
 
 class RunDirectory:
@@ -96,6 +108,9 @@ class RunDirectory:
         if self.processes.main:
             self._take()
         self.processes.wait()
+        recipe, self.recipe = self.recipe, as_in_folder(self.recipe, self.path)
+        if self.recipe is not recipe and self.processes.main:
+            logger.info("an earlier version began this run, without an evaluation: it is resumed without one")
         return self
 
     def _take(self) -> None:
@@ -166,7 +181,7 @@ class RunDirectory:
             write_text(self.path / "recipe.yaml", dump_recipe(self.recipe))
             return
         old = read_run_recipe(self.path)
-        if old and (differing := diff_recipes(old, self.recipe)):
+        if old and (differing := diff_recipes(old, as_in_folder(self.recipe, self.path))):
             raise UserError(
                 "the output directory belongs to a run of another recipe; these keys differ:\n    "
                 + "\n    ".join(differing),

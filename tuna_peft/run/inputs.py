@@ -7,17 +7,20 @@ examples that the run has ranked itself.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.load import encode_source, load_candidates, load_prompts, renderable
+from tuna_peft.data.load import Select, encode_source, load_candidates, load_prompts, renderable
 from tuna_peft.data.losses import report_losses
 from tuna_peft.data.ranked import Record
+from tuna_peft.limits import context_length
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.held_out import BATCH_SIZE, held_out_tasks, hold_out
 from tuna_peft.run.tasks import Task, read_tasks
 
 
@@ -29,8 +32,9 @@ class Inputs:
         stages: Encoded training examples by stage name. A stage whose responses the run ranks itself is added once
             they are ranked.
         prompts: For those stages, by name: the prompts, with responses if the run does not sample them.
-        ranked: Encoded held-out examples for the task `ranking`; None without it.
+        ranked: Encoded held-out examples for the task `ranking` that the recipe names; None without it.
         tasks: The tasks of the evaluation.
+        batch_size: Number of prompts per batch in the evaluation.
         counts: What happened to records and examples in reading and tokenizing, by stage name and under
             `evaluation.<task>`.
     """
@@ -39,6 +43,7 @@ class Inputs:
     prompts: dict[str, list[Record]] = field(default_factory=dict)
     ranked: Dataset | None = None
     tasks: list[Task] = field(default_factory=list)
+    batch_size: int = 1
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -52,21 +57,31 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
     Raises:
         UserError: See `tuna_peft.data.load`, `tuna_peft.data.tokenize` and `tuna_peft.run.tasks`.
     """
-    inputs = Inputs()
-    for stage in resolve_stages(recipe):
+    inputs, stages = Inputs(), resolve_stages(recipe)
+    held_out = hold_out(stages if recipe.evaluation == "auto" else [], recipe.prompt, recipe.seed)
+    for stage in stages:
         if stage.feedback is not None:
             read = load_prompts if stage.generated else load_candidates
             rows, report = read(stage.source, recipe.prompt)
-            inputs.prompts[stage.name] = renderable(rows, tokenizer, stage.source, report)
+            rows = renderable(rows, tokenizer, stage.source, report)
+            inputs.prompts[stage.name] = held_out.without(stage, rows)
             report_losses(stage.source, report.as_dict())
             inputs.counts[stage.name] = {"prompts": report.as_dict()}
         else:
             inputs.stages[stage.name], inputs.counts[stage.name] = encode_rows(
-                stage, stage.source, recipe.prompt, tokenizer, config
+                stage, stage.source, recipe.prompt, tokenizer, config, partial(held_out.training, stage)
             )
-    if recipe.evaluation:
-        read_data = read_tasks(recipe.evaluation.tasks, recipe.prompt, tokenizer, config, stage_names(recipe))
-        inputs.ranked, inputs.tasks = read_data.ranked, read_data.tasks
+    if held_out.records:
+
+        def encode(stage: ResolvedStage) -> Dataset:
+            return _encode(stage, stage.source, recipe.prompt, tokenizer, config, partial(held_out.measured, stage))[0]
+
+        inputs.tasks = held_out_tasks(held_out, stages, recipe.prompt, context_length(config), encode)
+        inputs.batch_size = BATCH_SIZE
+        inputs.counts["evaluation"] = {"held_out": {name: len(records) for name, records in held_out.records.items()}}
+    elif settings := recipe.named_evaluation:
+        read_data = read_tasks(settings.tasks, recipe.prompt, tokenizer, config, stage_names(recipe))
+        inputs.ranked, inputs.tasks, inputs.batch_size = read_data.ranked, read_data.tasks, settings.batch_size
         inputs.counts |= {f"evaluation.{task}": counts for task, counts in read_data.counts.items()}
     return inputs
 
@@ -77,8 +92,12 @@ def encode_rows(
     prompt: PromptConfig,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
+    select: Select | None = None,
 ) -> tuple[Dataset, dict[str, Any]]:
-    """The training examples of `stage`, read from `source` and encoded for its trainer.
+    """The training examples of `stage`, read from `source` and encoded for its trainer; the log says what is lost.
+
+    Args:
+        select: See `tuna_peft.data.load.encode_source`.
 
     Returns:
         The encoded examples, and counts of what was kept, skipped and truncated.
@@ -86,9 +105,20 @@ def encode_rows(
     Raises:
         UserError: See `tuna_peft.data.load.encode_source`.
     """
-    rows, counts = encode_source(
-        source, prompt, tokenizer, config, supervised=stage.type == "sft",
-        max_length=stage.max_length, overflow=stage.overflow, needs_reference=stage.needs_reference,
-    )  # fmt: skip
+    rows, counts = _encode(stage, source, prompt, tokenizer, config, select)
     report_losses(source, counts)
     return rows, counts
+
+
+def _encode(
+    stage: ResolvedStage,
+    source: DataSource,
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    select: Select | None,
+) -> tuple[Dataset, dict[str, Any]]:
+    return encode_source(
+        source, prompt, tokenizer, config, supervised=stage.type == "sft", select=select,
+        max_length=stage.max_length, overflow=stage.overflow, needs_reference=stage.needs_reference,
+    )  # fmt: skip

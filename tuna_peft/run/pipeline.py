@@ -118,8 +118,8 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
     """
     recipe, processes = run.recipe, run.processes
     check_options(recipe, stages, run.path, on_cpu=on_cpu)
-    if recipe.evaluation and recipe.evaluation.tasks.graded:
-        load_grader(recipe.evaluation.tasks.graded.grader, "evaluation.tasks.graded.grader")
+    if recipe.named_evaluation and (graded := recipe.named_evaluation.tasks.graded):
+        load_grader(graded.grader, "evaluation.tasks.graded.grader")
     config, tokenizer = check_base(recipe, stages)
     warn_of_default_template(recipe, tokenizer)
     with processes.main_first():  # the first process downloads, the others read its cache
@@ -197,12 +197,11 @@ def _finish_stage(
 
 def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: str) -> None:
     """Runs the recipe's tasks on `model` in the first process; the others wait, and lend it their shards."""
-    settings = run.recipe.evaluation
     with run.processes.main_first(model):
-        if settings and inputs.tasks and run.processes.main:
+        if inputs.tasks and run.processes.main:
             with Journal(run.path / JOURNAL) as journal:
                 session = Session(
-                    run.path, stage, model_digest(model), model, base.tokenizer, journal, settings.batch_size
+                    run.path, stage, model_digest(model), model, base.tokenizer, journal, inputs.batch_size
                 )
                 evaluate_stage(session, inputs.tasks)
 

@@ -18,8 +18,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.load import encode_source, load_prompts
 from tuna_peft.data.losses import report_losses
+from tuna_peft.data.ranked import Record
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
+from tuna_peft.evaluation.answers import evaluate_answers
 from tuna_peft.evaluation.graded import evaluate_graded
 from tuna_peft.evaluation.harness import evaluate_harness, require_harness
 from tuna_peft.evaluation.lmentry.task import evaluate_lmentry, read_lmentry
@@ -119,15 +121,31 @@ def _ranking(
     )
     report_losses(settings, data.counts["ranking"])
     data.ranked = rows
+    return ranking_task(rows, settings.margin)
+
+
+def ranking_task(rows: Dataset, margin: float) -> Task:
+    """The task `ranking` on encoded rows; `margin` as in `evaluate_ranking`."""
 
     def run(session: Session) -> TaskResult:
         return evaluate_ranking(
-            session.model, session.tokenizer, rows, batch_size=session.batch_size, margin=settings.margin,
+            session.model, session.tokenizer, rows, batch_size=session.batch_size, margin=margin,
             description=f"ranking ({session.stage})",
         )  # fmt: skip
 
     digest = content_key(rows=[[row["prompt_ids"], row["completions_ids"], row["ranks"]] for row in rows])
-    return Task("ranking", run, {"margin": settings.margin, "data": digest})
+    return Task("ranking", run, {"margin": margin, "data": digest})
+
+
+def answers_task(records: Sequence[Record], prompt: PromptConfig, max_new_tokens: int) -> Task:
+    """The task `answers`: greedy answers to the prompts of ranked records, whose best response is the reference."""
+    template = PromptTemplate(prompt)
+    questions = [
+        Question(one["id"], _text(one["prompt"], template), one["prompt"], one["completions"][:1]) for one in records
+    ]
+    run = partial(evaluate_answers, questions=questions, max_new_tokens=max_new_tokens)
+    digest = content_key(questions=[[question.id, question.prompt, question.references] for question in questions])
+    return Task("answers", run, {"max_new_tokens": max_new_tokens, "data": digest})
 
 
 def _graded(settings: GradedTask, prompt: PromptConfig, data: TaskData) -> Task:
