@@ -126,7 +126,7 @@ def _answers(report: Report) -> Iterator[Check]:
                 f"The answers became much shorter: {before:.0f} characters {_after(first)}, {now:.0f} {_after(last)} "
                 f"(task {task}). Are short responses ranked best?"
             )
-        name = f"length of the answers ({task}), characters"
+        name = "length of the answers, characters" + ("" if task == "answers" else f" ({task})")
         yield Check(name, f"{before:.0f} to {now:.0f}", f"above {_SHORTER * before:.0f}", problem)
 
 
