@@ -76,6 +76,22 @@ def test_metadata_is_valid_and_complete(tiny: Tiny, tmp_path: Path) -> None:
     assert [metric["value"] for metric in result["metrics"]] == [0.625, 0.625]
 
 
+@pytest.mark.parametrize("evaluation", ["auto", None])
+def test_a_run_without_tasks_of_its_own_names_the_task_as_data_set(
+    tiny: Tiny, tmp_path: Path, evaluation: str | None
+) -> None:
+    release = release_of(tiny, tmp_path)
+    assert release.recipe is not None
+    release.recipe["evaluation"] = evaluation
+    answers = {"main": "characters", "metrics": {"characters": METRIC}, "excluded": []}
+    release.report["evaluation"]["ranking"]["answers"] = answers
+    card = ModelCard(model_card(release, "me/mine"))
+    [index] = card.data.to_dict()["model-index"]
+    # The length of answers is no result.
+    assert [result["dataset"] for result in index["results"]] == [{"name": "ranking", "type": "ranking"}]
+    assert "characters" not in card.content
+
+
 def test_the_text_has_what_a_stranger_needs(tiny: Tiny, tmp_path: Path) -> None:
     text = model_card(release_of(tiny, tmp_path), "me/mine", data_license="CC BY 4.0")
     for part in (

@@ -32,7 +32,8 @@ class Measured:
 def measured(release: Release, stage: str) -> list[Measured]:
     """The metrics after a stage (`base`: before the first); empty where the run's report has none."""
     tasks = release.report.get("evaluation", {}).get(stage) or {}
-    return [metric for task, result in tasks.items() for metric in _metrics(task, result)]
+    # The length of answers is no result.
+    return [metric for task, result in tasks.items() if task != "answers" for metric in _metrics(task, result)]
 
 
 def _metrics(task: str, result: Any) -> Iterator[Measured]:
@@ -81,7 +82,8 @@ def eval_results(release: Release) -> list[EvalResult]:
     """The results after the last stage, for the metadata's `model-index`; none for files that were not evaluated."""
     if release.is_quantized:
         return []
-    tasks = ((release.recipe or {}).get("evaluation") or {}).get("tasks") or {}
+    evaluation = (release.recipe or {}).get("evaluation")
+    tasks = (evaluation.get("tasks") or {}) if isinstance(evaluation, dict) else {}  # else it is `auto` or null
     found = []
     for m in measured(release, release.stages[-1]) if release.stages else []:
         settings = tasks.get(m.task)
