@@ -8,12 +8,14 @@ import logging
 import pytest
 from test_pipeline import TRAIN, files  # noqa: F401 - a fixture
 from transformers import AutoConfig, AutoTokenizer
+from typer.testing import CliRunner
 
+from tuna_peft.cli.app import app
 from tuna_peft.errors import UserError
 from tuna_peft.recipe.dump import dump_recipe
 from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.schema import Recipe
-from tuna_peft.run.evaluate import evaluate_target, settings_of_run
+from tuna_peft.run.evaluate import evaluate_target, holds_prompts_back, settings_of_run
 from tuna_peft.run.folder import read_run_recipe
 from tuna_peft.run.held_out import held_out_size
 from tuna_peft.run.inputs import read_inputs
@@ -152,7 +154,9 @@ def test_a_run_of_three_steps_says_whether_it_learned(recipe, tmp_path):
     results = evaluate_target(str(tmp_path / "run"), settings, tmp_path / "run")
     assert list(results) == ["base", "one"] and list(results["one"]) == ["ranking", "answers"]
     assert {file: file.read_bytes() for file in (tmp_path / "run" / "evaluation").rglob("*.json")} == files_before
-    assert settings_of_run(str(tmp_path / "run")) == {}
+    assert settings_of_run(str(tmp_path / "run")) == {} and holds_prompts_back(str(tmp_path / "run"))
+    compared = CliRunner().invoke(app, ["compare", f"{tmp_path / 'run'}@base", str(tmp_path / "run")])
+    assert compared.exit_code == 0 and "ranking accuracy" in compared.stdout and "answer length" not in compared.stdout
 
 
 def test_auto_is_the_default_and_null_survives_in_the_folder(recipe, tmp_path):

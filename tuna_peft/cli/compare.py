@@ -43,7 +43,8 @@ def compare(
     from tuna_peft.files import write_json
 
     left, right = _results(first), _results(second)
-    common = [name for name in left if name in right and (not task or name in task or name.partition("-")[0] in task)]
+    wanted = [name for name in left if not task or name in task or name.partition("-")[0] in task]
+    common = [name for name in wanted if name in right and name != "answers"]  # nothing grades those
     if not common:
         raise UserError(
             f"no task in common: {first} has {', '.join(left) or 'none'}, {second} has {', '.join(right) or 'none'}",

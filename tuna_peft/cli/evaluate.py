@@ -64,13 +64,13 @@ def evaluate(
     from tuna_peft.errors import UserError
     from tuna_peft.evaluation.report.write import write_report
     from tuna_peft.recipe.evaluation_schema import EvaluationSettings
-    from tuna_peft.run.evaluate import Loading, default_output, evaluate_target, settings_of_run
+    from tuna_peft.run.evaluate import Loading, default_output, evaluate_target, holds_prompts_back, settings_of_run
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("tuna_peft").setLevel(logging.INFO)
     logging.getLogger("tuna_peft").addHandler(log_handler())
     settings = from_options(EvaluationSettings, _settings(settings_of_run(model), task or [], overrides or []))
-    if not settings.tasks.given():
+    if not settings.tasks.given() and not holds_prompts_back(model):
         raise UserError("there is nothing to evaluate", fix="Name a task: --task ranking=held-out.jsonl.")
     folder = output or default_output(model)
     require_consent(settings, yes=yes)  # a run's folder names them, and may come from a stranger, too

@@ -119,7 +119,7 @@ def evaluate_target(
             raise UserError(f"there is no stage {stage!r}", where=target, fix=did_you_mean(stage, known))
     template = prompt or PromptConfig.model_validate(loaded.prompt or usual_prompt(loaded.tokenizer))
     recipe = read_run_recipe(Path(target))
-    if not settings.tasks.given() and recipe and recipe.evaluation == "auto":
+    if recipe and recipe.evaluation == "auto" and not settings.tasks.given():
         inputs = read_inputs(recipe, loaded.tokenizer, loaded.model.config)
         data = TaskData(inputs.tasks)
         settings = settings.model_copy(update={"batch_size": inputs.batch_size})
@@ -140,6 +140,12 @@ def evaluate_target(
                 )
                 results[stage] = evaluate_stage(session, data.tasks)
     return {stage: results[stage] for stage in known if stage in results}
+
+
+def holds_prompts_back(target: str) -> bool:
+    """Whether `target` is a run with `evaluation: auto`, which is measured without naming a task."""
+    recipe = read_run_recipe(Path(target))
+    return recipe is not None and recipe.evaluation == "auto"
 
 
 def settings_of_run(target: str) -> dict[str, Any]:
