@@ -125,6 +125,20 @@ def test_training_keeps_what_a_step_needs(recipe, caplog):
     assert "too few prompts to hold some back" in caplog.text
 
 
+def test_held_back_examples_that_are_all_too_long_are_skipped_if_the_recipe_says_so(recipe, tmp_path, caplog):
+    stages = recipe().model_dump(mode="json", exclude_none=True)["stages"]
+    one = {**stages[1], "train": {**TRAIN, "max_length": 12}}
+    held = measured(inputs_of(recipe(stages=[one]))[0])
+    rows = [json.loads(line) for line in (tmp_path / "first.jsonl").read_text().splitlines()]
+    long = [row | {"completions": ["w5 " * 20, "w7 " * 20]} if row["prompt"] in held else row for row in rows]
+    (tmp_path / "first.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    inputs, _ = inputs_of(recipe(stages=[{**one, "overflow": "skip"}]))
+    assert not inputs.tasks and len(inputs.stages["one"]) == 36
+    assert "nothing can be measured on its held-back prompts" in caplog.text
+    with pytest.raises(UserError, match="too long"):
+        inputs_of(recipe(stages=[one]))
+
+
 def test_null_and_named_tasks_train_on_everything(recipe, tmp_path):
     named = {"tasks": {"ranking": {"path": str(tmp_path / "second.jsonl")}}}
     for evaluation, tasks in ((None, []), (named, ["ranking"])):
