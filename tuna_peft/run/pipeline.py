@@ -125,6 +125,8 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
     with processes.main_first():  # the first process downloads, the others read its cache
         run.fix_template_date(tokenizer)
         inputs = read_inputs(recipe, tokenizer, config)
+    if processes.sharding and recipe.evaluation == "auto":  # generation gathers the shards for every token: too slow
+        inputs.tasks = [task for task in inputs.tasks if task.name != "answers"]
     for stage in stages:
         if stage.feedback:
             check_feedback(stage, inputs.prompts[stage.name], tokenizer)
