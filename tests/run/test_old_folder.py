@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import logging
+
 import pytest
 import test_pipeline
+from rich.console import Console
 from test_pipeline import Crash, adapter_bytes, files, recipe, straight  # noqa: F401 - files, straight are fixtures
 
 import tuna_peft.run.train_stage as train_stage_module
 from tuna_peft import UserError
-from tuna_peft.recipe.dump import diff_recipes
+from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.dry_run import describe_recipe
 from tuna_peft.run.evaluate import settings_of_run
 from tuna_peft.run.folder import RunDirectory, read_run_recipe
 from tuna_peft.run.pipeline import run_recipe
@@ -170,6 +175,37 @@ def test_an_old_run_resumes_to_the_same_bytes(straight, files, tmp_path, monkeyp
     report = run_recipe(recipe(files), tmp_path / "run")
     assert report["stages"]["probabilistic"]["resumed_from"] == "checkpoint-2"
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(straight[0])
+
+
+def test_an_old_run_without_an_evaluation_is_resumed_without_one(old_folder, caplog):
+    text = OLD[: OLD.index("evaluation:")] + OLD[OLD.index("export:") :]
+    (old_folder / "recipe.yaml").write_text(text)
+    values = same_recipe().model_dump(exclude_unset=True, exclude={"evaluation"})
+    for _ in range(2):  # the first attempt does not rewrite the file
+        caplog.clear()
+        with (
+            caplog.at_level(logging.INFO, "tuna_peft"),
+            RunDirectory(old_folder, Recipe.model_validate(values)) as run,
+        ):
+            assert run.recipe.evaluation is None and run.load("stages/sft/done.json") == {}
+        assert [one.message for one in caplog.records if "resumed without" in one.message] == caplog.messages
+        assert len(caplog.messages) == 1 and (old_folder / "recipe.yaml").read_text() == text
+    printed = Console(width=200, file=io.StringIO())
+    printed.print(describe_recipe(Recipe.model_validate(values), old_folder))
+    assert "another recipe" not in printed.file.getvalue() and "evaluation: null" in printed.file.getvalue()
+    for given in ("auto", same_recipe().evaluation):
+        with pytest.raises(UserError, match=r"evaluation.*: absent -> "):
+            RunDirectory(old_folder, Recipe.model_validate({**values, "evaluation": given})).__enter__()
+
+
+def test_a_folder_of_this_version_tells_null_from_auto(old_folder):
+    values = same_recipe().model_dump(exclude_unset=True, exclude={"evaluation"})
+    without = Recipe.model_validate({**values, "evaluation": None})
+    (old_folder / "recipe.yaml").write_text(dump_recipe(without))
+    with RunDirectory(old_folder, without) as run:
+        assert run.recipe.evaluation is None
+    with pytest.raises(UserError, match="evaluation: absent -> 'auto'"):
+        RunDirectory(old_folder, Recipe.model_validate(values)).__enter__()
 
 
 @pytest.mark.parametrize("text", [OLD.replace("hotter_by", "heat"), "name: ["])
