@@ -79,7 +79,7 @@ def cuts(recipe: str) -> list[str]:
         overrides.append(f"stages.{stage.name}.{prompts}.limit=24")
         if getattr(stage.data, "sample", None):
             overrides.append(f"stages.{stage.name}.data.sample.max_new_tokens=8")
-    for name, task in (loaded.evaluation.tasks.given() if loaded.evaluation else {}).items():
+    for name, task in (loaded.named_evaluation.tasks.given() if loaded.named_evaluation else {}).items():
         overrides.append(f"evaluation.tasks.{name}.limit=4")
         if hasattr(task, "max_new_tokens"):
             overrides.append(f"evaluation.tasks.{name}.max_new_tokens=8")

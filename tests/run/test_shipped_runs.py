@@ -43,8 +43,8 @@ def test_runs(name, tmp_path):
             overrides.append(f"stages.{stage.name}.data={{path: builtin:pico-llama/{DATA[stage.type]}, limit: 32}}")
         cut = ("max_steps=2", "gradient_accumulation_steps=1", "max_length=256", "per_device_train_batch_size=4")
         overrides += [f"stages.{stage.name}.train.{key}" for key in cut]
-    if shipped.evaluation:
-        held_out = shipped.evaluation.tasks.given()
+    if shipped.named_evaluation:
+        held_out = shipped.named_evaluation.tasks.given()
         files = {task: path for task, path in benchmarks(tmp_path).items() if task in held_out}
         overrides += [f"evaluation.tasks.{task}.path={path}" for task, path in files.items()]
         overrides += [f"evaluation.tasks.{task}.max_new_tokens=4" for task in files]
