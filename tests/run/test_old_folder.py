@@ -18,6 +18,7 @@ from tuna_peft.run.dry_run import describe_recipe
 from tuna_peft.run.evaluate import settings_of_run
 from tuna_peft.run.folder import RunDirectory, read_run_recipe
 from tuna_peft.run.pipeline import run_recipe
+from tuna_peft.run.processes import Processes
 
 # `recipe.yaml` as it was written on 2026-11-28, when recipe/ still held what is in run/ and planning/ now.
 OLD = """\
@@ -190,6 +191,10 @@ def test_an_old_run_without_an_evaluation_is_resumed_without_one(old_folder, cap
             assert run.recipe.evaluation is None and run.load("stages/sft/done.json") == {}
         assert [one.message for one in caplog.records if "resumed without" in one.message] == caplog.messages
         assert len(caplog.messages) == 1 and (old_folder / "recipe.yaml").read_text() == text
+    other = Processes(on_cpu=True)
+    other.main = False
+    with RunDirectory(old_folder, Recipe.model_validate(values), other) as run:  # it reads the same data
+        assert run.recipe.evaluation is None
     printed = Console(width=200, file=io.StringIO())
     printed.print(describe_recipe(Recipe.model_validate(values), old_folder))
     assert "another recipe" not in printed.file.getvalue() and "evaluation: null" in printed.file.getvalue()
