@@ -146,8 +146,8 @@ def test_a_recipe_cut_anywhere_is_a_clear_error(tmp_path):
     for end in range(0, len(whole), 7):
         (tmp_path / "recipe.yaml").write_bytes(whole[:end])
         try:
-            with RunDirectory(tmp_path, recipe()):
-                assert read_run_recipe(tmp_path) == recipe()  # only defaults were lost
+            with RunDirectory(tmp_path, recipe()) as run:
+                assert read_run_recipe(tmp_path) == run.recipe  # only defaults were lost
         except UserError as error:
             assert "another --output" in error.fix
             refused += 1

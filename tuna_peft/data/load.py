@@ -78,9 +78,8 @@ def encode_source(
         UserError: As `load_ranked` and `encode_dataset`; names the file and the record's place in it.
     """
     placed, read = read_placed(source, prompt, pairs=not supervised)
-    placed = select(placed) if select else placed
-    if supervised:
-        placed = [(where, best_alone(record)) for where, record in placed]
+    chosen = select(placed) if select else placed
+    placed = [(where, best_alone(record) if supervised else record) for where, record in chosen]
     try:
         encoded, tokens = encode_records(
             placed, len(placed), tokenizer, sft=supervised, overflow=overflow, needs_reference=needs_reference,
@@ -217,11 +216,10 @@ def source_format(source: DataSource) -> tuple[str, DataSource]:
 
 def best_alone(record: Record) -> Record:
     """A normalised record with only its best response, as supervised stages use it."""
-    scores = record["scores"]
     return {
         **record,
         "completions": record["completions"][:1],
-        "scores": scores and scores[:1],
+        "scores": record["scores"] and record["scores"][:1],
         "ranks": [0],
         "reference": None,
     }
