@@ -64,5 +64,5 @@ def test_finished_text_is_kept():
 
 
 def test_a_value_that_a_template_lacks_is_an_error():
-    with pytest.raises(Exception, match="'report' is undefined"):
+    with pytest.raises(Exception, match="is undefined"):
         render("evaluation/report/report.md.jinja", rows=[], excluded=[])
