@@ -28,7 +28,7 @@ def check_options(recipe: Recipe, stages: list[ResolvedStage], output: Path, *, 
     """
     for stage in stages:
         config = stage_config(recipe, stage, output / "stages" / stage.name, on_cpu=on_cpu)
-        require_possible(config, ranking=stage.type == "ranking", where=f"{stage.key}.train")
+        require_possible(config, where=f"{stage.key}.train")
 
 
 def check_base(recipe: Recipe, stages: list[ResolvedStage]) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -15,10 +15,9 @@ from tuna_peft.data.config import DataSource, Overflow
 from tuna_peft.data.load import encode_source, load_prompts, read_ranked
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.sources import is_here
-from tuna_peft.errors import UserError
+from tuna_peft.data.texts import set_template_date
 from tuna_peft.graders import require_module
 from tuna_peft.models.base.load import resolve_device
-from tuna_peft.planning.lengths import recipe_tokenizer
 from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.evaluation_schema import RankingTask
@@ -31,6 +30,8 @@ from tuna_peft.run.folder import as_in_folder, read_run_recipe
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    Loaded = tuple[PretrainedConfig, PreTrainedTokenizerBase]
+
 
 def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     """The resolved recipe, then each step with its data, its size and how far it has got in `output`.
@@ -41,19 +42,20 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     Raises:
         UserError: The data, an option, or the base cannot be used.
     """
-    if "template" not in recipe.prompt.model_fields_set:
-        warn_of_default_template(recipe, recipe_tokenizer(recipe))
     existing = read_run_recipe(output)
     recipe = as_in_folder(recipe, output)
     stages = resolve_stages(recipe)
     check_options(recipe, stages, output, on_cpu=resolve_device(recipe.base.device).type == "cpu")
     for name, where in _functions(recipe):
         require_module(name, where)
+    loaded = None
     if _is_here(recipe.base):
-        check_base(recipe, stages)
+        loaded = check_base(recipe, stages)
+        set_template_date(loaded[1], recipe.prompt.date)
+        warn_of_default_template(recipe, loaded[1])
     parts: list[RenderableType] = [
         Text(dump_recipe(recipe)),
-        _steps(recipe, output),
+        _steps(recipe, output, loaded),
     ]
     if existing and (changed := diff_recipes(existing, recipe)):
         lines = "".join(f"\n  {line}" for line in changed)
@@ -87,7 +89,7 @@ def _is_here(base: BaseSettings) -> bool:
     return all(isinstance(file, str) for file in found)
 
 
-def _steps(recipe: Recipe, output: Path) -> Text:
+def _steps(recipe: Recipe, output: Path, loaded: Loaded | None) -> Text:
     text = Text(f"What `run` would do in {output}:\n", style="bold")
 
     def step(title: str, *lines: str | None) -> None:
@@ -101,7 +103,6 @@ def _steps(recipe: Recipe, output: Path) -> Text:
     if lines := [*foreign_code(recipe), *addresses(recipe)]:
         step("beyond this package", *lines, _asks(recipe))
     step("base", f"{recipe.base.model}, {stored}")
-    loaded = _tokenizer(recipe) if any(is_here(source.path) for source in recipe.sources().values()) else None
     for stage in resolve_stages(recipe):
         rows, losses = _stage_rows(stage, recipe, loaded)
         # With packing, the number of packed sequences is only known when the trainer has made them.
@@ -146,18 +147,7 @@ def _adapter(stage: ResolvedStage) -> str:
     return f"LoRA r={lora.r} alpha={lora.alpha} ({modules}) {on}{continues}"
 
 
-def _tokenizer(recipe: Recipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase] | None:
-    """Configuration and tokenizer of the base, which decide what is too long; None if they are not on this machine."""
-    from tuna_peft.models.base.load import load_config_and_tokenizer
-
-    base = recipe.base
-    try:
-        return load_config_and_tokenizer(base.model, revision=base.revision, trust_remote_code=base.trust_remote_code)
-    except (UserError, OSError):
-        return None
-
-
-def _stage_rows(stage: ResolvedStage, recipe: Recipe, loaded: Any) -> tuple[int | None, list[str]]:
+def _stage_rows(stage: ResolvedStage, recipe: Recipe, loaded: Loaded | None) -> tuple[int | None, list[str]]:
     if stage.feedback is not None:
         return _rows(stage.source, recipe, loaded, None)
     limits = (stage.max_length, stage.overflow, stage.needs_reference)
@@ -167,7 +157,7 @@ def _stage_rows(stage: ResolvedStage, recipe: Recipe, loaded: Any) -> tuple[int 
 def _rows(
     source: DataSource,
     recipe: Recipe,
-    loaded: Any,
+    loaded: Loaded | None,
     limits: tuple[int | None, Overflow, bool] | None,
     *,
     supervised: bool = False,
@@ -175,7 +165,7 @@ def _rows(
     """Number of usable rows, and what is left out; None for a Hub data set, which a dry run does not download.
 
     Args:
-        loaded: See `_tokenizer`; None counts before the length limit.
+        loaded: Configuration and tokenizer of the base, which decide what is too long; None counts before that limit.
         limits: Maximum length, overflow policy, whether the reference is needed; None reads only prompts.
         supervised: One response is enough.
     """

@@ -15,18 +15,17 @@ from transformers.utils import is_liger_kernel_available
 from tuna_peft.errors import UserError
 
 
-def require_possible(config: TrainingArguments, *, ranking: bool, where: str) -> None:
+def require_possible(config: TrainingArguments, *, where: str) -> None:
     """Checks what a trainer finds out only when it is made, or even at its first step.
 
     Args:
         config: The configuration of the trainer.
-        ranking: Whether it is a `TunaTrainer`'s.
         where: The place of the options, for the error.
 
     Raises:
         UserError: A package is missing, or an option cannot work with our data, with another option, or at all.
     """
-    if wrong := _impossible(config, ranking):
+    if wrong := _impossible(config):
         raise UserError(wrong[0], where=where, fix=wrong[1])
     if config.use_liger_kernel and not is_liger_kernel_available():
         raise UserError(
@@ -40,7 +39,7 @@ def require_possible(config: TrainingArguments, *, ranking: bool, where: str) ->
     _require_optimizer_and_scheduler(config, where)
 
 
-def _impossible(config: TrainingArguments, ranking: bool) -> tuple[str, str] | None:
+def _impossible(config: TrainingArguments) -> tuple[str, str] | None:
     """The first option that cannot work, and what to do about it."""
 
     def option(name: str) -> bool:
@@ -49,7 +48,6 @@ def _impossible(config: TrainingArguments, ranking: bool) -> tuple[str, str] | N
     workers = config.dataloader_num_workers
     length = getattr(config, "max_length", None)
     for wrong, what, fix in (
-        (ranking and option("torch_compile"), "torch_compile does not work with packed responses", "Remove it."),
         (
             option("assistant_only_loss"),
             "assistant_only_loss needs conversations, and the data of a stage is a prompt with one response",
