@@ -46,13 +46,16 @@ def test_nothing_is_said_of_a_healthy_run(report):
 
 
 def test_a_loss_that_does_not_fall(report):
+    """A held-out result that rose counts for more than the noise of one logged loss."""
     report = healthy(report)
-    for last, said in (
-        (1.999, None),
-        (2.0, "did not fall (2.000 to 2.000 in 20 steps)"),
-        (float("nan"), "not finite"),
+    for last, low, said in (
+        (1.999, -0.05, None),
+        (2.0, -0.05, "did not fall (2.000 to 2.000 in 20 steps)"),
+        (2.0, 0.05, None),
+        (float("nan"), 0.05, "not finite"),
     ):
         report["curves"]["contextual"]["loss"]["loss"][-1][1] = last
+        report["changes"]["contextual"]["ranking"]["low"] = low
         assert [said in problem for problem in problems(report)] == ([True] if said else [])
 
 
