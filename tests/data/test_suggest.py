@@ -24,14 +24,14 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("name", RECORDS)
-@pytest.mark.parametrize("table", [False, True], ids=["json", "csv"])
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [(name, False) for name in RECORDS] + [(name, True) for name in ("columns", "numbers", "winner")],
+)
 def test_the_suggested_block_reads_the_file(jsonl, tmp_path, name, table):
     record, path = RECORDS[name], str(tmp_path / "data.csv")
     if not table:
         path = jsonl(record)
-    elif name in ("objects", "ranks", "lists"):
-        pytest.skip("not a table")
     else:
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([record.keys(), record.values()])
