@@ -18,7 +18,7 @@ from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.export.card_results import eval_results, evaluation_tables
 from tuna_peft.export.release import Release, dump_yaml, is_on_hub
 from tuna_peft.limits import VLLM_LORA_RANKS
-from tuna_peft.rendering import code, render
+from tuna_peft.markup import code, render
 
 # From the Hub's list: huggingface.js, packages/tasks/src/model-libraries.ts
 _LIBRARY = {"adapters": "peft", "merged": "transformers", "gguf": "llama-cpp-python"}

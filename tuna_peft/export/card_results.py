@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult
 from markupsafe import Markup
 
 from tuna_peft.export.release import Release, is_on_hub
-from tuna_peft.rendering import code
+from tuna_peft.markup import code
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from huggingface_hub import ModelCardData
 from transformers import Trainer
 
 import tuna_peft
+from tuna_peft.markup import render
 from tuna_peft.models.base.load import model_id
 from tuna_peft.models.forward.scoring import without_peft
 from tuna_peft.models.stack.adapters import adapter_names
-from tuna_peft.rendering import render
 
 _SETTINGS = (
     "loss_type", "margin", "reduction", "length_penalty", "mle_weight", "mle_on", "learning_rate", "num_train_epochs",

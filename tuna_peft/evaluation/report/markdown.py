@@ -6,7 +6,7 @@ from typing import Any
 
 from tuna_peft.evaluation.report.checks import problems
 from tuna_peft.evaluation.report.table import heading_of, stage_table, tasks_of
-from tuna_peft.rendering import render
+from tuna_peft.markup import render
 
 
 def render_markdown(report: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from tuna_peft.evaluation.report.checks import checks
 from tuna_peft.evaluation.report.table import Cell, after, heading_of, main_metrics, metric_cell, stage_table, tasks_of
 from tuna_peft.evaluation.report.theme import PALETTE, css, style
 from tuna_peft.evaluation.results import MEANINGS, in_percent, number
-from tuna_peft.rendering import plural, render
+from tuna_peft.markup import plural, render
 
 Report = dict[str, Any]
 

@@ -6,7 +6,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from tuna_peft.rendering import code, fenced, markdown, plural, quote, render, table
+from tuna_peft.markup import code, fenced, markdown, plural, quote, render, table
 
 HOSTILE = [
     "# heading", "  ## heading", "###### heading #", "- item", "+ item", "* item", "1. item", "12) item", "---", "===",
