@@ -107,10 +107,10 @@ def trainer_parts(own: Adapter, below: Sequence[Adapter], optimizer: str, precis
     """Bytes of adapters, gradients and optimizer states, by part.
 
     Args:
-        own: The adapter that is trained. It and its gradient are in fp32.
+        own: The adapter that is trained. It and its gradient are in fp32; layers keep a copy in the compute dtype.
         below: The frozen adapters that it is trained on top of.
     """
-    parts = {"adapter and its gradient, 32-bit": 8.0 * own.parameters}
+    parts = {"adapter, its gradient, and its copy in the compute dtype": (8.0 + precision.compute) * own.parameters}
     parts[f"optimizer states ({optimizer})"] = optimizer_bytes(optimizer) * own.parameters
     return parts | frozen_parts(below, precision)
 

@@ -1,9 +1,11 @@
 """Fused LoRA layers give the outputs and gradients of PEFT's layers."""
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig
 from tiny_llama import PROMPTS, RANKING, SFT, load_tiny, stack_on, write_base
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.forward.fused_lora import StackedLinear, StackedLinear4bit
@@ -104,3 +106,46 @@ def test_dropout_uses_the_forward_of_peft(base):
 
 def test_int8_uses_the_layers_of_peft(base):
     assert not fused_layers(stack_on(load_tiny(base, "int8"), sft=SFT))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, bitsandbytes.optim.AdamW8bit])
+def test_follows_the_steps_of_optimizers(base, optimizer):
+    """bitsandbytes' optimizers change weights without raising their `_version`."""
+    model = stack_on(load_tiny(base, "nf4"), sft=SFT, ranking=RANKING)
+    train_top_adapter(model)
+    steps = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)
+    before = outputs_and_gradients(model)[0]
+    steps.step()
+    after = outputs_and_gradients(model)
+    set_fused(model, False)
+    for value, expected in zip(after, outputs_and_gradients(model), strict=True):
+        torch.testing.assert_close(value, expected, atol=3e-5 * expected.abs().max().item(), rtol=0)
+    assert (after[0] - before).abs().max() > 1e-3 * before.abs().max()
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that would start a kernel on a GPU: no views, no uninitialized tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not (function.is_view or "empty" in function.name() or "detach" in function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_factors_are_joined_once_for_all_passes_of_a_step(base):
+    """Of an unquantized layer with a frozen and a trained adapter remain the operations of the module's equation."""
+    model = stack_on(load_tiny(base, "none"), sft=SFT, ranking=RANKING)
+    train_top_adapter(model)
+    layer = next(layer for layer in fused_layers(model) if len(layer.lora_A) == 2)
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    with Launches() as forward:
+        y = layer(x)
+    gradient = torch.ones_like(y)
+    x.grad = None
+    layer.zero_grad()
+    with Launches() as backward:
+        y.backward(gradient)
+    # W x, A x, and B A x added; backward the gradients of A x (1), x (2), A (1) and B (2: the product and its scale).
+    assert (forward.count, backward.count) == (3, 6)

@@ -60,11 +60,10 @@ def test_padding_is_not_computed():
         assert torch.equal(lengths[:n], alone.lengths_BN[0])
 
 
-def simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, enable_gqa):
+def simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size):
     """The definition of the CUDA kernel: causal attention, aligned at the end, within the window."""
     assert q_offsets.dtype == k_offsets.dtype == torch.int32 and q_offsets[-1] == len(q)
     assert q_offsets.diff().max() <= max_q and k_offsets.diff().max() <= max_k
-    assert enable_gqa or q.shape[1] == k.shape[1]
     outputs = []
     for queries, keys, values in zip(
         q.split(q_offsets.diff().tolist()),
@@ -78,7 +77,7 @@ def simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_
         states = (part.transpose(0, 1) for part in (queries, keys, values))
         outputs.append(
             torch.nn.functional.scaled_dot_product_attention(
-                *states, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+                *states, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
             ).transpose(0, 1)
         )
     return torch.cat(outputs)
@@ -89,11 +88,13 @@ def kernel_of_2_10(q, k, v, q_offsets, k_offsets, max_q, max_k, is_causal=False,
 
 
 def kernel_of_2_11(q, k, v, q_offsets, k_offsets, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    return simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, False)
+    """Takes grouped heads without being told."""
+    return simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size)
 
 
 def kernel_of_2_12(q, k, v, q_offsets, k_offsets, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-    return simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size, enable_gqa)
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    return simulated_kernel(q, k, v, q_offsets, k_offsets, max_q, max_k, scale, window_size)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ are concatenated, so a stack takes two low-rank products, added in place to the 
 
     y = W x + [s_1 B_1 | .. | s_k B_k] [A_1; ..; A_k] x
 
-in the compute dtype (autocast's, else that of x), with a custom backward pass. Frozen adapters are concatenated once.
+in the compute dtype (autocast's, else that of x), with a custom backward pass. The concatenated factors are kept until
+a weight changes, so the passes of a step share them, checkpointing's recomputation and the backward pass too.
 `tuna_peft.models.stack.adapters.push_adapter` registers the layers with PEFT.
 
 Shape suffixes: T tokens, I and O sizes of the layer's input and output, R sum of the adapters' ranks.
@@ -21,29 +22,44 @@ import peft.tuners.lora as lora
 import torch
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tuna_peft.models.base.dequantise import dequantised_weight
+from tuna_peft.models.forward.products import matmul_fp32
+
+_steps_of_optimizers = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps_of_optimizers
+    _steps_of_optimizers += 1
+
+
+# bitsandbytes writes new weights without raising their `_version`, so the steps of all optimizers are counted as well.
+register_optimizer_step_post_hook(_count_step)
 
 
 class _StackedLora(torch.autograd.Function):
     """The equation above. `trained` alternates A and B of each trainable adapter; `scales` are their factors s."""
 
     @staticmethod
-    def forward(ctx, x, base_layer, frozen_RI, frozen_OR, scales, *trained):
-        down_RI, up_OR = _joined(frozen_RI, frozen_OR, scales, trained)
+    def forward(ctx, x, base_layer, down_RI, up_OR, scales, *trained):
         y = base_layer(x)
         x_TI = x.reshape(-1, x.shape[-1])
         z_TR = x_TI @ down_RI.T
         y.view(-1, y.shape[-1]).addmm_(z_TR, up_OR.T)  # in place: no second tensor of the output's size
+        # Not among the saved tensors: all passes share the factors, so they are no activations of this one.
+        ctx.factors = down_RI, up_OR
         ctx.base_layer, ctx.scales = base_layer, scales
-        ctx.save_for_backward(x_TI, z_TR, frozen_RI, frozen_OR, *trained)
+        ctx.ranks = [len(down) for down in trained[::2]]
+        ctx.save_for_backward(x_TI, z_TR)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x_TI, z_TR, frozen_RI, frozen_OR, *trained = ctx.saved_tensors
-        down_RI, up_OR = _joined(frozen_RI, frozen_OR, ctx.scales, trained)
+        x_TI, z_TR = ctx.saved_tensors
+        down_RI, up_OR = ctx.factors
         grad_TO = grad.reshape(-1, grad.shape[-1])
         grad_z_TR = grad_TO @ up_OR
         grad_x = None
@@ -52,19 +68,12 @@ class _StackedLora(torch.autograd.Function):
             grad_x = grad_TO @ dequantised_weight(ctx.base_layer).to(grad.dtype)
             grad_x = grad_x.addmm_(grad_z_TR, down_RI).view(*grad.shape[:-1], -1)
         gradients: list[torch.Tensor] = []
-        start = len(down_RI) - sum(len(down) for down in trained[::2])  # frozen adapters come first
-        for down, up, scale in zip(trained[::2], trained[1::2], ctx.scales, strict=True):
-            ranks = slice(start, start := start + len(down))
-            gradients.append((grad_z_TR[:, ranks].T @ x_TI).to(down.dtype))
-            gradients.append((grad_TO.T @ z_TR[:, ranks]).to(up.dtype) * scale)
+        start = len(down_RI) - sum(ctx.ranks)  # frozen adapters come first
+        for rank, scale in zip(ctx.ranks, ctx.scales, strict=True):
+            ranks = slice(start, start := start + rank)
+            gradients.append(matmul_fp32(grad_z_TR[:, ranks].T, x_TI))
+            gradients.append(matmul_fp32(grad_TO.T, z_TR[:, ranks]).mul_(scale))
         return grad_x, None, None, None, None, *gradients
-
-
-def _joined(frozen_RI, frozen_OR, scales, trained) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(R, I)` all A and `(O, R)` all s B, concatenated along the ranks, in the dtype of the frozen ones."""
-    dtype = frozen_RI.dtype
-    ups = [(up * scale).to(dtype) for up, scale in zip(trained[1::2], scales, strict=True)]
-    return torch.cat([frozen_RI, *(down.to(dtype) for down in trained[::2])]), torch.cat([frozen_OR, *ups], dim=1)
 
 
 class _Stacked(lora.LoraLayer):
@@ -75,7 +84,7 @@ class _Stacked(lora.LoraLayer):
     """
 
     fused = True
-    _frozen: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+    _factors: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -86,9 +95,9 @@ class _Stacked(lora.LoraLayer):
         device_type = x.device.type
         x = x.to(torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype)
         trained = [name for name in names if self.lora_A[name].weight.requires_grad]
-        frozen = self._joined_frozen([name for name in names if name not in trained], x)
-        factors = [part[name].weight for name in trained for part in (self.lora_A, self.lora_B)]
-        return _StackedLora.apply(x, self.base_layer, *frozen, [self.scaling[name] for name in trained], *factors)
+        joined = self._joined([name for name in names if name not in trained] + trained, x)
+        weights = [part[name].weight for name in trained for part in (self.lora_A, self.lora_B)]
+        return _StackedLora.apply(x, self.base_layer, *joined, [self.scaling[name] for name in trained], *weights)
 
     def _is_plain(self, name: str) -> bool:
         """Whether the adapter computes scaling * B A x now: no variant such as DoRA, no bias, no active dropout."""
@@ -99,17 +108,20 @@ class _Stacked(lora.LoraLayer):
             and (isinstance(dropout, torch.nn.Identity) or not dropout.training)
         )
 
-    def _joined_frozen(self, names: list[str], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The frozen adapters, concatenated in the dtype of x; cached until one of them changes or is replaced."""
+    def _joined(self, names: list[str], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(R, I)` all A and `(O, R)` all s B, concatenated along the ranks in the dtype of x; cached until a weight
+        changes or is replaced."""
         factors = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in names]
         # `_version` counts in-place changes of a tensor, such as loading other weights into it.
-        state = (x.dtype, x.device, *((a.data_ptr(), a._version, b.data_ptr(), b._version, s) for a, b, s in factors))
-        if self._frozen is None or self._frozen[0] != state:
+        weights = ((a.data_ptr(), a._version, b.data_ptr(), b._version, scale) for a, b, scale in factors)
+        state = (x.dtype, x.device, _steps_of_optimizers, *weights)
+        if self._factors is None or self._factors[0] != state:
             with torch.no_grad():
-                empty = x.new_empty(0, self.in_features), x.new_empty(self.out_features, 0)
-                trained = [factor for down, up, _ in factors for factor in (down, up)]
-                self._frozen = state, *_joined(*empty, [scale for *_, scale in factors], trained)
-        return self._frozen[1:]
+                down_RI = torch.cat([x.new_empty(0, self.in_features), *(a.to(x.dtype) for a, _, _ in factors)])
+                ups = [(b * scale).to(x.dtype) for _, b, scale in factors]
+                up_OR = torch.cat([x.new_empty(self.out_features, 0), *ups], dim=1)
+            self._factors = state, down_RI, up_OR
+        return self._factors[1:]
 
 
 class StackedLinear(_Stacked, lora.Linear):

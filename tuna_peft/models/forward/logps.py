@@ -15,9 +15,7 @@ import torch
 
 from tuna_peft.errors import UserError
 from tuna_peft.limits import CHUNK_ROWS
-
-# 16-bit matrix product with an fp32 result: PyTorch 2.8 or later, CUDA only.
-_MM_INTO_FP32 = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+from tuna_peft.models.forward.products import matmul_fp32
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,8 @@ def _logps_and_slopes(hidden_RD, targets_R, head: Head, with_slope=True) -> tupl
 def _logits(hidden_RD, weight_VD, bias_V) -> torch.Tensor:
     """`hidden @ weight.T + bias` in fp32, on a GPU not rounded to 16 bits first: bf16 has steps of 1/8 from 16 on, as
     wide as a margin."""
-    if hidden_RD.is_cuda and hidden_RD.dtype in (torch.float16, torch.bfloat16) and _MM_INTO_FP32:
-        logits = torch.mm(hidden_RD, weight_VD.T, out_dtype=torch.float32)
-        return logits if bias_V is None else logits.add_(bias_V)
-    return torch.nn.functional.linear(hidden_RD, weight_VD, bias_V).float()
+    logits = matmul_fp32(hidden_RD, weight_VD.T)
+    return logits if bias_V is None else logits.add_(bias_V)
 
 
 def token_logps(hidden_RD: torch.Tensor, head: Head, targets_R: torch.Tensor) -> torch.Tensor:

@@ -132,7 +132,8 @@ def segment_attention(
             )
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
-    keys, values = keys[segments.keys_K], values[segments.keys_K]
+    # `index_select`, not `[...]`: its backward pass adds up without sorting the indices first.
+    keys, values = (states.index_select(0, segments.keys_K) for states in (keys, values))
     layer_types = getattr(module.config, "layer_types", None)
     windows = layer_windows(module.config)
     window = windows[layer_types[module.layer_idx]] if layer_types else next(iter(windows.values()))
@@ -190,12 +191,8 @@ def _sdpa(module, query, key, value, mask, *settings, **kwargs):
 def _attend_in_one_call(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {}
-    if (groups := query.shape[1] // key.shape[1]) > 1:
-        if "enable_gqa" in varlen_options():
-            grouped["enable_gqa"] = True
-        else:  # PyTorch 2.11 has no `enable_gqa`
-            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    # PyTorch 2.11 has no `enable_gqa` and takes grouped heads as they are.
+    grouped = {"enable_gqa": True} if query.shape[1] > key.shape[1] and "enable_gqa" in varlen_options() else {}
     return varlen_attn(
         query, key, value, segments.q_offsets, segments.k_offsets, segments.longest, segments.longest,
         scale=scaling,
