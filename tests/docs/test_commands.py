@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from tuna_peft.cli.app import app
+from tuna_peft.cli.group import PANELS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,6 +88,15 @@ def test_commands_that_messages_name():
     assert len(lines) > 20
     for line in lines:
         check_options(line)
+
+
+def test_every_command_stands_under_a_heading_and_ends_with_an_example():
+    for name, command in typer.main.get_command(app).commands.items():
+        assert command.rich_help_panel in PANELS
+        program, line = command.epilog.split("tuna-peft ")
+        found, rest = command_of(shlex.split(line))
+        assert program == "Example: " and line.split()[0] == name
+        found.make_context(found.name, rest)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

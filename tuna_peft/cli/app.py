@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from tuna_peft.cli import (
     evaluate,
     export,
     generate,
+    init,
     judge,
     merge,
     plan,
@@ -27,7 +28,7 @@ from tuna_peft.cli import (
     schema,
     score,
 )
-from tuna_peft.cli.group import ErrorReportingGroup
+from tuna_peft.cli.group import DATA, EXPORT, FEEDBACK, MACHINE, RESULTS, TRAIN, ErrorReportingGroup
 from tuna_peft.terminal import echo
 
 app = typer.Typer(
@@ -54,21 +55,31 @@ def options(
     """Options of every command; `ErrorReportingGroup` reads `debug`."""
 
 
-app.command("run")(run.run)
-app.command("plan")(plan.plan)
-app.add_typer(data.app, name="data")
-app.add_typer(recipes.app, name="recipes")
-app.command("schema")(schema.schema)
-app.command("sample", cls=sample.SampleCommand)(sample.sample)
-app.command("score", cls=score.ScoreCommand)(score.score)
-app.command("judge", cls=judge.JudgeCommand)(judge.judge)
-app.command("combine")(combine.combine)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("report")(report.report)
-app.command("merge")(merge.merge)
-app.command("divergence")(divergence.divergence)
-app.add_typer(export.app, name="export")
-app.command("push")(push.push)
-app.command("generate")(generate.generate)
-app.command("doctor")(doctor.doctor)
+def _add(panel: str, name: str, command: Any, example: str, **options: Any) -> None:
+    """Registers a command, or a group of commands, under a heading of `--help`, with an example at its end."""
+    shown = {"rich_help_panel": panel, "epilog": f"Example: tuna-peft {example}", **options}
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=name, **shown)
+    else:
+        app.command(name, **shown)(command)
+
+
+_add(TRAIN, "init", init.init, "init mine.yaml --data ratings.csv --model Qwen/Qwen3-1.7B")
+_add(TRAIN, "recipes", recipes.app, "recipes copy two-stage mine.yaml")
+_add(TRAIN, "schema", schema.schema, "schema --field stages.train.margin")
+_add(TRAIN, "plan", plan.plan, "plan mine.yaml --gpu T4 lora.r=32")
+_add(TRAIN, "run", run.run, "run mine.yaml --output runs/mine")
+_add(DATA, "data", data.app, "data inspect ratings.csv")
+_add(FEEDBACK, "sample", sample.sample, "sample runs/mine prompts.jsonl samples.jsonl", cls=sample.SampleCommand)
+_add(FEEDBACK, "score", score.score, "score samples.jsonl ranked.jsonl --model TEACHER", cls=score.ScoreCommand)
+_add(FEEDBACK, "judge", judge.judge, "judge samples.jsonl ranked.jsonl --model JUDGE", cls=judge.JudgeCommand)
+_add(RESULTS, "generate", generate.generate, 'generate runs/mine "Name a color."')
+_add(RESULTS, "evaluate", evaluate.evaluate, "evaluate runs/mine")
+_add(RESULTS, "compare", compare.compare, "compare runs/mine@base runs/mine")
+_add(RESULTS, "report", report.report, "report runs/mine")
+_add(EXPORT, "combine", combine.combine, "combine runs/mine combined")
+_add(EXPORT, "merge", merge.merge, "merge runs/mine merged")
+_add(EXPORT, "export", export.app, "export gguf runs/mine gguf")
+_add(EXPORT, "divergence", divergence.divergence, "divergence runs/mine merged")
+_add(EXPORT, "push", push.push, "push runs/mine YOUR_NAME/my-model --what merged --dry-run")
+_add(MACHINE, "doctor", doctor.doctor, "doctor")

@@ -20,6 +20,11 @@ from tuna_peft.terminal import CleanFormatter, echo
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
+TRAIN, DATA, FEEDBACK, RESULTS, EXPORT, MACHINE = PANELS = (
+    "Train", "Data", "Feedback: where ranks come from", "Results", "Export", "Machine",
+)  # fmt: skip
+"""The headings of `--help`, in order."""
+
 MAX_MESSAGE = 4000
 """Characters. A longer message quotes data, such as a key of a megabyte."""
 
@@ -29,6 +34,10 @@ class ErrorReportingGroup(TyperGroup):
 
     `--debug`, before or after the command, also shows the traceback.
     """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the order of the headings; typer puts groups of commands after all single ones."""
+        return sorted(self.commands, key=lambda name: PANELS.index(self.commands[name].rich_help_panel))  # type: ignore[attr-defined]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
