@@ -15,6 +15,7 @@ import torch
 from hub_server import READ_TOKEN, WRITE_TOKEN, Hub, client_of_its_own
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from rounding import assert_rounded, operations_of
 from tiny_llama import PROMPTS, RANKING, SFT, Tiny, load_tiny, stack_on
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -98,9 +99,9 @@ def test_what_is_published_loads_back_to_the_same_logits(tiny: Tiny, hub: Hub, t
     }
     batches = [torch.tensor([prompt]) for prompt in PROMPTS]
     expected = list(iter_logits(live, batches))
-    for name, bound in (("stack", 0.0), ("combined", 1e-5), ("merged", 1e-5)):
-        logits = iter_logits(found[name], batches)
-        assert max((a - b).abs().max().item() for a, b in zip(expected, logits, strict=True)) <= bound, name
+    for name, model in found.items():
+        for logits, other in zip(expected, iter_logits(model, batches), strict=True):
+            assert_rounded(other, logits, 0 if name == "stack" else operations_of(live), name=name)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from llama_family import write_model
+from rounding import rounding
 from safetensors.torch import load_file, save_file
 from tiny_llama import Tiny, load_tiny, stack_on
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -61,8 +62,10 @@ def test_each_module_agrees_with_the_files(tiny: Tiny, tmp_path: Path, dtype: st
     for module, sums in found.items():
         update = weight("full", module) - weight("full-base", module)
         share = (((weight("merged", module) - weight("base", module)) * update).sum() / update.square().sum()).item()
-        # NF4 weights are dequantized to bf16 where they are loaded, which has 8 bits.
-        assert sums["kept"] / sums["squared"] == pytest.approx(share, abs=2**-8 if dtype == "nf4" else 1e-4), module
+        # The update is the difference of fp32 weights here, so each entry is off by the rounding of a weight; in the
+        # sum these errors have random signs. NF4 weights are dequantized to bf16 where they are loaded: 8 bits.
+        bound = 2**-8 if dtype == "nf4" else rounding(1, weight("full", module)) / update.norm().item()
+        assert sums["kept"] / sums["squared"] == pytest.approx(share, rel=0, abs=bound), module
         kept, squared = kept + sums["kept"], squared + sums["squared"]
         shares[module] = sums["kept"] / sums["squared"]
     assert report.kept_update is not None
@@ -152,7 +155,7 @@ def test_gguf_agrees_with_the_file(tmp_path: Path) -> None:
         {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(file).tensors}
         for file in (tmp_path / "s-q" / "m-Q8_0.gguf", tmp_path / "u-q" / "m-Q8_0.gguf")
     )
-    factors, kept, squared = StackFactors(stack), 0.0, 0.0
+    factors, kept, squared, largest = StackFactors(stack), 0.0, 0.0, 0.0
     for module, name in (("q_proj", "attn_q"), ("down_proj", "ffn_down")):
         for layer in range(2):
             found = factors.of(f"model.layers.{layer}.{'self_attn' if module == 'q_proj' else 'mlp'}.{module}")
@@ -162,6 +165,9 @@ def test_gguf_agrees_with_the_file(tmp_path: Path) -> None:
             change = torch.from_numpy(merged[f"blk.{layer}.{name}.weight"] - plain[f"blk.{layer}.{name}.weight"])
             kept += (change.double() * update).sum().item()
             squared += update.double().square().sum().item()
+            step = float(plain[f"blk.{layer}.{name}.weight"].max()) / 127
+            largest = max(largest, step * update.abs().max().item())
     assert report.kept_update["m-Q8_0.gguf"] is not None
-    # Subtracting the update from the merged weight gives the base to the rounding of fp32: few values round otherwise.
-    assert report.kept_update["m-Q8_0.gguf"].share == pytest.approx(kept / squared, abs=1e-3)
+    # Subtracting the update from the merged weight gives the base to the rounding of fp32: about one in 30,000 values
+    # (2 * 127 * eps) rounds to the next of Q8_0's steps, and here are 24,576 of them.
+    assert report.kept_update["m-Q8_0.gguf"].share == pytest.approx(kept / squared, rel=0, abs=20 * largest / squared)

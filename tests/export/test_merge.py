@@ -11,6 +11,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from rounding import assert_rounded, kl_bound, rounding, stack_kl_bound
 from safetensors.torch import load_file, save_file
 from tiny_llama import PROMPTS, RANKING, SFT, Tiny, load_tiny, stack_on, write_base, write_stack
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -24,6 +25,8 @@ from tuna_peft.export.merge import merge_stack
 from tuna_peft.models.base.dequantise import dequantised_weight
 from tuna_peft.models.base.load import load_base, make_quantization_config, safetensors_files
 from tuna_peft.models.stack.files import AdapterStack, quantization_of, save_stack
+
+RANKS = 8 + 4  # the products that one entry of the update sums up
 
 
 def tensors_of(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -64,7 +67,7 @@ def test_every_weight_is_what_the_live_layers_and_the_factors_add_up_to(
         module = name.removesuffix(".weight")
         expected = dequantised_weight(live[module]).double() + stack_delta(stack, module)
         assert tensor.dtype == torch.float32
-        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6, msg=name)
+        assert_rounded(tensor, expected, RANKS, name=name)
 
 
 def test_the_original_route_starts_from_the_stored_weights(tiny: Tiny, tmp_path: Path) -> None:
@@ -72,7 +75,7 @@ def test_the_original_route_starts_from_the_stored_weights(tiny: Tiny, tmp_path:
     stored = tensors_of(tiny.base)
     for name, tensor in tensors_of(tmp_path / "merged").items():
         expected = stored[name].double() + stack_delta(tiny.stack, name.removesuffix(".weight"))
-        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6, msg=name)
+        assert_rounded(tensor, expected, RANKS, name=name)
 
 
 def test_the_british_name_of_the_dequantized_base_is_accepted(tiny: Tiny, tmp_path: Path) -> None:
@@ -109,20 +112,22 @@ def test_the_base_is_taken_as_it_was_loaded_in_training(tiny: Tiny, tmp_path: Pa
         layer = layers.get(module.replace("model.", "base_model.model.model.", 1), layers.get(module))
         expected = dequantised_weight(getattr(layer, "base_layer", layer)).double()
         expected = expected + stack_delta(tmp_path / "stack", module)
-        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6, msg=name)
+        assert_rounded(tensor, expected, RANKS, name=name)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", ["nf4", "none"])
 def test_divergence_from_the_live_stack(tmp_path: Path, method: str, tied: bool) -> None:
     stack = write_stack(tmp_path / "stack", write_base(tmp_path / "base", tied=tied), method)
-    bounds = {"float32": 1e-10, "float16": 1e-4, "bfloat16": 1e-2}
-    for dtype in bounds:
+    dtypes = ("float32", "float16", "bfloat16")
+    for dtype in dtypes:
         merge_stack(stack, tmp_path / dtype, dtype=dtype)
-    found = check_exports(stack, [tmp_path / dtype for dtype in bounds], PROMPTS, device="cpu")
-    for dtype, bound in bounds.items():
-        assert 0 <= found[str(tmp_path / dtype)].kl_mean <= bound, dtype
-        assert found[str(tmp_path / dtype)].top1_agreement >= 0.9
+    found = check_exports(stack, [tmp_path / dtype for dtype in dtypes], PROMPTS, device="cpu")
+    exact, half, brain = (found[str(tmp_path / dtype)].kl_mean for dtype in dtypes)
+    assert 0 <= exact <= stack_kl_bound(stack) < half
+    # A divergence grows with the square of the differences, and bf16 has three bits less than fp16.
+    assert 64 / 4 < brain / half < 64 * 4
+    assert all(each.top1_agreement >= 0.9 for each in found.values())
 
 
 def test_8_bits_match_the_products_of_training(tiny: Tiny, tmp_path: Path) -> None:
@@ -132,7 +137,7 @@ def test_8_bits_match_the_products_of_training(tiny: Tiny, tmp_path: Path) -> No
     live = AdapterStack.from_pretrained(stack, device="cpu").model.train()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     batches = [torch.tensor([prompt]) for prompt in PROMPTS]
-    assert divergence(iter_logits(live, batches), merged, batches).kl_max <= 1e-10
+    assert divergence(iter_logits(live, batches), merged, batches).kl_max <= kl_bound(merged)
 
 
 def test_plain_transformers_loads_everything_that_belongs_to_it(tiny: Tiny, tmp_path: Path) -> None:
@@ -195,7 +200,7 @@ def test_shards_in_and_out_hold_the_same_weights(tiny: Tiny, tmp_path: Path) -> 
 def test_upto_merges_the_lower_part(tiny: Tiny, tmp_path: Path) -> None:
     merge_stack(tiny.stack, tmp_path / "merged", dtype="float32", upto="sft")
     (found,) = check_exports(tiny.stack, [tmp_path / "merged"], PROMPTS, upto="sft", device="cpu").values()
-    assert found.kl_max <= 1e-10
+    assert found.kl_max <= stack_kl_bound(tiny.stack, upto="sft")
 
 
 @pytest.mark.parametrize("part", [1 << 14, 7], ids=["whole", "in-parts"])
@@ -247,8 +252,11 @@ def test_dequantised_is_nf4_for_every_shape(shape: tuple[int, int], double_quant
             for block in weight.view(-1).split(64)
         ]
     ).view(shape)
-    # Double quantisation keeps the scales to 8 bits.
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 if double_quant else 1e-6)
+    bound = rounding(1, expected)
+    if double_quant:  # bitsandbytes rounds scales, less their mean, to levels that are up to 0.9 / 64 apart
+        scales = torch.stack([block.abs().max() for block in weight.view(-1).split(64)])
+        bound += 0.9 / 64 / 2 * (scales - scales.mean()).abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
 def test_the_skeleton_selects_what_transformers_quantises(tiny: Tiny) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rounding import stack_kl_bound
 from tiny_llama import load_tiny, stack_on
 from transformers import AutoTokenizer
 
@@ -42,6 +43,6 @@ def test_every_route_on_real_prompts(tmp_path: Path, method: str) -> None:
     found = {
         Path(path).name: kl for path, kl in check_exports(tmp_path / "stack", exports, prompts, device="cpu").items()
     }
-    assert found["combined"].kl_mean <= 1e-10
-    assert found["fp32"].kl_mean <= 1e-6
-    assert found["bf16"].kl_mean <= 1e-2
+    exact = stack_kl_bound(tmp_path / "stack")
+    assert max(found["combined"].kl_max, found["fp32"].kl_max) <= exact < found["bf16"].kl_mean
+    assert found["bf16"].kl_mean <= 1e-2  # the rounding of the weights, computed in fp32: the same everywhere

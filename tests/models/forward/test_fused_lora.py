@@ -4,6 +4,7 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig
+from rounding import assert_rounded, gradient_operations, operations_of, rounding
 from tiny_llama import PROMPTS, RANKING, SFT, load_tiny, stack_on, write_base
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,8 +50,7 @@ def test_equals_peft(base, method, below):
     checkpoint_activations(model, False)
     set_fused(model, False)
     for value, again, expected in zip(ours, recomputed, outputs_and_gradients(model), strict=True):
-        # Sums in another order: up to 7e-6 of the largest value, by the CPU's vector width.
-        torch.testing.assert_close(value, expected, atol=3e-5 * expected.abs().max().item(), rtol=0)
+        assert_rounded(value, expected, gradient_operations(model))
         assert torch.equal(value, again)
 
 
@@ -63,7 +63,8 @@ def test_in_bf16_it_is_as_close_to_fp32_as_peft(base):
         set_fused(model, fused)
         found = outputs_and_gradients(model, torch.bfloat16)
         errors[fused] = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-    assert max(errors[True]) < 1.5 * max(errors[False]) < 0.3
+    # Norms, in which the errors within a product average out: one for each of the matrices in sequence.
+    assert max(errors[True]) < 1.5 * max(errors[False]) < 1.5 * rounding(len(fused_layers(model)), 1, torch.bfloat16)
 
 
 def test_follows_changes_of_active_adapters_and_of_their_weights(base):
@@ -79,7 +80,7 @@ def test_follows_changes_of_active_adapters_and_of_their_weights(base):
         with active_adapters(model, names):
             ours = logits()
             set_fused(model, False)
-            torch.testing.assert_close(ours, logits(), atol=1e-5, rtol=1e-5)
+            assert_rounded(ours, logits(), operations_of(model))
             set_fused(model, True)
     model.requires_grad_(False)
     logits()  # joins all factors
@@ -90,7 +91,7 @@ def test_follows_changes_of_active_adapters_and_of_their_weights(base):
     doubled = logits()
     assert not torch.allclose(whole, doubled)
     set_fused(model, False)
-    torch.testing.assert_close(doubled, logits(), atol=1e-5, rtol=1e-5)
+    assert_rounded(doubled, logits(), operations_of(model))
 
 
 def test_dropout_uses_the_forward_of_peft(base):

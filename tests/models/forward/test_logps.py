@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rounding import assert_rounded
 
 from tuna_peft.models.forward import logps
 
@@ -23,8 +24,8 @@ def test_value_and_gradient_equal_log_softmax(rows, bias):
         (value * weights).sum().backward()
         values.append(value.detach())
         gradients.append(hidden.grad)
-    torch.testing.assert_close(*values)
-    torch.testing.assert_close(*gradients)
+    assert_rounded(*values, 16 + 50)
+    assert_rounded(*gradients, 3 * (16 + 50))
 
 
 def test_gradcheck():
@@ -32,7 +33,7 @@ def test_gradcheck():
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 9, (5,))
 
-    # The forward sums in fp32, hence the loose tolerances.
+    # The forward sums in fp32: a quotient of differences is off by eps / 1e-2 at least, and by the curvature.
     def function(hidden, weight, bias):
         return logps.token_logps(hidden, logps.Head(weight, bias, 0.7, 2.0), targets)
 

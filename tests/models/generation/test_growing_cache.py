@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 from families import FAMILIES, make_model
+from rounding import assert_rounded, operations_of
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -60,4 +61,4 @@ def test_models_give_the_same_logits(family):
         cache.layers = [layer_type() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         steps = [ids[:, :6], *ids[:, 6:].split(1, dim=1)]
         logits.append(torch.cat([model(input_ids=step, past_key_values=cache).logits for step in steps], dim=1))
-    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
+    assert_rounded(logits[1], logits[0], operations_of(model))
