@@ -128,7 +128,7 @@ def _accepts(path: tuple[Any, ...], value: Any) -> str | None:
     if value == {} and (path in _OPTIONAL - {()} or path[-1:] == ("train",)):
         return "an empty section means its defaults"
     if path[-1:] == ("path",) or path[-1:] == ("learning_rate",) or path[-1:] == ("margin",):
-        ok_path = path[-1] == "path" and isinstance(value, str) and value and "/" not in value
+        ok_path = path[-1] == "path" and isinstance(value, str) and value.isidentifier()
         return "a Hub data set; a dry run asks nobody" if ok_path else None
     if path[-1:] == ("name",) and path[0] == "stages":
         return "a name of a stage" if value == "null" else None

@@ -29,9 +29,12 @@ def first_line(error: BaseException, most: int = 300) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
+_MOST_COMPARED = 1000  # a file with 60,000 columns would take half a minute
+
+
 def did_you_mean(name: str, valid: Iterable[str], most: int = 20) -> str:
     """`Did you mean ...?` with the most similar of `valid`; if none is similar, a list of the first `most` of them."""
-    options = list(valid)
+    options = list(itertools.islice(valid, _MOST_COMPARED))
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     if near:
         return f"Did you mean `{near[0]}`?"

@@ -135,6 +135,8 @@ def test_a_lone_mistake_says_what_where_and_how_to_mend_it(recipe_file):
         ("evaluation={tasks: {graded: {path: org/data}}}", "grader: this key is required"),
         ("evaluation.tasks.ranking.path=rankd.jsonl", "Did you mean `ranked.jsonl`?"),
         ("base.model=./absent", "there is no file or folder './absent'"),
+        ("base.model=owner/model:latest", "there is no file or folder 'owner/model:latest'"),
+        ("stages.sft.data.path='!!python/object:os.system'", "there is no file or folder '!!python/object:os.system'"),
         ("stages.sft.data={path: x/y, format: ranked, columns: {prompt: a}}", "`columns` has no effect"),
         ("prompt.template=Question", "has no {instruction} in it"),
     ],

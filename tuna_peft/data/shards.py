@@ -39,6 +39,11 @@ class Shard(NamedTuple):
     read: Callable[[Sequence[int]], Iterable[tuple[str, Any]]]
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether the Hub allows such an id: `name` or `owner/name`, of at most 96 letters, digits and `-`, `_`, `.`."""
+    return len(text) <= 96 and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text, re.ASCII) is not None
+
+
 def data_suffix(path: Path) -> str:
     """The extension that tells the kind of a data file: `.jsonl` for `a.jsonl.gz`."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix

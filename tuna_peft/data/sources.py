@@ -15,6 +15,7 @@ from tuna_peft.data.shards import (
     Shard,
     data_suffix,
     find_shards,
+    is_hub_id,
     is_pattern,
     match_pattern,
     open_shard,
@@ -232,12 +233,7 @@ def _may_be_hub_id(text: str) -> bool:
     """Whether a path that does not exist may name a Hub data set: `name` or `owner/name`."""
     path = Path(text)
     in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
-    return (
-        len(path.parts) in (1, 2)
-        and text[0] not in "./~\\"
-        and data_suffix(path) not in (*SUFFIXES, ".txt")
-        and not in_a_folder
-    )
+    return is_hub_id(text) and text[0] != "." and data_suffix(path) not in (*SUFFIXES, ".txt") and not in_a_folder
 
 
 def _missing(path: Path) -> UserError:

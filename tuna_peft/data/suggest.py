@@ -36,6 +36,7 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
             columns["input"] = "input"
     texts.pop(prompt or "", None)
     wide = _siblings(texts)
+    answers = set(wide)
     if nested := next((key for key, value in lists.items() if all(isinstance(one, dict) for one in value)), None):
         first = lists[nested][0]
         text = _best(_RESPONSES, {key: value for key, value in first.items() if isinstance(value, str)})
@@ -53,7 +54,7 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         scores = _siblings({key: value for key, value in record.items() if _is_number(value)}, len(wide))
         if scores:
             columns["scores"] = scores
-        elif winner := _best(_WINNERS, {key: value for key, value in record.items() if key not in wide}):
+        elif winner := _best(_WINNERS, {key: value for key, value in record.items() if key not in answers}):
             columns["winner"] = winner
     elif single := _best(_RESPONSES, texts):
         columns["completions"] = single

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from tuna_peft.data.config import MayBeLocal
-from tuna_peft.data.shards import COMPRESSED, SUFFIXES, is_pattern, match_pattern
+from tuna_peft.data.shards import COMPRESSED, SUFFIXES, is_hub_id, is_pattern, match_pattern
 from tuna_peft.errors import did_you_mean
 from tuna_peft.recipe.document import KeyPath
 from tuna_peft.recipe.schema import Recipe
@@ -78,7 +78,7 @@ def _exists(path: Path) -> bool:
 def _must_be_local(text: str) -> bool:
     if text.startswith("builtin:"):
         return False
-    return text.startswith(("/", ".", "~")) or text.count("/") > 1 or text.endswith(_DATA_SUFFIXES)
+    return text.startswith(".") or not is_hub_id(text) or text.endswith(_DATA_SUFFIXES)
 
 
 def _nearby(text: str, folders: Sequence[Path]) -> str:

@@ -109,6 +109,8 @@ def test_ranks_and_alphas_that_are_no_positive_numbers(stack, tmp_path, config):
         {"rank_pattern": [1]},
         {"peft_type": "NONE"},
         {"target_modules": 5},
+        {"target_modules": [None, "q_proj"]},
+        {"exclude_modules": [1]},
         {"alpha_pattern": {"(": 1}},
         {"target_modules": "("},
     ],

@@ -233,10 +233,12 @@ def read_adapter(folder: Path, name: str) -> tuple[LoraConfig, dict[str, tuple[i
         if missing := {"r", "lora_alpha"} - set(stored):  # for which PEFT has defaults
             raise UserError(f"adapter {name!r} has no {min(missing)}", where=where, fix=fix)
         config = LoraConfig.from_pretrained(str(folder))
-        if isinstance(config.target_modules, str):
-            re.compile(config.target_modules)
-        elif config.target_modules is not None and not isinstance(config.target_modules, (list, set)):
-            raise TypeError(f"target_modules is {config.target_modules!r:.40}")
+        for what in ("target_modules", "exclude_modules"):
+            modules = getattr(config, what)
+            if isinstance(modules, str):
+                re.compile(modules)
+            elif modules is not None and not (isinstance(modules, (list, set)) and {*map(type, modules)} <= {str}):
+                raise TypeError(f"{what} is {modules!r:.40}")
         ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
         for pattern in (*ranks, *alphas):  # PEFT takes the keys for regular expressions
             re.compile(pattern)
