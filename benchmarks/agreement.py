@@ -8,7 +8,8 @@ from benchmarks.arms import ARMS, to_device
 from benchmarks.shapes import build, config_of, set_fused
 from benchmarks.workloads import Group, Workload
 
-TOLERANCE = 1e-5
+# fp32 rounds each of some thousand operations in sequence, forward and back: 60 * 1e-7, and four times that.
+TOLERANCE = 2.5e-5
 
 
 class Disagreement(RuntimeError):

@@ -1,6 +1,6 @@
 """How far two computations of the same numbers may be apart when they differ only in the order of their operations.
 
-The result of an operation is rounded: it is off by up to eps / 2 of its size, where eps belongs to the dtype. Errors of
+The result of an operation is rounded: it is off by up to eps / 2 of its size, eps being that of the dtype. Errors of
 n operations in sequence add up like a random walk (Higham and Mary 2019, https://doi.org/10.1137/18M1226312), for
 the terms of a sum in any order, so that a bound does not depend on a processor's vectors or threads:
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from rounding import assert_rounded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -30,8 +31,8 @@ def test_arms_write_the_same_model(tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "out")
     for name, stored in tensors(tmp_path / "base").items():
         assert torch.equal(written["copy"][name], stored)
-        # PEFT rounds once for each adapter.
-        torch.testing.assert_close(written["peft"][name], written["merge-original"][name], rtol=0.02, atol=1e-3)
+        # PEFT rounds once for each of two adapters; ours rounds once.
+        assert_rounded(written["peft"][name], written["merge-original"][name], 3, dtype=torch.bfloat16)
         assert torch.equal(written["merge-original"][name], stored) is not name.endswith("_proj.weight")
 
 

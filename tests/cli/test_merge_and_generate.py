@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from rounding import stack_kl_bound
 from tiny_llama import write_base, write_stack
 from typer.testing import CliRunner
 
@@ -37,7 +38,7 @@ def test_merge_measures_its_distance_from_the_stack(run, tmp_path):
     mean = float(
         re.match(rf"{tmp_path}/merged: KL divergence from the stack: mean (\S+), largest \S+ nats; same next", line)[1]
     )
-    assert 0 <= mean < 1e-2
+    assert 0 <= mean < 1e-2  # weights rounded to bf16, computed in fp32: the same everywhere
     unmeasured = invoke("merge", run, tmp_path / "again", "--prompts", data, "--no-check")
     assert "KL divergence" not in unmeasured.stdout
     later = invoke("divergence", run, tmp_path / "merged", tmp_path / "again", "--prompts", data)
@@ -80,8 +81,7 @@ def test_compare_measures_every_route_and_keeps_the_one_asked_for(run, tmp_path)
         *(f"{base}, {dtype}" for base in ("dequantized", "original") for dtype in DTYPES),
     ]
     mean = {row[0]: float(row[2]) for row in rows}
-    assert mean["adapter, rank 12"] <= 1e-10
-    assert mean["dequantized, float32"] <= 1e-10
+    assert max(mean["adapter, rank 12"], mean["dequantized, float32"]) <= stack_kl_bound(run / "stack")
     assert mean["dequantized, float32"] < mean["dequantized, float16"] < mean["dequantized, bfloat16"]
     assert mean["dequantized, bfloat16"] < mean["original, float32"]
     assert mean["adapter, rank 6"] < mean["base without the stack"]

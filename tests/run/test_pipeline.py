@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from rounding import stack_kl_bound
 from tiny_llama import write_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -102,8 +103,10 @@ def test_report_has_base_and_every_stage(straight):
 
 def test_exports_load_without_tuna_peft_and_agree_with_the_unmerged_adapters(straight, files):
     folder, report = straight
-    assert report["exports"]["combined"]["divergence"]["kl_mean"] <= 1e-10
-    assert report["exports"]["merged"]["divergence"]["kl_mean"] <= 1e-4  # bf16 rounding of a wide random base
+    bound = stack_kl_bound(folder / "stack")
+    assert report["exports"]["combined"]["divergence"]["kl_max"] <= bound
+    # Weights of a wide random base rounded to bf16, and computed in fp32: the same everywhere.
+    assert bound < report["exports"]["merged"]["divergence"]["kl_mean"] <= 1e-4
     tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
     ids = tokenizer("w5 w6 w7", return_tensors="pt").input_ids
@@ -261,7 +264,7 @@ def test_other_quantizations_run(files, tmp_path, method):
         recipe(files, quantization={"method": method}, stages=[stage.model_dump() for stage in one]), tmp_path / "run"
     )
     assert report["base"]["quantization"]["method"] == method
-    assert report["exports"]["combined"]["divergence"]["kl_mean"] <= 1e-10
+    assert report["exports"]["combined"]["divergence"]["kl_max"] <= stack_kl_bound(tmp_path / "run" / "stack")
     assert torch.isfinite(torch.tensor(report["stages"]["probabilistic"]["train_loss"]))
 
 

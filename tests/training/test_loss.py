@@ -10,6 +10,14 @@ from tuna_peft import tuna_loss
 from tuna_peft.training.loss import PairCounts, RankingLoss, dense_ranks
 
 
+@pytest.fixture(autouse=True)
+def float64():
+    """Values and expectations that differ by more than a bound of 1e-6 or less differ by more than rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def slow_loss(lists, margin, reduction):
     """The loss of lists of (score, rank), one list per prompt, pair by pair in plain Python."""
     by_gap, total = {}, 0.0
@@ -46,7 +54,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8])
 def test_equals_the_released_formula_on_equal_n(n):
-    scores = torch.randn(7, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    scores = torch.randn(7, n, generator=torch.Generator().manual_seed(n))
     torch.testing.assert_close(tuna_loss(scores, margin=0.3), reference_formula(scores, 0.3))
 
 
@@ -54,7 +62,7 @@ def test_equals_the_released_formula_on_equal_n(n):
 def test_equals_slow_implementation_with_ties_and_missing(reduction):
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        scores = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+        scores = torch.randn(4, 5, generator=generator)
         ranks = torch.randint(0, 4, (4, 5), generator=generator)
         mask = torch.rand(4, 5, generator=generator) > 0.3
         lists = [[(scores[b, i].item(), ranks[b, i].item()) for i in range(5) if mask[b, i]] for b in range(4)]
@@ -108,7 +116,7 @@ def test_logistic_is_simpo_on_a_pair_and_its_sum_over_a_list(reduction):
     simpo = -torch.nn.functional.logsigmoid(beta * v[:, 0] - beta * v[:, 1] - gamma).mean()
     ours = tuna_loss(v, loss_type="logistic", beta=beta, margin=gamma / beta, reduction=reduction)
     torch.testing.assert_close(ours, simpo)
-    scores = torch.randn(3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    scores = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
     ranks, mask = torch.tensor([[0, 1, 1, 2], [0, 1, 2, 3], [1, 0, 5, 5]]), torch.ones(3, 4, dtype=torch.bool)
     mask[1, 2] = False
     by_gap, total = {}, 0.0
@@ -126,7 +134,7 @@ def test_logistic_is_simpo_on_a_pair_and_its_sum_over_a_list(reduction):
 
 
 def test_list_mle_is_the_likelihood_of_the_order():
-    scores = torch.randn(3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    scores = torch.randn(3, 4, generator=torch.Generator().manual_seed(3))
     ranks, mask = torch.tensor([[0, 1, 2, 3], [0, 1, 1, 2], [3, 1, 0, 0]]), torch.ones(3, 4, dtype=torch.bool)
     mask[0, 1] = False
     lists = [[(scores[b, i].item(), ranks[b, i].item()) for i in range(4) if mask[b, i]] for b in range(3)]
@@ -134,7 +142,7 @@ def test_list_mle_is_the_likelihood_of_the_order():
     ours = tuna_loss(scores, ranks=ranks, mask=mask, loss_type="list_mle", beta=1.7)
     assert ours.item() == pytest.approx(expected, rel=1e-12)
     # Over all orders of three responses the probabilities add up to one.
-    v = torch.tensor([[-0.3, -1.0, 0.4]], dtype=torch.float64)
+    v = torch.tensor([[-0.3, -1.0, 0.4]])
     orders = [torch.tensor([order]) for order in itertools.permutations(range(3))]
     losses = [tuna_loss(v, ranks=order, loss_type="list_mle", beta=1.0) for order in orders]
     assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1.0)

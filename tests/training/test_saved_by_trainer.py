@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from rounding import operations_of, rounding
 from safetensors.torch import load_file
 from tiny_llama import load_tiny, write_base
 from tiny_trainer import config
@@ -48,8 +49,7 @@ def logits(model):
 def test_plain_peft_loads_it(saved, where):
     run, folder = saved
     expected, base = logits(run.model), load_tiny(str(folder / "base"), "none")
-    # Two sums of products in fp32 in another order, relative to the logits.
-    bound = 100 * torch.finfo(torch.float32).eps * expected.abs().max().item()
+    bound = rounding(operations_of(run.model), expected)
     assert (logits(base.model) - expected).abs().max() > 100 * bound  # the adapters matter
     for model in (
         PeftModel.from_pretrained(base.model, folder / where),

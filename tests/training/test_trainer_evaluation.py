@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import make_model, make_rows
+from rounding import logps_bound
 from tiny_trainer import Tokens, config, stacked, trainer
 
 from tuna_peft import TunaTrainer
@@ -23,12 +24,12 @@ def test_metrics_do_not_leak_into_other_evaluations(base_folder, tmp_path):
     alone = metrics_of(run.evaluate(good), "eval_")
     other = metrics_of(run.evaluate(bad), "eval_")
     assert alone["ranking_accuracy"] != other["ranking_accuracy"]
-    assert metrics_of(run.predict(bad).metrics, "test_") == pytest.approx(other)
-    assert metrics_of(run.evaluate(bad, metric_key_prefix="train"), "train_") == pytest.approx(other)
-    assert metrics_of(run.evaluate(good), "eval_") == pytest.approx(alone)
+    assert metrics_of(run.predict(bad).metrics, "test_") == other
+    assert metrics_of(run.evaluate(bad, metric_key_prefix="train"), "train_") == other
+    assert metrics_of(run.evaluate(good), "eval_") == alone
     both = run.evaluate({"good": good, "bad": bad})
-    assert both["eval_good_ranking_accuracy"] == pytest.approx(alone["ranking_accuracy"])
-    assert both["eval_bad_ranking_accuracy"] == pytest.approx(other["ranking_accuracy"])
+    assert both["eval_good_ranking_accuracy"] == alone["ranking_accuracy"]
+    assert both["eval_bad_ranking_accuracy"] == other["ranking_accuracy"]
     assert "eval_ranking_accuracy" not in both
 
 
@@ -47,7 +48,7 @@ def test_an_evaluation_that_fails_leaves_nothing_behind(base_folder, tmp_path, m
         patch.setattr("tuna_peft.training.trainer.response_logps", fail_later)
         with pytest.raises(KeyboardInterrupt):
             run.evaluate()
-    assert metrics_of(run.evaluate(), "eval_") == pytest.approx(expected)
+    assert metrics_of(run.evaluate(), "eval_") == expected
 
 
 def test_evaluating_during_training_does_not_change_what_training_logs(base_folder, tmp_path):
@@ -72,7 +73,7 @@ def test_the_loss_of_ragged_lists_does_not_depend_on_the_batch_size(base_folder,
     expected = float(whole.compute_loss(whole.model.eval(), batch).detach())  # as one training step over all rows
     for size in (1, 2, 5):
         run = trainer(stacked(base_folder), tmp_path, rows, per_device_eval_batch_size=size, **loss)
-        assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=0, abs=25 * logps_bound(run.model))
 
 
 @pytest.mark.parametrize("budget", [None, 60])
@@ -96,7 +97,7 @@ def test_predictions_are_the_scores_in_the_order_of_the_rows(base_folder, tmp_pa
         for row, scores, ranks in zip(rows, output.predictions, output.label_ids, strict=True):
             expected = response_logps(run.model, RankedCollator(0)([row])).normalised()[0]
             n = len(row["ranks"])
-            torch.testing.assert_close(torch.tensor(scores[:n]), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(torch.tensor(scores[:n]), expected, atol=logps_bound(run.model), rtol=0)
             assert ranks[:n].tolist() == row["ranks"]
             assert (scores[n:] == -100).all() and (ranks[n:] == -100).all()
 
