@@ -92,6 +92,7 @@ def train_stage(
         write_json(folder / "log_history.json", history)
         save_curves(history, folder / "curves.png", title=f"{recipe.name}: {stage.name}")
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        trainer.accelerator.wait_for_everyone()  # a launcher ends all processes once the first one has ended
         raise KeyboardInterrupt
     if trainer.is_world_process_zero() and "save_total_limit" not in stage.train_overrides:
         for earlier in checkpoints(folder)[1:]:

@@ -203,9 +203,10 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         """The batches of one optimizer step, and the `StepCounts` that their loss is averaged over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         micro_batches = [micro_batch for batch in batches for micro_batch in batch["micro_batches"]]
+        counts = self._count(micro_batches)
         # `Trainer` would count only a tensor at the top level of a batch, padding included.
-        self.state.num_input_tokens_seen += sum(len(batch.tokens_U) for batch in micro_batches)
-        return batches, self._count(micro_batches)
+        self.state.num_input_tokens_seen += counts.tokens
+        return batches, counts
 
     def metric_sums(self):
         return self._means.sums()
