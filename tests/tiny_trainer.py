@@ -17,6 +17,9 @@ class Tokens:
     pad_token_id, eos_token_id = 0, 2
     model_input_names = ["input_ids"]
 
+    def convert_ids_to_tokens(self, token):
+        return f"w{token}"
+
     def save_pretrained(self, folder):
         """A checkpoint holds the tokenizer too; there is none here."""
 

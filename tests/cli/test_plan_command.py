@@ -52,6 +52,7 @@ def test_json_holds_the_same_and_all_cards_make_a_table():
         (["two-stage", "--gpu", "RTX 9999"], "unknown GPU 'RTX 9999'"),
         (["two-stage", "base.model=org/never-seen", "--gpu", "t4"], "the Hub cannot be reached"),
         (["two-stage", "base.dtype=bfloat16", "--gpu", "t4"], "the T4 has no bf16"),
+        (["quickstart", "lora.target_modules=[q_proj, embed_tokens]", "--gpu", "t4"], "not a linear layer"),
         (["no-such-recipe"], "there is no such recipe file"),
         (["two-stage", "stages.contextual.train.max_token_per_batch=1"], "Did you mean `max_tokens_per_batch`?"),
     ],

@@ -1,12 +1,18 @@
 """What users of other trainers hand to `TunaTrainer`: raw rows in many containers, and models by name."""
 
+import json
+import shutil
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
 from datasets import Dataset
+from families import make_model, make_rows
 from peft import LoraConfig
 from tiny_llama import write_base
-from tiny_trainer import LORA, config
+from tiny_trainer import LORA, Tokens, config, trainer
+from transformers import GPTQConfig, MixtralConfig
 
 from tuna_peft import TunaTrainer, UserError
 
@@ -75,3 +81,44 @@ STREAMS = [Dataset.from_list(RAW).to_iterable_dataset(), Stream()]
 def test_what_cannot_be_ranked_is_refused_at_construction(base, tmp_path, data, message):
     with pytest.raises(UserError, match=message):
         TunaTrainer(base, config(tmp_path), train_dataset=data, peft_config=LoraConfig(**LORA))
+
+
+def without_weights(base, folder, **changes):
+    """The base with another configuration, and no weights: what is wrong with it is said before they are loaded."""
+    folder = shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    stored = json.loads((Path(base) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, **changes}))
+    return str(folder)
+
+
+def test_a_base_that_cannot_be_trained_is_refused_before_its_weights_are_loaded(base, tmp_path):
+    experts = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_local_experts=2).to_dict()
+    for changes, message in (
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantized \(gptq\)"),
+        (experts, "is a MixtralTopKRouter and not a linear layer"),
+        ({"layer_types": ["linear_attention"] * 2}, "layers of type linear_attention"),
+    ):
+        folder = without_weights(base, tmp_path / str(len(list(tmp_path.iterdir()))), **changes)
+        with pytest.raises(UserError, match=message):
+            make(folder, tmp_path / "out", Dataset.from_list(RAW))
+
+
+def test_a_loaded_model_is_checked_too(tmp_path):
+    model = make_model()
+    model.config.quantization_config = GPTQConfig(bits=4)
+    with pytest.raises(UserError, match=r"already quantized \(gptq\)"):
+        trainer(model, tmp_path, make_rows())
+
+
+def test_options_that_cannot_be_are_refused(tmp_path):
+    with pytest.raises(UserError, match="dataloader_persistent_workers needs workers"):
+        trainer(make_model(), tmp_path, make_rows(), dataloader_persistent_workers=True)
+
+
+def test_a_token_without_a_row_is_refused(base, tmp_path):
+    rows = make_rows()
+    rows[2]["completions_ids"][1][0] = 64
+    with pytest.raises(UserError, match="row 2: .* has id 64, and the model has 64 rows"):
+        trainer(make_model(), tmp_path, rows)
+    with pytest.raises(UserError, match="row 2: .* has id 64, and the model has 64 rows"):
+        TunaTrainer(make_model(), config(tmp_path), eval_dataset=Dataset.from_list(rows), processing_class=Tokens())

@@ -33,10 +33,14 @@ def plan(
     from tuna_peft.planning.gpus import GPUS, find_gpu
     from tuna_peft.planning.spec import Device
     from tuna_peft.recipe.load import load_recipe
+    from tuna_peft.recipe.resolved import resolve_stages
+    from tuna_peft.run.checks import base_is_here, check_base
 
     gpus = GPUS if gpu == "all" else [find_gpu(gpu)] if gpu else []
     loaded = load_recipe(recipe, overrides or [], missing=True)
     devices = [Device.of(one) for one in gpus] or [this_device(loaded.base.device)]
+    if base_is_here(loaded.base):
+        check_base(loaded, resolve_stages(loaded), exports=False)
     plans, source = plan_recipe(loaded, devices)
     if as_json:
         import json

@@ -185,7 +185,7 @@ def encode_records(
 
 
 def require_known_ids(encoded: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Checks that the model has a row for every token, where the tokenizer knows more tokens than the model.
+    """Checks that the model has a row for every token.
 
     Args:
         encoded: Rows of `encode_dataset`.
@@ -194,7 +194,16 @@ def require_known_ids(encoded: datasets.Dataset, tokenizer: PreTrainedTokenizerB
     Raises:
         UserError: Names the first row with a token that the model does not have.
     """
-    if len(tokenizer) <= vocabulary:
+    import pyarrow.compute
+
+    def highest_of(column: Any) -> int:
+        while pyarrow.types.is_nested(column.type):
+            column = pyarrow.compute.list_flatten(column)
+        return pyarrow.compute.max(column).as_py() or 0
+
+    columns = {"input_ids", "prompt_ids", "completions_ids", "reference_ids"} & set(encoded.column_names)
+    table = encoded.select_columns(sorted(columns)).with_format("arrow")[:]
+    if all(highest_of(table[name]) < vocabulary for name in columns):
         return
     for index, row in enumerate(encoded):
         parts = [row["input_ids"]] if "input_ids" in row else [row["prompt_ids"], *row["completions_ids"]]

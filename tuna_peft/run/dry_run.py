@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -23,8 +21,8 @@ from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.evaluation_schema import RankingTask
 from tuna_peft.recipe.reach import addresses, foreign_code, unusual_variables
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
-from tuna_peft.recipe.schema import BaseSettings, Recipe
-from tuna_peft.run.checks import check_base, check_options
+from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.checks import base_is_here, check_base, check_options
 from tuna_peft.run.folder import as_in_folder, read_run_recipe
 
 if TYPE_CHECKING:
@@ -49,7 +47,7 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     for name, where in _functions(recipe):
         require_module(name, where)
     loaded = None
-    if _is_here(recipe.base):
+    if base_is_here(recipe.base):
         loaded = check_base(recipe, stages)
         set_template_date(loaded[1], recipe.prompt.date)
         warn_of_default_template(recipe, loaded[1])
@@ -73,20 +71,6 @@ def _functions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield tasks.graded.grader, "evaluation.tasks.graded.grader"
     if tasks and tasks.vicuna and tasks.vicuna.judge.function:
         yield tasks.vicuna.judge.function, "evaluation.tasks.vicuna.judge.function"
-
-
-def _is_here(base: BaseSettings) -> bool:
-    """Whether the base's configuration and tokenizer are on this machine: a dry run downloads nothing."""
-    if base.model.startswith("builtin:") or Path(base.model).exists():
-        return True
-    try:
-        found = [
-            try_to_load_from_cache(base.model, name, revision=base.revision)
-            for name in ("config.json", "tokenizer_config.json")
-        ]
-    except HFValidationError:
-        return False
-    return all(isinstance(file, str) for file in found)
 
 
 def _steps(recipe: Recipe, output: Path, loaded: Loaded | None) -> Text:

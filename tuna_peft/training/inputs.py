@@ -11,10 +11,11 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tuna_peft.data.collate import total_length
-from tuna_peft.data.tokenize import encode_dataset
+from tuna_peft.data.tokenize import encode_dataset, require_known_ids
 from tuna_peft.errors import UserError
 from tuna_peft.limits import within_context
-from tuna_peft.models.base.load import load_base
+from tuna_peft.models.base.load import load_base, load_config_and_tokenizer
+from tuna_peft.models.stack.trial import check_stack
 from tuna_peft.training.config import TunaConfig
 
 
@@ -28,25 +29,32 @@ def load_model(
     """The model of that name, trainable if no adapter is added to it, and its tokenizer unless one is given.
 
     Raises:
-        UserError: It cannot be loaded, or it is quantized and no adapter is added.
+        UserError: It is quantized and no adapter is added; it cannot be loaded; or see `check_stack`.
     """
     if quantization_config is not None and peft_config is None:
         raise UserError("a quantized base cannot be trained itself", fix="Pass a peft_config.")
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    code = {"trust_remote_code": bool(options.get("trust_remote_code"))}
+    config, _ = load_config_and_tokenizer(name, revision=options.get("revision"), **code)
+    adapters = {} if peft_config is None else {args.adapter_name: peft_config}
+    check_stack(config, adapters, model=name, merging=False, ranking=True, **code)
     base = load_base(name, quantization_config=quantization_config, **options)
     base.model.requires_grad_(peft_config is None)
     return base.model, tokenizer or base.tokenizer
 
 
-def encoded_rows(data: Any, tokenizer: PreTrainedTokenizerBase, args: TunaConfig, context: int | None) -> Dataset:
+def encoded_rows(
+    data: Any, tokenizer: PreTrainedTokenizerBase, args: TunaConfig, context: int | None, vocabulary: int | None
+) -> Dataset:
     """Tokenized rows, with their lengths where the sampler groups by length.
 
     Args:
         data: Raw or tokenized rows: a `Dataset`, a list of dicts, or a PyTorch data set with a length.
         context: Maximum length of the model.
+        vocabulary: Number of rows of its embedding.
 
     Raises:
-        UserError: The rows are streamed, or not ranked, or one of them is invalid or too long.
+        UserError: The rows are streamed, or not ranked, or one of them is invalid, too long, or has an unknown token.
     """
     dataset = _as_dataset(data)
     if "prompt_ids" not in dataset.column_names:
@@ -59,6 +67,8 @@ def encoded_rows(data: Any, tokenizer: PreTrainedTokenizerBase, args: TunaConfig
             dataset, tokenizer, max_length=within_context(args.max_length, context), overflow=args.overflow,
             needs_reference=args.mle_on == "reference",
         )  # fmt: skip
+    if vocabulary is not None:
+        require_known_ids(dataset, tokenizer, vocabulary)
     if args.train_sampling_strategy == "group_by_length" and args.length_column_name not in dataset.column_names:
         # `Trainer` would measure `input_ids`, which ranked rows do not have.
         dataset = dataset.add_column(args.length_column_name, [total_length(row) for row in dataset])

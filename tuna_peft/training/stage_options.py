@@ -1,6 +1,6 @@
 """Checks the options of a stage before a model is loaded: combinations and packages that the trainer would miss later.
 
-`tuna_peft.run.checks` calls `require_possible` for every stage of a recipe.
+`tuna_peft.run.checks` calls `require_possible` for every stage of a recipe, and `TunaTrainer` for its own options.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def _impossible(config: TrainingArguments) -> tuple[str, str] | None:
             "Set dataloader_num_workers: 1 or more.",
         ),
         (
-            config.save_strategy == "best",
+            config.save_strategy == "best" and config.eval_strategy == "no",
             "save_strategy: best needs an evaluation during training",
-            "Use steps or epoch: the run evaluates after each stage.",
+            "Use steps or epoch: a run evaluates after each stage.",
         ),
         (bool(config.fsdp), "fsdp would also shard the adapters", "Use `--launch fsdp2` to shard the base."),
     ):

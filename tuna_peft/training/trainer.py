@@ -35,10 +35,12 @@ from tuna_peft.data.collate import MicroBatchCollator, RankedCollator, total_len
 from tuna_peft.files import write_text
 from tuna_peft.limits import LONG_ROW, context_length
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
+from tuna_peft.models.base.load import model_id, require_unquantized
 from tuna_peft.models.base.shards import is_sharded
 from tuna_peft.models.forward.logps import output_head
 from tuna_peft.models.forward.prefix import describe_attention
 from tuna_peft.models.forward.scoring import response_logps, unwrap
+from tuna_peft.models.forward.segments import layer_windows
 from tuna_peft.models.forward.verify import verify_packing
 from tuna_peft.models.stack.adapters import push_adapter
 from tuna_peft.training.activation_memory import ActivationMemory
@@ -50,6 +52,7 @@ from tuna_peft.training.finite import SkippedSteps, require_finite_loss
 from tuna_peft.training.inputs import encoded_rows, load_model
 from tuna_peft.training.loss import RankingLoss
 from tuna_peft.training.metrics import RunningMeans, add_ranking_metrics
+from tuna_peft.training.stage_options import require_possible
 from tuna_peft.training.step_counts import StepCounts
 
 logger = logging.getLogger("tuna_peft")
@@ -92,7 +95,8 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
             `(prompts, n)`, `label_ids` the ranks (0 is best); both are -100 where a response is missing.
 
     Raises:
-        UserError: The data cannot be ranked, tokenized or fitted into `max_length`; the model cannot be trained.
+        UserError: An option cannot work; the data cannot be ranked, tokenized or fitted into `max_length`; the model
+            cannot be trained.
     """
 
     _tag_names = ["tuna", "ranking", "peft"]
@@ -115,6 +119,8 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("`train_dataset` is required (or an `eval_dataset`, to evaluate only)")
 
+        require_possible(args, where="args")
+
         # Seed: before the model, because adapters start from random weights.
         set_seed(args.seed)
 
@@ -123,6 +129,9 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
             model, processing_class = load_model(model, args, processing_class, quantization_config, peft_config)
         elif quantization_config is not None or args.model_init_kwargs:
             raise ValueError("`quantization_config` and `model_init_kwargs` go with a model given as a string")
+        else:
+            require_unquantized(model.config, model_id(model), merging=False)
+        layer_windows(model.config.get_text_config())
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         if processing_class.pad_token_id is None:
@@ -145,8 +154,9 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
 
         # Data
         self._encode = partial(
-            encoded_rows, tokenizer=processing_class, args=args, context=context_length(model.config)
-        )
+            encoded_rows, tokenizer=processing_class, args=args, context=context_length(model.config),
+            vocabulary=getattr(model.config.get_text_config(), "vocab_size", None),
+        )  # fmt: skip
         if train_dataset is not None:
             train_dataset = self._encode(train_dataset)
         if isinstance(eval_dataset, dict):
