@@ -147,7 +147,7 @@ class MayBeLocal:
     """Marks a setting that may be a local path; relative ones are also looked up in the folder of the recipe.
 
     Attributes:
-        only_file: The path must be a file; a folder with that name is ignored.
+        only_file: The path must be a file, or the setting is the name of a stage; a folder of that name is ignored.
         required: It can be nothing else, so the path must exist.
     """
 

@@ -11,6 +11,7 @@ from tuna_peft.data.config import MayBeLocal
 from tuna_peft.data.shards import COMPRESSED, SUFFIXES, is_hub_id, is_pattern, match_pattern
 from tuna_peft.errors import did_you_mean
 from tuna_peft.recipe.document import KeyPath
+from tuna_peft.recipe.resolved import stage_names
 from tuna_peft.recipe.schema import Recipe
 
 _DATA_SUFFIXES = (*SUFFIXES, *COMPRESSED, ".txt")
@@ -30,9 +31,12 @@ def resolve_paths(recipe: Recipe, folders: Sequence[Path]) -> None:
 
 
 def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str, str]]:
-    """`(path of keys, what, fix)` for every value that can only be a local path and does not exist."""
+    """`(path of keys, what, fix)` for every value that can only be a local path, or a stage, and does not exist."""
     for path, section, name, kind in _named(recipe):
         value = getattr(section, name)
+        if kind.only_file and not _must_be_local(value) and not Path(value).is_file():
+            if value not in (stages := stage_names(recipe)):
+                yield path, f"there is no file {value!r}, and no stage of that name.", did_you_mean(value, stages)
         for text in value if isinstance(value, list) else [value]:
             if (kind.required or _must_be_local(text)) and not _exists(Path(text).expanduser()):
                 beside = ", ".join(map(str, folders))

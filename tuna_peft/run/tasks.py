@@ -199,6 +199,12 @@ def _vicuna(settings: VicunaTask, prompt: PromptConfig, stages: Sequence[str]) -
     if file.is_file():
         answers_in_file, broken = read_vicuna_answers(file)
         unusable = [*unusable, *broken]
+    elif settings.against not in stages:
+        raise UserError(
+            f"there is no file {settings.against!r}, and no stage of that name",
+            where="evaluation.tasks.vicuna.against",
+            fix=f"Give a file of answers in FastChat's format, or a stage: {', '.join(stages)}.",
+        )
     judge = settings.judge.model_copy(update={"on_no_answer": "skip"})  # the result names questions without a verdict
     if judge.function is None:  # a Python function grades each response alone, so it has no order to swap
         judge.both_orders = True
@@ -211,7 +217,8 @@ def _vicuna(settings: VicunaTask, prompt: PromptConfig, stages: Sequence[str]) -
 
         against, excluded = answers_in_file, unusable
         if against is None and session.stage != settings.against:
-            against = _answers_of_stage(session.folder, settings.against, stages)
+            result = load_result(session.folder, settings.against, "vicuna")
+            against = {prompt.id: prompt.response for prompt in result.prompts} if result else None
             if against is None:  # during a run, the stage to compare with is still to be trained
                 reason = f"the stage {settings.against} had not answered yet"
                 excluded = [*unusable, Exclusion.of(reason, (question.id for question in questions))]
@@ -223,24 +230,6 @@ def _vicuna(settings: VicunaTask, prompt: PromptConfig, stages: Sequence[str]) -
     kept = _settings(settings, questions, "max_new_tokens")
     other = settings.against if answers_in_file is None else content_key(answers=answers_in_file)
     return Task("vicuna", run, {**kept, "against": other, "judge": _judge_name(judge)})
-
-
-def _answers_of_stage(folder: Path, stage: str, known: Sequence[str]) -> dict[str, str] | None:
-    """The saved responses of another stage, by question; None if that stage is not evaluated yet.
-
-    Raises:
-        UserError: There is no stage of that name.
-    """
-    result = load_result(folder, stage, "vicuna")
-    if result is None and stage in known:
-        return None
-    if result is None:
-        raise UserError(
-            f"there is no file {stage!r}, and no stage of that name",
-            where="evaluation.tasks.vicuna.against",
-            fix="Give a file of answers in FastChat's format, or the name of a stage, such as base.",
-        )
-    return {prompt.id: prompt.response for prompt in result.prompts}
 
 
 def _judge_name(judge: JudgeSettings) -> str | None:
