@@ -34,9 +34,9 @@ def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[Key
     """`(path of keys, what, fix)` for every value that can only be a local path, or a stage, and does not exist."""
     for path, section, name, kind in _named(recipe):
         value = getattr(section, name)
-        if kind.only_file and not _must_be_local(value) and not Path(value).is_file():
-            if value not in (stages := stage_names(recipe)):
-                yield path, f"there is no file {value!r}, and no stage of that name.", did_you_mean(value, stages)
+        stages = stage_names(recipe) if kind.only_file else []
+        if kind.only_file and not (value in stages or _must_be_local(value) or Path(value).is_file()):
+            yield path, f"there is no file {value!r}, and no stage of that name.", did_you_mean(value, stages)
         for text in value if isinstance(value, list) else [value]:
             if (kind.required or _must_be_local(text)) and not _exists(Path(text).expanduser()):
                 beside = ", ".join(map(str, folders))
