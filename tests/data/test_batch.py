@@ -43,11 +43,30 @@ def test_shapes_are_those_of_the_docstring(batch):
     assert batch.q_offsets[-1] == sizes["U"] and batch.k_offsets[-1] == sizes["K"]
 
 
+def responses(batch):
+    """For each response, the pairs of a predicting token and the token that it predicts."""
+    predicting = batch.input_ids_BT.flatten()[batch.tokens_U[batch.predictors_R]]
+    found = [[] for _ in range(batch.ranks_BN.numel())]
+    for place, response in zip(batch.predictions_P.tolist(), batch.responses_P.tolist(), strict=True):
+        found[response].append((int(predicting[place]), int(batch.targets_R[place])))
+    return found
+
+
+def segments(batch):
+    """For each segment, the tokens that ask and those that are seen."""
+    tokens = batch.input_ids_BT.flatten()[batch.tokens_U]
+    sizes = batch.q_offsets.diff().tolist(), batch.k_offsets.diff().tolist()
+    parts = tokens.split(sizes[0]), tokens[batch.keys_K].split(sizes[1])
+    return [(q.tolist(), k.tolist()) for q, k in zip(*parts, strict=True)]
+
+
 def test_halves_keep_all_prompts_in_their_order(batch):
     halves = batch.halves()
     assert [len(half.ranks_BN) for half in halves] == [1, 2]
     assert torch.equal(torch.cat([half.input_ids_BT for half in halves]), batch.input_ids_BT)
     assert halves[0].halves() == [halves[0]]
+    for parts in (responses, segments):
+        assert [part for half in halves for part in parts(half)] == parts(batch)
 
 
 def test_a_worker_process_hands_batches_over():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from importlib import resources
@@ -56,6 +57,50 @@ def test_duplicates_share_a_rank():
     assert read_verdict(answer([2, 0], duplicates=[[1, 2]]), 2).ranks == [1, 0]
     # Named as duplicates and ranked nevertheless, side by side.
     assert read_verdict(answer([2, 0, 1], duplicates=[[0, 1]]), 3).ranks == [1, 1, 0]
+
+
+def by_hand(order, groups, totals, responses):
+    """The ranks and whether the judge's own response is the best, by sets of equal responses; None: contradictory."""
+    same = {number: set(group) for group in groups for number in group}
+    levels = []
+    for number in order:
+        level = same.get(number, {number})
+        if not levels or levels[-1] != level:
+            levels.append(level)
+    named = [number for level in levels for number in level]
+    if len(set(order)) < len(order) or len(set(named)) < len(named) or not set(range(responses)) <= set(named):
+        return None
+    neighbours = itertools.pairwise(order)
+    if any(a in totals and b in totals and totals[a] < totals[b] for a, b in neighbours):
+        return None
+    with_others = [level - {responses} for level in levels if level - {responses}]
+    ranks = [next(rank for rank, level in enumerate(with_others) if number in level) for number in range(responses)]
+    return ranks, levels[0] == {responses} or responses not in named
+
+
+def test_ties_duplicates_grades_and_own_responses_against_an_oracle():
+    draw, outcomes = random.Random(0), []
+    for _ in range(4000):
+        n = draw.randint(1, 4)
+        numbers = draw.sample(range(n + 1), n + 1)
+        cut = draw.randint(0, n + 1)
+        groups = [sorted(numbers[:cut])] if cut > 1 else []
+        order = draw.sample(range(n + 1), draw.randint(max(n - 1, 1), n + 1))
+        if draw.random() < 0.1:
+            order[-1] = order[0]
+        totals = {number: draw.choice([3, 6, 6, 9]) for number in range(n + 1) if draw.random() < 0.3}
+        text = answer(order, duplicates=groups, grades=grades(**{f"r{k}": total for k, total in totals.items()}))
+        expected = by_hand(order, groups, totals, n)
+        try:
+            verdict = read_verdict(text, n)
+            found = verdict.ranks, verdict.own_is_best
+        except Unreadable:
+            found = None
+        assert found == expected, text
+        outcomes.append(expected)
+    ties = [found for found in outcomes if found and len(set(found[0])) < len(found[0])]
+    own = [found for found in outcomes if found and found[1]]
+    assert min(len(ties), len(own), outcomes.count(None)) > 200
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def test_wins_losses_ties_and_what_cannot_be_paired():
 
 
 def test_prompts_that_are_no_part_of_the_main_metric_are_not_compared():
-    found = compare_results(result([("a", 0.0, 1), ("variant", 0.0, 0)]), result([("a", 1.0, 1), ("variant", 1.0, 0)]))
+    """The second result says which: the first may be of an earlier version, or of fewer tasks."""
+    found = compare_results(result([("a", 0.0, 0), ("variant", 0.0, 1)]), result([("a", 1.0, 1), ("variant", 1.0, 0)]))
     assert [pairing.id for pairing in found.wins] == ["a"] and found.difference.count == 1
     assert compare_results(result([("v", 0.0, 0)]), result([("v", 1.0, 0)])).difference is None
 

@@ -95,6 +95,13 @@ def test_too_few_examples_for_the_shots():
     assert [question.id for question in questions] == ["task1-a"] and left_out[0].names == ["b"]
 
 
+@pytest.mark.parametrize("shots", [0, 1, 2, 3])
+def test_a_prompt_has_as_many_examples_as_shots(shots):
+    examples = [{"input": f"in {number}", "output": f"out {number}"} for number in range(3)]
+    [question], _ = superni_questions([instance(positive_examples=examples)], shots, RAW)
+    assert [number for number in range(3) if f"in {number}" in question.prompt] == list(range(shots))
+
+
 def test_by_task_and_category():
     instances = [instance(), instance(id="b", task="task2_y", output=["four"]), instance(id="c", category="Other")]
     questions, _ = superni_questions(instances, 0, RAW)

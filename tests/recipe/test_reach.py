@@ -56,6 +56,14 @@ def test_every_address_with_its_secret(recipe_file):
     assert unusual == ["HOME_SECRET"]
 
 
+def test_only_variables_of_api_keys_need_no_yes(recipe_file):
+    for name in ("SSH_KEY", "MONKEY", "API_KEY", "MY_API_KEY_OLD", "PATH"):
+        server = SERVER.replace("HOME_SECRET", name)
+        assert lists(recipe_file, "stages.probabilistic.data=" + FEEDBACK % f"judge: {{server: {server}}}")[2] == [
+            name
+        ]
+
+
 def test_no_shipped_recipe_reaches_anything():
     for name in shipped_recipes():
         recipe = load_recipe(name, check=False)

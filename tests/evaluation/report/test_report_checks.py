@@ -77,6 +77,8 @@ def test_chance_and_below(report):
     metric = report["evaluation"]["contextual"]["ranking"]["metrics"]["pair_accuracy"]
     for value, low, high, said in (
         (0.55, 0.501, 0.6, None),
+        (0.55, 0.5, 0.6, "no better than chance (0.5): 0.550 (0.500 to 0.600)"),
+        (0.45, 0.4, 0.5, "no better than chance"),
         (0.55, 0.49, 0.61, "no better than chance (0.5): 0.550 (0.490 to 0.610)"),
         (0.4, 0.35, 0.45, "below chance"),
     ):
