@@ -31,3 +31,4 @@ def test_other_recipe_lines():
     for block in blocks:
         for key, value in block.items():
             {"data": DataSource, "prompt": PromptConfig}[key].model_validate(value)
+    assert {key for block in blocks for key in block} == {"data", "prompt"}

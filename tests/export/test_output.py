@@ -188,4 +188,4 @@ def test_the_inputs_are_never_the_output(tiny: Tiny, export: Export) -> None:
 
 def test_peak_memory_is_that_of_this_process() -> None:
     peak = peak_rss_bytes()
-    assert peak is None or 50e6 < peak < 100e9
+    assert peak is not None and 50e6 < peak < 100e9

@@ -132,7 +132,7 @@ def test_own_response_that_the_judge_itself_ranks_lower_stays_out(settings, tmp_
 
     with scripted_server(modest) as http:
         records, report = judge_rows(rows(2), settings(http.url, include_judge_answer=True), tmp_path / "j.jsonl")
-    assert all("so-so" not in record["completions"] for record in records)
+    assert ["so-so" in record["completions"] for record in records] == [False, False]
     assert (report.own_best, report.own_not_best) == (0, 2)
 
 
@@ -193,7 +193,7 @@ def test_no_wrong_rank_is_accepted(settings, tmp_path, answer):
             judge_rows(rows(2), settings(http.url), tmp_path / "j.jsonl")
         assert len(http.asked) == 6
     with Journal(tmp_path / "j.jsonl") as journal:
-        assert all(len(journal[key]["text"]) <= 2000 for key in journal)
+        assert [len(journal[key]["text"]) <= 2000 for key in journal] == [True, True]
 
 
 def test_questions_without_any_answer(settings, tmp_path):
@@ -237,7 +237,7 @@ def test_one_refused_prompt_does_not_simplify_the_others(settings, tmp_path):
         lenient = settings(http.url, {"in_flight": 1}, on_no_answer="skip")
         _, report = judge_rows(rows(3), lenient, tmp_path / "j.jsonl")
     assert report.left_out == {"no answer": 1}
-    assert all("response_format" in asked.body for asked in http.asked[-2:])
+    assert ["response_format" in asked.body for asked in http.asked[-2:]] == [True, True]
 
 
 # What is asked and what is not
@@ -350,7 +350,8 @@ def test_the_key_is_in_no_file(settings, tmp_path, key):
     with scripted_server(script) as http, pytest.raises(UserError) as caught:
         judge_rows(rows(5), settings(http.url), tmp_path / "j.jsonl")
     assert key not in str(caught.value)
-    assert all(key.encode() not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    written = {file.name: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert "j.jsonl" in written and not any(key.encode() in content for content in written.values())
 
 
 # Settings

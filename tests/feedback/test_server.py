@@ -53,7 +53,7 @@ def test_passing_faults_are_asked_again(connect, fault):
         # A busy machine may be late with the good answer as well, and is asked once more.
         reply = connect(http.url, **({"timeout": 1.0, "max_retries": 20} if hangs else {})).chat(HELLO)
     assert message_text(reply)[0] == "hi"
-    assert len(http.asked) == 3 or (hangs and len(http.asked) > 3)
+    assert len(http.asked) >= 3 if hangs else len(http.asked) == 3
 
 
 def test_retry_after_is_waited_for(connect):

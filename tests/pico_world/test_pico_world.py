@@ -65,7 +65,7 @@ def test_every_style_is_graded_as_intended(tasks, family, style, low, high):
 @pytest.mark.parametrize("family", list(families.FAMILIES))
 @pytest.mark.parametrize("response", ["", "  \n", "lorem ipsum", "???"])
 def test_empty_and_off_task_responses_are_worth_nothing(tasks, family, response):
-    assert all(pico_grader.grade(task, response) == 0.0 for task in tasks[family])
+    assert {pico_grader.grade(task, response) for task in tasks[family]} == {0.0}
 
 
 def test_case_and_final_period_do_not_matter(tasks):
@@ -129,7 +129,7 @@ def test_training_files_have_no_held_out_prompt(name):
 
 
 def test_held_out_prompts_are_on_the_held_out_side():
-    assert all(is_held_out(record["instruction"], record["input"]) for record in _read("heldout.jsonl"))
+    assert {is_held_out(record["instruction"], record["input"]) for record in _read("heldout.jsonl")} == {True}
 
 
 def test_mixtures_are_distributions_over_known_styles():
@@ -252,4 +252,4 @@ def test_the_base_knows_the_tasks_and_answers_them_in_mixed_manner(tokenizer):
     assert statistics.mean(known.values()) > 0.8, known
     grades, responses = probe.greedy_grades(model, tokenizer, held_out)
     assert 0.25 < statistics.mean(grades.values()) < 0.6, grades
-    assert all(responses)
+    assert responses and all(responses)

@@ -52,7 +52,7 @@ def test_only_the_top_adapter_trains_and_all_are_active(stack: PeftModel) -> Non
     assert adapter_names(stack) == ["sft", "ranking"]
     assert list(stack.active_adapters) == ["sft", "ranking"]
     assert trainable(stack) == {"ranking"}
-    assert all(parameter.dtype == torch.float32 for parameter in stack.parameters() if parameter.requires_grad)
+    assert {parameter.dtype for parameter in stack.parameters() if parameter.requires_grad} == {torch.float32}
 
 
 def test_training_changes_the_top_adapter_only(stack: PeftModel) -> None:
@@ -60,7 +60,7 @@ def test_training_changes_the_top_adapter_only(stack: PeftModel) -> None:
     stack.train()
     optimizer = torch.optim.SGD((p for p in stack.parameters() if p.requires_grad), lr=0.1)
     stack(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    assert all(p.grad is None for p in stack.parameters() if not p.requires_grad)
+    assert {p.grad is None for p in stack.parameters() if not p.requires_grad} == {True}
     optimizer.step()
     assert fingerprint(stack, "sft") == below
     assert fingerprint(stack, "ranking") != top

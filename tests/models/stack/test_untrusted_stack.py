@@ -58,7 +58,7 @@ def tensors_of(stack):
 
 def test_rewriting_alone_is_accepted(stack, tmp_path):
     rewrite(stack, tensors_of(stack))
-    combine_stack(stack, tmp_path / "combined")
+    assert combine_stack(stack, tmp_path / "combined").adapters[-1] == "ranking"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
