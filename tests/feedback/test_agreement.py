@@ -86,6 +86,14 @@ def test_votes_without_a_majority_and_answers_without_a_verdict(tmp_path):
         measure(people, server(http.url), tmp_path / "k.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("votes", "signs"), [([1, 2], None), ([1, 1], [1]), ([2, 2, 1, 1], None), ([0, 0, 0, 1], [0]), ([2], [-1])]
+)
+def test_half_of_the_votes_is_no_majority(tmp_path, votes, signs):
+    [person] = write_pairs(tmp_path / "p.jsonl", 1, lambda a, b: votes)
+    assert person.signs == signs
+
+
 def test_kappa_by_hand():
     # Cohen 1960: observed 0.7, chance 0.5 * 0.6 + 0.5 * 0.4 = 0.5.
     pairs = [(1, 1)] * 40 + [(1, -1)] * 10 + [(-1, 1)] * 20 + [(-1, -1)] * 30

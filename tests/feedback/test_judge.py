@@ -56,8 +56,12 @@ def test_the_order_of_showing_is_drawn_by_content_and_seed(settings, tmp_path):
 def test_a_request_asks_for_json_by_schema(settings, tmp_path):
     with scripted_server(honest) as http:
         judge_rows(rows(1), settings(http.url, temperature=0.3, max_tokens=99), tmp_path / "j.jsonl")
+        plain = settings(http.url, structured=False, instructions="Be strict about rhyme.")
+        judge_rows(rows(1), plain, tmp_path / "plain.jsonl")
     body = http.asked[0].body
     assert (body["temperature"], body["max_tokens"]) == (0.3, 99)
+    assert "response_format" not in http.asked[1].body
+    assert "Be strict about rhyme." in http.asked[1].text and "rhyme" not in http.asked[0].text
     assert body["response_format"]["json_schema"]["schema"]["required"][-1] == "rank"
 
 
@@ -134,6 +138,28 @@ def test_own_response_that_the_judge_itself_ranks_lower_stays_out(settings, tmp_
         records, report = judge_rows(rows(2), settings(http.url, include_judge_answer=True), tmp_path / "j.jsonl")
     assert ["so-so" in record["completions"] for record in records] == [False, False]
     assert (report.own_best, report.own_not_best) == (0, 2)
+
+
+def test_own_response_that_is_best_in_one_order_only_stays_out(settings, tmp_path):
+    def unsure(asked):
+        order = sorted(range(len(shown(asked))), key=lambda i: -grade(shown(asked)[i]))
+        own = [len(order)]
+        return chat(json.dumps({"own_response": "mine", "rank": own + order if asked.number else order + own}))
+
+    with scripted_server(unsure) as http:
+        wanted = settings(http.url, {"in_flight": 1}, include_judge_answer=True, both_orders=True)
+        [record], report = judge_rows(rows(1), wanted, tmp_path / "j.jsonl")
+    assert len(http.asked) == 2 and len(record["completions"]) == 4
+    assert (report.own_best, report.own_not_best) == (0, 1)
+
+
+def test_one_order_without_a_ranking_is_no_ranking(settings, tmp_path):
+    def half(asked):
+        return honest(asked) if asked.text != http.asked[0].text else chat("I cannot say.")
+
+    with scripted_server(half) as http, pytest.raises(UserError, match="unreadable: 1"):
+        judge_rows(rows(1), settings(http.url, {"in_flight": 1}, both_orders=True), tmp_path / "j.jsonl")
+    assert len(http.asked) == 3 + 1
 
 
 def test_own_response_that_repeats_a_response_joins_it(settings, tmp_path):

@@ -72,6 +72,32 @@ def test_an_interrupted_model_forms_the_same_batches(judge_model, tmp_path, monk
     assert batches == straight and len(batches) == attempts
 
 
+def test_every_attempt_has_its_own_seed_and_temperature_and_the_limits_of_the_settings(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from tuna_peft.feedback import judges
+    from tuna_peft.models.generation import generate
+    from tuna_peft.models.generation.generate import Generated
+
+    asked = []
+
+    def stream(model, tokenizer, prompts, **options):
+        asked.append(options)
+        return (Generated(place, ["no ranking"], [1], [True]) for place in range(len(prompts)))
+
+    loaded = SimpleNamespace(model="m", tokenizer=SimpleNamespace(chat_template="yes"))
+    monkeypatch.setattr(judges, "load_local_model", lambda settings, device: loaded)
+    monkeypatch.setattr(generate, "stream_responses", stream)
+    monkeypatch.setattr(generate, "context_of", lambda model: None)
+    monkeypatch.setattr("tuna_peft.data.texts.prompt_ids", lambda text, tokenizer: [1])
+    settings = JudgeSettings(model="m", temperature=0.2, seed=7, attempts=4, max_tokens=9, batch_size=5)
+    with pytest.raises(UserError, match="unreadable: 2"):
+        judge_rows(rows(2), settings, tmp_path / "j.jsonl")
+    assert [options["seed"] for options in asked] == ["7-0", "7-1", "7-2", "7-3"]
+    assert [options["temperature"] for options in asked] == pytest.approx([0.2, 0.5, 0.8, 1.0])
+    assert {(options["max_new_tokens"], options["batch_size"]) for options in asked} == {(9, 5)}
+
+
 def test_a_model_that_is_trained_again_is_asked_again(judge_model, tmp_path):
     judge_rows(rows(1), JudgeSettings(model=judge_model), tmp_path / "j.jsonl")
     os.utime(f"{judge_model}/model.safetensors", ns=(1, 1))

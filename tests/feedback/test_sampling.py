@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from spies import spy
 from tiny_llama import load_tiny, write_base
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_candidates
 from tuna_peft.errors import UserError
+from tuna_peft.feedback import sampling
 from tuna_peft.feedback.diversity import similarities
 from tuna_peft.feedback.sampling import ModelSampler, sample_candidates
 from tuna_peft.feedback.settings import SampleSettings
@@ -70,6 +72,26 @@ def test_alike_draws_are_repeated_hotter_and_the_most_diverse_is_kept(base, jour
     assert [record["sampling"]["draw"] for record in records] == [1, 2, 3]
     assert records[2]["sampling"]["similarity"] == pytest.approx(12 / 14, abs=1e-4)
     assert report.draws == {"1": 1, "2": 1, "3": 1} and report.alike == 1 and report.kept == 3
+    assert report.tokens == (7 + 7) + (9 + 11) + (7 + 7) + (11 + 11) + (11 + 9) + (11 + 15)  # of all draws
+
+
+def test_responses_that_are_exactly_as_similar_as_allowed_are_drawn_again(base, journal):
+    sampler = Scripted(base.tokenizer, {"w3": [["a b", "a c"], ["a b", "c d"]]})
+    records, _ = sample_candidates(sampler, [prompt("w3")], SampleSettings(n=2, max_similarity=0.5), journal)
+    assert records[0]["completions"] == ["a b", "c d"]
+
+
+def test_a_model_samples_with_every_setting(monkeypatch):
+    monkeypatch.setattr(sampling, "model_digest", lambda model, adapters: {"adapters": adapters})
+    calls = spy(monkeypatch, sampling, "stream_responses", "stream")
+    settings = SampleSettings(n=3, top_p=0.9, max_new_tokens=5, batch_size=6)
+    sampler = ModelSampler("m", "t", ["sft"])
+    assert sampler.identity == {"backend": "transformers", "adapters": ["sft"]}
+    assert sampler.sample([[1]], settings, temperature=0.7, seed="s", done={0}) == "stream"
+    [(args, options)] = calls
+    assert args == ("m", "t", [[1]]) and options.pop("description") == "sampling at temperature 0.7"
+    assert options == {"n": 3, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5, "seed": "s", "batch_size": 6,
+                       "done": {0}}  # fmt: skip
 
 
 def test_a_diverse_draw_is_preferred_to_one_with_a_smaller_mean(base, journal):
@@ -156,14 +178,16 @@ class Stopping:
 def test_another_setting_seed_or_model_does_not_reuse_draws(base, journal):
     sampler = Scripted(base.tokenizer, {"w3": [["a", "b"]]})
     settings = SampleSettings(n=2)
-    for changed, seed in ((settings, 0), (settings, 1), (settings.model_copy(update={"top_p": 0.9}), 0)):
-        sample_candidates(sampler, [prompt("w3")], changed, journal, seed=seed)
+    others = [{"n": 3}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_new_tokens": 9}]
+    for other in ({}, *others):
+        sample_candidates(sampler, [prompt("w3")], settings.model_copy(update=other), journal)
+    sample_candidates(sampler, [prompt("w3")], settings, journal, seed=1)
     sampler.identity = {"backend": "another"}
     sample_candidates(sampler, [prompt("w3")], settings, journal)
-    assert len(sampler.asked) == len(journal) == 4
+    assert len(sampler.asked) == len(journal) == 7
     # What only says when to stop, or how many go at once, asks nothing again.
     sample_candidates(sampler, [prompt("w3")], SampleSettings(n=2, batch_size=1, max_similarity=0.9), journal)
-    assert len(sampler.asked) == 4
+    assert len(sampler.asked) == 7
 
 
 def test_the_file_is_read_as_candidates(base, journal, tmp_path):

@@ -15,7 +15,7 @@ from tuna_peft.data.load import load_candidates, load_ranked
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.recorded import score_recorded
 from tuna_peft.feedback.settings import ScoreSettings
-from tuna_peft.feedback.teacher import score_rows
+from tuna_peft.feedback.teacher import _batches, score_rows
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
 from tuna_peft.models.forward import scoring
@@ -51,6 +51,14 @@ def plain_score(model, tokenizer, prompt, response, length_penalty=1.0):
         logps = model(input_ids=ids).logits[0].log_softmax(-1)
     values = logps[len(start) - 1 : -1].gather(-1, ids[0, len(start) :, None])
     return values.sum().item() / len(values) ** length_penalty
+
+
+def test_batches_fill_the_budget_and_no_more():
+    encoded = {name: {"prompt_ids": [1], "completions_ids": [[2] * (size - 1)]}
+               for name, size in {"a": 4, "b": 6, "c": 2, "d": 4, "e": 20}.items()}  # fmt: skip
+    assert _batches(encoded, 8) == [["e"], ["b"], ["a", "d"], ["c"]]
+    assert _batches(encoded, 12) == [["e"], ["b", "a"], ["d", "c"]]
+    assert _batches(encoded, 1) == [["e"], ["b"], ["a"], ["d"], ["c"]]
 
 
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 1.4])

@@ -13,7 +13,7 @@ from trl.trainer import utils as trl_utils
 from benchmarks import planner, planner_phases  # noqa: E402
 from benchmarks.shapes import LORA_RANK, build  # noqa: E402
 from tuna_peft.planning import memory  # noqa: E402
-from tuna_peft.planning.memory import Precision, weight_parts  # noqa: E402
+from tuna_peft.planning.memory import Adapter, Precision, trainer_parts, weight_parts  # noqa: E402
 from tuna_peft.planning.shapes import KNOWN, ModelShape  # noqa: E402
 
 SMALL = ModelShape(hidden=512, intermediate=1408, layers=2, heads=8, kv_heads=4, head_dim=64, vocab=1000)
@@ -54,6 +54,15 @@ def test_parameters_are_those_of_the_model():
 def test_known_shapes_have_the_published_sizes(model, billions):
     shape = KNOWN[model]
     assert (shape.body + shape.unquantized) / 1e9 == pytest.approx(billions, abs=1e-3)
+
+
+def test_bytes_of_training_by_hand():
+    """Weights and gradients in 32 bits, two states of AdamW in 32 or 8 bits; a frozen adapter also concatenated."""
+    own, below = Adapter(16, 1000, 7), [Adapter(8, 300, 7), Adapter(4, 200, 7)]
+    for optimizer, states in (("adamw_torch", 8), ("paged_adamw_8bit", 2), ("lion", 4), ("sgd", 0)):
+        parts = trainer_parts(own, below, optimizer, Precision("nf4", True, 2))
+        assert list(parts.values()) == [1000 * (4 + 4), 1000 * states, 500 * (4 + 2)]
+    assert list(trainer_parts(own, [], "sgd", Precision("none", True, 4)).values()) == [8000, 0]
 
 
 def test_the_tile_of_supervised_logits_is_that_of_trl():

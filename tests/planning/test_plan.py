@@ -11,7 +11,7 @@ from tuna_peft.limits import GIB
 from tuna_peft.planning.advice import advise, smallest_gpu
 from tuna_peft.planning.gpus import GPUS, find_gpu
 from tuna_peft.planning.memory import Adapter, Precision
-from tuna_peft.planning.plan import make_plan
+from tuna_peft.planning.plan import Phase, Plan, make_plan
 from tuna_peft.planning.shapes import KNOWN, ModelShape
 from tuna_peft.planning.spec import Device, EvaluationSpec, MergeSpec, RunSpec, StageSpec, TaskSpec
 from tuna_peft.planning.workload import Row, Workload, packed_pass, padded_pass
@@ -51,6 +51,16 @@ def test_the_largest_pass_holds_the_longest_rows_within_the_budget():
     batch = packed_pass(rows, 2, None)
     assert batch.targets == 2 * 250
     assert batch.keys == 2 * (100 + 300 + 150)
+
+
+def test_a_plan_fits_by_what_it_needs_and_not_by_what_it_would_like():
+    """More activations are kept where there is room, so a phase may plan to use more than it needs."""
+    small = Phase("small", {"weights": 5.0, "kept": 6.0}, margin=1.0, needed=8.0, smallest=6.0, hours=2.0)
+    large = Phase("large", {"weights": 9.0}, margin=0.0, needed=9.0, smallest=9.0, hours=None)
+    for memory, fits in ((8.999, False), (9.0, True), (11.0, True)):
+        plan = Plan(None, Device("a card", memory), [small, large])
+        assert (plan.fits, plan.needed, plan.largest, plan.peak) == (fits, 9.0, large, 12.0)
+    assert plan.hours is None and Plan(None, plan.device, [small, small]).hours == 4.0
 
 
 def test_pairs_that_attend_are_counted_by_hand():

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from spies import Seen, spy
 
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.evaluation.session import Question
@@ -44,24 +45,6 @@ from tuna_peft.recipe.schema import (
 from tuna_peft.run import checks, evaluate, exports, held_out, pipeline, rank_samples, samplers, tasks, train_stage
 from tuna_peft.run.inputs import Inputs
 from tuna_peft.run.processes import Processes
-
-
-class Seen(Exception):
-    """Raised by a spy that has nothing to return."""
-
-
-def spy(monkeypatch, owner, name, result=Seen):
-    """Replaces a function, and returns the list of its calls: positional arguments, named ones."""
-    calls = []
-
-    def noted(*args, **options):
-        calls.append((args, options))
-        if result is Seen:
-            raise Seen
-        return result
-
-    monkeypatch.setattr(owner, name, noted)
-    return calls
 
 
 def odd(model, /, *, left=(), **values):
