@@ -17,6 +17,7 @@ import pytest
 from honest_judge import grade, honest, rows, shown, verdict
 from scripted_server import Answer, Drop, Hang, chat, error, scripted_server
 
+from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import judge_rows
 from tuna_peft.feedback.settings import JudgeSettings, ServerSettings
 from tuna_peft.files import write_jsonl
@@ -94,6 +95,26 @@ def test_every_fault_at_once(tmp_path):
     assert (report.ranked, report.left_out) == (60, {})
     assert set(script.good.values()) == {1}  # a good answer is the last thing that is asked for
     assert len(http.asked) > 100
+
+
+@pytest.mark.parametrize(
+    ("fault", "journaled"),
+    [
+        *((error(status), False) for status in (400, 401, 402, 404, 408, 409, 413, 422, 429, 500, 503)),
+        (Drop(200, {"choices": []}), False),
+        (Answer(200, b"no JSON"), True),
+        (Answer(200, {"choices": []}), True),
+        (chat(None), True),
+        (chat("I cannot rank these."), True),
+        (chat('{"rank": [0, 1, 2, 3]}', finish="length"), True),
+    ],
+)
+def test_only_what_a_judge_said_is_journaled(tmp_path, fault, journaled):
+    """What a server could not answer is asked again by the next run; what cannot be read is paid for once."""
+    with scripted_server(lambda asked: fault) as http, pytest.raises(UserError):
+        judged(http.url, rows(2), tmp_path / "j.jsonl", max_retries=1)
+    with Journal(tmp_path / "j.jsonl") as journal:
+        assert ["failed" in journal[key] for key in journal] == ([True, True] if journaled else [])
 
 
 def test_an_answer_that_never_comes_is_asked_for_again(tmp_path):

@@ -75,7 +75,6 @@ def test_an_interrupted_model_forms_the_same_batches(judge_model, tmp_path, monk
 def test_every_attempt_has_its_own_seed_and_temperature_and_the_limits_of_the_settings(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from tuna_peft.feedback import judges
     from tuna_peft.models.generation import generate
     from tuna_peft.models.generation.generate import Generated
 
@@ -86,7 +85,7 @@ def test_every_attempt_has_its_own_seed_and_temperature_and_the_limits_of_the_se
         return (Generated(place, ["no ranking"], [1], [True]) for place in range(len(prompts)))
 
     loaded = SimpleNamespace(model="m", tokenizer=SimpleNamespace(chat_template="yes"))
-    monkeypatch.setattr(judges, "load_local_model", lambda settings, device: loaded)
+    monkeypatch.setattr(local_model, "load_local_model", lambda settings, device: loaded)
     monkeypatch.setattr(generate, "stream_responses", stream)
     monkeypatch.setattr(generate, "context_of", lambda model: None)
     monkeypatch.setattr("tuna_peft.data.texts.prompt_ids", lambda text, tokenizer: [1])

@@ -9,6 +9,7 @@ import traceback
 import pytest
 from pydantic import ValidationError
 from scripted_server import Answer, Drip, Drop, Hang, chat, error, scripted_server
+from spies import spy
 
 from tuna_peft.errors import UserError
 from tuna_peft.feedback import server as module
@@ -78,6 +79,43 @@ def test_lasting_faults_end(connect):
     assert len(http.asked) == 3
     with pytest.raises(NoAnswer, match="no connection in 2 attempts"):  # it is gone now
         connect(http.url, max_retries=1).chat(HELLO)
+
+
+STATUSES = {
+    **dict.fromkeys([400, 406, 413, 415, 422, 451], Refused),  # of this request: others may succeed
+    **dict.fromkeys([401, 402, 403, 404, 405], UserError),  # of every request
+    **dict.fromkeys([408, 409, 429, 500, 502, 503, 504, 529], NoAnswer),  # after repetitions
+}
+
+
+@pytest.mark.parametrize(("status", "kind"), STATUSES.items())
+def test_the_class_of_every_status(connect, status, kind):
+    with scripted_server(scripted(error(status, "words"))) as http, pytest.raises(UserError, match="words") as caught:
+        connect(http.url, max_retries=1).chat(HELLO)
+    assert type(caught.value) is kind
+    assert len(http.asked) == (2 if kind is NoAnswer else 1)
+
+
+def test_the_client_gets_every_setting(monkeypatch):
+    import openai
+
+    settings = ServerSettings(
+        base_url="http://host/v1", model="m", api_key_env="OTHER_API_KEY", timeout=7.5, max_retries=3, in_flight=5
+    )
+    monkeypatch.setenv("OTHER_API_KEY", "sk-other-key")
+    clients, limits = spy(monkeypatch, openai, "OpenAI", None), spy(monkeypatch, module, "_limited_client", "limited")
+    module.Server(settings)
+    assert clients == [((), {"base_url": "http://host/v1", "api_key": "sk-other-key", "max_retries": 3,
+                             "timeout": 7.5, "http_client": "limited"})]  # fmt: skip
+    assert limits == [((settings,), {})]
+
+
+def test_no_more_connections_and_seconds_than_allowed():
+    settings = ServerSettings(base_url="http://host/v1", model="m", timeout=7.5, in_flight=5)
+    with module._limited_client(settings) as client:
+        assert (client.timeout.read, client.timeout.connect) == (7.5, 7.5)
+        pool = client._transport._pool
+        assert (pool._max_connections, pool._max_keepalive_connections) == (5, 5)
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from families import make_model
 from safetensors.torch import load_file
-from tiny_llama import load_tiny, write_base
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, T5Config
+from spies import spy
+from tiny_llama import VOCABULARY, load_tiny, write_base
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    T5Config,
+)
 
 from tuna_peft.errors import UserError
-from tuna_peft.models.base import dequantise
+from tuna_peft.models.base import dequantise, load
 from tuna_peft.models.base.dequantise import dequantised_weight
+from tuna_peft.models.base.hub_files import CACHE
 from tuna_peft.models.base.load import load_base, make_quantization_config, resolve_model_path
 
 AVX512_BF16 = bool(bnb.has_avx512bf16())
@@ -68,6 +80,103 @@ def test_pickled_weights_are_not_read(base_path: str, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot load .*safetensors"):
         load_tiny(str(folder), "none")
+
+
+def test_every_argument_arrives_where_something_is_loaded(base_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def watch(kind: Any, result: Any = None) -> None:
+        real = kind.from_pretrained
+
+        def noted(path: str, **options: Any) -> Any:
+            asked.setdefault(kind.__name__, (path, options))  # AutoTokenizer asks AutoConfig, too
+            if kind is AutoModelForCausalLM:
+                raise OSError("seen")
+            return real(path, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", noted)
+
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        watch(kind)
+    quantization = make_quantization_config("fp4")
+    given = {"revision": "v9", "trust_remote_code": True}
+    where = {"dtype": "bfloat16", "device": "cpu", "attn_implementation": "eager"}
+    assert {"model", "quantization_config", *given, *where} == set(inspect.signature(load_base).parameters)
+    with pytest.raises(UserError, match="seen"):
+        load_base(base_path, quantization_config=quantization, **given, **where)
+    for name in ("AutoConfig", "AutoTokenizer"):
+        assert asked[name] == (base_path, {**given, "local_files_only": False})
+    path, options = asked["AutoModelForCausalLM"]
+    assert path == base_path and options.pop("config").model_type == "llama"
+    assert options.pop("quantization_config") is quantization
+    assert options == {
+        **given, "dtype": torch.bfloat16, "device_map": {"": torch.device("cpu")}, "use_safetensors": True,
+        "attn_implementation": "eager",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["the Hub", CACHE])
+def test_a_model_of_the_hub_is_loaded_in_its_revision_and_from_the_cache_without_network(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    files = spy(monkeypatch, load, "hub_file", (Path("config.json"), source))
+    configs = spy(monkeypatch, AutoConfig, "from_pretrained")
+    with pytest.raises(UserError, match="Seen"):
+        load.load_config_and_tokenizer("org/model", revision="v9", trust_remote_code=True)
+    assert files == [(("org/model", "config.json", "v9"), {})]
+    wanted = {"revision": "v9", "trust_remote_code": True, "local_files_only": source == CACHE}
+    assert configs == [(("org/model",), wanted)]
+
+
+def test_a_base_is_identified_by_the_weights_of_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = spy(monkeypatch, load, "cached_file", None)
+    config = SimpleNamespace(_name_or_path="org/model", _commit_hash="c0ffee")
+    identity = load.base_identity(SimpleNamespace(config=config))
+    assert identity == {"model": "org/model", "revision": "c0ffee", "fingerprint": None}
+    assert [args[1] for args, _ in files] == ["model.safetensors", "model.safetensors.index.json"]
+    assert {options["revision"] for _, options in files} == {"c0ffee"}
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_every_setting_of_a_quantization(method: str, double_quant: bool) -> None:
+    found = make_quantization_config(
+        method, double_quant=double_quant, compute_dtype=torch.float16, storage_dtype=torch.bfloat16
+    )
+    assert found is not None and found.load_in_4bit and not found.load_in_8bit
+    assert (found.bnb_4bit_quant_type, found.bnb_4bit_use_double_quant) == (method, double_quant)
+    assert (found.bnb_4bit_compute_dtype, found.bnb_4bit_quant_storage) == (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_device_and_dtype_are_chosen_for_the_gpu_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    found = {name: str(load.resolve_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")}
+    assert found == {"auto": "cuda:3", "cuda": "cuda:3", "cuda:1": "cuda:1", "cpu": "cpu"}
+    assert load.resolve_dtype("auto", torch.device("cuda", 3)) == dtype
+    assert load.resolve_dtype("float32", torch.device("cuda", 3)) == torch.float32
+    assert load.resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert str(load.resolve_device("auto")) == "cpu"
+
+
+@pytest.mark.parametrize(("rows", "pads_with"), [(VOCABULARY + 1, "<pad>"), (VOCABULARY, "</s>")])
+def test_a_pad_token_without_a_row_in_the_model_is_replaced(
+    base_path: str, tmp_path: Path, rows: int, pads_with: str
+) -> None:
+    folder = Path(shutil.copytree(base_path, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # its id is the size of the vocabulary before
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    assert load.load_config_and_tokenizer(str(folder))[1].pad_token == pads_with
 
 
 def test_other_models_than_causal_lms_are_rejected(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spies import Seen, spy
 from tiny_llama import RANKING, SFT, load_tiny, stack_on, write_base
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.base.load import load_base, make_quantization_config
+from tuna_peft.models.stack import files as stack_files
 from tuna_peft.models.stack.files import AdapterStack, save_stack
 from tuna_peft.models.stack.manifest import read_manifest
 
@@ -57,6 +59,22 @@ def test_a_moved_base_is_accepted(base_path: str, stack_path: Path, tmp_path: Pa
     moved = shutil.copytree(base_path, tmp_path / "moved")
     stack = AdapterStack.from_pretrained(stack_path, base_model=str(moved), device="cpu")
     assert torch.equal(logits(stack.model), logits(AdapterStack.from_pretrained(stack_path, device="cpu").model))
+
+
+@pytest.mark.parametrize("moved", [None, "elsewhere"])
+def test_the_base_is_loaded_as_recorded_and_as_asked(
+    stack_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: str | None
+) -> None:
+    folder = _edited(stack_path, tmp_path / "stack", lambda manifest: manifest["base"].update(revision="v9"))
+    calls = spy(monkeypatch, stack_files, "load_base")
+    asked = {"device": "cpu", "dtype": "bfloat16", "trust_remote_code": True}
+    with pytest.raises(Seen):
+        AdapterStack.from_pretrained(folder, base_model=moved, **asked)
+    [((model,), options)] = calls
+    config = options.pop("quantization_config")
+    assert config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert model == (moved or read_manifest(folder).base["model"])
+    assert options == {**asked, "revision": None if moved else "v9"}
 
 
 def test_a_base_that_is_not_there_says_that_it_may_have_moved(stack_path: Path, tmp_path: Path) -> None:
@@ -113,6 +131,11 @@ def test_a_changed_adapter_is_refused(stack_path: Path, tmp_path: Path) -> None:
     weights = folder / "sft" / "adapter_model.safetensors"
     tensors = load_file(weights)
     save_file({key: value * 2 for key, value in tensors.items()}, weights)
+    with pytest.raises(UserError, match="adapter 'sft' is not the one that was trained"):
+        read_manifest(folder)
+    folder = shutil.copytree(stack_path, tmp_path / "other")
+    with open(folder / "sft" / "adapter_config.json", "a") as config:
+        config.write(" ")
     with pytest.raises(UserError, match="adapter 'sft' is not the one that was trained"):
         read_manifest(folder)
 
