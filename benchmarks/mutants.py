@@ -123,9 +123,9 @@ def _run_pytest(copy: Path, tests: Sequence[str], log: Path) -> None:
     code = 70
     try:
         os.setpgid(0, 0)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        sys.stdout = sys.stderr = open(log, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
         for stream in (1, 2):
-            os.dup2(output, stream)
+            os.dup2(sys.stdout.fileno(), stream)
         os.chdir(copy)
         os.environ["PYTHONPATH"] = str(copy)
         sys.path[:] = [str(copy), *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, copy))]
@@ -136,6 +136,7 @@ def _run_pytest(copy: Path, tests: Sequence[str], log: Path) -> None:
 
         options = ["-x", "-q", "-ra", "-m", "not slow", "-p", "no:cacheprovider", f"--basetemp={copy / 'tmp'}"]
         code = pytest.main([*options, *(f"tests/{name}" for name in tests)])
+        sys.stdout.flush()
     finally:
         os._exit(int(code))
 
