@@ -13,11 +13,12 @@ import pytest
 import torch
 from rounding import assert_rounded, kl_bound, rounding, stack_kl_bound
 from safetensors.torch import load_file, save_file
+from spies import Seen, spy
 from tiny_llama import PROMPTS, RANKING, SFT, Tiny, load_tiny, stack_on, write_base, write_stack
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tuna_peft.errors import UserError
-from tuna_peft.export import base_weight
+from tuna_peft.export import base_weight, merge
 from tuna_peft.export.base_weight import dequantised, quantise_4bit, quantised_modules, require_linear, skeleton
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.divergence import divergence, iter_logits
@@ -341,3 +342,26 @@ def test_a_wrong_or_missing_base_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 def test_unknown_options_are_refused(tiny: Tiny, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="unknown"):
         merge_stack(tiny.stack, tmp_path / "merged", **options)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "found"),
+    [
+        ("bfloat16", "auto", torch.bfloat16),
+        ("float16", "float32", torch.float32),
+        (None, "auto", torch.float32),  # a stack of an earlier version: what this device would load it in
+    ],
+)
+def test_a_base_is_merged_in_the_dtype_that_it_was_trained_in(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str | None, asked: str, found: torch.dtype
+) -> None:
+    folder = shutil.copytree(tiny.stack, tmp_path / "stack")
+    manifest = json.loads((folder / "stack.json").read_text())
+    (folder / "stack.json").write_text(json.dumps({**manifest, "load_dtype": recorded}))
+    calls = spy(monkeypatch, merge, "MergedWeights")
+    options: dict[str, Any] = {"base": "original", "dtype": "float16", "trust_remote_code": True}
+    with pytest.raises(Seen):
+        merge_stack(folder, tmp_path / "out", load_dtype=asked, device="cpu", **options)
+    [((base, factors, *rest), _)] = calls
+    assert str(base) == tiny.base and factors.folder == folder
+    assert rest == ["original", "float16", found, torch.device("cpu"), True]
