@@ -155,7 +155,8 @@ def test_own_response_that_is_best_in_one_order_only_stays_out(settings, tmp_pat
 
 def test_one_order_without_a_ranking_is_no_ranking(settings, tmp_path):
     def half(asked):
-        return honest(asked) if asked.text != http.asked[0].text else chat("I cannot say.")
+        """In the first order the answer ends at `max_tokens`: what it says so far could be read, and does not count."""
+        return chat(verdict(asked), finish="length" if asked.text == http.asked[0].text else "stop")
 
     with scripted_server(half) as http, pytest.raises(UserError, match="unreadable: 1"):
         judge_rows(rows(1), settings(http.url, {"in_flight": 1}, both_orders=True), tmp_path / "j.jsonl")
