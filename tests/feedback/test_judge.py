@@ -155,12 +155,41 @@ def test_own_response_that_is_best_in_one_order_only_stays_out(settings, tmp_pat
 
 def test_one_order_without_a_ranking_is_no_ranking(settings, tmp_path):
     def half(asked):
-        """In the first order the answer ends at `max_tokens`: what it says so far could be read, and does not count."""
+        """In the first order the answer is truncated: what it says so far could be read, and does not count."""
         return chat(verdict(asked), finish="length" if asked.text == http.asked[0].text else "stop")
 
     with scripted_server(half) as http, pytest.raises(UserError, match="unreadable: 1"):
         judge_rows(rows(1), settings(http.url, {"in_flight": 1}, both_orders=True), tmp_path / "j.jsonl")
     assert len(http.asked) == 3 + 1
+
+
+@pytest.mark.parametrize("own", ["best", "equal to the best", "worst"])
+@pytest.mark.parametrize("include", [False, True, "reference"])
+@pytest.mark.parametrize("both_orders", [False, True])
+def test_pairs_of_options_with_ties_and_repeated_responses(settings, tmp_path, both_orders, include, own):
+    """The judge finds the responses of grade 5 equal; the row has one response twice."""
+
+    def script(asked):
+        texts = shown(asked)
+        order = sorted(range(len(texts)), key=lambda i: (-grade(texts[i]), i))
+        best, mine = order[:2], len(texts)
+        assert {grade(texts[i]) for i in best} == {5}
+        groups = [[*best, mine] if own.startswith("equal") else best]
+        rank = [mine, *order] if own == "best" else [*order, mine] if own == "worst" else [*best, mine, *order[2:]]
+        return chat(json.dumps({"own_response": "mine", "duplicates": groups, "rank": rank}))
+
+    row = {"id": "0", "prompt": "p", "completions": ["grade 1", "grade 5", "grade 1", "5 grade 5"], "reference": "old"}
+    with scripted_server(script) as http:
+        wanted = settings(http.url, include_judge_answer=include, both_orders=both_orders)
+        [record], report = judge_rows([row], wanted, tmp_path / "j.jsonl")
+    added = include is True and own == "best"
+    assert sorted(record["completions"][added:]) == ["5 grade 5", "grade 1", "grade 5"]
+    assert record["completions"][-1] == "grade 1" and record["completions"][:added] == ["mine"][:added]
+    assert record["ranks"] == ([0, 1, 1, 2] if added else [0, 0, 1])
+    assert record["reference"] == ("mine" if include == "reference" and own == "best" else "old")
+    assert (report.own_best, report.own_not_best) == ((own == "best", own != "best") if include else (0, 0))
+    assert report.asked == len(http.asked) == 1 + both_orders
+    assert (report.pairs, report.pairs_reversed) == (6 * both_orders, 0)
 
 
 def test_own_response_that_repeats_a_response_joins_it(settings, tmp_path):
