@@ -25,7 +25,7 @@ COLUMNS = Columns(
 def rows(tmp_path, content, name="rows.csv"):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_records(DataSource(path=str(path)))
+    return list(read_records(DataSource(path=str(path))))
 
 
 def test_rows_know_the_line_where_they_begin(tmp_path):
@@ -73,7 +73,7 @@ def test_delimiters_and_line_ends(tmp_path, content):
     ("content", "message"),
     [
         ("", "the file is empty"),
-        ("a,b\n", "the file holds an empty list"),
+        ("a,b\n", "the file holds no records"),
         ("a,b\n1,2\n1,2,3\n", "line 3: 3 cells, but the header has 2"),
         ("a,b\n1\n", "line 2: 1 cells"),
         ("a,a\n1,2\n", "line 1: each column of the header needs a different name; missing or repeated: a"),

@@ -15,7 +15,7 @@ from tuna_peft.errors import UserError
 
 
 def read(path, **options):
-    return read_records(DataSource(path=path if isinstance(path, list) else str(path), **options))
+    return list(read_records(DataSource(path=path if isinstance(path, list) else str(path), **options)))
 
 
 def numbers(records):

@@ -16,7 +16,7 @@ ROWS = [{"n": n} for n in range(10)]
 
 
 def read(path, **options):
-    return read_records(DataSource(path=str(path), **options))
+    return list(read_records(DataSource(path=str(path), **options)))
 
 
 def numbers(records):
@@ -90,7 +90,7 @@ GOOD = b'{"a": "x"}\n'
 BAD_FILES = {
     "empty": ("e.jsonl", b"", "the file is empty", "finished"),
     "blank": ("e.json", b" \n\n", "the file is empty", "finished"),
-    "empty list": ("e.json", b"[]", "empty list", "finished"),
+    "empty list": ("e.json", b"[]", "holds no records", "finished"),
     "not JSON": ("e.jsonl", GOOD + b"hello\n" + GOOD, "not valid JSON", "one JSON object per line"),
     "a CSV in disguise": ("e.json", b"a,b\n1,2\n", "not valid JSON", "one list of objects"),
     "bad comma": ("e.json", b'[{"a": 1},\n {"a": 1,}]', "in or after record 2 (line 2, byte", "json.tool"),

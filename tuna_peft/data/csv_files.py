@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tuna_peft.data.json_files import read_text
+from tuna_peft.data.json_files import open_text
 from tuna_peft.errors import UserError
 
 _DELIMITERS = ",;\t"  # in many languages, spreadsheets write .csv files with semicolons
 _LARGEST_CELL = 2**31 - 1  # characters; the largest limit that Python accepts on every platform
+_ROWS = 1000  # read at a time, because the limit is one of the whole process
 _LONGEST_NAME = 100  # characters of a column's name; a longer cell in the header is data
 
 
-def read_csv_rows(path: Path, *, header: bool = True) -> list[tuple[int, Any]]:
-    """The rows after the header, each with the number of its first line (the header is line 1).
+def csv_rows(path: Path, *, header: bool = True) -> Iterator[tuple[int, Any]]:
+    """The rows after the header, each with the number of its first line (the header is line 1), as they are asked for.
 
     Values are text; an empty cell is None. The delimiter (comma, semicolon or tab) is detected from the first line.
 
@@ -30,34 +32,15 @@ def read_csv_rows(path: Path, *, header: bool = True) -> list[tuple[int, Any]]:
         UserError: The file is empty or not UTF-8, has no usable header, or a row has another number of
             cells.
     """
-    text = read_text(path)
-    header_line = text.lstrip("\n\r").partition("\n")[0]
-    delimiter = max(_DELIMITERS, key=header_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[int, list[str]]] = []
-    line = 1
-    limit = csv.field_size_limit(_LARGEST_CELL)  # the default, 131,072, is shorter than some responses
-    try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                rows.append((line, cells))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"not valid CSV: {error}",
-            where=f"{path}: line {line}",
-            fix='Put cells with commas, line breaks or quotes in double quotes, and write a quote inside them as "".',
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-    if not rows:
+    rows = _cells(path)
+    first = next(rows, None)
+    if first is None:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
+    names = [name.strip() for name in first[1]]
     if header:
-        (_, names), *records = rows
-        names = [name.strip() for name in names]
         _refuse_data(names, path)
     else:
-        records, names = rows, [str(number) for number in range(1, len(rows[0][1]) + 1)]
+        rows, names = itertools.chain([first], rows), [str(number) for number in range(1, len(names) + 1)]
     counts = Counter(names)
     if twice := sorted({name or "(empty)" for name in names if not name or counts[name] > 1}):
         raise UserError(
@@ -65,17 +48,40 @@ def read_csv_rows(path: Path, *, header: bool = True) -> list[tuple[int, Any]]:
             where=f"{path}: line 1",
             fix="Name the columns; if this line is data already, write `header: false` and number them from 1.",
         )
-    for number, cells in records:
+    for number, cells in rows:
         if len(cells) != len(names):
             raise UserError(
                 f"{len(cells)} cells, but the {'header' if header else 'first row'} has {len(names)}",
                 where=f"{path}: line {number}",
                 fix="Put cells that contain a comma or a line break in double quotes.",
             )
-    return [
-        (number, {name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)})
-        for number, cells in records
-    ]
+        yield number, {name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)}
+
+
+def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not blank, each with the number of its first line."""
+    with open_text(path) as stream:
+        delimiter = max(_DELIMITERS, key=next((line for line in stream if line.strip("\r\n")), "").count)
+    with open_text(path, newline="") as stream:
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        line, rows = 1, [(0, [""])]
+        while rows:
+            rows = []
+            limit = csv.field_size_limit(_LARGEST_CELL)  # the default, 131,072, is shorter than some responses
+            try:
+                for cells in itertools.islice(reader, _ROWS):
+                    rows.append((line, cells))
+                    line = reader.line_num + 1
+            except csv.Error as error:
+                raise UserError(
+                    f"not valid CSV: {error}",
+                    where=f"{path}: line {line}",
+                    fix="Put cells with commas, line breaks or quotes in double quotes, and write a quote inside them "
+                    'as "".',
+                ) from None
+            finally:
+                csv.field_size_limit(limit)
+            yield from (row for row in rows if any(cell.strip() for cell in row[1]))
 
 
 def _refuse_data(names: list[str], path: Path) -> None:

@@ -6,10 +6,17 @@ than i, with 0 they are tied.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
 import json
+import operator
+import pickle
 import re
+import sqlite3
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tuna_peft.data.bad_row import BadRow
@@ -119,25 +126,33 @@ def rank_by_votes(count: int, votes: list[Vote]) -> tuple[list[int | None], int]
     return ranks, wrong
 
 
-def group_rows(records: list[tuple[str, Record]], paths: str | list[str]) -> list[tuple[str, Record]]:
+def group_rows(records: Iterable[tuple[str, Record]], paths: str | list[str]) -> Iterator[tuple[str, Record]]:
     """Collects rows with equal values at `paths`, in the order in which the values first appear.
+
+    The rows of a prompt may stand anywhere, so all of them are sorted, in a temporary file of SQLite.
 
     Raises:
         BadRow: A row has no such path.
     """
     from tuna_peft.data.columns import one
 
-    groups: dict[str, Group] = {}
-    firsts: list[tuple[str, Record]] = []
-    for where, record in records:
-        values = [one(record, path, where) for path in ([paths] if isinstance(paths, str) else paths)]
-        key = json.dumps(values, default=str)
-        if key not in groups:
-            groups[key] = Group(record)
-            groups[key].rows = []
-            firsts.append((where, groups[key]))
-        groups[key].rows.append((where, record))
-    return firsts
+    groups: dict[bytes, int] = {}
+
+    def numbered() -> Iterator[tuple[int, bytes]]:
+        for where, record in records:
+            values = [one(record, path, where) for path in ([paths] if isinstance(paths, str) else paths)]
+            key = hashlib.sha256(json.dumps(values, default=str).encode("utf-8", "surrogatepass")).digest()
+            yield groups.setdefault(key, len(groups)), pickle.dumps((where, record))
+
+    with contextlib.closing(sqlite3.connect("")) as table:
+        table.execute("CREATE TABLE rows (prompt INTEGER, row BLOB)")
+        table.executemany("INSERT INTO rows VALUES (?, ?)", numbered())
+        ordered = table.execute("SELECT prompt, row FROM rows ORDER BY prompt, rowid")
+        for _, rows in itertools.groupby(ordered, key=operator.itemgetter(0)):
+            placed = [pickle.loads(row) for _, row in rows]
+            group = Group(placed[0][1])
+            group.rows = placed
+            yield placed[0][0], group
 
 
 def merge_responses(rows: list[tuple[str, Record]]) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,10 @@ from rich.text import Text
 
 from tuna_peft.data.config import DataSource, Overflow, PromptConfig
 from tuna_peft.data.encoder import loss_tokens
-from tuna_peft.data.load import best_alone, load_prompts, read_placed, source_format
+from tuna_peft.data.load import best_alone, iterate_ranked, load_prompts, source_format
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.messages import message_text
-from tuna_peft.data.ranked import Record, response_text
+from tuna_peft.data.ranked import ReadReport, Record, response_text
 from tuna_peft.data.suggest import data_block
 from tuna_peft.data.texts import reads_the_clock, set_template_date, template_date
 from tuna_peft.data.tokenize import encode_ranked
@@ -61,7 +62,10 @@ def inspect_file(
     """
     format, read_as = source_format(source)
     supervised = format in ("alpaca", "messages") if supervised is None else supervised
-    placed, report = read_placed(source, prompt, pairs=not supervised)
+    report = ReadReport()
+    records = iterate_ranked(source, prompt, report, pairs=not supervised)
+    placed = list(islice(records, n))
+    deque(records, maxlen=0)  # counts the others
     lines = [f"{source.title} ({format}): {report.read} records read, {report.kept} kept"]
     lines += describe_losses(report.as_dict())
     if tokenizer is not None and reads_the_clock(tokenizer):
@@ -70,7 +74,7 @@ def inspect_file(
             f"The chat template shows the date: {template_date(tokenizer)} here, in a run the day on which it starts "
             "(`date` under `prompt` fixes it)"
         )
-    panels = _panels(placed[:n], tokenizer, prompt, supervised, max_length, overflow)
+    panels = _panels(placed, tokenizer, prompt, supervised, max_length, overflow)
     return Group(Text("\n  ".join(lines)), *panels, Text(f"\nIn a recipe:\n\n{data_block(read_as)}"))
 
 

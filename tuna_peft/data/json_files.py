@@ -3,39 +3,86 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tuna_peft.errors import UserError
 from tuna_peft.json_text import Decoder, Rejected, parse_json
 
+_WINDOW = 1 << 20  # characters of a list that are decoded at a time
 _CUT_FIX = "The file is incomplete, perhaps after an interrupted copy: get it again, or delete the incomplete record."
 
 
-def read_json_units(path: Path) -> tuple[str, list[tuple[int, Any]]]:
+def json_units(path: Path) -> tuple[str, Iterator[tuple[int, Any, bool]]]:
     """The records of a JSON list, or the lines of a JSONL file; the content decides, not the extension.
 
+    Both are read as they are asked for, so that memory does not grow with the file.
+
     Returns:
-        The kind of unit (`record` or `line`) and the units, each with its number from 1. Lines are still text, without
-        blank ones, for `parse_line`: with `limit` or a slice only the selected lines are parsed.
+        The kind of unit (`record` or `line`), and for each its number from 1, the record or the text of the line (for
+        `parse_line`; blank ones are left out), and whether it is the last one.
 
     Raises:
-        UserError: The file is empty, incomplete, not UTF-8, not JSON, or neither a list nor lines of objects.
+        UserError: The file is empty, incomplete, not UTF-8, not JSON, or neither a list nor lines of objects; for what
+            is wrong further down, when it is reached.
     """
-    text = read_text(path)
-    if not text.strip():
+    with open_text(path) as stream:
+        first = next((line for line in stream if line.strip()), None)
+    if first is None:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
-    if text.lstrip().startswith("["):
-        try:
-            return "record", list(enumerate(parse_json(text), 1))
-        except ValueError as error:
-            raise _error_in_list(path, text, error) from None
+    if first.lstrip().startswith("["):
+        return "record", _marked(_records(path))
     if ".jsonl" not in path.suffixes:
-        _refuse_one_object(path, text)
-    # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside a string.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return "line", lines
+        _refuse_one_object(path, first)
+    return "line", _marked(_lines(path))
+
+
+def _marked(units: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any, bool]]:
+    """The units, each with whether it is the last one."""
+    before = next(units, None)
+    while before is not None:
+        following = next(units, None)
+        yield *before, following is None
+        before = following
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with open_text(path) as stream:
+        yield from ((number, line) for number, line in enumerate(stream, 1) if line.strip())
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """The records of a list, decoded from a part of the text that grows until it holds the next one."""
+    decoder, number = Decoder(), 0
+    with open_text(path) as stream:
+        text = ""
+        while not text:
+            text = stream.read(_WINDOW).lstrip()
+        start = 1  # after the bracket
+        while True:
+            separator = re.compile(r"\s*,\s*" if number else r"\s*").match(text, start)
+            try:
+                record, end = decoder.raw_decode(text, separator.end()) if separator else (None, len(text))
+            except ValueError:  # the record goes on, or it is wrong: the whole text will tell
+                end = len(text)
+            if end < len(text):
+                number, start = number + 1, end
+                yield number, record
+            elif more := stream.read(max(_WINDOW, len(text) - start)):
+                text, start = text[start:] + more, 0
+            else:
+                break
+    if text[start:].strip() != "]":
+        whole = read_text(path)
+        try:
+            yield from itertools.islice(enumerate(parse_json(whole), 1), number, None)
+        except ValueError as error:
+            raise _error_in_list(path, whole, error) from None
 
 
 def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
@@ -57,9 +104,29 @@ def parse_line(path: Path, number: int, line: str, *, last: bool) -> Any:
         raise UserError(str(error), where=f"{path}: line {number}", fix="Correct this line.") from None
 
 
+@contextlib.contextmanager
+def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
+    """The text of a file, perhaps compressed, without its byte order mark.
+
+    Lines end at `newline` only: U+2028 and its like are allowed inside a string of JSON.
+
+    Raises:
+        UserError: The file cannot be read, or is not UTF-8.
+    """
+    try:
+        with _open_bytes(path) as data, io.TextIOWrapper(data, encoding="utf-8-sig", newline=newline) as stream:
+            yield stream
+    except UnicodeDecodeError:
+        read_text(path)  # raises, with the place
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read the file: {error.strerror or error}", where=str(path)) from error
+
+
 def read_text(path: Path) -> str:
     """The text of a file without its byte order mark; UserError with the place of the first byte that is not UTF-8."""
-    data = _read_bytes(path)
+    with _open_bytes(path) as stream:
+        data = stream.read()
     start = 3 if data.startswith(b"\xef\xbb\xbf") else 0  # the byte order mark that some editors write
     try:
         return data[start:].decode("utf-8")
@@ -78,19 +145,27 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def _read_bytes(path: Path) -> bytes:
+def _open_bytes(path: Path) -> Any:
     if path.suffix not in (".gz", ".zst"):
-        return path.read_bytes()
+        return open(path, "rb")
     import pyarrow
 
-    with pyarrow.input_stream(str(path), compression="detect") as stream:
-        return bytes(stream.read())
+    return pyarrow.input_stream(str(path), compression="detect")
 
 
-def _refuse_one_object(path: Path, text: str) -> None:
-    """Raises UserError for a single JSON value; returns for JSONL with another extension."""
+def _refuse_one_object(path: Path, first: str) -> None:
+    """Raises UserError for a file with a single JSON value; returns for JSONL with another extension.
+
+    Args:
+        path: The file.
+        first: Its first line that is not blank.
+    """
+    with contextlib.suppress(ValueError):
+        parse_json(first)
+        if sum(1 for _ in itertools.islice(_lines(path), 2)) == 2:
+            return
     try:
-        value = parse_json(text)
+        value = parse_json(read_text(path))
     except ValueError:
         return  # several lines of JSON, or an error that parse_line will report
     found = "a single value"

@@ -7,7 +7,8 @@ and normalizes records, `tokenize` turns them into token ids.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -22,13 +23,13 @@ from tuna_peft.data.ranked import (
     Prompt,
     ReadReport,
     Record,
-    Response,
     add_reference,
     clean_prompt,
     clean_response,
     normalise,
     record_id,
     require_few,
+    response_key,
     split_dialogues,
 )
 from tuna_peft.data.readers import Format, choose_format, grouped
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Placed = tuple[str, Record]  # a record's place in its file, and the record
-Select = Callable[[list[Placed]], list[Placed]]
+Select = Callable[[Iterable[Placed]], Iterable[Placed]]
 
 
 def encode_source(
@@ -61,6 +62,8 @@ def encode_source(
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Reads and tokenizes the data of a recipe's stage or task: the one call from a source to training rows.
 
+    The rows are on the disk, and records are read as they are encoded: memory does not grow with their number.
+
     Args:
         source: What the recipe says of the data.
         prompt: The recipe's prompt template.
@@ -68,7 +71,7 @@ def encode_source(
         config: The model's configuration; its context length bounds `max_length`.
         supervised: Use only the best response of each record, as `load_sft`.
         max_length, overflow, needs_reference: See `tuna_peft.data.tokenize.encode_ranked`.
-        select: Picks the records to encode from those that were read; None encodes all.
+        select: Picks the records to encode from those that are read; None encodes all.
 
     Returns:
         Rows as `tuna_peft.data.tokenize.encode_dataset` returns them, and the counts of records and rows that were
@@ -77,12 +80,15 @@ def encode_source(
     Raises:
         UserError: As `load_ranked` and `encode_dataset`; names the file and the record's place in it.
     """
-    placed, read = read_placed(source, prompt, pairs=not supervised)
-    chosen = select(placed) if select else placed
-    placed = [(where, best_alone(record) if supervised else record) for where, record in chosen]
+    read = ReadReport()
+    placed: Iterable[Placed] = iterate_ranked(source, prompt, read, pairs=not supervised)
+    if select is not None:
+        placed = select(placed)
+    if supervised:
+        placed = ((where, best_alone(record)) for where, record in placed)
     try:
         encoded, tokens = encode_records(
-            placed, len(placed), tokenizer, sft=supervised, overflow=overflow, needs_reference=needs_reference,
+            placed, None, tokenizer, sft=supervised, overflow=overflow, needs_reference=needs_reference,
             max_length=within_context(max_length, context_length(config)), prompt=prompt, on_bad_row=source.on_bad_row,
         )  # fmt: skip
         if (vocabulary := getattr(config.get_text_config(), "vocab_size", None)) is not None:
@@ -182,12 +188,12 @@ def renderable(
 
 def read_ranked(source: DataSource, prompt: PromptConfig, *, pairs: bool = True) -> tuple[list[Record], ReadReport]:
     """The records of `load_ranked` as a list; `pairs=False` also accepts records with one response or all tied."""
-    placed, report = read_placed(source, prompt, pairs=pairs)
-    return [record for _, record in placed], report
+    report = ReadReport()
+    return [record for _, record in iterate_ranked(source, prompt, report, pairs=pairs)], report
 
 
-def read_placed(source: DataSource, prompt: PromptConfig, *, pairs: bool) -> tuple[list[Placed], ReadReport]:
-    """The records of `read_ranked`, each with its place."""
+def iterate_ranked(source: DataSource, prompt: PromptConfig, report: ReadReport, *, pairs: bool) -> Iterator[Placed]:
+    """The records of `read_ranked` with their places, read as they are asked for; `report` is complete at the end."""
     first: list[Prompt] = []  # the first prompt, once there is one
 
     def build(raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate) -> Normalised:
@@ -199,7 +205,7 @@ def read_placed(source: DataSource, prompt: PromptConfig, *, pairs: bool) -> tup
         first[:] = [prompt]
         return normalised
 
-    return _read(source, prompt, "Reading responses", build)
+    return _read(source, prompt, "Reading responses", build, report)
 
 
 def source_format(source: DataSource) -> tuple[str, DataSource]:
@@ -209,7 +215,7 @@ def source_format(source: DataSource) -> tuple[str, DataSource]:
         The name, and the source with the `format` or the `columns` that say the same without looking at the data.
     """
     source = resolve_entry(source)
-    format, read_as = _format(source, read_records(source.model_copy(update={"limit": 1})))
+    format, read_as, _ = _format(source)
     name = "columns" if read_as.columns is not None else format.name
     return format.name, read_as.model_copy(update={"format": name})
 
@@ -250,17 +256,15 @@ def _read(
     prompt: PromptConfig,
     what: str,
     build: Callable[[Record, str, Format, DataSource, PromptTemplate], Normalised],
+    report: ReadReport,
     *,
     prompts_only: bool = False,
-) -> tuple[list[Placed], ReadReport]:
+) -> Iterator[Placed]:
     """What `build` makes of each raw record, with invalid ones skipped and counted where the source allows it."""
-    source = resolve_entry(source)
-    raw_records = read_records(source)
-    (format, source), template = _format(source, raw_records, prompts_only=prompts_only), PromptTemplate(prompt)
+    format, source, raw_records = _format(resolve_entry(source), prompts_only=prompts_only)
+    template = PromptTemplate(prompt)
     if source.group_by is not None:
         raw_records, format = group_rows(raw_records, source.group_by), grouped(format)
-    records: list[Placed] = []
-    report = ReadReport()
     # The bar is shown only on a terminal, and only after two seconds.
     for where, raw in tqdm(raw_records, desc=what, unit=" records", delay=2, disable=None, leave=False):
         report.read += 1
@@ -269,6 +273,7 @@ def _read(
         except BadRow as error:
             _skip(error, source, report)
             continue
+        report.kept += 1
         report.duplicates_merged += built.merged
         report.omitted += built.omitted
         report.contradictions += built.contradictions
@@ -276,10 +281,8 @@ def _read(
         if built.contradictions and report.first_contradiction is None:
             report.first_contradiction = where
         report.responses += len(built.record.get("completions", ())) + built.merged + built.omitted
-        records.append((where, built.record))
-    report.kept = len(records)
+        yield where, built.record
     _require_some(report, source)
-    return records, report
 
 
 def _skip(error: BadRow, source: DataSource, report: ReadReport) -> None:
@@ -313,8 +316,8 @@ def _read_unranked(
             rest["tools"] = tools
         return Normalised({**row, **rest}, merged, omitted=0)
 
-    placed, report = _read(source, prompt, what, build, prompts_only=True)
-    return [record for _, record in placed], report
+    report = ReadReport()
+    return [record for _, record in _read(source, prompt, what, build, report, prompts_only=True)], report
 
 
 def _responses_of(
@@ -343,27 +346,14 @@ def _with_responses(raw: Record, where: str, format: Format, found: Record, prom
     if not isinstance(responses, list) or not responses:
         raise BadRow("the record has no responses", reason="no responses", where=where)
     require_few(len(responses), where)
-    texts = [
-        _text_alone(clean_response(response, prompt, f"{where}, candidate {index}"), where)
-        for index, response in enumerate(responses)
-    ]
-    distinct = list(dict.fromkeys(texts))
+    cleaned = [clean_response(one, prompt, f"{where}, candidate {index}") for index, one in enumerate(responses)]
     reference = found["reference"]
-    if reference is not None:
-        reference = _text_alone(clean_response(reference, prompt, f"{where}, reference"), where)
     rest = {
-        "completions": distinct,
-        "reference": reference,
+        "completions": list({response_key(response): response for response in reversed(cleaned)}.values())[::-1],
+        "reference": None if reference is None else clean_response(reference, prompt, f"{where}, reference"),
         "record": raw.get("record", raw),
     }
-    return rest, len(texts) - len(distinct)
-
-
-def _text_alone(response: Response, where: str) -> str:
-    if isinstance(response, str):
-        return response
-    what = "a response with tool calls or several turns cannot be scored or judged yet; only text can"
-    raise BadRow(what, reason="response that is not text", where=where)
+    return rest, len(cleaned) - len(rest["completions"])
 
 
 def _read_one(
@@ -382,9 +372,12 @@ def _read_one(
     return built
 
 
-def _format(source: DataSource, raw_records: RawRecords, *, prompts_only: bool = False) -> tuple[Format, DataSource]:
-    where, first = raw_records[0]
-    return choose_format(source, first, where, prompts_only=prompts_only)
+def _format(source: DataSource, *, prompts_only: bool = False) -> tuple[Format, DataSource, RawRecords]:
+    """The source's format, what it is read as, and its records."""
+    raw_records = read_records(source)
+    where, first = next(raw_records)
+    format, read_as = choose_format(source, first, where, prompts_only=prompts_only)
+    return format, read_as, chain([(where, first)], raw_records)
 
 
 def _part(values: list[Any]) -> Any:

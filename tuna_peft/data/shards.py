@@ -1,23 +1,27 @@
 """Finds and opens data files: one file, or the shards in a folder or of a pattern such as `data/train-*.parquet`.
 
-Used by `sources`. A file is opened without reading its records: only the ones that are chosen are parsed.
+Used by `sources`. Records are read as they are asked for: memory does not grow with a file, and lines that are not
+chosen are not parsed.
 """
 
 from __future__ import annotations
 
 import decimal
 import glob
+import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
-from tuna_peft.data.csv_files import read_csv_rows
-from tuna_peft.data.json_files import parse_line, read_json_units
+from tuna_peft.data.csv_files import csv_rows
+from tuna_peft.data.json_files import json_units, parse_line
 from tuna_peft.errors import UserError, first_line
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
+_BATCH = 1024  # rows of a Parquet file in memory at a time
 
 # Files that describe a data set, in folders of the Hub and of `datasets`.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -27,16 +31,18 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
 )
 
 
-class Shard(NamedTuple):
-    """An open data file.
+@dataclass(frozen=True)
+class Shard:
+    """A data file.
 
     Attributes:
-        size: Its number of records.
-        read: From indices of records to pairs of place (`line 12`) and record.
+        size: Counts its records.
+        read: From the index of the first record, and of the one after the last (None: all that follow), to pairs of
+            place (`line 12`) and record.
     """
 
-    size: int
-    read: Callable[[Sequence[int]], Iterable[tuple[str, Any]]]
+    size: Callable[[], int]
+    read: Callable[[int, int | None], Iterator[tuple[str, Any]]]
 
 
 def is_hub_id(text: str) -> bool:
@@ -96,14 +102,14 @@ def _split_of(path: Path) -> str:
 
 
 def open_shard(path: Path, *, header: bool = True) -> Shard:
-    """Opens one file.
+    """A file that exists, to be read.
 
     Args:
-        path: A file that exists.
+        path: The file.
         header: Whether the first line of a CSV file names the columns.
 
     Raises:
-        UserError: It is of an unknown kind, cannot be read, or holds no records.
+        UserError: It is of an unknown kind; when it is read: it cannot be read, or holds no records.
     """
     suffix = data_suffix(path)
     if suffix not in SUFFIXES:
@@ -113,49 +119,82 @@ def open_shard(path: Path, *, header: bool = True) -> Shard:
             fix=f"Known kinds: {', '.join(SUFFIXES)}, and these with {' or '.join(COMPRESSED)}. "
             "Convert it, or rename it if it is one of these.",
         )
-    try:
-        if suffix == ".parquet":
-            return _open_parquet(path)
-        table = suffix in (".csv", ".tsv")
-        unit, units = ("row", read_csv_rows(path, header=header)) if table else read_json_units(path)
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror or error}", where=str(path)) from error
-    if not units:
-        raise UserError("the file holds an empty list", where=str(path), fix="Check that what wrote it had finished.")
-    if unit == "line":
-        last = units[-1][0]
+    count, rows = _KINDS.get(suffix, (_count_json, _read_json))
 
-        def parse(indices: Sequence[int]) -> Iterable[tuple[str, Any]]:
-            for number, line in (units[index] for index in indices):
-                yield f"line {number}", parse_line(path, number, line, last=number == last)
+    def size() -> int:
+        return count(path, header) or _no_records(path)
 
-        return Shard(len(units), parse)
-    name = "line" if unit == "row" else "record"
-    return Shard(len(units), lambda indices: ((f"{name} {units[i][0]}", units[i][1]) for i in indices))
+    def read(start: int, stop: int | None) -> Iterator[tuple[str, Any]]:
+        found = rows(path, header, start, stop)
+        first = next(found, None)
+        if first is not None:
+            yield first
+        elif start == 0 and stop != 0:
+            _no_records(path)
+        yield from found
+
+    return Shard(size, read)
 
 
-def _open_parquet(path: Path) -> Shard:
+def _no_records(path: Path) -> NoReturn:
+    raise UserError("the file holds no records", where=str(path), fix="Check that what wrote it had finished.")
+
+
+def _count_json(path: Path, header: bool) -> int:
+    return sum(1 for _ in json_units(path)[1])
+
+
+def _read_json(path: Path, header: bool, start: int, stop: int | None) -> Iterator[tuple[str, Any]]:
+    kind, units = json_units(path)
+    for number, unit, last in itertools.islice(units, start, stop):
+        yield f"{kind} {number}", parse_line(path, number, unit, last=last) if kind == "line" else unit
+
+
+def _count_csv(path: Path, header: bool) -> int:
+    return sum(1 for _ in csv_rows(path, header=header))
+
+
+def _read_csv(path: Path, header: bool, start: int, stop: int | None) -> Iterator[tuple[str, Any]]:
+    return ((f"line {number}", row) for number, row in itertools.islice(csv_rows(path, header=header), start, stop))
+
+
+def _count_parquet(path: Path, header: bool) -> int:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        size = pyarrow.parquet.read_metadata(path).num_rows
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
     except pyarrow.ArrowException as error:
         raise _not_parquet(path, error) from error
-    if size == 0:
-        raise UserError("the file has no rows", where=str(path), fix="Check that what wrote it had finished.")
 
-    def read(indices: Sequence[int]) -> Iterable[tuple[str, Any]]:
-        try:
-            table = pyarrow.parquet.read_table(path)
-            rows = table.take(pyarrow.array(indices, pyarrow.int64())).to_pylist()
-        except Exception as error:  # Arrow's own types, and what Python says of text or dates that it cannot hold
-            raise _not_parquet(path, error) from error
-        if re.search(r"binary|decimal", str(table.schema.types)):
-            rows = [plain(row, f"{path}: row {index}") for index, row in zip(indices, rows, strict=True)]
-        return ((f"row {index}", row) for index, row in zip(indices, rows, strict=True))
 
-    return Shard(size, read)
+def _read_parquet(path: Path, header: bool, start: int, stop: int | None) -> Iterator[tuple[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        file, first = pyarrow.parquet.ParquetFile(path), 0
+        typed = re.search(r"binary|decimal", str(file.schema_arrow.types))
+        for group in range(file.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            if start < end and (stop is None or first < stop):
+                for batch in file.iter_batches(_BATCH, row_groups=[group]):
+                    for index, row in enumerate(batch.to_pylist(), first):
+                        if start <= index and (stop is None or index < stop):
+                            yield f"row {index}", plain(row, f"{path}: row {index}") if typed else row
+                    first += batch.num_rows
+            first = end
+    except UserError:
+        raise
+    except Exception as error:  # Arrow's own types, and what Python says of text or dates that it cannot hold
+        raise _not_parquet(path, error) from error
+
+
+# How to count and to read the records of a kind of file; all others are JSON.
+_KINDS = {
+    ".csv": (_count_csv, _read_csv),
+    ".tsv": (_count_csv, _read_csv),
+    ".parquet": (_count_parquet, _read_parquet),
+}
 
 
 def plain(value: Any, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Reads files, saved data sets, Hub data sets and the package's own data as a list of raw records. Used by `load`."""
+"""Reads files, saved data sets, Hub data sets and the package's own data as raw records. Used by `load`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import difflib
 import importlib.resources
 import itertools
 import re
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.shards import (
     SUFFIXES,
-    Shard,
     data_suffix,
     find_shards,
     is_hub_id,
@@ -23,11 +23,11 @@ from tuna_peft.data.shards import (
 from tuna_peft.data.streamed import read_streamed
 from tuna_peft.errors import UserError, first_line
 
-RawRecords = list[tuple[str, dict[str, Any]]]
+RawRecords = Iterator[tuple[str, dict[str, Any]]]
 
 
 def read_records(source: DataSource) -> RawRecords:
-    """The records of a source, each with its place.
+    """The records of a source, each with its place, read as they are asked for.
 
     Lines and records count from 1 (`x.jsonl: line 12`, `x.csv: line 4`, `x.json: record 3`), rows of Parquet files and
     data sets from 0 (`id[train]: row 7`), as `dataset[7]` does. In a folder or list of files the name of the file
@@ -42,22 +42,27 @@ def read_records(source: DataSource) -> RawRecords:
     for index, path in enumerate(source.path):
         # Places give records their ids, so they must differ between the files of a list.
         name = f"{Path(path).name}" + (f" ({index + 1})" if path in source.path[:index] else "")
-        places = ((where.rpartition(": "), record) for where, record in _read_path(path, source))
-        parts.append([(f"{head}: {name} {rest}", record) for (head, _, rest), record in places])
-    records = _mixed(parts, source.weights) if source.weights else list(itertools.chain(*parts))
-    return records[: source.limit]
+        parts.append(_named(name, _read_path(path, source)))
+    records = _mixed(parts, source.weights) if source.weights else itertools.chain(*parts)
+    return itertools.islice(records, source.limit)
+
+
+def _named(name: str, records: RawRecords) -> RawRecords:
+    for where, record in records:
+        head, _, rest = where.rpartition(": ")
+        yield f"{head}: {name} {rest}", record
 
 
 def _mixed(parts: list[RawRecords], weights: list[float]) -> RawRecords:
     """Takes from each part in proportion to its weight, in order, until one of them has no more records."""
     taken = [0] * len(parts)
-    records: RawRecords = []
     while True:
         # The part that is furthest behind its share comes next.
         index = min(range(len(parts)), key=lambda part: (taken[part] + 1) / weights[part])
-        if taken[index] == len(parts[index]):
-            return records
-        records.append(parts[index][taken[index]])
+        record = next(parts[index], None)
+        if record is None:
+            return
+        yield record
         taken[index] += 1
 
 
@@ -81,16 +86,18 @@ def _read_path(text: str, source: DataSource) -> RawRecords:
                     fix=f"Remove `{key}`.",
                 )
         records = _read_local(path, source)
-    if not records:
-        raise UserError(f"split `{source.split}` selects no records", where=text, fix="Use another `split`.")
-    for where, record in records:
+    none = True
+    for where, record in itertools.islice(records, source.limit):
+        none = False
         if not isinstance(record, dict):
             raise UserError(
                 f"expected an object with keys, found {type(record).__name__}: {str(record)[:40]!r}",
                 where=where,
                 fix='Each record is a JSON object, such as {"instruction": ..., "output": ...}.',
             )
-    return records
+        yield where, record
+    if none:
+        raise UserError(f"split `{source.split}` selects no records", where=text, fix="Use another `split`.")
 
 
 def _read_local(path: Path, source: DataSource) -> RawRecords:
@@ -112,29 +119,20 @@ def _read_local(path: Path, source: DataSource) -> RawRecords:
 
 
 def _read_shards(path: Path, splits: dict[str, list[Path]], source: DataSource) -> RawRecords:
-    """The chosen records of one file, or of several: a folder's or a pattern's, by split."""
-    opened: dict[str, list[tuple[Path, Shard]]] = {name: [] for name in splits}
-    for name, files in splits.items():
-        if "[" not in source.split and name not in source.split.split("+"):
-            continue  # a split that is not read
-        for file in files:
-            opened[name].append((file, open_shard(file, header=source.header)))
-            if source.split == name == "train" and sum(shard.size for _, shard in opened[name]) >= (
-                source.limit or float("inf")
-            ):
-                break
-    sizes = {name: sum(shard.size for _, shard in shards) for name, shards in opened.items()}
-    chosen = _choose(source, sizes)
+    """The chosen records of one file, or of those of a folder or a pattern, by split; one file after the other."""
+    shards = {name: [open_shard(file, header=source.header) for file in files] for name, files in splits.items()}
     several = path not in (file for files in splits.values() for file in files)
-    records: RawRecords = []
-    for name, run in itertools.groupby(chosen, key=lambda place: place[0]):
-        indices, start = [index for _, index in run], 0
-        for file, shard in opened[name]:
-            local = [index - start for index in indices if start <= index < start + shard.size]
-            start += shard.size
-            label = f"{path}: {file.name} " if several else f"{path}: "
-            records += [(label + place, record) for place, record in shard.read(local)] if local else []
-    return records
+    for name, start, stop in _choose(source, splits, lambda name: sum(shard.size() for shard in shards[name])):
+        first = 0
+        for file, shard in zip(splits[name], shards[name], strict=True):
+            begin, end = start, stop
+            if start or stop is not None:  # the sizes tell which of the rows are in this file
+                size = shard.size()
+                begin, end = max(start - first, 0), min(size, size if stop is None else stop - first)
+                first += size
+            if end is None or begin < end:
+                label = f"{path}: {file.name} " if several else f"{path}: "
+                yield from ((label + place, record) for place, record in shard.read(begin, end))
 
 
 def _read_saved(path: Path, source: DataSource) -> RawRecords:
@@ -153,16 +151,13 @@ def _read_saved(path: Path, source: DataSource) -> RawRecords:
         splits = {name: saved for name in ("train", str(saved.split or "train"))}
     else:
         splits = dict(saved)
-    chosen = _choose(source, {name: len(split) for name, split in splits.items()})
-    records: RawRecords = []
-    for name, run in itertools.groupby(chosen, key=lambda place: place[0]):
-        indices = [index for _, index in run]
+    for name, start, stop in _choose(source, splits, lambda name: len(splits[name])):
+        rows = splits[name].select(range(start, len(splits[name]) if stop is None else stop))
         try:
-            rows = list(splits[name].select(indices))
+            for index, row in enumerate(rows, start):
+                yield f"{path}[{name}]: row {index}", row
         except Exception as error:  # images, audio and damaged files are only decoded now
             raise UserError(f"the data set cannot be read: {first_line(error)}", where=f"{path}[{name}]") from error
-        records += [(f"{path}[{name}]: row {index}", row) for index, row in zip(indices, rows, strict=True)]
-    return records
 
 
 def _read_hub(path: str, source: DataSource) -> RawRecords:
@@ -172,35 +167,40 @@ def _read_hub(path: str, source: DataSource) -> RawRecords:
         if source.streaming:
             rows = read_streamed(path, source)
         else:
-            dataset = datasets.load_dataset(path, source.name, split=source.split, revision=source.revision)
-            rows = dataset if source.limit is None else dataset.select(range(min(source.limit, len(dataset))))
+            rows = datasets.load_dataset(path, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # huggingface_hub, datasets, requests and Arrow each raise their own types
         raise _hub_error(path, source, error) from error
-    return [(f"{path}[{source.split}]: row {index}", row) for index, row in enumerate(rows)]
+    return ((f"{path}[{source.split}]: row {index}", row) for index, row in enumerate(rows))
 
 
-def _choose(source: DataSource, sizes: dict[str, int]) -> list[tuple[str, int]]:
-    """Split name and row index of the records that `split` and `limit` select, rounded like `datasets` does.
+def _choose(
+    source: DataSource, names: Collection[str], size: Callable[[str], int]
+) -> list[tuple[str, int, int | None]]:
+    """The records that `split` selects, rounded like `datasets` does: name of a split, first row, and row to stop at.
+
+    The rows end at None if they are all, which nobody has to count.
 
     Args:
-        source: Has `split` and `limit`.
-        sizes: The number of rows of each split.
+        source: Has `split`.
+        names: The splits that there are.
+        size: Counts the rows of one of them.
     """
-    if source.split == "train" and "train" in sizes:
-        chosen = [("train", index) for index in range(sizes["train"])]
-    else:
-        import datasets
+    parts = [part.strip() for part in source.split.split("+")]
+    if all(part in names for part in parts):
+        return [(part, 0, None) for part in parts]
+    import datasets
 
-        try:
-            parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(sizes)
-        except (ValueError, AssertionError) as error:
-            raise UserError(
-                f"split `{source.split}` is not possible: {first_line(error)}",
-                where=source.title,
-                fix=f"Splits here: {', '.join(sorted(sizes))}; slices are written `train[:500]` or `train[90%:]`.",
-            ) from error
-        chosen = [(part.splitname, index) for part in parts for index in range(part.from_, part.to)]
-    return chosen[: source.limit]
+    wanted = {part.partition("[")[0].strip() for part in parts}
+    try:
+        sizes = {name: size(name) if name in wanted else 0 for name in names}
+        chosen = datasets.ReadInstruction.from_spec(source.split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"split `{source.split}` is not possible: {first_line(error)}",
+            where=source.title,
+            fix=f"Splits here: {', '.join(sorted(names))}; slices are written `train[:500]` or `train[90%:]`.",
+        ) from error
+    return [(part.splitname, part.from_, part.to) for part in chosen]
 
 
 def count_selected(source: DataSource, rows: int) -> int:
@@ -212,11 +212,16 @@ def count_selected(source: DataSource, rows: int) -> int:
         UserError: The split is not possible.
     """
     bounds = [int(bound) for bound in re.findall(r"[\[:-](\d+)(?=[:\]])", source.split)]
-    size = max(rows, *bounds, 0)
     names = {part.partition("[")[0].strip() for part in source.split.split("+")}
-    selected = len(_choose(source, dict.fromkeys(names, size)))
+
+    def selected(size: int) -> int:
+        chosen = _choose(source, names, lambda name: size)
+        found = sum((size if stop is None else stop) - start for _, start, stop in chosen)
+        return min(found, source.limit or found)
+
+    size = max(rows, *bounds, 0)
     # `[20000:]` with 20,000 rows selects none, so the split must have more: assume `rows` more.
-    return selected or len(_choose(source, dict.fromkeys(names, size + rows)))
+    return selected(size) or selected(size + rows)
 
 
 def _builtin(path: str) -> Path:

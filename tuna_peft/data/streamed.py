@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tuna_peft.data.config import DataSource
 from tuna_peft.data.shards import open_shard
 
 
-def read_streamed(path: str, source: DataSource) -> list[dict[str, Any]]:
+def read_streamed(path: str, source: DataSource) -> Iterator[dict[str, Any]]:
     """The first `limit` rows of a split, downloaded once.
 
     They are kept as Parquet in the cache of `datasets`, so that a run is resumed with the same rows, also offline and
@@ -42,5 +43,4 @@ def read_streamed(path: str, source: DataSource) -> list[dict[str, Any]]:
         pyarrow.parquet.write_table(table, buffer)
         folder.mkdir(parents=True, exist_ok=True)
         files.write_bytes(cache, buffer.getvalue())
-    shard = open_shard(cache)
-    return [row for _, row in shard.read(range(shard.size))]
+    return (row for _, row in open_shard(cache).read(0, None))

@@ -19,6 +19,7 @@ from tuna_peft.data.config import Overflow, PromptConfig
 from tuna_peft.data.encoder import Encoder, Options, TokenReport, loss_tokens
 from tuna_peft.data.ranked import Record, clean_prompt, clean_response, normalise_ranked
 from tuna_peft.data.readers import preference_responses
+from tuna_peft.data.rows_on_disk import write_rows
 from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def encode_dataset(
 
 def encode_records(
     records: Iterable[tuple[str, Record]],
-    total: int,
+    total: int | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
     sft: bool,
@@ -157,31 +158,29 @@ def encode_records(
 
     Args:
         records: Place and record; supervised ones have one response.
-        total: Their number.
+        total: Their number, if it is known.
         sft: Return rows of `encode_sft`.
     """
-    import datasets
-
     report = TokenReport()
     options = Options(max_length, overflow, needs_reference, prompt or PromptConfig())
     encoder = Encoder(tokenizer, options, report, on_bad_row)
-    encoded: list[dict[str, Any]] = []
     progress = tqdm(records, total=total, desc="Tokenizing", unit=" rows", delay=2, disable=None, leave=False)
-    remaining = iter(progress)
-    while chunk := list(islice(remaining, _CHUNK)):
-        rows = encoder.encode([record for _, record in chunk], [where for where, _ in chunk])
-        encoded += [_as_sft(row) if sft else row for row in rows if row is not None]
+
+    def chunks() -> Iterator[list[dict[str, Any]]]:
+        remaining = iter(progress)
+        while chunk := list(islice(remaining, _CHUNK)):
+            rows = encoder.encode([record for _, record in chunk], [where for where, _ in chunk])
+            yield [_as_sft(row) if sft else row for row in rows if row is not None]
+
+    encoded = write_rows(chunks(), _features())
     encoder.finish()
-    if not encoded:
+    if not report.kept:
         reasons = "".join(f", {count} skipped ({reason})" for reason, count in report.skipped.items())
         raise UserError(
             f"none of the {report.rows} rows fits into max_length {max_length}{reasons}",
             fix="Raise max_length, or shorten the data.",
         )
-    present = {name for row in encoded for name in row}
-    features = {name: feature for name, feature in _features().items() if name in present}
-    table = {name: [row.get(name) for row in encoded] for name in features}
-    return datasets.Dataset.from_dict(table, features=datasets.Features(features)), report
+    return encoded, report
 
 
 def require_known_ids(encoded: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tuna_peft.data.json_files import parse_line, read_json_units
+from tuna_peft.data.json_files import json_units, parse_line
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import Exclusion
 
@@ -52,12 +52,9 @@ def read_lines(file: Path, skipped: Skipped) -> list[dict[str, Any]]:
     Raises:
         UserError: The file does not exist, is empty or is not text.
     """
-    try:
-        kind, units = read_json_units(file)
-    except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror}", where=str(file)) from error
+    kind, units = json_units(file)
     records = []
-    for number, unit in units:
+    for number, unit, _ in units:
         name = f"{file.name}: {kind} {number}"
         try:
             value = parse_line(file, number, unit, last=False) if isinstance(unit, str) else unit

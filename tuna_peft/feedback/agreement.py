@@ -155,13 +155,12 @@ def read_annotated_rows(source: DataSource, prompt: PromptConfig) -> list[Annota
     Raises:
         UserError: The source cannot be read.
     """
-    raw_records = read_records(source)
-    _, first = raw_records[0]
+    _, first = next(read_records(source))
     if not first.keys() >= _PANDALM:
         ranked, _ = read_ranked(source, prompt, pairs=False)
         return [_shuffled(record) for record in ranked]
     template = PromptTemplate(prompt)
-    return [_pandalm(raw, where, template) for where, raw in raw_records]
+    return [_pandalm(raw, where, template) for where, raw in read_records(source)]
 
 
 def _shuffled(record: Record) -> AnnotatedRow:

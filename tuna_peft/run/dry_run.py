@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tuna_peft.data.config import DataSource, Overflow
-from tuna_peft.data.load import encode_source, load_prompts, read_ranked
+from tuna_peft.data.load import encode_source, iterate_ranked, load_prompts
 from tuna_peft.data.losses import describe_losses
+from tuna_peft.data.ranked import ReadReport
 from tuna_peft.data.sources import is_here
 from tuna_peft.data.texts import set_template_date
 from tuna_peft.graders import require_module
@@ -159,7 +161,8 @@ def _rows(
         prompts = load_prompts(source, recipe.prompt)[1]
         return prompts.kept, describe_losses(prompts.as_dict())
     if loaded is None:
-        read = read_ranked(source, recipe.prompt, pairs=not supervised)[1]
+        read = ReadReport()
+        deque(iterate_ranked(source, recipe.prompt, read, pairs=not supervised), maxlen=0)
         return read.kept, [*describe_losses(read.as_dict()), "counted before the length limit: no tokenizer here"]
     (config, tokenizer), (max_length, overflow, needs_reference) = loaded, limits
     rows, counts = encode_source(

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from datasets import Dataset, concatenate_datasets
 
 from tuna_peft.data.config import PromptConfig
-from tuna_peft.data.load import Placed, read_ranked
-from tuna_peft.data.ranked import Record
+from tuna_peft.data.load import Placed, iterate_ranked
+from tuna_peft.data.ranked import ReadReport, Record
 from tuna_peft.errors import UserError
 from tuna_peft.journal import content_key
 from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.run.tasks import Task, answers_task, ranking_task
 
 logger = logging.getLogger("tuna_peft")
+Item = TypeVar("Item")
 
 BATCH_SIZE = 8
 """Prompts per batch in the evaluation; batches that run out of memory are split."""
@@ -46,33 +48,40 @@ class HeldOut:
 
     Attributes:
         prompts: Their hashes.
-        records: The records to measure, by the ranking stage whose data they are from, without empty lists.
+        records: The records to measure with their places, by the ranking stage whose data they are from, without empty
+            lists.
     """
 
     prompts: set[str] = field(default_factory=set)
-    records: dict[str, list[Record]] = field(default_factory=dict)
+    records: dict[str, list[Placed]] = field(default_factory=dict)
 
-    def training(self, stage: ResolvedStage, placed: list[Placed]) -> list[Placed]:
+    def training(self, stage: ResolvedStage, placed: Iterable[Placed]) -> Iterator[Placed]:
         """The training examples of a stage, without the prompts that are held back."""
-        return [placed[index] for index in self._kept(stage, [record for _, record in placed])]
+        return self._kept(stage, placed, lambda item: item[1])
 
-    def measured(self, stage: ResolvedStage, placed: list[Placed]) -> list[Placed]:
-        """The examples of a ranking stage to measure."""
-        chosen = {_key(record) for record in self.records[stage.name]}
-        return [(where, record) for where, record in placed if _key(record) in chosen]
+    def measured(self, stage: ResolvedStage, placed: Iterable[Placed]) -> Iterator[Placed]:
+        """The examples of a ranking stage to measure; `placed` need not be read again."""
+        return iter(self.records[stage.name])
 
     def without(self, stage: ResolvedStage, rows: list[Record]) -> list[Record]:
         """The prompts of a stage that ranks responses itself, without those that are held back."""
-        return [rows[index] for index in self._kept(stage, rows)]
+        return list(self._kept(stage, rows, lambda row: row))
 
-    def _kept(self, stage: ResolvedStage, records: list[Record]) -> Sequence[int]:
-        if not self.prompts:
-            return range(len(records))
-        kept = [index for index, record in enumerate(records) if _key(record) not in self.prompts]
-        if len(kept) < min(_needed(stage), len(records)):
-            logger.warning("stage %s trains on prompts that are held back elsewhere: too few others", stage.name)
-            return range(len(records))
-        return kept
+    def _kept(self, stage: ResolvedStage, items: Iterable[Item], record: Callable[[Item], Record]) -> Iterator[Item]:
+        items = iter(items)
+        if self.prompts:
+            # Until there are enough for a step it is not known whether any prompt can be spared.
+            waiting: list[tuple[Item, bool]] = []
+            needed = _needed(stage)
+            for item in items:
+                waiting.append((item, _key(record(item)) not in self.prompts))
+                needed -= waiting[-1][1]
+                if needed <= 0:
+                    break
+            if spared := needed > 0 and not all(kept for _, kept in waiting):
+                logger.warning("stage %s trains on prompts that are held back elsewhere: too few others", stage.name)
+            yield from (item for item, kept in waiting if kept or spared)
+        yield from (item for item in items if not self.prompts or _key(record(item)) not in self.prompts)
 
 
 def hold_out(stages: Sequence[ResolvedStage], prompt: PromptConfig, seed: int) -> HeldOut:
@@ -85,23 +94,24 @@ def hold_out(stages: Sequence[ResolvedStage], prompt: PromptConfig, seed: int) -
     """
     held = HeldOut()
     own = [stage for stage in stages if stage.type == "ranking" and stage.feedback is None]
-    read: dict[str, list[tuple[str, Record]]] = {}  # with the key of each record's prompt
+    keys: dict[str, list[str]] = {}  # of the prompts; the records themselves may be too many to keep
     for stage in own:
-        records, _ = read_ranked(stage.source, prompt)
-        read[stage.name] = [(_key(record), record) for record in records]
+        placed = iterate_ranked(stage.source, prompt, ReadReport(), pairs=True)
+        keys[stage.name] = [_key(record) for _, record in placed]
         # Hashed with the seed: the same prompt comes early or late in the data of every stage.
-        order = sorted({key for key, _ in read[stage.name]}, key=lambda key: content_key(seed=seed, prompt=key))
+        order = sorted(set(keys[stage.name]), key=lambda key: content_key(seed=seed, prompt=key))
         held.prompts |= set(order[: held_out_size(len(order), _needed(stage))])
     measured: set[str] = set()
     for stage in own:
-        new = held.prompts.intersection(key for key, _ in read[stage.name]) - measured
+        new = held.prompts.intersection(keys[stage.name]) - measured
         measured |= new
         if new:
-            held.records[stage.name] = [record for key, record in read[stage.name] if key in new]
+            placed = iterate_ranked(stage.source, prompt, ReadReport(), pairs=True)
+            held.records[stage.name] = [(where, record) for where, record in placed if _key(record) in new]
             logger.info(
                 "stage %s: %d of %d prompts are held back for the evaluation, by seed %d "
                 "(`evaluation: null` trains on all)",
-                stage.name, len(held.records[stage.name]), len(read[stage.name]), seed,
+                stage.name, len(held.records[stage.name]), len(keys[stage.name]), seed,
             )  # fmt: skip
     if own and not measured:
         logger.info("evaluation: nothing is measured, because there are too few prompts to hold some back")
@@ -139,7 +149,7 @@ def held_out_tasks(
     if not encoded:
         return []
     last = [stage for stage in stages if stage.name in held_out.records][-1]
-    chosen = sorted((record for records in held_out.records.values() for record in records), key=_key)
+    chosen = sorted((record for placed in held_out.records.values() for _, record in placed), key=_key)
     return [
         ranking_task(concatenate_datasets(encoded), last.train["margin"]),
         answers_task(chosen[:MAX_ANSWERS], prompt, min(MAX_NEW_TOKENS, (context or sys.maxsize) // 2)),
