@@ -146,8 +146,7 @@ def test_tools_and_calls_survive_every_column_type(jsonl):
     assert (first["tools"], first["completions"]) == (tools, [[call], "a"])
     assert (second["tools"], second["completions"]) == (None, ["b", "a"])
     assert load_prompts(DataSource(path=jsonl(record)), CHAT)[0][0]["tools"] == tools
-    with pytest.raises(UserError, match="cannot be scored or judged"):
-        load_candidates(DataSource(path=jsonl(record)), CHAT)
+    assert load_candidates(DataSource(path=jsonl(record)), CHAT)[0][0]["completions"] == [[call], "a"]
 
 
 def transcript(*turns):

@@ -181,3 +181,19 @@ def test_an_entry_of_llama_factory(jsonl, tmp_path):
     for name, message in wrong.items():
         with pytest.raises(UserError, match=message):
             read_ranked(DataSource(path=path, name=name), PLAIN)
+
+
+def test_an_arena_vote_is_on_all_turns(jsonl):
+    [short], _, _ = FILES["arena"]
+    said = {name: short[f"conversation_{name}"] + user("Another.") + assistant(name) for name in "ab"}
+    path = jsonl({**short, "conversation_a": said["a"], "conversation_b": said["b"]}, short)
+    chat = PromptConfig(template="chat")
+    [long, other], _ = read_ranked(DataSource(path=path), chat)
+    assert long["prompt"] == other["prompt"] == user("Name a colour.")
+    assert long["completions"] == [said["b"][1:], said["a"][1:]] and other["completions"] == ["Blue.", "Colour"]
+    with pytest.raises(UserError, match="dialogues of several turns") as caught:
+        read_ranked(DataSource(path=path), PLAIN)
+    assert "template: chat" in caught.value.fix and caught.value.where.endswith("line 1")
+    records, report = read_ranked(DataSource(path=path, on_bad_row="skip"), PLAIN)
+    assert [record["completions"] for record in records] == [["Blue.", "Colour"]]
+    assert report.skipped == {"several turns": 1}

@@ -10,7 +10,7 @@ from typing import Any
 from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import Columns
 from tuna_peft.data.grouping import rank_by_votes, votes_for, winner_index
-from tuna_peft.data.ranked import Prompt, Record, number
+from tuna_peft.data.ranked import Prompt, Record, number, replies_alone
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import did_you_mean
 
@@ -29,8 +29,10 @@ def read_prompt(raw: Record, columns: Columns | None, template: PromptTemplate, 
     return identity, render(template, instruction, given, where)
 
 
-def read_responses(raw: Record, columns: Columns | None, where: str) -> Record:
+def read_responses(raw: Record, columns: Columns | None, template: PromptTemplate, where: str) -> Record:
     """`completions`, `scores`, `ranks` and `reference` of a record.
+
+    Whole dialogues become their replies where a template for text wraps the instruction.
 
     A label (`winner`) or a `strength` also gives `votes`, see `tuna_peft.data.grouping`: such an order holds only
     among the responses of this record.
@@ -39,6 +41,8 @@ def read_responses(raw: Record, columns: Columns | None, where: str) -> Record:
     if columns.completions is None:
         raise BadRow("`columns` has no `completions`", reason="no responses", where=where, fix=_FIX)
     completions = many(raw, columns.completions, where)
+    if columns.instruction is not None and template.name != "chat":
+        completions = replies_alone(completions, where)
     found: Record = {
         "completions": completions,
         "scores": None if columns.scores is None else _scores(raw, columns.scores, where),

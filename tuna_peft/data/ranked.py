@@ -247,6 +247,22 @@ def split_dialogues(prompt: Any, responses: Any, where: str) -> tuple[Any, Any]:
     return shared, [dialogue[common:] for dialogue in dialogues]
 
 
+def replies_alone(responses: Any, where: str) -> Any:
+    """Responses that are whole dialogues, as the texts of their only replies; anything else unchanged.
+
+    Raises:
+        BadRow: The dialogues have more than one message of the user and a reply in text.
+    """
+    shared, rest = split_dialogues(None, responses, where)
+    if rest is responses:
+        return responses
+    if len(shared) > 1 or any(len(turns) > 1 or turns[0].keys() != {"role", "content"} for turns in rest):
+        what = "the responses are dialogues of several turns or with tool calls, and the prompt template is for text"
+        fix = "Read them as messages: `prompt: {template: chat}` ranks several turns as a whole."
+        raise BadRow(what, reason="several turns", where=where, fix=fix)
+    return [turns[0]["content"] for turns in rest]
+
+
 def _order(record: Record, count: int, where: str) -> tuple[list[float] | None, list[float | None]]:
     """The scores (or None), and for each candidate the key to sort by: smaller is better, None is not ranked."""
     scores, ranks = record.get("scores"), record.get("ranks")

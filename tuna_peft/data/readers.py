@@ -391,7 +391,7 @@ FORMATS: dict[str, Format] = {
             "any, with `columns`",
             lambda raw: False,
             lambda raw, source, template, where: columns.read_prompt(raw, source.columns, template, where),
-            lambda raw, source, template, where: columns.read_responses(raw, source.columns, where),
+            lambda raw, source, template, where: columns.read_responses(raw, source.columns, template, where),
         ),
     )
 }

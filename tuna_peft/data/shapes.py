@@ -107,13 +107,13 @@ SHAPES: dict[str, Shape] = {
             "group_by": "history",
         },
     ),
-    # lmsys/chatbot_arena_conversations; conversations of several turns are read by their first one
+    # lmsys/chatbot_arena_conversations; the vote is on all turns
     "arena": Shape(
         ("conversation_a[].content", "conversation_b[].content", "winner"),
         {
             "columns": {
                 "instruction": "conversation_a[0].content",
-                "completions": ["conversation_a[1].content", "conversation_b[1].content"],
+                "completions": ["conversation_a", "conversation_b"],
                 "winner": "winner",
             },
         },

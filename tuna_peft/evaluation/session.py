@@ -32,6 +32,7 @@ class Question:
         references: Correct answers, if the benchmark has them.
         group: The benchmark's task that it belongs to.
         record: Further values that the scorer needs.
+        tools: The tools that the model may call, for the chat template.
         ids: Token ids of `prompt`, kept from its first use because all stages have the same tokenizer.
     """
 
@@ -41,6 +42,7 @@ class Question:
     references: list[str] = field(default_factory=list)
     group: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    tools: list[Any] | None = None
     ids: list[int] | None = None
 
 
@@ -91,7 +93,7 @@ class Session:
         """
         prompts = []
         for question in questions:
-            question.ids = question.ids or prompt_ids(question.prompt, self.tokenizer)
+            question.ids = question.ids or prompt_ids(question.prompt, self.tokenizer, question.tools)
             prompts.append(question.ids)
         room = (context_of(self.model) or float("inf")) - max_new_tokens
         fits = [index for index, ids in enumerate(prompts) if len(ids) <= room]

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 from tuna_peft.data.bad_row import BadRow
-from tuna_peft.data.ranked import Prompt, Record, dense_ranks, normalise
+from tuna_peft.data.ranked import Prompt, Record, dense_ranks, normalise, response_text
 from tuna_peft.data.verdict import Unreadable, read_verdict
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.counts import Counts
@@ -75,7 +75,7 @@ class Ranking:
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """The questions about a row: its completions without repetitions, and the order of each question, by key."""
+    """The questions about a row: its completions as different texts, and the order of each question, by key."""
 
     distinct: list[str]
     orders: dict[str, tuple[int, ...]]
@@ -230,7 +230,7 @@ class Judging:
         return records, report
 
     def _ask_about(self, row: Record) -> _Asked:
-        distinct = list(dict.fromkeys(row["completions"]))
+        distinct = list(dict.fromkeys(map(response_text, row["completions"])))
         asked = _Asked(distinct, {})
         for order in self._orders(row["prompt"], distinct):
             question = Question(
@@ -283,7 +283,7 @@ class Judging:
         if any(failed(answer) for answer in answers):
             return Ranking(reason="unreadable")
         place = {text: i for i, text in enumerate(asked.distinct)}
-        places = [place[text] for text in row["completions"]]
+        places = [place[response_text(response)] for response in row["completions"]]
         if self.settings.function is not None:
             scores = [answers[0]["scores"][i] for i in places]
             ranks = dense_ranks([-score for score in scores])

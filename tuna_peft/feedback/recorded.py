@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data import columns
 from tuna_peft.data.bad_row import BadRow
-from tuna_peft.data.ranked import Record
+from tuna_peft.data.ranked import Record, clean_response, response_key
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, is_logprob, scored_records
 
@@ -68,8 +68,9 @@ def _scored(
             where=where,
         )
     # Identical responses of a row were merged: the values of the first one count.
-    first = {text: place for place, text in reversed(list(enumerate(texts)))}
-    places = [first[text] for text in row["completions"]]
+    given = [clean_response(text, row["prompt"], f"{where}, candidate {place}") for place, text in enumerate(texts)]
+    first = {response_key(response): place for place, response in reversed(list(enumerate(given)))}
+    places = [first[response_key(response)] for response in row["completions"]]
     sums = [_sum(values[place], f"{where}, candidate {place}") for place in places]
     tokens = [_length(values[place], counts[place], f"{where}, candidate {place}") for place in places]
     if None in tokens:

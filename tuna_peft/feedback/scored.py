@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import PromptConfig
-from tuna_peft.data.ranked import Record, normalise
+from tuna_peft.data.ranked import Record, Response, normalise, response_key
 from tuna_peft.data.tokenize import encode_ranked
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.counts import Counts
@@ -59,7 +59,7 @@ class Scored:
         lengths: Number of tokens of each response, as the teacher counts them.
     """
 
-    completions: Sequence[str]
+    completions: Sequence[Response]
     logprobs: Sequence[float]
     lengths: Sequence[int]
 
@@ -100,9 +100,10 @@ def scored_records(
         except BadRow as error:
             report.count_skipped(error.reason)
             continue
-        of = {text: pair for text, pair in reversed(list(zip(answer.completions, pairs, strict=True)))}
-        record["logprobs"] = [of[text][0] for text in record["completions"]]
-        record["lengths"] = [of[text][1] for text in record["completions"]]
+        keys = map(response_key, answer.completions)
+        of = {key: pair for key, pair in reversed(list(zip(keys, pairs, strict=True)))}
+        record["logprobs"] = [of[response_key(response)][0] for response in record["completions"]]
+        record["lengths"] = [of[response_key(response)][1] for response in record["completions"]]
         records.append({**record, "length_penalty": length_penalty, "teacher": teacher})
         report.responses += len(record["completions"])
         report.tokens += sum(record["lengths"])

@@ -59,8 +59,12 @@ def score_rows(
     model.eval()
     digest, report = model_digest(model), ScoreReport()
     keys = [
-        content_key(what="score", model=digest, prompt=row["prompt"], completions=row["completions"]) for row in rows
-    ]
+        content_key(
+            what="score", model=digest, prompt=row["prompt"], completions=row["completions"],
+            **({"tools": row["tools"]} if row.get("tools") else {}),
+        )
+        for row in rows
+    ]  # fmt: skip
     report.found = sum(key in journal for key in keys)
     encoded: dict[str, dict[str, Any]] = {}
     unusable: dict[str, str] = {}

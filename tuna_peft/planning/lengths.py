@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuna_peft.data.config import DataSource, Overflow, PromptConfig
-from tuna_peft.data.ranked import Record
+from tuna_peft.data.ranked import Record, response_text
 from tuna_peft.data.sources import count_selected, is_here
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.texts import set_template_date
@@ -277,7 +277,7 @@ def records_workload(records: Sequence[Record], tokenizer: PreTrainedTokenizerBa
 
     tokens, rows = TextTokenizer(tokenizer), []
     for record in _sample(records, key=_characters):
-        texts = record.get("completions")
+        texts = [response_text(response) for response in record.get("completions") or []]
         lengths = [len(ids) + 1 for ids in tokens(texts, special=False)] if texts else [0]  # EOS is part of it
         rows.append(Row(len(prompt_ids(record["prompt"], tokenizer, record.get("tools"))), tuple(lengths)))
     return Workload(tuple(rows), len(records), note)

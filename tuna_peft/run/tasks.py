@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.load import encode_source, load_prompts
 from tuna_peft.data.losses import report_losses
-from tuna_peft.data.ranked import Record
+from tuna_peft.data.ranked import Record, response_text
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.answers import evaluate_answers
@@ -141,11 +141,14 @@ def answers_task(records: Sequence[Record], prompt: PromptConfig, max_new_tokens
     """The task `answers`: greedy answers to the prompts of ranked records, whose best response is the reference."""
     template = PromptTemplate(prompt)
     questions = [
-        Question(one["id"], _text(one["prompt"], template), one["prompt"], one["completions"][:1]) for one in records
-    ]
+        Question(
+            one["id"], _text(one["prompt"], template), one["prompt"], [response_text(one["completions"][0])],
+            tools=one.get("tools"),
+        )
+        for one in records
+    ]  # fmt: skip
     run = partial(evaluate_answers, questions=questions, max_new_tokens=max_new_tokens)
-    digest = content_key(questions=[[question.id, question.prompt, question.references] for question in questions])
-    return Task("answers", run, {"max_new_tokens": max_new_tokens, "data": digest})
+    return Task("answers", run, {"max_new_tokens": max_new_tokens, "data": _digest(questions)})
 
 
 def _graded(settings: GradedTask, prompt: PromptConfig, data: TaskData) -> Task:
@@ -155,9 +158,12 @@ def _graded(settings: GradedTask, prompt: PromptConfig, data: TaskData) -> Task:
     data.counts["graded"] = read.as_dict()
     template = PromptTemplate(prompt)
     questions = [
-        Question(entry["id"], _text(entry["prompt"], template), entry["prompt"], record=entry["record"])
+        Question(
+            entry["id"], _text(entry["prompt"], template), entry["prompt"], record=entry["record"],
+            tools=entry.get("tools"),
+        )
         for entry in prompts
-    ]
+    ]  # fmt: skip
     run = partial(evaluate_graded, questions=questions, grade=grader, max_new_tokens=settings.max_new_tokens)
     return Task("graded", run, _settings(settings, questions, "grader", "max_new_tokens"))
 
@@ -253,8 +259,12 @@ def _template(wrap: bool, prompt: PromptConfig) -> PromptTemplate:
 
 def _settings(settings: Any, questions: list[Question], *names: str) -> dict[str, Any]:
     """The settings that a result depends on: those called `names`, and a hash of the questions."""
-    digest = content_key(questions=[[question.id, question.prompt, question.references] for question in questions])
-    return {**{name: getattr(settings, name) for name in names}, "data": digest}
+    return {**{name: getattr(settings, name) for name in names}, "data": _digest(questions)}
+
+
+def _digest(questions: list[Question]) -> str:
+    told = [[one.id, one.prompt, one.references, *filter(None, [one.tools])] for one in questions]
+    return content_key(questions=told)
 
 
 def _text(prompt: Any, template: PromptTemplate) -> str:
