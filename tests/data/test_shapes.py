@@ -168,7 +168,8 @@ def test_an_entry_of_llama_factory(jsonl, tmp_path):
         "pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": names},
         "plain": {"file_name": "sft.jsonl"},
         "script": {"script_url": "x.py"},
-        "chats": {"file_name": "sft.jsonl", "formatting": "sharegpt"},
+        "chats": {"file_name": "chats.jsonl", "formatting": "sharegpt"},
+        "odd": {"file_name": "chats.jsonl", "formatting": "sharegpt", "columns": {"messages": "talk"}},
     }
     path = str(tmp_path / "dataset_info.json")
     (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
@@ -176,8 +177,12 @@ def test_an_entry_of_llama_factory(jsonl, tmp_path):
     assert (record["prompt"], record["completions"]) == ("Sort.b a", ["a b", "b a"])
     dataset, _ = load_sft(DataSource(path=path, name="plain"), PLAIN)
     assert dataset[0]["completion"] == "a b"
+    turns = [{"from": "human", "value": "Sort."}, {"from": "gpt", "value": "a b"}]
+    jsonl({"conversations": turns, "system": "Be brief."}, name="chats.jsonl")
+    dataset, _ = load_sft(DataSource(path=path, name="chats"), PLAIN)
+    assert [message["role"] for message in dataset[0]["prompt"]] == ["system", "user"]
     wrong = {None: "which entry is meant", "pair": "no entry 'pair'", "script": "neither `file_name`",
-             "chats": "whole conversations"}  # fmt: skip
+             "odd": "whole conversations"}  # fmt: skip
     for name, message in wrong.items():
         with pytest.raises(UserError, match=message):
             read_ranked(DataSource(path=path, name=name), PLAIN)

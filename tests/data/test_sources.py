@@ -102,14 +102,14 @@ BAD_FILES = {
     "cut list behind a record": ("e.json", b'[{"a": [1]}, {"a": [2]', "in or after record 2 (line 1,", "incomplete"),
     "cut list behind a comma": ("e.json", b'[{"a": 1},', "in or after record 1 (line 1, byte 10)", "incomplete"),
     "cut character": ("e.jsonl", GOOD + '{"a": "é'.encode()[:-1], "middle of a character, at byte 18", "incomplete"),
-    "latin 1": ("e.jsonl", GOOD + '{"a": "é"}'.encode("latin1"), "byte 0xe9 at byte 18, line 2", "LATIN1"),
+    "latin 1": ("e.jsonl", GOOD + '{"a": "é"}'.encode("latin1"), "byte 0xe9 at byte 18, line 2", "CP1252"),
     "utf 16": ("e.json", '[{"a": 1}]'.encode("utf-16"), "not UTF-8 text: byte 0xff at byte 0", "UTF-16"),
     "one object": ("e.json", b'{"data": [], "version": 1}', "one object with the keys `data`, `version`", "list"),
     "a text": ("e.json", b'"hello"', "a single value", "list of objects"),
     "list of texts": ("e.json", b'["a", "b"]', "expected an object with keys, found str", "JSON object"),
     "deep nesting": ("e.json", b"[" * 100_000, "nested too deeply", None),
     "not Parquet": ("e.parquet", b"PAR1 nonsense", "not a readable Parquet file", "incomplete"),
-    "unknown ending": ("e.xlsx", b"a,b\n", "unknown kind of file: .xlsx", ".json, .jsonl, .csv"),
+    "unknown ending": ("e.xlsx", b"a,b\n", "unknown kind of file: .xlsx", ".json, .jsonl, .ndjson, .csv"),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from rounding import logps_bound
 from tiny_llama import load_tiny, write_base
 
-from tuna_peft.data.load import ranked_dataset
+from tuna_peft.data.as_dataset import ranked_dataset
 from tuna_peft.data.ranked import normalise_ranked
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.evaluation.ranking import evaluate_ranking

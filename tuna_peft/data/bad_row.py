@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, listed
 
 FIX_ROW = "Correct the record, or skip such records (in a recipe: `on_bad_row: skip`)."
 
@@ -30,3 +30,25 @@ def check_unicode(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         what = f"character {error.start} is half of a surrogate pair ({text[error.start]!r})"
         raise BadRow(what, reason="broken character", where=where) from None
+
+
+def required(raw: dict[str, Any], key: str, where: str) -> Any:
+    """The value of a key; BadRow if there is none."""
+    if raw.get(key) is None:
+        what = f"the record has no `{key}`, it has {listed(f'`{name}`' for name in raw)}"
+        raise BadRow(what, reason="missing field", where=where)
+    return raw[key]
+
+
+def required_list(raw: dict[str, Any], key: str, where: str, length: int | None = None) -> list[Any]:
+    """The list of a key, with `length` entries if that is given; BadRow for anything else."""
+    values = required(raw, key, where)
+    if not isinstance(values, list):
+        raise BadRow(f"`{key}` is {type(values).__name__}, not a list", reason="wrong type", where=where)
+    if length is not None and len(values) != length:
+        raise BadRow(
+            f"{length} responses, but {len(values)} entries in `{key}`",
+            reason="different numbers of scores and responses",
+            where=where,
+        )
+    return values

@@ -10,6 +10,7 @@ from typing import Any
 from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import Columns
 from tuna_peft.data.grouping import rank_by_votes, votes_for, winner_index
+from tuna_peft.data.messages import content_text
 from tuna_peft.data.ranked import Prompt, Record, number, replies_alone
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import did_you_mean
@@ -56,6 +57,7 @@ def read_responses(raw: Record, columns: Columns | None, template: PromptTemplat
     elif columns.winner is not None:
         paths = columns.winner if isinstance(columns.winner, list) else [columns.winner]
         labels = [one(raw, path, where) for path in paths]
+        labels = [label for label in labels if label is not None] or [None]  # who did not vote does not count
         winners = [winner_index(label, completions, columns.winner_labels, where) for label in labels]
         found["votes"] = [vote for winner in winners for vote in votes_for(winner, len(completions))]
         found["ranks"], found["contradictions"] = rank_by_votes(len(completions), found["votes"])
@@ -115,6 +117,8 @@ def as_number(value: Any) -> Any:
 
 def render(template: PromptTemplate, instruction: Any, given: Any, where: str) -> Prompt:
     """The prompt from an instruction and an input; BadRow when one of them is not text."""
+    if isinstance(instruction, list):
+        instruction = content_text(instruction, where)
     if not isinstance(instruction, str) or not instruction.strip():
         raise BadRow("the instruction is missing or empty", reason="no prompt", where=where)
     if given is not None and not isinstance(given, str):

@@ -61,6 +61,9 @@ class Columns(Section):
     prompt: str | None = Field(None, description="Path of the full prompt (text or messages); no template is applied.")
     instruction: str | None = Field(None, description="Path of the instruction, which the prompt template wraps.")
     input: str | None = Field(None, description="Path of the input that goes with the instruction; null means none.")
+    system: str | None = Field(
+        None, description="Path of a system message before the prompt; null means none. Needs a prompt of messages."
+    )
     completions: str | list[str] | None = Field(
         None, description="Path of the responses (`responses[].text`), or a list of paths with one response each."
     )
@@ -97,7 +100,7 @@ class Columns(Section):
     def _numbers_are_paths(cls, value: Any) -> Any:
         """YAML reads the number of a column, or a label, as an integer."""
         if isinstance(value, dict):
-            return {_text(key): entry for key, entry in value.items()}
+            return {str(key) if isinstance(key, int) else key: entry for key, entry in value.items()}
         return [_column(entry) for entry in value] if isinstance(value, list) else _column(value)
 
     @field_validator("*")

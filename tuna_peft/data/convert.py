@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from tuna_peft import files
+from tuna_peft.data.as_dataset import ranked_dataset
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.load import ranked_dataset, read_ranked
+from tuna_peft.data.load import read_ranked
 from tuna_peft.data.ranked import ReadReport
 from tuna_peft.errors import UserError
 

@@ -13,7 +13,7 @@ from typing import Any
 from tuna_peft.data.json_files import open_text
 from tuna_peft.errors import UserError
 
-_DELIMITERS = ",;\t"  # in many languages, spreadsheets write .csv files with semicolons
+_DELIMITERS = ",;\t|"  # in many languages, spreadsheets write .csv files with semicolons
 _LARGEST_CELL = 2**31 - 1  # characters; the largest limit that Python accepts on every platform
 _ROWS = 1000  # read at a time, because the limit is one of the whole process
 _LONGEST_NAME = 100  # characters of a column's name; a longer cell in the header is data
@@ -22,7 +22,8 @@ _LONGEST_NAME = 100  # characters of a column's name; a longer cell in the heade
 def csv_rows(path: Path, *, header: bool = True) -> Iterator[tuple[int, Any]]:
     """The rows after the header, each with the number of its first line (the header is line 1), as they are asked for.
 
-    Values are text; an empty cell is None. The delimiter (comma, semicolon or tab) is detected from the first line.
+    Values are text; an empty cell is None. The delimiter (comma, semicolon, tab or |) is detected from the first line,
+    unless that names it (Excel's `sep=;`).
 
     Args:
         path: The file.
@@ -61,10 +62,15 @@ def csv_rows(path: Path, *, header: bool = True) -> Iterator[tuple[int, Any]]:
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not blank, each with the number of its first line."""
     with open_text(path) as stream:
-        delimiter = max(_DELIMITERS, key=next((line for line in stream if line.strip("\r\n")), "").count)
+        first = next((line for line in stream if line.strip("\r\n")), "").rstrip("\r\n")
+    named = re.fullmatch("sep=(.)", first)
+    delimiter = named[1] if named else max(_DELIMITERS, key=first.count)
     with open_text(path, newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         line, rows = 1, [(0, [""])]
+        if named:
+            next(reader)
+            line = 2
         while rows:
             rows = []
             limit = csv.field_size_limit(_LARGEST_CELL)  # the default, 131,072, is shorter than some responses

@@ -24,8 +24,14 @@ from tuna_peft.data.ranked import Record, dense_ranks, number
 
 Vote = tuple[int, int, float]
 
-_TIE = re.compile(r"(tie|tied|draw|equal|both|neither|same)\b.*", re.IGNORECASE)
-_NAME = re.compile(r"(?:(?:model|response|answer|output|completion|assistant)[ _-]?)?(?:([a-z])|(\d+)(?:\.0)?)")
+_TIE = re.compile(
+    r"(ties?|tied|draw|equal|both|neither|same|no[ _-]preference)(?![a-z]).*|both(bad|good)|=+", re.IGNORECASE
+)
+_COMPARED = re.compile(r"([a-z])\s*(?:(>+)|(<+)|=+)\s*([a-z])")
+_NAME = re.compile(
+    r"(?:(?:model|response|answer|output|completion|assistant)[ _-]?)?(?:([a-z])|(\d+)(?:\.0)?)"
+    r"(?:[ _-](?:is[ _-]better|wins))?"
+)
 _WORDS = {"first": 0, "left": 0, "second": 1, "right": 1}
 
 
@@ -43,7 +49,8 @@ def winner_index(label: Any, completions: list[Any], labels: dict[str, Any] | No
     """The index of the response that a label names as the best, or None for a tie.
 
     Args:
-        label: `model_a`, `B`, `response 2`, 1 (the first), `tie`, or the text of a response; or a key of `labels`.
+        label: `model_a`, `B`, `response 2`, 1 (the first), `A>B`, `tie`, or the text of a response; or a key of
+            `labels`.
         completions: The responses.
         labels: What other labels mean: an index from 0, or `tie`.
         where: The record's place, for errors.
@@ -51,15 +58,23 @@ def winner_index(label: Any, completions: list[Any], labels: dict[str, Any] | No
     Raises:
         BadRow: The label is unknown.
     """
+    if label is None:
+        raise BadRow("the label of the best response is missing (null)", reason="no label", where=where)
     word = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()
+    meant = {key.casefold(): meaning for key, meaning in (labels or {}).items()}.get(word.casefold())
     index: int | None = None
-    if labels is not None and word in labels:
-        index = None if labels[word] == "tie" else labels[word]
-        if index is None:
+    if meant is not None:
+        if meant == "tie":
             return None
+        index = meant
     elif _TIE.fullmatch(word):
         return None
     elif labels is None:
+        word = word.strip("[]")  # [[A]], as judges of MT-Bench write
+        if compared := _COMPARED.fullmatch(word.lower()):
+            if not compared[2] and not compared[3]:
+                return None
+            word = compared[1] if compared[2] else compared[4]
         match = _NAME.fullmatch(word.lower())
         if match and match[1]:
             index = ord(match[1]) - ord("a")
@@ -74,7 +89,8 @@ def winner_index(label: Any, completions: list[Any], labels: dict[str, Any] | No
             f"the label {word[:40]!r} does not say which of {len(completions)} responses is the best",
             reason="unknown label",
             where=where,
-            fix="Say what the labels mean, in `columns`, from 0: `winner_labels: {1: 0, 2: 1, 0: tie}`.",
+            fix="Say what the labels mean, in `columns`, with indices from 0: `winner_labels: "
+            f"{{{word[:40]}: 0, ...: 1}}` if this one is the first response, `tie` for a tie.",
         )
     return index
 

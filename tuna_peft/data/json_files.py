@@ -37,7 +37,7 @@ def json_units(path: Path) -> tuple[str, Iterator[tuple[int, Any, bool]]]:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
     if first.lstrip().startswith("["):
         return "record", _marked(_records(path))
-    if ".jsonl" not in path.suffixes:
+    if not {".jsonl", ".ndjson"} & set(path.suffixes):
         _refuse_one_object(path, first)
     return "line", _marked(_lines(path))
 
@@ -120,7 +120,8 @@ def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
         read_text(path)  # raises, with the place
         raise
     except OSError as error:
-        raise UserError(f"cannot read the file: {error.strerror or error}", where=str(path)) from error
+        fix = "Is it complete, and compressed as its name says?" if path.suffix in (".gz", ".zst") else None
+        raise UserError(f"cannot read the file: {error.strerror or error}", where=str(path), fix=fix) from error
 
 
 def read_text(path: Path) -> str:
@@ -141,7 +142,7 @@ def read_text(path: Path) -> str:
             f"not UTF-8 text: byte 0x{data[offset]:02x} at byte {offset}, line {line}",
             where=str(path),
             fix="Save it as UTF-8 (a spreadsheet: as `CSV UTF-8`), or convert it, for example: "
-            f"iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 IN > OUT",
+            f"iconv -f {'UTF-16' if utf16 else 'CP1252'} -t UTF-8 IN > OUT",
         ) from None
 
 

@@ -49,8 +49,18 @@ def resolve_entry(source: DataSource) -> DataSource:
             fix="Download it, and give its file as `path`.",
         )
     if source.columns is None and source.format == "auto":
-        update["columns"] = _columns(entry)
+        if entry.get("formatting") == "sharegpt" and not entry.get("ranking") and _is_spelled_as_usual(entry):
+            update["format"] = "messages"
+        else:
+            update["columns"] = _columns(entry)
     return source.model_copy(update=update)
+
+
+def _is_spelled_as_usual(entry: dict[str, Any]) -> bool:
+    messages = entry.get("columns", {}).get("messages", "conversations")
+    return messages in ("messages", "conversations") and entry.get("tags", {}).get("content_tag") in (
+        None, "value", "content",
+    )  # fmt: skip
 
 
 def _columns(entry: dict[str, Any]) -> Columns:
@@ -70,6 +80,8 @@ def _columns(entry: dict[str, Any]) -> Columns:
         if "query" in named or not named:
             prompt["input"] = named.get("query", "input")
         content = ""
+    if "system" in named:
+        prompt["system"] = named["system"]
     if entry.get("ranking"):
         both = [named.get(key, key) + content for key in ("chosen", "rejected")]
         return Columns.model_validate({**prompt, "completions": both, "ranks": "best_first"})

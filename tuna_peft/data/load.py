@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from tuna_peft.data.as_dataset import ranked_dataset, supervised_dataset
 from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.columns import one
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.grouping import group_rows
 from tuna_peft.data.llama_factory import resolve_entry
@@ -23,6 +25,7 @@ from tuna_peft.data.ranked import (
     Prompt,
     ReadReport,
     Record,
+    Response,
     add_reference,
     clean_prompt,
     clean_response,
@@ -31,6 +34,7 @@ from tuna_peft.data.ranked import (
     require_few,
     response_key,
     split_dialogues,
+    with_system,
 )
 from tuna_peft.data.readers import Format, choose_format, grouped
 from tuna_peft.data.sources import RawRecords, read_records
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+_FIRST = 20  # records that are looked at for their format
 Placed = tuple[str, Record]  # a record's place in its file, and the record
 Select = Callable[[Iterable[Placed]], Iterable[Placed]]
 
@@ -122,21 +127,8 @@ def load_sft(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Dataset
     Raises:
         UserError: See `load_ranked`, but one response, or tied ones, are enough.
     """
-    import datasets
-
     records, report = read_ranked(source, prompt, pairs=False)
-    completions: list[Any] = [record["completions"][0] for record in records]
-    if isinstance(records[0]["prompt"], list):
-        completions = [[{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in completions]
-    table = {
-        "id": [record["id"] for record in records],
-        "prompt": [record["prompt"] for record in records],
-        "completion": completions,
-    }
-    features = {"id": datasets.Value("string")} | {key: _part(table[key]) for key in ("prompt", "completion")}
-    if any("tools" in record for record in records):
-        table["tools"], features["tools"] = [record.get("tools") for record in records], datasets.Json()
-    return datasets.Dataset.from_dict(table, features=datasets.Features(features)), report
+    return supervised_dataset(records), report
 
 
 def load_prompts(source: DataSource, prompt: PromptConfig) -> tuple[list[Record], ReadReport]:
@@ -231,26 +223,6 @@ def best_alone(record: Record) -> Record:
     }
 
 
-def ranked_dataset(records: list[Record]) -> datasets.Dataset:
-    """Normalised records as a data set, with the same column types whatever the records hold."""
-    import datasets
-
-    text = datasets.Value("string")
-    responses = [response for record in records for response in record["completions"]]
-    features = {
-        "id": text,
-        "prompt": _part([record["prompt"] for record in records]),
-        "completions": datasets.List(_part(responses)),
-        "scores": datasets.List(datasets.Value("float64")),
-        "ranks": datasets.List(datasets.Value("int64")),
-        "reference": _part([record["reference"] for record in records]),
-    }
-    if any("tools" in record for record in records):
-        features["tools"] = datasets.Json()
-    table = {name: [record.get(name) for record in records] for name in features}
-    return datasets.Dataset.from_dict(table, features=datasets.Features(features))
-
-
 def _read(
     source: DataSource,
     prompt: PromptConfig,
@@ -310,7 +282,8 @@ def _read_unranked(
     def build(raw: Record, where: str, format: Format, source: DataSource, template: PromptTemplate) -> Normalised:
         identity, given = format.prompt(raw, source, template, where)
         given, found = _responses_of(raw, where, format, source, template, given, optional=read is _prompt_alone)
-        row = {"id": record_id(identity, where), "prompt": clean_prompt(given, where)}
+        given = with_system(clean_prompt(given, where), _system(raw, format, source, where), where)
+        row = {"id": record_id(identity, where), "prompt": given}
         rest, merged = read(raw, where, format, found, row["prompt"])
         if tools := clean_tools(raw.get("tools"), where):
             rest["tools"] = tools
@@ -347,13 +320,24 @@ def _with_responses(raw: Record, where: str, format: Format, found: Record, prom
         raise BadRow("the record has no responses", reason="no responses", where=where)
     require_few(len(responses), where)
     cleaned = [clean_response(one, prompt, f"{where}, candidate {index}") for index, one in enumerate(responses)]
+    distinct: dict[str, Response] = {}
+    for response in cleaned:
+        distinct.setdefault(response_key(response), response)
     reference = found["reference"]
     rest = {
-        "completions": list({response_key(response): response for response in reversed(cleaned)}.values())[::-1],
+        "completions": list(distinct.values()),
         "reference": None if reference is None else clean_response(reference, prompt, f"{where}, reference"),
         "record": raw.get("record", raw),
     }
-    return rest, len(cleaned) - len(rest["completions"])
+    return rest, len(cleaned) - len(distinct)
+
+
+def _system(raw: Record, format: Format, source: DataSource, where: str) -> Any:
+    """The system message beside the messages of a record, as ShareGPT has it."""
+    if source.columns is not None:
+        return None if source.columns.system is None else one(raw, source.columns.system, where)
+    beside = format.name in ("preference", "messages") and not isinstance(raw.get("prompt"), str)
+    return raw.get("system") if beside else None
 
 
 def _read_one(
@@ -362,9 +346,10 @@ def _read_one(
     identity, prompt = format.prompt(raw, source, template, where)
     found = format.responses(raw, source, template, where)
     record = {"id": identity, "prompt": prompt, "tools": raw.get("tools"), **found}
+    record["system"] = _system(raw, format, source, where)
     # The reference can make the only pair, so pairs are required after it is added.
     built = normalise(record, where, pairs=pairs and not source.add_reference)
-    built.merged += found.get("merged", 0)
+    built.merged, built.omitted = built.merged + found.get("merged", 0), built.omitted + found.get("omitted", 0)
     built.contradictions, built.comparisons = found.get("contradictions", 0), found.get("comparisons", 0)
     if source.add_reference is not None:
         second = normalise(add_reference(built.record, source.add_reference, where), where, pairs=pairs)
@@ -374,20 +359,16 @@ def _read_one(
 
 def _format(source: DataSource, *, prompts_only: bool = False) -> tuple[Format, DataSource, RawRecords]:
     """The source's format, what it is read as, and its records."""
-    raw_records = read_records(source)
-    where, first = next(raw_records)
-    format, read_as = choose_format(source, first, where, prompts_only=prompts_only)
-    return format, read_as, chain([(where, first)], raw_records)
-
-
-def _part(values: list[Any]) -> Any:
-    """The column type of prompts or responses: text, plain messages as in TRL, or JSON where there is more in them."""
-    import datasets
-
-    text = datasets.Value("string")
-    if not any(isinstance(value, list) for value in values):
-        return text
-    plain = all(
-        isinstance(value, list) and all(message.keys() == {"role", "content"} for message in value) for value in values
-    )
-    return datasets.List({"role": text, "content": text}) if plain else datasets.Json()
+    raw_records, seen = read_records(source), []
+    for where, record in raw_records:
+        seen.append((where, record))
+        try:
+            format, read_as = choose_format(source, record, where, prompts_only=prompts_only)
+            break
+        except UserError:
+            # A record with missing values may lack what tells its format.
+            if None not in record.values() or len(seen) == _FIRST:
+                raise
+    else:
+        format, read_as = choose_format(source, seen[0][1], seen[0][0], prompts_only=prompts_only)
+    return format, read_as, chain(seen, raw_records)

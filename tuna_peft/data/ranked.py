@@ -91,7 +91,7 @@ def normalise_ranked(record: Record, where: str) -> Record:
 def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
     """Like `normalise_ranked`, with counts; `pairs=False` accepts one response, or only tied ones."""
     prompt, completions = split_dialogues(record.get("prompt"), record.get("completions"), where)
-    prompt = clean_prompt(prompt, where)
+    prompt = with_system(clean_prompt(prompt, where), record.get("system"), where)
     if completions is not None and (isinstance(completions, str) or not isinstance(completions, Sequence)):
         raise BadRow(f"the responses are {kind(completions)}, not a list", reason="wrong type", where=where)
     if not completions:
@@ -176,18 +176,34 @@ def clean_prompt(prompt: Any, where: str) -> Prompt:
     raise BadRow("the prompt is missing or empty", reason="no prompt", where=where)
 
 
+def with_system(prompt: Prompt, system: Any, where: str) -> Prompt:
+    """The prompt after a system message that the record holds beside it, unless it has one of its own.
+
+    Raises:
+        BadRow: The prompt is text, or the message is not.
+    """
+    if system is None or isinstance(system, str) and not system.strip():
+        return prompt
+    if isinstance(prompt, str):
+        what, fix = "the record has a system message, and the prompt is text", "Use `prompt: {template: chat}`."
+        raise BadRow(what, reason="system message beside text", where=where, fix=fix)
+    own = any(message["role"] == "system" for message in prompt)
+    return prompt if own else [clean_message({"role": "system", "content": system}, f"{where}, system"), *prompt]
+
+
 def clean_response(response: Any, prompt: Prompt, where: str) -> Response:
     """The response as text or messages; BadRow if it is missing, blank, or messages although the prompt is text."""
     if response is None:
         raise BadRow("the response is missing (null)", reason="empty response", where=where)
-    if not isinstance(response, str) and isinstance(prompt, str):
+    plain = isinstance(response, str) or isinstance(response, Sequence) and len(response) == 1
+    cleaned = _response(response, where) if plain or not isinstance(prompt, str) else response
+    if not isinstance(cleaned, str) and isinstance(prompt, str):  # a message with nothing but text counts as text
         raise BadRow(
             f"the response is {kind(response)}, not text",
             reason="wrong type",
             where=where,
             fix="Give both prompt and responses as text, or both as messages.",
         )
-    cleaned = _response(response, where)
     if not response_text(cleaned).strip():
         raise BadRow("the response is empty", reason="empty response", where=where)
     return cleaned

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 from tuna_peft.data import columns
-from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.bad_row import BadRow, required, required_list
 from tuna_peft.data.config import DataSource, Markers
 from tuna_peft.data.grouping import Group, merge_responses
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.shapes import SHAPES
 from tuna_peft.data.suggest import data_block, suggest, undecided
+from tuna_peft.data.teacher_records import read_teacher_prompt, read_teacher_responses
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.transcripts import looks_like_transcripts, read_transcripts
 from tuna_peft.data.verdict import Unreadable, own_response, read_verdict
@@ -96,7 +96,18 @@ def grouped(format: Format) -> Format:
 
     def responses(group: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
         assert isinstance(group, Group)
-        return merge_responses([(place, format.responses(row, source, template, place)) for place, row in group.rows])
+        rows, errors = [], []
+        for place, row in group.rows:
+            try:
+                read = (place, format.responses(row, source, template, place))
+                merge_responses([read])
+                rows.append(read)
+            except BadRow as error:  # one row that cannot be used does not spoil the others of its prompt
+                errors.append(error)
+        merged = merge_responses(rows)
+        if errors and (source.on_bad_row == "error" or len(merged["completions"]) < 2):
+            raise errors[0]
+        return {**merged, "omitted": len(errors)}
 
     return dataclasses.replace(format, responses=responses)
 
@@ -124,32 +135,6 @@ def _unknown(source: DataSource, first: Record) -> str:
     )
 
 
-def _field(raw: Record, key: str, where: str) -> Any:
-    if raw.get(key) is None:
-        what = f"the record has no `{key}`, it has {listed(f'`{name}`' for name in raw)}"
-        raise BadRow(what, reason="missing field", where=where)
-    return raw[key]
-
-
-def _list(raw: Record, key: str, where: str, length: int | None = None) -> list[Any]:
-    values = _field(raw, key, where)
-    if not isinstance(values, list):
-        raise BadRow(f"`{key}` is {type(values).__name__}, not a list", reason="wrong type", where=where)
-    if length is not None and len(values) != length:
-        raise BadRow(
-            f"{length} responses, but {len(values)} entries in `{key}`",
-            reason="different numbers of scores and responses",
-            where=where,
-        )
-    return values
-
-
-def _finite(value: Any, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadRow(f"`{name}` is {value!r}, not a finite number", reason="bad score", where=where)
-    return float(value)
-
-
 def _full_prompt(key: str) -> Callable[[Record, DataSource, PromptTemplate, str], tuple[Any, Any]]:
     """Reads a field that is a full prompt; no template is applied."""
     return lambda raw, source, template, where: (raw.get("id"), raw.get(key))
@@ -162,63 +147,6 @@ def _ranked_responses(raw: Record, source: DataSource, template: PromptTemplate,
     return {key: raw.get(key) for key in ("completions", "scores", "ranks", "reference")}
 
 
-# teacher: orig {instruction, input, output}, text [N], avg_token_prob [N], length [N], logprob [N]
-
-
-def _teacher_prompt(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> tuple[Any, Any]:
-    orig = _field(raw, "orig", where)
-    if not isinstance(orig, dict):
-        raise BadRow(f"`orig` is {type(orig).__name__}, not an object", reason="wrong type", where=where)
-    identity = raw.get("id", orig.get("id"))
-    return identity, columns.render(template, orig.get("instruction"), orig.get("input"), where)
-
-
-def _teacher_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
-    texts = _list(raw, "text", where)
-    lists = {
-        key: _list(raw, key, where, len(texts))
-        for key in ("logprob", "avg_token_prob", "length")
-        if raw.get(key) is not None
-    }
-    penalty = 1.0 if source.length_penalty is None else source.length_penalty
-    scores = []
-    for index in range(len(texts)):
-        values = {key: entries[index] for key, entries in lists.items() if entries[index] is not None}
-        scores.append(_teacher_score(values, penalty, f"{where}, candidate {index}"))
-    return {"completions": texts, "scores": scores, "reference": raw["orig"].get("output")}
-
-
-def _teacher_score(values: dict[str, Any], length_penalty: float, where: str) -> float:
-    """sum_t log p_t / length ** length_penalty."""
-    logprob, average, length = (values.get(key) for key in ("logprob", "avg_token_prob", "length"))
-    if logprob is None and average is None:
-        raise BadRow("neither `logprob` nor `avg_token_prob`", reason="bad score", where=where)
-    if isinstance(logprob, list):
-        total = sum(_finite(value, "logprob", where) for value in logprob)
-        length = len(logprob) if length is None else length
-    elif logprob is not None:
-        total = _finite(logprob, "logprob", where)
-    elif length_penalty == 1.0:
-        return _not_positive(_finite(average, "avg_token_prob", where), "avg_token_prob", where)
-    else:
-        total = _finite(average, "avg_token_prob", where) * _finite(length, "length", where)
-    tokens = _finite(length, "length", where)
-    if tokens <= 0:
-        raise BadRow(f"`length` is {tokens:g}, not a number of tokens", reason="bad score", where=where)
-    return _not_positive(total, "logprob" if logprob is not None else "avg_token_prob", where) / tokens**length_penalty
-
-
-def _not_positive(value: float, name: str, where: str) -> float:
-    if value > 1e-6:
-        raise BadRow(
-            f"`{name}` is {value:g}; a log-probability is never above 0",
-            reason="bad score",
-            where=where,
-            fix="Store natural logarithms of probabilities, not probabilities.",
-        )
-    return value
-
-
 # judge: instruct, generation [N], rank or ranks (indices, best first), response_N (the judge's own), gpt_eval, id
 
 
@@ -228,9 +156,9 @@ def _judge_responses(raw: Record, source: DataSource, template: PromptTemplate, 
     That writer (microsoft/LMOps, tuna/src/gpt-eval.py) keeps only the first paragraph of the judge's own response, and
     takes every number after "rank:" for a rank.
     """
-    responses = list(_list(raw, "generation", where))
+    responses = list(required_list(raw, "generation", where))
     count = len(responses)
-    order = _list(raw, "rank" if raw.get("rank") is not None else "ranks", where)
+    order = required_list(raw, "rank" if raw.get("rank") is not None else "ranks", where)
     own, answer, read = raw.get(f"response_{count}"), raw.get("gpt_eval"), None
     if isinstance(answer, str):
         with contextlib.suppress(Unreadable):
@@ -264,7 +192,11 @@ def _judge_responses(raw: Record, source: DataSource, template: PromptTemplate, 
 
 
 def _formatted_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
-    return {"completions": _list(raw, "output", where), "scores": _list(raw, "score", where), "reference": None}
+    return {
+        "completions": required_list(raw, "output", where),
+        "scores": required_list(raw, "score", where),
+        "reference": None,
+    }
 
 
 # alpaca: instruction, input, output
@@ -282,9 +214,16 @@ def _alpaca_responses(raw: Record, source: DataSource, template: PromptTemplate,
 
 
 def preference_responses(raw: Record, source: Any, template: Any, where: str) -> Record:
-    """`chosen` before `rejected`; also used by the trainer for data sets of TRL's preference type."""
-    completions = [_field(raw, "chosen", where), _field(raw, "rejected", where)]
-    return {"completions": completions, "scores": None, "ranks": [0, 1], "reference": None}
+    """`chosen`, one or several, before `rejected`; also used by the trainer for data sets of TRL's preference type."""
+    sides = [_texts(required(raw, key, where)) for key in ("chosen", "rejected")]
+    ranks = [rank for rank, side in enumerate(sides) for _ in side]
+    return {"completions": [*sides[0], *sides[1]], "scores": None, "ranks": ranks, "reference": None}
+
+
+def _texts(value: Any) -> list[Any]:
+    """Several chosen or rejected texts (RewardBench 2), or the only one."""
+    several = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    return value if several else [value]
 
 
 def _preference_prompt(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> tuple[Any, Any]:
@@ -320,7 +259,7 @@ def _is_dialogue(raw: Record) -> bool:
 
 
 def _dialogue(raw: Record, where: str) -> list[Any]:
-    return _list(raw, "messages" if raw.get("messages") is not None else "conversations", where)
+    return required_list(raw, "messages" if raw.get("messages") is not None else "conversations", where)
 
 
 def _dialogue_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
@@ -341,8 +280,8 @@ FORMATS: dict[str, Format] = {
             "teacher",
             "orig, text, logprob or avg_token_prob, length",
             lambda raw: {"orig", "text"} <= raw.keys() and ("logprob" in raw or "avg_token_prob" in raw),
-            _teacher_prompt,
-            _teacher_responses,
+            read_teacher_prompt,
+            read_teacher_responses,
         ),
         Format(
             "judge",

@@ -19,7 +19,7 @@ from tuna_peft.data.csv_files import csv_rows
 from tuna_peft.data.json_files import json_units, parse_line
 from tuna_peft.errors import UserError, first_line
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 _BATCH = 1024  # rows of a Parquet file in memory at a time
 

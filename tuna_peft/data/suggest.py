@@ -12,7 +12,7 @@ from tuna_peft.data.config import DataSource
 from tuna_peft.data.ranked import Record
 from tuna_peft.errors import UserError, listed
 
-_PROMPTS = ("instruction", "prompt", "question", "query", "context", "history", "post", "task")
+_PROMPTS = ("instruction", "prompt", "question", "query", "context", "history", "post", "task", "problem", "input")
 _RESPONSES = ("response", "completion", "answer", "output", "reply", "generation", "generated", "candidate", "text")
 _SCORES = ("score", "rating", "reward", "grade", "helpful", "quality", "correct", "label", "stars", "points")
 _RANKS = ("rank", "place", "position")
@@ -27,6 +27,12 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
     """
     columns: dict[str, Any] = {}
     settings: dict[str, Any] = {"columns": columns}
+    record = record | {  # such as `question.full_text`
+        f"{key}.{name}": entry
+        for key, value in record.items()
+        if isinstance(value, dict)
+        for name, entry in value.items()
+    }
     texts = {key: value for key, value in record.items() if isinstance(value, str) and not _is_number(value)}
     lists = {key: value for key, value in record.items() if isinstance(value, list) and len(value) > 1}
     prompt = _best(_PROMPTS, texts)
@@ -34,10 +40,14 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         columns["instruction"] = prompt
         if prompt == "instruction" and "input" in record:
             columns["input"] = "input"
+        if isinstance(record.get("system"), str):
+            columns["system"] = "system"
     texts.pop(prompt or "", None)
     wide = _siblings(texts)
-    answers = set(wide)
-    if nested := next((key for key, value in lists.items() if all(isinstance(one, dict) for one in value)), None):
+    lower = {key.lower(): key for key in texts}
+    if {"chosen", "rejected"} <= lower.keys():
+        columns |= {"completions": [lower["chosen"], lower["rejected"]], "ranks": "best_first"}
+    elif nested := next((key for key, value in lists.items() if all(isinstance(one, dict) for one in value)), None):
         first = lists[nested][0]
         text = _best(_RESPONSES, {key: value for key, value in first.items() if isinstance(value, str)})
         if text:
@@ -54,14 +64,17 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         scores = _siblings({key: value for key, value in record.items() if _is_number(value)}, len(wide))
         if scores:
             columns["scores"] = scores
-        elif winner := _best(_WINNERS, {key: value for key, value in record.items() if key not in answers}):
-            columns["winner"] = winner
     elif single := _best(_RESPONSES, texts):
         columns["completions"] = single
         order = _order(record)
         columns |= order
         if order and prompt:
             settings["group_by"] = prompt
+    several_responses = "completions" in columns and columns["completions"] not in list(texts)
+    answers = set(wide)
+    labels = {key: value for key, value in record.items() if key not in answers and not isinstance(value, dict | list)}
+    if several_responses and not columns.keys() & _ORDERS and (winner := _best(_WINNERS, labels)):
+        columns["winner"] = winner
     keys = listed(f"`{key}`" for key in record)
     missing = [
         f"{what} ({keys})"

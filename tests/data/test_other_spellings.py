@@ -1,0 +1,166 @@
+"""The same things in other spellings: labels, delimiters, system messages, several chosen, missing values, prompts."""
+
+import json
+
+import pytest
+import yaml
+
+from tuna_peft.data.config import DataSource, PromptConfig
+from tuna_peft.data.grouping import winner_index
+from tuna_peft.data.load import load_candidates, read_ranked, source_format
+from tuna_peft.data.suggest import suggest
+from tuna_peft.errors import UserError
+
+PLAIN = PromptConfig(template="{instruction}")
+CHAT = PromptConfig(template="chat")
+USER = {"role": "user", "content": "Q?"}
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def read(source, prompt=PLAIN):
+    records, report = read_ranked(source, prompt)
+    return [(record["completions"], record["ranks"]) for record in records], report
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("[[B]]", 1), ("A>B", 0), ("B >> A", 1), ("a<b", 1), ("A=B", None), ("Model B wins", 1), ("a is better", 0),
+        ("both_bad", None), ("bothbad", None), ("tie (bothbad)", None), ("No preference", None), ("=", None),
+        ("ties", None),
+    ],
+)  # fmt: skip
+def test_labels(label, expected):
+    assert winner_index(label, ["x", "y"], None, "here") == expected
+
+
+@pytest.mark.parametrize("label", ["better", "equals", "bothers", "C", "", True])
+def test_labels_that_say_nothing_are_quoted_in_the_line_to_write(label):
+    with pytest.raises(UserError) as caught:
+        winner_index(label, ["x", "y"], None, "here")
+    assert f"winner_labels: {{{label}" in caught.value.fix
+
+
+def test_truth_values_are_labels_if_the_recipe_says_so(jsonl):
+    labels = yaml.safe_load("{true: 0, false: 1}")
+    columns = {"instruction": "q", "completions": ["a", "b"], "winner": "w", "winner_labels": labels}
+    rows = [{"q": "Q?", "a": "x", "b": "y", "w": word} for word in (True, False, "TRUE", "false")]
+    found, _ = read(DataSource(path=jsonl(*rows), columns=columns))
+    assert [completions[0] for completions, _ in found] == ["x", "y", "x", "y"]
+
+
+def test_who_did_not_vote_does_not_count(jsonl):
+    columns = {"instruction": "q", "completions": ["a", "b"], "winner": ["v1", "v2"]}
+    rows = [
+        {"q": "Q?", "a": "x", "b": "y", "v1": None, "v2": "B"},
+        {"q": "R?", "a": "x", "b": "y", "v1": None, "v2": None},
+    ]
+    found, report = read(DataSource(path=jsonl(*rows), columns=columns, on_bad_row="skip"))
+    assert found == [(["y", "x"], [0, 1])] and report.skipped == {"no label": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["q|a|b\nQ, or; what?|yes|no\n", "sep=|\nq|a|b\nQ, or; what?|yes|no\n", "sep=:\nq:a:b\nQ, or; what?:yes:no\n"],
+)
+def test_delimiters(tmp_path, content):
+    path = tmp_path / "table.csv"
+    path.write_text(content)
+    columns = {"instruction": "q", "completions": ["a", "b"], "ranks": "best_first"}
+    [record], _ = read_ranked(DataSource(path=str(path), columns=columns), PLAIN)
+    assert (record["prompt"], record["completions"]) == ("Q, or; what?", ["yes", "no"])
+    assert record["id"] == f"line-{content.count(chr(10))}"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "Be brief.", "conversations": [USER], "chosen": said("x"), "rejected": said("y")},
+        {"system": "Be brief.", "chosen": [USER, *said("x")], "rejected": [USER, *said("y")]},
+        {"system": "Be brief.", "question": "Q?", "chosen": "x", "rejected": "y"},
+    ],
+    ids=["ShareGPT", "dialogues", "columns"],
+)
+def test_a_system_message_beside_the_others(jsonl, record):
+    columns = {
+        "instruction": "question",
+        "system": "system",
+        "completions": ["chosen", "rejected"],
+        "ranks": "best_first",
+    }
+    source = DataSource(path=jsonl(record), **({"columns": columns} if "question" in record else {}))
+    expected = [{"role": "system", "content": "Be brief."}, USER]
+    assert read_ranked(source, CHAT)[0][0]["prompt"] == load_candidates(source, CHAT)[0][0]["prompt"] == expected
+    if "question" in record:
+        with pytest.raises(UserError, match="a system message, and the prompt is text"):
+            read(source)
+
+
+def test_a_system_message_is_not_given_twice(jsonl):
+    own = [{"role": "system", "content": "Own."}, USER]
+    record = {"system": "Be brief.", "messages": own, "chosen": said("x"), "rejected": said("y")}
+    assert read_ranked(DataSource(path=jsonl(record)), CHAT)[0][0]["prompt"] == own
+
+
+def test_several_chosen_or_rejected(jsonl):
+    rows = [
+        {"prompt": "Q?", "chosen": ["x"], "rejected": ["y", "z"]},
+        {"prompt": "R?", "chosen": "x", "rejected": ["y"]},
+    ]
+    assert read(DataSource(path=jsonl(*rows)))[0] == [(["x", "y", "z"], [0, 1, 1]), (["x", "y"], [0, 1])]
+
+
+def test_messages_that_are_only_text_fit_a_prompt_of_text(jsonl):
+    path = jsonl({"prompt": "Q?", "chosen": said("x"), "rejected": said("y")})
+    assert read(DataSource(path=path))[0] == [(["x", "y"], [0, 1])]
+    call = [{**said("")[0], "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]
+    with pytest.raises(UserError, match="the response is a list, not text"):
+        read(DataSource(path=jsonl({"prompt": "Q?", "chosen": call, "rejected": said("y")})))
+
+
+def test_the_format_is_told_by_the_first_record_without_missing_values(jsonl):
+    whole = {"prompt": "Q?", "completions": ["x", "y"], "scores": [1, 0]}
+    source = DataSource(path=jsonl({**whole, "completions": None}, whole))
+    assert source_format(source)[0] == "ranked"
+    with pytest.raises(UserError, match="line 1: the record has no responses"):
+        read(source)
+    with pytest.raises(UserError, match="line 1: no known format"):
+        read(DataSource(path=jsonl({"frage": None}, {"frage": None})))
+
+
+def test_a_row_that_cannot_be_used_does_not_spoil_its_prompt(jsonl):
+    rows = [{"q": "Q?", "a": text, "s": score} for text, score in (("x", 1), ("y", None), ("z", 3), ("v", "good"))]
+    options = {"columns": {"instruction": "q", "completions": "a", "scores": "s"}, "group_by": "q"}
+    found, report = read(DataSource(path=jsonl(*rows), on_bad_row="skip", **options))
+    assert found == [(["z", "x"], [0, 1])] and (report.omitted, report.responses) == (2, 4)
+    with pytest.raises(UserError, match="line 2: the score is missing"):
+        read(DataSource(path=jsonl(*rows), **options))
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"Prompt": "q", "Chosen": "x", "Rejected": "y"},
+         {"instruction": "Prompt", "completions": ["Chosen", "Rejected"], "ranks": "best_first"}),
+        ({"system": "s", "input": "q", "chosen": "x", "rejected": "y"},
+         {"instruction": "input", "system": "system", "completions": ["chosen", "rejected"], "ranks": "best_first"}),
+        ({"question": {"full_text": "q", "id": 1}, "reply_0": "x", "reply_1": "y", "score_0": 0.5, "score_1": -0.5},
+         {"instruction": "question.full_text", "completions": ["reply_0", "reply_1"],
+          "scores": ["score_0", "score_1"]}),
+        ({"info": {"post": "q"}, "summaries": [{"text": "x"}, {"text": "y"}], "choice": 1},
+         {"instruction": "info.post", "completions": "summaries[].text", "winner": "choice"}),
+    ],
+)  # fmt: skip
+def test_suggestions(record, expected):
+    settings, missing = suggest(record)
+    assert settings["columns"] == expected and not missing
+
+
+def test_a_file_that_is_not_compressed_as_its_name_says(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_text(json.dumps({"prompt": "Q?", "completions": ["x", "y"], "scores": [1, 0]}))
+    with pytest.raises(UserError, match="compressed as its name says"):
+        read(DataSource(path=str(path)))
