@@ -2,7 +2,7 @@
 
 Prints, for each number of rows, seconds of processor time and the peak of resident memory, each measured in a process
 of its own; with `--before`, also those of another version of the package, and their ratio. The rows are the same for
-the same number: five responses of 20 to 100 words to a prompt of two messages. A tokenizer without a chat template is
+the same number: five responses of at most 100 words (`--words`) to a prompt of two messages. A tokenizer without a chat template is
 given one.
 """
 
@@ -27,8 +27,8 @@ TEMPLATE = (
 )
 
 
-def write_rows(file: Path, rows: int) -> None:
-    """Writes ranked chat data of made-up words, the same for the same number of rows."""
+def write_rows(file: Path, rows: int, most: int) -> None:
+    """Writes ranked chat data of made-up words, the same for the same number of rows and the same most of words."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 6))) for _ in range(5000)]
 
@@ -37,8 +37,8 @@ def write_rows(file: Path, rows: int) -> None:
 
     with file.open("w", encoding="utf-8") as out:
         for _ in range(rows):
-            prompt = [{"role": "system", "content": text(3, 10)}, {"role": "user", "content": text(10, 60)}]
-            responses = [text(20, 100) for _ in range(RESPONSES)]
+            prompt = [{"role": "system", "content": text(3, 10)}, {"role": "user", "content": text(5, most // 2)}]
+            responses = [text(most // 5, most) for _ in range(RESPONSES)]
             row = {"prompt": prompt, "completions": responses, "scores": list(range(RESPONSES))}
             out.write(json.dumps(row) + "\n")
 
@@ -76,13 +76,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Times reading, checking and tokenizing ranked chat data.")
     parser.add_argument("tokenizer", type=os.path.abspath, help="a folder with a tokenizer")
     parser.add_argument("rows", type=int, nargs="*", default=[10_000, 50_000, 100_000])
+    parser.add_argument("--words", type=int, default=100, help="most words of a response, at least 10")
     parser.add_argument("--before", type=os.path.abspath, help="another version of the package, to compare with")
     arguments = parser.parse_args()
     here = str(Path(__file__).parents[1])
     with tempfile.TemporaryDirectory() as folder:
         for rows in arguments.rows:
             file = Path(folder) / f"{rows}.jsonl"
-            write_rows(file, rows)
+            write_rows(file, rows, arguments.words)
             seconds, peak = measure(arguments.tokenizer, str(file), here)
             line = f"{rows:,} rows of {RESPONSES} responses: {seconds:.1f} s of processor time, peak {peak:.2f} GiB"
             if arguments.before:
