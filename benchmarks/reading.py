@@ -2,8 +2,8 @@
 
 Prints, for each number of rows, seconds of processor time and the peak of resident memory, each measured in a process
 of its own; with `--before`, also those of another version of the package, and their ratio. The rows are the same for
-the same number: five responses of at most 100 words (`--words`) to a prompt of two messages. A tokenizer without a chat template is
-given one.
+the same number: five responses of at most 100 words (`--words`) to a prompt of two messages. A tokenizer without a
+chat template is given one.
 """
 
 from __future__ import annotations
