@@ -13,11 +13,14 @@ from tuna_peft.errors import UserError
 
 Grader = Callable[[dict[str, Any], str], float]
 
-BUILTIN = {"builtin:pico": "tuna_peft.assets.pico_grader:grade"}
+BUILTIN = {
+    "builtin:pico": "tuna_peft.assets.pico_grader:grade",
+    "builtin:references": "tuna_peft.evaluation.reference_grade:grade",
+}
 
 
 def load_grader(name: str, where: str) -> Grader:
-    """Imports the grader `builtin:pico` or `module:function`; it takes a prompt's record and a response.
+    """Imports a grader, one of `BUILTIN` or `module:function`; it takes a prompt's record and a response.
 
     Importing runs the module's code. The module can be installed or in the current folder.
 
@@ -64,5 +67,6 @@ def _no_grader(name: str, reason: str, where: str) -> UserError:
     return UserError(
         f"no grader {name!r}: {reason}",
         where=where,
-        fix="Write `module:function` with an installed module or one in the current folder, or use builtin:pico.",
+        fix="Write `module:function` with an installed module or one in the current folder, or use one of "
+        f"{', '.join(BUILTIN)}.",
     )

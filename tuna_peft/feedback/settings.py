@@ -168,8 +168,9 @@ class JudgeSettings(LocalModelSettings):
     server: ServerSettings | None = Field(None, description="A judge behind an OpenAI-compatible server.")
     function: str | None = Field(
         None,
-        description="A Python function as judge, for tasks whose answers can be checked: `module:function` or "
-        "`builtin:pico`. It is given a prompt's record and a response and returns a number; higher is better.",
+        description="A Python function as judge, for tasks whose answers can be checked: `module:function`, "
+        "`builtin:references` (exact match, then ROUGE-L against the references in the record) or `builtin:pico`. It "
+        "is given a prompt's record and a response and returns a number; higher is better.",
     )
     instructions: str | None = Field(None, description="Additional criteria for the judge, in your own words.")
     both_orders: bool = Field(

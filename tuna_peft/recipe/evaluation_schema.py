@@ -38,7 +38,8 @@ class GradedTask(DataSource):
 
     grader: str = Field(
         pattern=r"^[\w.-]+:[\w.-]+$",
-        description="Function that grades a response between 0 and 1: `builtin:pico` or `module:function`.",
+        description="Function that grades a response between 0 and 1: `builtin:references`, `builtin:pico` or "
+        "`module:function`.",
     )
     max_new_tokens: int = Field(64, ge=1, description="Maximum length of a generated response, in tokens.")
 
