@@ -101,12 +101,12 @@ def ablate(file: Path, seeds: int) -> None:
                 append(file, {**key, "steps": steps, **run_ablation(ablation, seed)})
 
 
-def append(file: Path, record: dict[str, Any]) -> None:
-    """Appends a run to a file, and prints it."""
+def append(file: Path, record: dict[str, Any], without: tuple[str, ...] = ()) -> None:
+    """Appends a run to a file, and prints it but for the keys `without`."""
     cut_off = file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
     with file.open("a", encoding="utf-8") as lines:
         lines.write("\n" * cut_off + json.dumps(record) + "\n")
-    print(json.dumps(record), flush=True)
+    print(json.dumps({key: value for key, value in record.items() if key not in without}), flush=True)
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,80 @@
+"""The arms by name, in the order in which they run: stages of a recipe, with the settings that differ.
+
+An arm with a new loss is one line: its fields of `TunaConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+LISTS, PAIRS, GOLD = "contextual-lists", "contextual-pairs", "contextual-gold"
+REFERENCE_ARM = "tuna-best"
+"""Its FLOPs are the budget of every stage."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of an arm.
+
+    Attributes:
+        type: As in a recipe; `sft` takes the best response of each list.
+        data: A data set of the work folder.
+        train: Fields of `TunaConfig` beside those that all arms share.
+        rounds: Above 1: own samples in each round, ranked by the grader, in one adapter.
+        reference_passes: Forward passes of a reference model in a step.
+        rate_of: The single arm whose learning rate it has; None for a rate of its own.
+    """
+
+    type: Literal["sft", "ranking"]
+    data: str = LISTS
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rounds: int = 1
+    reference_passes: int = 0
+    rate_of: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """An arm.
+
+    Attributes:
+        label: As tables say it.
+        stages: In the order of training.
+        decides: Whether it belongs to the protocol's primary comparisons.
+        ranks: Whether it learns from the order of responses.
+    """
+
+    label: str
+    stages: tuple[Stage, ...]
+    decides: bool = False
+    ranks: bool = True
+
+
+def _over_lists(label: str, *, decides: bool = False, **train: Any) -> Arm:
+    return Arm(label, (Stage("ranking", LISTS, train),), decides)
+
+
+BASE, RAFT = "base", "raft"
+_TUNA_BEST = Stage("ranking", LISTS, {"mle_on": "best"})
+_LAST = dataclasses.replace(_TUNA_BEST, rate_of=REFERENCE_ARM)
+
+ARMS = {
+    RAFT: Arm("SFT on the best sample (RAFT)", (Stage("sft"),), decides=True, ranks=False),
+    REFERENCE_ARM: Arm("Tuna, likelihood on the best", (_TUNA_BEST,), decides=True),
+    "logistic-best": _over_lists(
+        "logistic, likelihood on the best", decides=True, loss_type="logistic", mle_on="best"
+    ),
+    "tuna": _over_lists("Tuna as released"),
+    "gold": Arm("SFT on gold (ceiling)", (Stage("sft", GOLD),), ranks=False),
+    "list-mle-best": _over_lists(
+        "Plackett-Luce, likelihood on the best", loss_type="list_mle", beta=1.0, mle_on="best"
+    ),
+    "two-rounds": Arm("Tuna, likelihood on the best, two rounds", (dataclasses.replace(_TUNA_BEST, rounds=2),)),
+    "teacher": Arm("probabilistic: a teacher's order", (Stage("ranking", "probabilistic-lists"),)),
+    "teacher-tuna-best": Arm(
+        "probabilistic, then Tuna", (Stage("ranking", "probabilistic-lists", rate_of="teacher"), _LAST)
+    ),
+    "few-gold": Arm("SFT on few gold rows", (Stage("sft", "sft"),), ranks=False),
+    "few-gold-tuna-best": Arm("SFT on few gold rows, then Tuna", (Stage("sft", "sft", rate_of="few-gold"), _LAST)),
+}
