@@ -55,6 +55,15 @@ def _over_lists(label: str, *, decides: bool = False, **train: Any) -> Arm:
     return Arm(label, (Stage("ranking", LISTS, train),), decides)
 
 
+def _to_the_base(label: str, data: str = LISTS, *, decides: bool = False, **train: Any) -> Arm:
+    """An arm on log-ratios to the base, without a likelihood term."""
+    return Arm(label, (Stage("ranking", data, {**_LOG_RATIOS, **train}, reference_passes=1),), decides)
+
+
+_LOG_RATIOS = {"reference": "below", "length_penalty": 0.0, "margin": 0.0, "beta": 0.1, "mle_weight": 0.0}
+_DPO = {"loss_type": "logistic", "reduction": "pair_sum"}
+_GRADES = {"score_scale": 0.2}  # grades are between 0 and 1; these losses take scores that differ by 1 to 5
+
 BASE, RAFT = "base", "raft"
 _TUNA_BEST = Stage("ranking", LISTS, {"mle_on": "best"})
 _LAST = dataclasses.replace(_TUNA_BEST, rate_of=REFERENCE_ARM)
@@ -62,6 +71,7 @@ _LAST = dataclasses.replace(_TUNA_BEST, rate_of=REFERENCE_ARM)
 ARMS = {
     RAFT: Arm("SFT on the best sample (RAFT)", (Stage("sft"),), decides=True, ranks=False),
     REFERENCE_ARM: Arm("Tuna, likelihood on the best", (_TUNA_BEST,), decides=True),
+    "dpo": _to_the_base("DPO, best against worst", PAIRS, decides=True, **_DPO),
     "logistic-best": _over_lists(
         "logistic, likelihood on the best", decides=True, loss_type="logistic", mle_on="best"
     ),
@@ -70,6 +80,12 @@ ARMS = {
     "list-mle-best": _over_lists(
         "Plackett-Luce, likelihood on the best", loss_type="list_mle", beta=1.0, mle_on="best"
     ),
+    "dpo-lists": _to_the_base("DPO, all pairs", **_DPO),
+    "lambda-best": _over_lists(
+        "LambdaLoss, likelihood on the best", loss_type="logistic", pair_weight="lambda", mle_on="best", **_GRADES
+    ),
+    "nca": _to_the_base("NCA", loss_type="nca", **_GRADES),
+    "qrpo": _to_the_base("QRPO", loss_type="qrpo"),
     "two-rounds": Arm("Tuna, likelihood on the best, two rounds", (dataclasses.replace(_TUNA_BEST, rounds=2),)),
     "teacher": Arm("probabilistic: a teacher's order", (Stage("ranking", "probabilistic-lists"),)),
     "teacher-tuna-best": Arm(

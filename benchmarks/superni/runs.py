@@ -33,6 +33,7 @@ from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import Row as Lengths
 from tuna_peft.planning.workload import Workload
 from tuna_peft.recipe.schema import Recipe
+from tuna_peft.recipe.train_fields import check_train
 from tuna_peft.run.pipeline import run_recipe
 
 LORA = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
@@ -59,6 +60,7 @@ class Runs:
     def run(self, names: Sequence[str]) -> None:
         """The protocol's order: the base, the deciding arms, the leaders' further seeds, the other arms."""
         self._base()
+        names = [name for name in names if self._possible(name)]
         deciding = [name for name in names if ARMS[name].decides]
         for name in deciding:
             self._search(name)
@@ -67,14 +69,16 @@ class Runs:
             for name in sorted(leading):
                 self._trained(name, best_rate(self.rows, name), seed, measure=True)
         for name in names:
-            if name not in deciding and self._possible(name):
+            if name not in deciding:
                 self._search(name)
 
     def _possible(self, name: str) -> bool:
-        missing = [stage.data for stage in ARMS[name].stages if not self.prepared.file(stage.data).is_file()]
-        if missing:
-            print(f"{name}: not run, there is no {', '.join(missing)}", flush=True)
-        return not missing
+        """Whether the arm's data is there and its settings are known; prints why not."""
+        missing = [f"no {one.data}" for one in ARMS[name].stages if not self.prepared.file(one.data).is_file()]
+        unknown = [f"{key}: {what}" for one in ARMS[name].stages for key, what, _ in check_train(one.type, one.train)]
+        if missing or unknown:
+            print(f"{name}: not run ({'; '.join(missing + unknown)})", flush=True)
+        return not missing + unknown
 
     def _search(self, name: str) -> None:
         """One run for each learning rate, then the held-out measures of the best."""
