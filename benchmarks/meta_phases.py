@@ -26,7 +26,8 @@ from benchmarks.shapes import set_checkpointing
 from benchmarks.trl_pairs import _Accelerator
 from benchmarks.workloads import Group
 from tuna_peft.models.forward.scoring import response_logps
-from tuna_peft.models.generation.generate import _chooser, _Decoder, _Sequence
+from tuna_peft.models.generation.choose import chooser
+from tuna_peft.models.generation.generate import _Decoder, _Sequence
 
 
 def supervised(model: Any, lengths: Sequence[int], *, recompute: bool, targets: int) -> tuple[int, Counted]:
@@ -67,12 +68,12 @@ def generation(model: Any, lengths: Sequence[int], *, n: int, new: int, greedy: 
     """`n` responses of `new` tokens to prompts of these lengths, until those to the longest prompts have ended."""
     model.eval()
     tokenizer: Any = SimpleNamespace(eos_token_id=None, pad_token_id=0)
-    decoder = _Decoder(model, tokenizer, _chooser(0.0 if greedy else 1.0, top_p), new)
+    decoder = _Decoder(model, tokenizer, chooser(0.0 if greedy else 1.0, top_p), new)
     decoder.context = max(lengths) + new
     decoder.max_new_tokens = 2 * new
     batch = [_Sequence(prompt, sample, sample) for prompt in range(len(lengths)) for sample in range(n)]
     with LiveBytes(_known(model)) as live, torch.no_grad(), meta_step(False):
-        for sequence, _ in decoder.run([[3] * length for length in lengths], batch):
+        for sequence, _ in decoder.run([[3] * length for length in lengths], batch, len(batch)):
             if lengths[sequence.prompt] < max(lengths):
                 break  # the longest have left the batch, so the peak is behind
     return live.peak

@@ -28,6 +28,17 @@ TEXTS = [
 ]
 
 
+def test_a_choice_is_made_once_and_is_no_answer(tmp_path):
+    with Journal(tmp_path / "new.jsonl") as journal:
+        assert journal.settle("dense", True, before=False) is True
+        assert (list(journal), len(journal)) == ([], 0)
+        journal.add("a", 1)
+    with Journal(tmp_path / "new.jsonl") as journal:
+        assert journal.settle("dense", False, before=False) is True  # a resumed run computes as it began
+        assert journal.settle("later", 64, before=32) == 32  # the answers that are there were made without it
+        assert list(journal) == ["a"]
+
+
 def test_texts_survive_the_round_trip(tmp_path):
     with Journal(tmp_path / "j.jsonl") as journal:
         for i, text in enumerate(TEXTS):

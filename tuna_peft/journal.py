@@ -21,6 +21,8 @@ from tuna_peft.files import disk_full_is_a_user_error, flush, take_lock
 
 logger = logging.getLogger(__name__)
 
+# Beginning of the keys of choices, see `Journal.settle`; other keys are hexadecimal.
+_CHOICE = "choice:"
 SYNC_SECONDS = 1.0
 """Seconds between flushes to disk: the most that is lost when the machine fails. A killed process loses nothing."""
 
@@ -80,11 +82,11 @@ class Journal:
         return key in self._places
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(1 for _ in self)  # `list` would ask for the length
 
     def __iter__(self) -> Iterator[str]:
-        """The keys, in the order in which they were added."""
-        return iter(list(self._places))
+        """The keys of all answers, in the order in which they were added."""
+        return iter([key for key in self._places if not key.startswith(_CHOICE)])
 
     def __getitem__(self, key: str) -> Any:
         """The value for `key`, a new copy each time; KeyError if there is none."""
@@ -111,6 +113,22 @@ class Journal:
             self._end += len(line)
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self._sync()
+
+    def settle(self, name: str, value: Any, *, before: Any) -> Any:
+        """The value of a choice that depends on the machine and not on the question, such as a batch size.
+
+        It is fixed when the journal is begun, because another choice would round differently from the answers that
+        are there.
+
+        Args:
+            name: Name of the choice.
+            value: Its value, if it is made now.
+            before: Its value if the journal has answers, but no such choice: earlier versions did not record it.
+        """
+        key = _CHOICE + name
+        if key not in self:
+            self.add(key, before if len(self) else value)
+        return self[key]
 
     def close(self) -> None:
         """Flushes to disk, closes the file and releases the lock; can be called again."""

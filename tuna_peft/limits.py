@@ -20,6 +20,9 @@ CHUNK_ROWS = 256
 PAD_TO = 8
 # Packed sequences of at least this many tokens use attention segment by segment, shorter ones a dense mask.
 LONG_ROW = 512
+# Batches that are sampled as one block: within it, sequences that have ended are replaced by waiting ones. An
+# interrupted run repeats the block that it was in.
+BATCHES_IN_BLOCK = 4
 # Tokens of free space that a growing key-value cache allocates beyond the tokens that it must store.
 CACHE_ROOM = 64
 # Weights that share a scale in 4-bit quantization, and scales that share a scale in double quantization: defaults
@@ -30,6 +33,9 @@ QUANTIZATION_BLOCK, SCALES_BLOCK = 64, 256
 ACTIVATIONS_ON_GPU = 0.92
 # The same share of main memory, which other programs need too.
 ACTIVATIONS_IN_RAM = 0.5
+# Share of free memory, on a GPU or in main memory, that a dense copy of the weights may take while a model generates;
+# the rest is for keys and values.
+DENSE_COPY = 0.5
 # Adapter ranks that vLLM accepts as `--max-lora-rank`; an adapter of another rank takes the next larger one.
 VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Share of free memory, on a GPU or in main memory, that the weights of a merged model may fill while it is compared

@@ -27,6 +27,9 @@ class Scripted:
     def __init__(self, tokenizer, script):
         self.tokenizer, self.script, self.asked = tokenizer, script, []
 
+    def settle(self, journal):
+        pass
+
     def sample(self, prompts, settings, *, temperature, seed, done):
         for index, ids in enumerate(prompts):
             if index not in done:
@@ -167,6 +170,9 @@ class Stopping:
 
     def __getitem__(self, key):
         return self.journal[key]
+
+    def settle(self, name, value, *, before):
+        return self.journal.settle(name, value, before=before)
 
     def add(self, key, value):
         self.stop -= 1

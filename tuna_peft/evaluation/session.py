@@ -15,6 +15,7 @@ from tuna_peft.data.ranked import Prompt
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.evaluation.results import Exclusion
 from tuna_peft.journal import Journal, content_key
+from tuna_peft.models.generation.dense import has_room_for_dense
 from tuna_peft.models.generation.generate import context_of, stream_responses
 
 JOURNAL = "evaluation/journal.jsonl"
@@ -101,9 +102,10 @@ class Session:
         first = {key: index for index, key in reversed(keys.items())}  # equal prompts are generated once
         asked = sorted(first.values())
         done = {place for place, index in enumerate(asked) if keys[index] in self.journal}
+        dense = self.journal.settle("dense", has_room_for_dense(self.model), before=False)
         for generated in stream_responses(
             self.model, self.tokenizer, [prompts[index] for index in asked], max_new_tokens=max_new_tokens,
-            batch_size=self.batch_size, done=done, description=f"{task} ({self.stage})",
+            batch_size=self.batch_size, done=done, dense=dense, description=f"{task} ({self.stage})",
         ):  # fmt: skip
             value = {"text": generated.texts[0], "ended": generated.ended[0]}
             self.journal.add(keys[asked[generated.index]], value)

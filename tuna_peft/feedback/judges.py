@@ -218,6 +218,7 @@ class LocalJudge:
         """
         from tuna_peft.data.texts import prompt_ids
         from tuna_peft.feedback.local_model import load_local_model
+        from tuna_peft.models.generation.dense import has_room_for_dense
         from tuna_peft.models.generation.generate import context_of, stream_responses
 
         outcome = Answering(found=sum(key in journal for key in questions))
@@ -234,13 +235,14 @@ class LocalJudge:
             if len(prompts[key]) >= context:
                 tokens = len(prompts.pop(key))
                 outcome.unanswered[key] = f"{tokens} tokens do not fit into the judge's context of {context}"
+        dense = journal.settle("dense", has_room_for_dense(loaded.model), before=False)
         left = list(prompts)
         for attempt in range(settings.attempts):
             for generated in stream_responses(
                 loaded.model, loaded.tokenizer, [prompts[key] for key in left],
                 temperature=_attempt_temperature(settings, attempt), max_new_tokens=settings.max_tokens,
                 seed=f"{settings.seed}-{attempt}", batch_size=settings.batch_size,
-                done={i for i, key in enumerate(left) if key in journal},
+                done={i for i, key in enumerate(left) if key in journal}, dense=dense,
                 description=f"{description}, attempt {attempt + 1}" if attempt else description,
             ):  # fmt: skip
                 key, [text], [ended] = left[generated.index], generated.texts, generated.ended

@@ -20,6 +20,7 @@ from tuna_peft.feedback.counts import Counts
 from tuna_peft.feedback.diversity import similarities
 from tuna_peft.feedback.settings import SampleSettings
 from tuna_peft.journal import Journal, content_key
+from tuna_peft.models.generation.dense import has_room_for_dense
 from tuna_peft.models.generation.generate import Generated, context_of, stream_responses
 from tuna_peft.models.stack.any_model import model_digest
 
@@ -38,6 +39,10 @@ class Sampler(Protocol):
 
     @property
     def context(self) -> int | None: ...
+
+    def settle(self, journal: Journal) -> None:
+        """Fixes for all who resume with this journal what depends on the machine's free memory."""
+        ...
 
     def sample(
         self,
@@ -63,12 +68,17 @@ class ModelSampler:
         self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[str] | None = None
     ):
         self.model, self.tokenizer = model, tokenizer
+        self._dense: bool | None = None
         self.identity = {"backend": "transformers", **model_digest(model, adapters)}
 
     @property
     def context(self) -> int | None:
         """See `Sampler`."""
         return context_of(self.model)
+
+    def settle(self, journal: Journal) -> None:
+        """See `Sampler`."""
+        self._dense = journal.settle("dense", has_room_for_dense(self.model), before=False)
 
     def sample(
         self,
@@ -83,7 +93,7 @@ class ModelSampler:
         return stream_responses(
             self.model, self.tokenizer, prompts, n=settings.n, temperature=temperature, top_p=settings.top_p,
             max_new_tokens=settings.max_new_tokens, seed=seed, batch_size=settings.batch_size, done=done,
-            description=f"sampling at temperature {temperature:g}",
+            dense=self._dense, description=f"sampling at temperature {temperature:g}",
         )  # fmt: skip
 
 
@@ -155,6 +165,7 @@ def sample_candidates(
         UserError: No prompt has two different responses.
     """
     began, report = time.monotonic(), SampleReport(prompts=len(prompts))
+    sampler.settle(journal)
     ids = [prompt_ids(prompt["prompt"], sampler.tokenizer, prompt.get("tools")) for prompt in prompts]
     limit = sampler.context or float("inf")
     pending = [index for index, tokens in enumerate(ids) if len(tokens) < limit]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.settings import SampleSettings
 from tuna_peft.files import sha256
+from tuna_peft.journal import Journal
 from tuna_peft.limits import GIB, VLLM_LORA_RANKS
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.generation.generate import Generated
@@ -86,6 +87,9 @@ class VllmSampler:
     def context(self) -> int | None:
         """See `Sampler`."""
         return self._engine.llm_engine.model_config.max_model_len
+
+    def settle(self, journal: Journal) -> None:
+        """See `Sampler`: vLLM chooses its batches itself."""
 
     def sample(
         self,

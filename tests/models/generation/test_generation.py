@@ -11,6 +11,7 @@ from tiny_llama import PROMPTS, RANKING, SFT, VOCABULARY, load_tiny, stack_on
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.generation import generate
+from tuna_peft.models.generation.choose import _add_gumbel_noise, chooser
 from tuna_peft.models.generation.generate import generate_responses, stream_responses
 
 SAMPLED = {"n": 3, "temperature": 0.9, "top_p": 0.95, "max_new_tokens": 12, "seed": 5}
@@ -75,6 +76,55 @@ def test_samples_differ_by_number_and_by_seed(stack):
     assert sampled(stack, seed="5/1")[0]["texts"] != one
 
 
+def many_ends(stack, monkeypatch):
+    """Ten prompts whose samples end after different numbers of tokens: every sixth token is EOS."""
+    monkeypatch.setattr(stack[0].generation_config, "eos_token_id", list(range(2, VOCABULARY, 6)))
+    return [[(5 * i + j) % (VOCABULARY - 3) + 3 for j in range(4 + 3 * i)] for i in range(10)]
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 4), (3, 8), (6, 8)])
+def test_sequences_that_have_ended_are_replaced_and_samples_stay_the_same(stack, monkeypatch, n, batch_size):
+    prompts = many_ends(stack, monkeypatch)
+    alone = {index: sampled(stack, [prompt], n=n)[0] for index, prompt in enumerate(prompts)}
+    assert len({length for one in alone.values() for length in one["lengths"]}) > 4
+    passes, begun = [], []
+    forward, begin = generate._Decoder._forward, generate._Decoder._begin
+    monkeypatch.setattr(
+        generate._Decoder, "_forward",
+        lambda self, ids, seen, cache: passes.append(tuple(ids.shape)) or forward(self, ids, seen, cache),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        generate._Decoder, "_begin",
+        lambda self, prompts, new, *on: begun.append([one.prompt for one in new]) or begin(self, prompts, new, *on),
+    )  # fmt: skip
+    together = sampled(stack, prompts, n=n, batch_size=batch_size)
+    assert {index: {**one, "index": 0} for index, one in together.items()} == alone
+    assert sorted(index for group in begun for index in set(group)) == sorted(range(10))  # each prompt is read once
+    slots = max(batch_size // n, 1) * n
+    assert all(rows <= slots for rows, width in passes)
+    longest = [max(one["lengths"]) for one in together.values()]
+    order, prompts_at_once = sorted(range(10), key=lambda index: -len(prompts[index])), slots // n
+    batches = [order[start : start + prompts_at_once] for start in range(0, 10, prompts_at_once)]
+    without = sum(max(longest[index] for index in batch) - 1 for batch in batches)
+    steps = sum(width == 1 for _, width in passes)
+    assert steps < without if prompts_at_once > 1 else steps == without
+
+
+def test_an_interrupted_run_repeats_its_block_only(stack, monkeypatch):
+    prompts = many_ends(stack, monkeypatch)
+    monkeypatch.setattr(generate, "BATCHES_IN_BLOCK", 2)
+    straight = sampled(stack, prompts, n=1, batch_size=2)
+    order = sorted(range(10), key=lambda index: -len(prompts[index]))
+    begun, begin = [], generate._Decoder._begin
+    monkeypatch.setattr(
+        generate._Decoder, "_begin",
+        lambda self, prompts, new, *rest: begun.extend(one.prompt for one in new) or begin(self, prompts, new, *rest),
+    )  # fmt: skip
+    rest = sampled(stack, prompts, n=1, batch_size=2, done=set(order[:6]))
+    assert set(begun) == set(order[4:])
+    assert rest == {index: straight[index] for index in order[6:]}
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_resumed_run_gives_the_same_samples(stack, stop):
     straight = sampled(stack, batch_size=3)
@@ -119,15 +169,19 @@ def test_frequencies_are_the_probabilities(stack):
 
 
 def test_top_p_keeps_the_smallest_sufficient_set():
-    choose = generate._chooser(1.0, 0.6)
+    choose = chooser(1.0, 0.6)
     logits = torch.tensor([[0.1, 0.5, 0.3, 0.1]]).log()
-    drawn = {int(choose(logits, torch.tensor([key * 7919]), step)) for key in range(40) for step in range(5)}
+    drawn = {
+        int(choose(logits, torch.tensor([key * 7919]), torch.tensor([step]))) for key in range(40) for step in range(5)
+    }
     assert drawn == {1, 2}
 
 
 def test_the_noise_is_standard_gumbel():
     keys, numbers = 50, 4000
-    noise = generate._gumbel_noise(torch.arange(keys) * 104729, 3, numbers).double()
+    noise = torch.zeros(keys, numbers)
+    _add_gumbel_noise(noise, torch.arange(keys) * 104729, torch.tensor([3]))
+    noise = noise.double()
     # Five standard errors; the fourth moment of a Gumbel variable is 5.4 times its squared variance.
     variance, total = torch.pi**2 / 6, keys * numbers
     assert abs(noise.mean() - 0.5772) < 5 * (variance / total) ** 0.5

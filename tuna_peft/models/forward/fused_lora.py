@@ -132,6 +132,15 @@ class StackedLinear4bit(_Stacked, PeftLinear4bit):
     """LoRA on bitsandbytes' `Linear4bit`."""
 
 
+def adds_plain_lora(layer: torch.nn.Module) -> bool:
+    """Whether `layer` is a LoRA layer that now computes `W x + sum of s B A x`, or W x where adapters are disabled."""
+    return (
+        isinstance(layer, _Stacked)
+        and not layer.merged
+        and all(layer._is_plain(name) for name in layer.active_adapters if name in layer.lora_A)
+    )
+
+
 def register(config: lora.LoraConfig) -> None:
     """Makes PEFT create these layers for an adapter, through its hook for custom LoRA layers; int8 keeps PEFT's own.
 

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from tuna_peft.errors import UserError
-from tuna_peft.limits import context_length, prompts_per_batch, response_room
+from tuna_peft.limits import BATCHES_IN_BLOCK, context_length, prompts_per_batch, response_room
 from tuna_peft.models.forward.scoring import without_peft
 from tuna_peft.models.forward.segments import use_segments
+from tuna_peft.models.generation.choose import Chooser, chooser
+from tuna_peft.models.generation.dense import dense_weights, has_room_for_dense
 from tuna_peft.models.generation.growing_cache import GrowingLayer
 
 
@@ -74,14 +76,19 @@ def stream_responses(
     seed: int | str = 0,
     batch_size: int = 32,
     done: Container[int] = frozenset(),
+    dense: bool | None = None,
     description: str = "generating",
 ) -> Iterator[Generated]:
     """Yields the samples of a prompt as soon as the last of them ends; the longest prompts come first.
 
+    The prompts are processed in blocks of `BATCHES_IN_BLOCK` batches. Within a block, sequences that have ended are
+    replaced by waiting ones, so the batch stays full until the block runs out of prompts.
+
     A sample depends on the model, its prompt, `seed` and its number among the n: its random numbers are computed from
-    these (see `_gumbel_noise`), not from its batch or from earlier samples. Batches of other shapes round matrix
-    products differently, which can change a sample where two tokens are almost equally likely. To avoid that too, an
-    interrupted run passes the same prompts again and says which are `done`: the batches stay the same.
+    these (see `choose`), not from its batch or from earlier samples. Batches of other shapes round matrix products
+    differently, which can change a sample where two tokens are almost equally likely. To avoid that too, an
+    interrupted run passes the same prompts again and says which are `done`: only blocks that are done as a whole are
+    skipped, so the batches stay the same. It also passes the same `dense`.
 
     Args:
         model: Any causal LM, with or without adapters, on one device.
@@ -94,44 +101,48 @@ def stream_responses(
         seed: Any number or text.
         batch_size: Sequences (prompts times n) generated at once; halved when memory runs out.
         done: Indices of prompts whose samples are not needed.
+        dense: Whether a dense copy of the weights is held meanwhile, see `dense_weights`; by default if it fits into
+            memory.
         description: Label of the progress bar.
 
     Raises:
         UserError: A prompt is empty or fills the model's context, or one sequence alone does not fit into memory.
     """
     model.eval()
-    decoder = _Decoder(model, tokenizer, _chooser(temperature, top_p), max_new_tokens)
+    decoder = _Decoder(model, tokenizer, chooser(temperature, top_p), max_new_tokens)
     decoder.require_room(prompts)
-    queue = deque(_batches(prompts, n, seed, batch_size, done))
     wanted = [index for index in range(len(prompts)) if index not in done]
     finished: dict[int, dict[int, list[int]]] = {}
     tokens, started = 0, time.monotonic()
-    with tqdm(total=len(wanted), desc=description, unit=" prompts", leave=False, delay=2, disable=None) as bar:
-        while queue:
-            batch = queue.popleft()
-            waiting = dict.fromkeys(batch)
-            try:
-                for sequence, ids in decoder.run(prompts, batch):
-                    del waiting[sequence]
-                    tokens += len(ids)
-                    samples = finished.setdefault(sequence.prompt, {})
-                    samples[sequence.sample] = ids
-                    if len(samples) == n and sequence.prompt not in done:
-                        del finished[sequence.prompt]
-                        yield decoder.generated(sequence.prompt, [ids for _, ids in sorted(samples.items())])
-                        bar.set_postfix_str(f"{tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
-                        bar.update()
-            except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
-                    length = len(prompts[batch[0].prompt])
-                    raise UserError(
-                        f"a prompt of {length} tokens does not fit into memory with its response",
-                        fix="Shorten the prompt, lower max_new_tokens, or quantize the base.",
-                    ) from error
-            if waiting:  # out of memory: split the rest of this batch and all that follow
-                torch.cuda.empty_cache()
-                queue.appendleft(list(waiting))
-                queue = deque(part for entry in queue for part in _parts(entry, -(-len(batch) // 2)))
+    slots = prompts_per_batch(batch_size, n) * n
+    with (
+        tqdm(total=len(wanted), desc=description, unit=" prompts", leave=False, delay=2, disable=None) as bar,
+        dense_weights(model) if dense or (dense is None and has_room_for_dense(model)) else nullcontext(),
+    ):
+        for block in _blocks(prompts, n, seed, slots, done):
+            left = dict.fromkeys(block)
+            while left:
+                try:
+                    for sequence, ids in decoder.run(prompts, list(left), slots):
+                        del left[sequence]
+                        tokens += len(ids)
+                        samples = finished.setdefault(sequence.prompt, {})
+                        samples[sequence.sample] = ids
+                        if len(samples) == n and sequence.prompt not in done:
+                            del finished[sequence.prompt]
+                            yield decoder.generated(sequence.prompt, [ids for _, ids in sorted(samples.items())])
+                            rate = tokens / (time.monotonic() - started)
+                            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                            bar.update()
+                except torch.OutOfMemoryError as error:
+                    if slots == 1:
+                        length = len(prompts[next(iter(left)).prompt])
+                        raise UserError(
+                            f"a prompt of {length} tokens does not fit into memory with its response",
+                            fix="Shorten the prompt, lower max_new_tokens, or quantize the base.",
+                        ) from error
+                    slots = -(-min(slots, len(left)) // 2)  # for all that follow
+                    torch.cuda.empty_cache()
 
 
 def context_of(model: torch.nn.Module) -> int | None:
@@ -147,14 +158,75 @@ class _Sequence(NamedTuple):
     key: int
 
 
-_Chooser = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+@dataclass
+class _Active:
+    """A sequence that is being generated: `ids` after a prompt of `prompt` tokens, at most `room` of them."""
+
+    sequence: _Sequence
+    prompt: int
+    room: int
+    ids: list[int]
+
+
+@dataclass
+class _Batch:
+    """Sequences that are generated together.
+
+    Attributes:
+        active: One entry for each row; None for a sequence that has ended, whose row stays until `rebuild`.
+        cache: Keys and values.
+        origin_B: Row of the cache for each sequence, before `expand`; later they are the same.
+        logits_BV: Logits of the next token.
+        seen_BT: Attention mask.
+        keys_B: Keys of the random numbers.
+        steps_B: Tokens generated so far.
+    """
+
+    active: list[_Active | None]
+    cache: Any
+    origin_B: torch.Tensor
+    logits_BV: torch.Tensor
+    seen_BT: torch.Tensor
+    keys_B: torch.Tensor
+    steps_B: torch.Tensor
+
+    @property
+    def grows(self) -> bool:
+        """Whether sequences can be added: not to caches of other kinds, such as those of sliding windows."""
+        return isinstance(self.cache, DynamicCache) and all(type(one) is GrowingLayer for one in self.cache.layers)
+
+    def expand(self) -> None:
+        """Copies the cache of each prompt for its samples."""
+        if len({active.sequence.prompt for active in self.active if active}) < len(self.active):
+            self.cache.batch_select_indices(self.origin_B)
+
+    def rebuild(self, rows: list[int], more: _Batch | None = None) -> None:
+        """Keeps these rows and adds those of `more`, which is not expanded."""
+        kept = torch.tensor(rows, device=self.keys_B.device)
+        parts = [(self, kept)] if more is None else [(self, kept), (more, torch.arange(len(more.active)).to(kept))]
+        self.active = [self.active[row] for row in rows] + (more.active if more else [])
+        if self.grows:
+            width = max(active.prompt + len(active.ids) for active in self.active if active)
+            for number, layer in enumerate(self.cache.layers):
+                if more is None:
+                    layer.rebuild(kept, width)
+                else:
+                    layer.rebuild(kept, width, more.cache.layers[number], more.origin_B)
+                    more.cache.layers[number].reset()
+            seen = [batch.seen_BT[index, -width:] for batch, index in parts]
+            self.seen_BT = torch.cat([pad(each, (width - each.shape[1], 0)) for each in seen])
+        else:
+            self.cache.batch_select_indices(kept)
+            self.seen_BT = self.seen_BT[kept]
+        for name in ("logits_BV", "keys_B", "steps_B"):
+            setattr(self, name, torch.cat([getattr(batch, name)[index] for batch, index in parts]))
 
 
 class _Decoder:
     """Generates one batch at a time with one model and one way to choose tokens."""
 
     def __init__(
-        self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, choose: _Chooser, max_new_tokens: int
+        self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, choose: Chooser, max_new_tokens: int
     ):
         self.model, self.tokenizer, self.choose, self.max_new_tokens = model, tokenizer, choose, max_new_tokens
         self.causal_lm = without_peft(model)
@@ -179,41 +251,59 @@ class _Decoder:
                 )
 
     def run(
-        self, prompts: Sequence[Sequence[int]], batch: Sequence[_Sequence]
+        self, prompts: Sequence[Sequence[int]], waiting: Sequence[_Sequence], slots: int
     ) -> Iterator[tuple[_Sequence, list[int]]]:
-        """Yields each sequence with its tokens when it ends, and removes it from the batch."""
+        """Generates `slots` sequences at a time and yields each with its tokens when it ends.
+
+        A sequence that has ended stays in the batch until a quarter of it has: then the next ones take these places,
+        and the cache is copied once for all of them.
+        """
         device = next(self.model.parameters()).device
-        # Each prompt is read once; its cache is then copied for all its samples.
-        rows = list(dict.fromkeys(sequence.prompt for sequence in batch))
-        cache, logits_PV, seen_PT = self._read([prompts[row] for row in rows], device)
-        row_of = torch.tensor([rows.index(sequence.prompt) for sequence in batch], device=device)
-        if len(rows) < len(batch):
-            cache.batch_select_indices(row_of)
-        logits_BV, seen_BT = logits_PV[row_of], seen_PT[row_of]
-        del logits_PV
-        keys_B = torch.tensor([sequence.key for sequence in batch], device=device)
-        rooms = [response_room(self.max_new_tokens, len(prompts[each.prompt]), self.context) for each in batch]
-        active = [(sequence, room, list[int]()) for sequence, room in zip(batch, rooms, strict=True)]
-        for step in itertools.count():
-            chosen_B = self.choose(logits_BV, keys_B, step)
-            unfinished = []
+        batch, waiting = self._begin(prompts, waiting[:slots], device), waiting[slots:]
+        batch.expand()
+        while True:
+            chosen_B = self.choose(batch.logits_BV, batch.keys_B, batch.steps_B)
             # `tolist` waits for the GPU once per step, for all sequences together.
-            for number, ((sequence, max_new, ids), token) in enumerate(zip(active, chosen_B.tolist(), strict=True)):
-                ids.append(token)
-                if token in self.ends or len(ids) == max_new:
-                    yield sequence, ids
-                else:
-                    unfinished.append(number)
-            if not unfinished:
-                return
-            if len(unfinished) < len(active):
-                active = [active[number] for number in unfinished]
-                kept = torch.tensor(unfinished, device=device)
-                cache.batch_select_indices(kept)
-                chosen_B, keys_B, seen_BT = chosen_B[kept], keys_B[kept], seen_BT[kept]
-            seen_BT = torch.cat([seen_BT, seen_BT.new_ones(len(active), 1)], dim=1)
-            del logits_BV  # before the next ones, which are as large
-            logits_BV = self._forward(chosen_B[:, None], seen_BT, cache).logits[:, -1]  # noqa: F841 - read above
+            for row, token in enumerate(chosen_B.tolist()):
+                if (active := batch.active[row]) is not None:
+                    active.ids.append(token)
+                    if token in self.ends or len(active.ids) == active.room:
+                        batch.active[row] = None
+                        yield active.sequence, active.ids
+            rows = [row for row, active in enumerate(batch.active) if active is not None]
+            if not rows:
+                if not waiting:
+                    return
+                del batch  # before the next one, which is as large
+                batch, waiting = self._begin(prompts, waiting[:slots], device), waiting[slots:]
+                batch.expand()
+                continue
+            alive_B1 = torch.tensor([[active is not None] for active in batch.active], device=device)
+            batch.seen_BT = torch.cat([batch.seen_BT, alive_B1.to(batch.seen_BT.dtype)], dim=1)
+            del batch.logits_BV  # before the next ones, which are as large
+            batch.logits_BV = self._forward(chosen_B[:, None], batch.seen_BT, batch.cache).logits[:, -1]
+            batch.steps_B = batch.steps_B + 1
+            count = _whole_prompts(waiting, slots - len(rows)) if batch.grows else 0
+            if count and (count >= slots // 4 or count == len(waiting)):
+                batch.rebuild(rows, self._begin(prompts, waiting[:count], device))
+                waiting = waiting[count:]
+            elif len(batch.active) - len(rows) >= max(len(batch.active) // 4, 1):
+                batch.rebuild(rows)
+
+    def _begin(self, prompts: Sequence[Sequence[int]], sequences: Sequence[_Sequence], device: torch.device) -> _Batch:
+        """A batch of these sequences after their prompts. Each prompt is read once, for all its samples."""
+        places = list(dict.fromkeys(sequence.prompt for sequence in sequences))
+        cache, logits_PV, seen_PT = self._read([prompts[place] for place in places], device)
+        origin_B = torch.tensor([places.index(sequence.prompt) for sequence in sequences], device=device)
+        lengths = [len(prompts[sequence.prompt]) for sequence in sequences]
+        return _Batch(
+            [
+                _Active(sequence, length, response_room(self.max_new_tokens, length, self.context), [])
+                for sequence, length in zip(sequences, lengths, strict=True)
+            ],
+            cache, origin_B, logits_PV[origin_B], seen_PT[origin_B],
+            torch.tensor([sequence.key for sequence in sequences], device=device), torch.zeros_like(origin_B),
+        )  # fmt: skip
 
     def generated(self, index: int, samples: list[list[int]]) -> Generated:
         """A prompt's samples as text."""
@@ -246,62 +336,26 @@ class _Decoder:
         return self.model(**inputs, use_cache=True, logits_to_keep=1)
 
 
-def _batches(
-    prompts: Sequence[Sequence[int]], n: int, seed: int | str, batch_size: int, done: Container[int]
+def _blocks(
+    prompts: Sequence[Sequence[int]], n: int, seed: int | str, slots: int, done: Container[int]
 ) -> Iterator[list[_Sequence]]:
     """Prompts of similar length together, the longest first, so that running out of memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for chosen in _parts(order, prompts_per_batch(batch_size, n)):
+    size = BATCHES_IN_BLOCK * slots // n
+    for chosen in (order[start : start + size] for start in range(0, len(order), size)):
         if not all(index in done for index in chosen):
             yield [_Sequence(i, k, _key(seed, prompts[i], k)) for i in chosen for k in range(n)]
 
 
-def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _whole_prompts(waiting: Sequence[_Sequence], room: int) -> int:
+    """How many of the first sequences fit into `room` without dividing a prompt's, which would be read twice."""
+    count = min(len(waiting), room)
+    while 0 < count < len(waiting) and waiting[count].prompt == waiting[count - 1].prompt:
+        count -= 1
+    return count
 
 
 def _key(seed: int | str, prompt: Sequence[int], sample: int) -> int:
     """64 bits that differ for every seed, prompt and sample."""
     text = f"{seed}\n{sample}\n{','.join(map(str, prompt))}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
-
-
-def _chooser(temperature: float, top_p: float) -> _Chooser:
-    """The next token of each sequence from its logits `(B, V)`, its key and the number of the step."""
-    if temperature == 0:
-        return lambda logits_BV, keys_B, step: logits_BV.argmax(-1)
-
-    def sample(logits_BV: torch.Tensor, keys_B: torch.Tensor, step: int) -> torch.Tensor:
-        logits_BV = logits_BV.float() / temperature
-        if top_p < 1:
-            sorted_BV, order_BV = torch.sort(logits_BV.softmax(-1), dim=-1, descending=True, stable=True)
-            beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p  # the more likely tokens already add up to top_p
-            logits_BV = logits_BV.masked_fill(beyond_BV.scatter(-1, order_BV, beyond_BV), -torch.inf)
-        return (logits_BV + _gumbel_noise(keys_B, step, logits_BV.shape[-1])).argmax(-1)
-
-    return sample
-
-
-def _gumbel_noise(keys_B: torch.Tensor, step: int, vocabulary: int) -> torch.Tensor:
-    """`(B, V)` standard Gumbel noise, each number a hash of (key, step, token); argmax(logits + noise) is a sample.
-
-    The hash is SplitMix64 (Steele et al. 2014) of a counter. Unlike `torch.Generator` it has no state that depends on
-    the rest of the batch, and CPU and GPU give the same numbers.
-    """
-    tokens_V = torch.arange(vocabulary, device=keys_B.device)
-    bits_BV = keys_B[:, None] + (step * vocabulary + 1 + tokens_V) * _GOLDEN
-    bits_BV = (bits_BV ^ _shifted(bits_BV, 30)) * _MIX1
-    bits_BV = (bits_BV ^ _shifted(bits_BV, 27)) * _MIX2
-    bits_BV = bits_BV ^ _shifted(bits_BV, 31)
-    uniform_BV = (_shifted(bits_BV, 40).float() + 0.5) * 2.0**-24
-    return -torch.log(-torch.log1p(-uniform_BV))
-
-
-def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical shift to the right, which fills with zeros; torch's shift repeats the sign."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
-
-
-# SplitMix64's constants as signed 64-bit integers; products wrap around.
-_GOLDEN, _MIX1, _MIX2 = (value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))

@@ -41,9 +41,39 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps these sequences. Frees the old buffer now: kept until the next token, it would double the cache."""
-        self._buffers = None
-        super().batch_select_indices(indices)
+        """Keeps these sequences."""
+        self.rebuild(indices, self.get_seq_length())
+
+    def rebuild(
+        self, kept: torch.Tensor, width: int, other: GrowingLayer | None = None, added: torch.Tensor | None = None
+    ) -> None:
+        """Keeps the last `width` tokens of some sequences, and adds sequences of another layer, in a single copy.
+
+        Sequences end at the right; shorter ones get zeros at the left, which the attention mask has to hide.
+
+        Args:
+            kept: `(K,)` indices of own sequences; repeated ones are copied.
+            width: Tokens of the new layer.
+            other: A layer with at most `width` tokens.
+            added: `(A,)` indices of its sequences.
+        """
+        if not self.get_seq_length():  # of a model whose layers share keys and values
+            return
+        parts = [(self, kept)] if other is None or added is None else [(self, kept), (other, added)]
+        rows = sum(len(indices) for _, indices in parts)
+        buffers = []
+        for name in ("keys", "values"):
+            states = getattr(self, name)
+            buffer = states.new_zeros(rows, states.shape[1], width + CACHE_ROOM, states.shape[3])
+            start = 0
+            for layer, indices in parts:
+                old = getattr(layer, name)[..., -width:, :]
+                target = buffer[start : (start := start + len(indices)), :, width - old.shape[2] : width]
+                torch.index_select(old, 0, indices, out=target)
+            self._buffers = None  # frees the old keys before the new values are made
+            setattr(self, name, buffer[..., :width, :])
+            buffers.append(buffer)
+        self._buffers = buffers[0], buffers[1]
 
     @staticmethod
     def _moved(states: torch.Tensor | None, new: torch.Tensor, end: int) -> torch.Tensor:
