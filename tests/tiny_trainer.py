@@ -24,11 +24,11 @@ class Tokens:
         """A checkpoint holds the tokenizer too; there is none here."""
 
 
-def quantised(folder):
+def quantised(folder, dtype=torch.float32):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=make_quantization_config("nf4"),
-                                                 device_map={"": "cpu"}, dtype=torch.float32)  # fmt: skip
+                                                 device_map={"": "cpu"}, dtype=dtype)  # fmt: skip
     return model.requires_grad_(False)
 
 
@@ -51,8 +51,8 @@ def trainer(model, folder, rows, callbacks=None, **settings):
     )
 
 
-def stacked(base_folder, names=("one",)):
-    model = quantised(base_folder)
+def stacked(base_folder, names=("one",), dtype=torch.float32):
+    model = quantised(base_folder, dtype)
     for name in names:
         torch.manual_seed(len(name))
         model = push_adapter(model, name, LoraConfig(**LORA))

@@ -16,6 +16,8 @@ from typing import Any
 GIB = 2**30
 # Tokens whose logits are in memory at a time: for 256 tokens and a vocabulary of 128k they take 134 MB in fp32.
 CHUNK_ROWS = 256
+# Models of a smaller hidden size compute in fp32 on every CPU: their products are too small for bf16 to gain much.
+SMALL_MODEL = 512
 # Packed sequences are padded to a multiple of this many tokens.
 PAD_TO = 8
 # Packed sequences of at least this many tokens use attention segment by segment, shorter ones a dense mask.
@@ -55,6 +57,15 @@ def is_ampere_or_later(capability: tuple[int, int]) -> bool:
     `torch.cuda.is_bf16_supported` also accepts emulation, which is slow on a T4.
     """
     return capability >= (8, 0)
+
+
+def cpu_flags() -> frozenset[str]:
+    """Names of the CPU's instruction sets, as Linux reports them; empty on other systems."""
+    try:
+        lines = (_ROOT / "proc/cpuinfo").read_text().splitlines()
+    except (OSError, ValueError):
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def context_length(config: Any) -> int | None:

@@ -103,9 +103,9 @@ def test_a_base_on_this_machine_is_not_downloaded():
 
 
 def test_a_cpu_has_no_hours_and_an_optimizer_of_8_bits_is_smaller():
-    on_cpu = make_plan(run_of(), Device("CPU", 500 * GIB, cuda=False))
+    on_cpu = make_plan(run_of(), Device("CPU", 500 * GIB, cuda=False, bf16=False))
     assert on_cpu.hours is None and on_cpu.ram == {}
-    small = make_plan(run_of(optimizer="paged_adamw_8bit"), Device("CPU", 500 * GIB, cuda=False))
+    small = make_plan(run_of(optimizer="paged_adamw_8bit"), Device("CPU", 500 * GIB, cuda=False, bf16=False))
     saved = on_cpu.phases[0].allocated - small.phases[0].allocated
     assert saved == 6 * on_cpu.run.stages[0].adapter.parameters
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from families import make_rows
 from test_trainer import StopAfter
@@ -103,6 +104,24 @@ def test_every_figure_of_a_resumed_training_is_that_of_the_whole(base_folder, tm
     result = resumed.train(resume_from_checkpoint=True)
     assert fingerprint(resumed.model, "one") == fingerprint(straight.model, "one")
     assert figures(resumed, result) == expected
+
+
+def test_on_a_bf16_base_adapters_train_in_fp32_and_resume_to_the_same_bytes(base_folder, tmp_path):  # noqa: F811
+    def make(folder, callbacks=None):
+        model = stacked(base_folder, dtype=torch.bfloat16)
+        return trainer(model, folder, make_rows(12), callbacks, save_total_limit=2, **STEPS)
+
+    straight = make(tmp_path / "straight")
+    before = fingerprint(straight.model, "one")
+    loss = straight.train().training_loss
+    adapters = [parameter for parameter in straight.model.parameters() if parameter.requires_grad]
+    assert math.isfinite(loss) and fingerprint(straight.model, "one") != before
+    assert straight.model.dtype == torch.bfloat16 and {one.dtype for one in adapters} == {torch.float32}
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cut", [StopAfter(5)]).train()
+    resumed = make(tmp_path / "cut")
+    assert resumed.train(resume_from_checkpoint=True).training_loss == loss
+    assert fingerprint(resumed.model, "one") == fingerprint(straight.model, "one")
 
 
 @KINDS

@@ -81,6 +81,7 @@ def check_device() -> list[Check]:
     """The GPUs, and the dtype that `auto` means on them, with the reason."""
     import torch
 
+    from tuna_peft.models.base.cpu_bf16 import cpu_bf16
     from tuna_peft.models.base.load import resolve_dtype
 
     if not torch.cuda.is_available():
@@ -88,7 +89,7 @@ def check_device() -> list[Check]:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "no usable NVIDIA GPU or driver"
         return [
             Check("gpu", "warning", f"none ({why}): small models only, on {cores} CPU cores"),
-            Check("dtype", "ok", "float32: 16-bit matrix products are slow or missing on CPUs"),
+            Check("dtype", "ok", f"{'bfloat16' if cpu_bf16().fast else 'float32'}: {cpu_bf16().reason}"),
         ]
     checks = []
     for index in range(torch.cuda.device_count()):

@@ -26,11 +26,11 @@ from tuna_peft.run.processes import Processes
 from tuna_peft.terminal import CleanFormatter, log_handler
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger("tuna_peft")
 
-TEMPLATE_DATE = "template_date.json"
+TEMPLATE_DATE, DTYPE = "template_date.json", "dtype.json"
 # Folders that hold what a run has computed.
 _RESULTS = ("evaluation", "stages", "stack")
 # Loggers whose messages go to run.log. Only those of tuna_peft go to the terminal too.
@@ -82,7 +82,7 @@ class RunDirectory:
 
     - `recipe.yaml`: the recipe with `extends` and overrides applied; `run.log`: the log;
     - `run.json`: what the report says about the run besides its results; `template_date.json`: the date in the chat
-      template, if it shows one;
+      template, if it shows one; `dtype.json`: what `base.dtype: auto` means in this run;
     - `stages/<name>/`: checkpoints, log history, curves, and `done.json` once the stage is finished. If the run ranks
       the responses itself also `samples.jsonl`, `ranked.jsonl`, their journals, and `feedback.json` once they are
       complete;
@@ -235,6 +235,28 @@ class RunDirectory:
         prompt = self.recipe.prompt.model_copy(update={"date": date})
         self.recipe = self.recipe.model_copy(update={"prompt": prompt})
         logger.info("the chat template shows a date: %s in all of this run", date)
+
+    def fix_dtype(self, config: PretrainedConfig) -> None:
+        """Fixes what `base.dtype: auto` means: the dtype of the machine that began the run, wherever it is resumed."""
+        from tuna_peft.models.base.cpu_bf16 import cpu_bf16
+        from tuna_peft.models.base.load import hidden_size, resolve_device, resolve_dtype
+
+        if self.recipe.base.dtype != "auto":
+            return
+        device, hidden = resolve_device(self.recipe.base.device), hidden_size(config)
+        here = str(resolve_dtype("auto", device, hidden)).removeprefix("torch.")
+        # The version before did not write the file; on a CPU it computed in fp32.
+        begun = "float32" if self._begun() and device.type == "cpu" else here
+        dtype = self.load(DTYPE) or begun
+        self.save(DTYPE, dtype)
+        self.recipe = self.recipe.model_copy(update={"base": self.recipe.base.model_copy(update={"dtype": dtype})})
+        reason = f" ({cpu_bf16(hidden).reason})" if device.type == "cpu" else ""
+        if dtype == here:
+            logger.info("computing in %s%s", dtype, reason)
+        else:
+            logger.warning(
+                "this run began in %s and stays in it; a new run would compute in %s here%s", dtype, here, reason
+            )
 
     def save(self, name: str, value: Any) -> None:
         """Writes `value` to the JSON file `name` in the run's folder, atomically; only the first process does."""

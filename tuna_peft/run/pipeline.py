@@ -77,7 +77,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         _quiet_libraries()
         stages = resolve_stages(recipe)
         inputs = _check_and_read(run, stages, on_cpu)
-        base = _load_base(recipe, processes)
+        base = _load_base(run.recipe, processes)
         set_template_date(base.tokenizer, run.recipe.prompt.date)
         run.save(RUN_INFO, _facts(run.recipe, base, inputs))
 
@@ -124,6 +124,7 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
     warn_of_default_template(recipe, tokenizer)
     with processes.main_first():  # the first process downloads, the others read its cache
         run.fix_template_date(tokenizer)
+        run.fix_dtype(config)
         inputs = read_inputs(recipe, tokenizer, config)
     if processes.sharding and recipe.evaluation == "auto":  # generation gathers the shards for every token: too slow
         inputs.tasks = [task for task in inputs.tasks if task.name != "answers"]
@@ -132,7 +133,7 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
             check_feedback(stage, inputs.prompts[stage.name], tokenizer)
     ranked = [name for name in inputs.prompts if is_ranked(run, name)]
     sharded = processes.sharding is not None
-    preflight(recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer, ranked=ranked)
+    preflight(run.recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer, ranked=ranked)
     return inputs
 
 

@@ -57,7 +57,7 @@ def preflight(
             or a local teacher or judge does not exist.
     """
     device = this_device(recipe.base.device)
-    require_native_bf16(recipe, device.name, has_bf16=device.bf16)
+    require_native_bf16(recipe, device.name, has_bf16=device.bf16 or not device.cuda)
     if sharded:
         logger.info("no memory plan: the planner does not support a base that is sharded over %d processes", processes)
         return None

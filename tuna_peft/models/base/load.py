@@ -32,6 +32,7 @@ from transformers.utils import cached_file
 from tuna_peft.errors import UserError, first_line
 from tuna_peft.files import unreadable_is_a_user_error
 from tuna_peft.limits import is_ampere_or_later
+from tuna_peft.models.base.cpu_bf16 import cpu_bf16
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.hub_files import CACHE, hub_file
 
@@ -91,13 +92,25 @@ def resolve_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def resolve_dtype(dtype: str = "auto", device: torch.device | None = None) -> torch.dtype:
-    """The dtype of weights and computation: bf16 on GPUs from Ampere on, fp16 on older ones (T4), fp32 on a CPU."""
+def resolve_dtype(dtype: str = "auto", device: torch.device | None = None, hidden: int | None = None) -> torch.dtype:
+    """The dtype of weights and computation.
+
+    `auto` is bf16 on GPUs from Ampere on, fp16 on older ones (T4), and on a CPU bf16 where it is faster, else fp32
+    (see `cpu_bf16`).
+
+    Args:
+        hidden: Hidden size of the model; None for a large one.
+    """
     if dtype != "auto":
         return getattr(torch, dtype)
     if (device or resolve_device()).type != "cuda":
-        return torch.float32
+        return torch.bfloat16 if cpu_bf16(hidden).fast else torch.float32
     return torch.bfloat16 if is_ampere_or_later(torch.cuda.get_device_capability(device)) else torch.float16
+
+
+def hidden_size(config: PretrainedConfig) -> int | None:
+    """The size of a model's hidden states; None if its configuration does not say."""
+    return getattr(config.get_text_config(), "hidden_size", None)
 
 
 def make_quantization_config(
@@ -165,7 +178,7 @@ def load_base(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model_path(model),
             config=config,
-            dtype=resolve_dtype(dtype, target),
+            dtype=resolve_dtype(dtype, target, hidden_size(config)),
             quantization_config=quantization_config,
             # Load directly onto the GPU: the host of a T4 often has less memory than a 7B model in fp16.
             device_map={"": target} if quantization_config is not None or target.type != "cpu" else None,
