@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from tuna_peft.errors import UserError
 from tuna_peft.limits import GIB
 from tuna_peft.planning.advice import advise, smallest_gpu
-from tuna_peft.planning.gpus import GPUS, find_gpu
+from tuna_peft.planning.cpu_speed import cpu_speed
+from tuna_peft.planning.gpus import GPUS, Gpu, find_gpu
 from tuna_peft.planning.memory import Adapter, Precision
 from tuna_peft.planning.plan import Phase, Plan, make_plan
 from tuna_peft.planning.shapes import KNOWN, ModelShape
@@ -108,6 +110,34 @@ def test_a_cpu_has_no_hours_and_an_optimizer_of_8_bits_is_smaller():
     small = make_plan(run_of(optimizer="paged_adamw_8bit"), Device("CPU", 500 * GIB, cuda=False, bf16=False))
     saved = on_cpu.phases[0].allocated - small.phases[0].allocated
     assert saved == 6 * on_cpu.run.stages[0].adapter.parameters
+
+
+def test_a_timed_cpu_has_hours_in_proportion_to_its_rates():
+    def hours(tflops, gb_per_second):
+        cpu = Gpu("CPU", 0, tflops, gb_per_second, measured=True)
+        plan = make_plan(run_of(), Device("CPU", 500 * GIB, cpu, cuda=False, bf16=False))
+        return {phase.name: phase.hours for phase in plan.phases}
+
+    slow, fast, wide = hours(0.1, 20), hours(0.2, 20), hours(0.1, 40)
+    assert slow["train rank"] == pytest.approx(2 * fast["train rank"]) == pytest.approx(wide["train rank"])
+    name = "evaluate: graded"  # generation both reads weights and multiplies
+    assert slow[name] > fast[name] and slow[name] > wide[name]
+    assert slow[name] == pytest.approx(fast[name] + wide[name] - hours(0.2, 40)[name])
+
+
+def test_the_rates_of_this_cpu_are_measured():
+    cpu = cpu_speed(torch.float32, seconds=0)
+    assert cpu.measured and 1e-6 < cpu.tflops < 1000 and 1e-3 < cpu.gb_per_second < 10_000
+
+
+def test_a_dense_copy_is_planned_where_half_of_the_free_memory_is_enough():
+    name, part = "evaluate: graded", "dense copy of the layers"
+    small, large = (
+        next(phase for phase in make_plan(run_of(), Device.of(find_gpu(gpu))).phases if phase.name == name)
+        for gpu in ("RTX 4090", "A100 80GB")
+    )
+    assert part not in small.parts and large.parts[part] == 2 * KNOWN["llama-7b"].body
+    assert large.needed == small.needed  # it is not needed
 
 
 def test_activations_are_kept_in_as_many_layers_as_fit():

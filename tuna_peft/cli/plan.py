@@ -38,7 +38,7 @@ def plan(
 
     gpus = GPUS if gpu == "all" else [find_gpu(gpu)] if gpu else []
     loaded = load_recipe(recipe, overrides or [], missing=True)
-    devices = [Device.of(one) for one in gpus] or [this_device(loaded.base.device)]
+    devices = [Device.of(one) for one in gpus] or [this_device(loaded.base.device, timed=True)]
     if base_is_here(loaded.base):
         check_base(loaded, resolve_stages(loaded), exports=False)
     plans, source = plan_recipe(loaded, devices)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tuna_peft.limits import GIB
 from tuna_peft.planning.advice import advise, smallest_gpu
-from tuna_peft.planning.flops import TRAINING
+from tuna_peft.planning.flops import ON_CPU, TRAINING, Utilization
 from tuna_peft.planning.plan import Phase, Plan
 
 
@@ -20,6 +20,7 @@ def describe(plan: Plan, source: str) -> RenderableType:
     run, device = plan.run, plan.device
     lines: list[RenderableType] = [
         Text(f"{run.model} on {device.name} ({gib(device.memory)}); sizes from {source}", style="bold"),
+        Text(f"  computes in {run.precision.compute * 8} bits{f': {device.why}' if device.why else ''}"),
         *(Text(f"  {name}: {source}") for name, source in _sources(plan).items()),
         _phases(plan),
         _parts(plan.largest, device.cuda),
@@ -31,9 +32,8 @@ def describe(plan: Plan, source: str) -> RenderableType:
             lines += [Text(f"  {gib(size):>11}  {name}") for name, size in parts.items()]
     lines += [Text(f"not planned: {words}", style="yellow") for words in run.unplanned]
     if plan.hours is not None:
-        lines.append(
-            Text(f"hours: assumes that every response has the maximum length; {TRAINING.source}", style="dim")
-        )
+        source = _utilization(plan).source
+        lines.append(Text(f"hours: assumes that every response has the maximum length; {source}", style="dim"))
     return Group(*lines, *_verdict(plan))
 
 
@@ -63,7 +63,7 @@ def as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "needed_bytes": round(plan.needed),
         "peak_bytes": round(plan.peak),
         "hours": plan.hours,
-        "utilisation": {"share": TRAINING.share, "source": TRAINING.source},
+        "utilisation": {"share": _utilization(plan).share, "source": _utilization(plan).source},
         "data": _sources(plan),
         "unplanned": list(plan.run.unplanned),
         "phases": [
@@ -102,6 +102,10 @@ def hours_text(hours: float | None) -> str:
     if hours is None:
         return "-"
     return "< 0.1" if hours < 0.1 else f"{hours:,.1f}"
+
+
+def _utilization(plan: Plan) -> Utilization:
+    return ON_CPU if plan.device.gpu and plan.device.gpu.measured else TRAINING
 
 
 def _sources(plan: Plan) -> dict[str, str]:

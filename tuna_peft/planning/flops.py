@@ -30,6 +30,13 @@ TRAINING = Utilization(
 )
 
 
+ON_CPU = Utilization(
+    0.6,
+    "on this CPU: products of large matrices were timed for a second; 60 % of their rate is assumed, where a ranking "
+    "step reached 71 % on two cores",
+)
+
+
 def ranking_flops(
     shape: ModelShape, workload: Workload, own: Adapter, below: Sequence[Adapter] = (), kept_layers: int = 0
 ) -> float:
@@ -79,19 +86,24 @@ def _step(
 
 
 def hours(flops: float, gpu: Gpu) -> float:
-    """Hours on a GPU at the utilization of `TRAINING`."""
-    return flops / (gpu.tflops * 1e12 * TRAINING.share) / 3600
+    """Hours on a GPU at the utilization of `TRAINING`, or on a CPU whose rate was measured at that of `ON_CPU`."""
+    share = (ON_CPU if gpu.measured else TRAINING).share
+    return flops / (gpu.tflops * 1e12 * share) / 3600
 
 
-def decode_hours(shape: ModelShape, precision: Precision, steps: float, cached: float, gpu: Gpu) -> float:
+def decode_hours(
+    shape: ModelShape, precision: Precision, steps: float, cached: float, gpu: Gpu, *, dense: bool = False
+) -> float:
     """Hours of `steps` decoding steps, limited by memory bandwidth: each reads all weights, keys and values.
 
     With a 4-bit base every step also dequantizes all matrices, which writes and reads them in 16 bits.
 
     Args:
         cached: Mean tokens in the key-value cache during a step, summed over the batch.
+        dense: Whether a dense copy of the layers is read instead.
     """
     dequantized = 2.0 * precision.compute * shape.body if precision.method in ("nf4", "fp4") else 0.0
-    weights = shape.body * precision.body + precision.compute * shape.head + dequantized
+    body = precision.compute * shape.body if dense else shape.body * precision.body + dequantized
+    weights = body + precision.compute * shape.head
     keys = 2.0 * precision.compute * shape.kv_size * shape.layers * cached
     return steps * (weights + keys) / (gpu.gb_per_second * 1e9) / 3600

@@ -50,26 +50,31 @@ def plan_recipe(recipe: Recipe, devices: Sequence[Device]) -> tuple[list[Plan], 
             requires bf16 and the only device does not support it.
     """
     if len(devices) == 1:
-        require_native_bf16(recipe, devices[0].name, has_bf16=devices[0].bf16)
+        require_native_bf16(recipe, devices[0].name, has_bf16=devices[0].bf16 or not devices[0].cuda)
     shape, source = read_shape(recipe.base.model, recipe.base.revision)
     workloads = read_workloads(recipe, shape)
     plans = [make_plan(run_spec(recipe, shape, workloads, device), device) for device in devices]
     return plans, source
 
 
-def this_device(setting: str = "auto") -> Device:
+def this_device(setting: str = "auto", *, timed: bool = False) -> Device:
     """The GPU that a run would use, or the CPU with this machine's free memory.
 
     Args:
         setting: The recipe's `base.device`.
+        timed: Whether to measure for a second how fast a CPU is; without it, its hours are unknown.
     """
     import torch
 
+    from tuna_peft.models.base.cpu_bf16 import cpu_bf16
     from tuna_peft.models.base.load import resolve_device
+    from tuna_peft.planning.cpu_speed import cpu_speed
 
     device = resolve_device(setting)
     if device.type != "cuda":
-        return Device("CPU", available_ram(), cuda=False)
+        bf16, why = cpu_bf16()
+        speed = cpu_speed(torch.bfloat16 if bf16 else torch.float32) if timed else None
+        return Device("CPU", available_ram(), speed, cuda=False, bf16=bf16, why=why)
     name, (free, _) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
     try:
         gpu = find_gpu(name)
@@ -101,11 +106,11 @@ def run_spec(
     Raises:
         UserError: A local teacher or judge cannot be found or is not supported.
     """
-    fp32 = not device.cuda or recipe.base.dtype == "float32"
+    dtype = recipe.base.dtype
+    size = device.compute_bytes(shape) if dtype == "auto" else 4 if dtype == "float32" else 2
     quantization = recipe.quantization
-    precision = Precision(
-        quantization.method, quantization.double_quant, 4 if fp32 else 2, flash=device.bf16 and not fp32
-    )
+    flash = device.bf16 and device.cuda and size == 2
+    precision = Precision(quantization.method, quantization.double_quant, size, flash=flash)
     export = recipe.export
     stages = tuple(
         _stage(stage, shape, workloads[stage.name], device, processes, ranked=stage.name in ranked)
@@ -199,7 +204,7 @@ def _local_model(settings: ScoreSettings | JudgeSettings, device: Device, key: s
         shape, _ = read_shape(name, revision)
     except UserError as error:
         raise type(error)(error.what, where=f"{key}.model ({settings.model})", fix=error.fix) from error
-    precision = Precision(method, double, 2 if device.cuda else 4, flash=device.bf16 and device.cuda)
+    precision = Precision(method, double, device.compute_bytes(shape), flash=device.bf16 and device.cuda)
     return LocalModel(settings.model, shape, precision, adapters, downloads=not is_on_disk(name, revision))
 
 

@@ -20,6 +20,7 @@ class Gpu:
         gb_per_second: Memory bandwidth in GB/s.
         bf16: Whether it supports bf16 natively (compute capability 8.0 or later).
         aliases: Other names.
+        measured: Whether this is a CPU, and its rates were measured, see `cpu_speed`.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Gpu:
     gb_per_second: float
     bf16: bool = True
     aliases: tuple[str, ...] = ()
+    measured: bool = False
 
 
 GPUS = (

@@ -256,6 +256,15 @@ def logits_bytes(shape: ModelShape, tokens: int, precision: Precision) -> float:
     return max(forward_bytes(shape, batch, precision), precision.compute * tokens * (shape.vocab + 2 * shape.hidden))
 
 
+def dense_bytes(shape: ModelShape, precision: Precision) -> float:
+    """The dense copy of the layers that a model holds while it generates; 0 where it would not be faster.
+
+    An unquantized stack in fp32 adds its adapters to the copy.
+    """
+    gains = precision.method in ("nf4", "fp4") or (precision.method == "none" and precision.compute == 4)
+    return float(shape.body * precision.compute) if gains else 0.0
+
+
 def cache_bytes(shape: ModelShape, sequences: int, tokens: int, precision: Precision) -> float:
     """Keys and values of one layer."""
     return 2.0 * precision.compute * shape.kv_size * sequences * tokens

@@ -6,7 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tuna_peft.limits import ACTIVATIONS_IN_RAM, ACTIVATIONS_ON_GPU, GIB, activation_policy, response_room
+from tuna_peft.limits import (
+    ACTIVATIONS_IN_RAM,
+    ACTIVATIONS_ON_GPU,
+    DENSE_COPY,
+    GIB,
+    activation_policy,
+    response_room,
+)
 from tuna_peft.planning.flops import decode_hours, forward_flops, hours, ranking_flops, sft_flops
 from tuna_peft.planning.memory import (
     CUDA_CONTEXT,
@@ -14,6 +21,7 @@ from tuna_peft.planning.memory import (
     PROCESS,
     Precision,
     activation_bytes,
+    dense_bytes,
     frozen_parts,
     generation_bytes,
     layer_bytes,
@@ -176,6 +184,11 @@ class Inference:
                 top_p=top_p,
             )
 
+        # As `has_room_for_dense` decides; the copy is not needed, so the run fits without it.
+        dense = dense_bytes(self.shape, self.precision)
+        free = self.device.memory - (CUDA_CONTEXT if self.device.cuda else PROCESS) - sum(self.fixed.values())
+        if dense > DENSE_COPY * free:
+            dense = 0.0
         at_once = min(prompts, workload.total)
         count = workload.total * self.times
         steps = math.ceil(workload.total / prompts) * self.times * new
@@ -185,10 +198,15 @@ class Inference:
         duration = None
         if gpu := self.device.gpu:
             cached = at_once * n * (workload.prompt_tokens + new / 2)
-            duration = decode_hours(self.shape, self.precision, steps, cached, gpu)
+            duration = decode_hours(self.shape, self.precision, steps, cached, gpu, dense=dense > 0)
             duration += hours(forward_flops(self.shape, prompt_tokens, count), gpu)
+            if gpu.measured:  # on a GPU they take less time than reading the weights
+                duration += hours(forward_flops(self.shape, generated, generated), gpu)
         one = sum(temporary(1, 1).values())
-        return self._phase(temporary(at_once, n), one, prompt_tokens + generated, flops, duration)
+        phase = self._phase(temporary(at_once, n), one, prompt_tokens + generated, flops, duration)
+        if dense:
+            phase.parts["dense copy of the layers"] = dense
+        return phase
 
     def logits(self, lengths: Sequence[int]) -> Phase:
         """Logits of all tokens of some texts, one text at a time."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tuna_peft.limits import GIB, prompts_per_batch
+from tuna_peft.limits import GIB, SMALL_MODEL, prompts_per_batch
 from tuna_peft.planning.gpus import Gpu
 from tuna_peft.planning.memory import Adapter, Precision, weight_parts
 from tuna_peft.planning.shapes import ModelShape
@@ -269,7 +269,8 @@ class Device:
         memory: Bytes that the run can use.
         gpu: The GPU's specifications; None for a CPU or an unknown GPU, whose speed is not predicted.
         cuda: Whether it is a GPU.
-        bf16: Whether it supports bf16 natively.
+        bf16: Whether it supports bf16 natively; on a CPU, whether bf16 is faster than fp32 there.
+        why: On a CPU, the reason.
     """
 
     name: str
@@ -277,6 +278,11 @@ class Device:
     gpu: Gpu | None = None
     cuda: bool = True
     bf16: bool = True
+    why: str = ""
+
+    def compute_bytes(self, shape: ModelShape) -> int:
+        """Bytes of a number in the dtype that `auto` means for a model."""
+        return 2 if self.cuda or (self.bf16 and shape.hidden >= SMALL_MODEL) else 4
 
     @classmethod
     def of(cls, gpu: Gpu) -> Device:
