@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -49,8 +50,23 @@ class CleanFormatter(logging.Formatter):
         return clean(super().format(record))
 
 
+class _AboveTheBar(logging.StreamHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tqdm" not in sys.modules:
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def log_handler() -> logging.Handler:
-    """A handler that prints the messages of log records to standard error."""
-    handler = logging.StreamHandler()
+    """A handler that prints log records from INFO on to standard error, above a progress bar if there is one.
+
+    Records of DEBUG are for `run.log` alone.
+    """
+    handler = _AboveTheBar()
+    handler.setLevel(logging.INFO)
     handler.setFormatter(CleanFormatter())
     return handler

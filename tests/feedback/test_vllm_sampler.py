@@ -29,7 +29,7 @@ def vllm(monkeypatch):
             calls.engine = options
             self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=128))
 
-        def generate(self, prompts, params, lora_request=None):
+        def generate(self, prompts, params, lora_request=None, *, use_tqdm):
             calls.batches.append((prompts, params, lora_request))
             return [SimpleNamespace(outputs=[self.sample(k, p.n) for k in range(p.n)]) for p in params]
 

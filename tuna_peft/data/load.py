@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from tuna_peft.data.as_dataset import ranked_dataset, supervised_dataset
 from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.columns import one
@@ -43,6 +41,7 @@ from tuna_peft.data.texts import prompt_text
 from tuna_peft.data.tokenize import Overflow, encode_records, require_known_ids
 from tuna_peft.errors import UserError
 from tuna_peft.limits import context_length, within_context
+from tuna_peft.progress import tracked
 
 if TYPE_CHECKING:
     import datasets
@@ -141,7 +140,7 @@ def load_prompts(source: DataSource, prompt: PromptConfig) -> tuple[list[Record]
     Raises:
         UserError: See `load_ranked`.
     """
-    return _read_unranked(source, prompt, "Reading prompts", _prompt_alone)
+    return _read_unranked(source, prompt, "reading prompts", _prompt_alone)
 
 
 def load_candidates(source: DataSource, prompt: PromptConfig) -> tuple[list[Record], ReadReport]:
@@ -155,7 +154,7 @@ def load_candidates(source: DataSource, prompt: PromptConfig) -> tuple[list[Reco
     Raises:
         UserError: See `load_ranked`, but one response is enough.
     """
-    return _read_unranked(source, prompt, "Reading responses", _with_responses)
+    return _read_unranked(source, prompt, "reading responses", _with_responses)
 
 
 def renderable(
@@ -197,7 +196,7 @@ def iterate_ranked(source: DataSource, prompt: PromptConfig, report: ReadReport,
         first[:] = [prompt]
         return normalised
 
-    return _read(source, prompt, "Reading responses", build, report)
+    return _read(source, prompt, "reading responses", build, report)
 
 
 def source_format(source: DataSource) -> tuple[str, DataSource]:
@@ -237,8 +236,7 @@ def _read(
     template = PromptTemplate(prompt)
     if source.group_by is not None:
         raw_records, format = group_rows(raw_records, source.group_by), grouped(format)
-    # The bar is shown only on a terminal, and only after two seconds.
-    for where, raw in tqdm(raw_records, desc=what, unit=" records", delay=2, disable=None, leave=False):
+    for where, raw in tracked(raw_records, what, "records"):
         report.read += 1
         try:
             built = build(raw, where, format, source, template)

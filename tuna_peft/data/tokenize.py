@@ -13,14 +13,13 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from tqdm import tqdm
-
 from tuna_peft.data.config import Overflow, PromptConfig
 from tuna_peft.data.encoder import Encoder, Options, TokenReport, loss_tokens
 from tuna_peft.data.ranked import Record, clean_prompt, clean_response, normalise_ranked
 from tuna_peft.data.readers import preference_responses
 from tuna_peft.data.rows_on_disk import write_rows
 from tuna_peft.errors import UserError
+from tuna_peft.progress import tracked
 
 if TYPE_CHECKING:
     import datasets
@@ -164,10 +163,9 @@ def encode_records(
     report = TokenReport()
     options = Options(max_length, overflow, needs_reference, prompt or PromptConfig())
     encoder = Encoder(tokenizer, options, report, on_bad_row)
-    progress = tqdm(records, total=total, desc="Tokenizing", unit=" rows", delay=2, disable=None, leave=False)
 
     def chunks() -> Iterator[list[dict[str, Any]]]:
-        remaining = iter(progress)
+        remaining = tracked(records, "tokenizing", "rows", total)
         while chunk := list(islice(remaining, _CHUNK)):
             rows = encoder.encode([record for _, record in chunk], [where for where, _ in chunk])
             yield [_as_sft(row) if sft else row for row in rows if row is not None]

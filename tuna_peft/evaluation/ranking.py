@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.collate import RankedCollator
@@ -17,6 +16,7 @@ from tuna_peft.evaluation.bootstrap import mean_metric
 from tuna_peft.evaluation.ranking_metrics import Pair, kendall_tau_b, ndcg, pairs_of, reciprocal_rank, top1_hit
 from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
 from tuna_peft.models.forward.scoring import stream_logps
+from tuna_peft.progress import Progress
 
 MAIN = "pair_accuracy"
 
@@ -100,13 +100,13 @@ def _scored(
     order = sorted(encoded, key=lambda i: -sum(map(len, encoded[i]["completions_ids"])))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     scored: list[Any] = [None] * len(rows)
-    with tqdm(total=len(rows), desc=description, unit=" prompts", leave=False) as bar:
+    with Progress(description, len(rows), "prompts") as progress:
         for chosen, logps in stream_logps(model, RankedCollator(int(tokenizer.pad_token_id)), encoded, batches):
             values = logps.normalised(length_penalty).tolist(), logps.lengths_BN.tolist()
             for i, v, tokens in zip(chosen, *values, strict=True):
                 count = len(encoded[i]["ranks"])
                 scored[i] = (encoded[i], v[:count], tokens[:count])
-            bar.update(len(chosen))
+            progress.update(len(chosen))
     return scored
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tuna_peft.errors import UserError
@@ -27,6 +26,7 @@ from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.stack.files import AdapterStack
 from tuna_peft.models.stack.find import find_stack
 from tuna_peft.models.stack.manifest import read_manifest
+from tuna_peft.progress import tracked
 
 
 def check_exports(
@@ -149,8 +149,7 @@ class ExportComparison:
             return self._divergence(merged.eval(), folder.name)
 
     def _divergence(self, model: torch.nn.Module, name: str) -> Divergence:
-        batches = tqdm(self._batches, desc=f"measuring {name}", delay=1, leave=False, disable=None)
-        return divergence(self._logits, model, batches)
+        return divergence(self._logits, model, tracked(self._batches, f"measuring {name}", "batches"))
 
     def _placement(self, folder: Path) -> dict[str, Any]:
         """Where a model's layers go, for `from_pretrained`."""

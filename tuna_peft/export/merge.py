@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from tqdm.auto import tqdm
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.base_files import companion_files, copy_companions, locate_base
@@ -33,6 +32,7 @@ from tuna_peft.export.safetensors_stream import write_safetensors
 from tuna_peft.files import write_json
 from tuna_peft.limits import peak_rss_bytes
 from tuna_peft.models.base.load import resolve_device, resolve_dtype
+from tuna_peft.progress import Progress
 
 MERGED_DTYPES = (*DTYPES, "nf4")
 UPDATES = "kept_update.json"
@@ -138,8 +138,8 @@ def merge_stack(
     }
     with resumable_directory(out_dir, plan) as aside:
         copy_companions(folder, aside, weights.config_changes(), manifest.prompt, trust_remote_code=trust_remote_code)
-        with tqdm(total=total, desc="merging", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
-            files = _write_shards(aside, weights, max_shard_size, bar.update)
+        with Progress("merging", total, "B") as progress:
+            files = _write_shards(aside, weights, max_shard_size, progress.update)
         kept = KeptUpdate.over(weights.updates)
         if kept is not None:
             kept.check(f"{dtype} weights", _FIX, allow_lost_update=allow_lost_update)

@@ -8,11 +8,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.server import RequestFailed
 from tuna_peft.journal import Journal
+from tuna_peft.progress import Progress
 
 Question = TypeVar("Question")
 logger = logging.getLogger(__name__)
@@ -62,8 +61,8 @@ def answer_all(
     """
     missing = [key for key in questions if key not in journal]
     outcome = Answering(found=len(questions) - len(missing))
-    with tqdm(total=len(missing), desc=description, delay=2, disable=None, leave=False) as bar:
-        run = _Run(journal, questions, ask, iter(missing), outcome, bar)
+    with Progress(description, len(missing), "questions") as progress:
+        run = _Run(journal, questions, ask, iter(missing), outcome, progress)
         if in_flight is None:
             run.work()
         else:
@@ -116,7 +115,7 @@ class _Run:
     ask: Callable[[Any], Any]
     left: Iterator[str]
     outcome: Answering
-    bar: Any
+    progress: Progress
     error: BaseException | None = None
     last_failure: RequestFailed | None = None
     stopped: bool = False
@@ -139,7 +138,7 @@ class _Run:
                 with self.guard:
                     self.outcome.asked += 1
                     self.failures_in_a_row = 0
-                    self.bar.update()
+                    self.progress.update()
 
     def _next(self) -> str | None:
         with self.guard:
@@ -149,7 +148,7 @@ class _Run:
         with self.guard:
             self.outcome.unanswered[key] = failure.what
             self.failures_in_a_row += 1
-            self.bar.update()
+            self.progress.update()
             if self.failures_in_a_row == MAX_FAILURES_IN_A_ROW:
                 self.last_failure = failure
                 self.stopped = True

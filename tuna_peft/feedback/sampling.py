@@ -93,7 +93,7 @@ class ModelSampler:
         return stream_responses(
             self.model, self.tokenizer, prompts, n=settings.n, temperature=temperature, top_p=settings.top_p,
             max_new_tokens=settings.max_new_tokens, seed=seed, batch_size=settings.batch_size, done=done,
-            dense=self._dense, description=f"sampling at temperature {temperature:g}",
+            dense=self._dense, description=f"sampling, temperature {temperature:g}",
         )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.bad_row import BadRow
@@ -20,6 +19,7 @@ from tuna_peft.models.forward.scoring import stream_logps
 from tuna_peft.models.forward.verify import verify_packing
 from tuna_peft.models.generation.generate import context_of
 from tuna_peft.models.stack.any_model import model_digest
+from tuna_peft.progress import Progress
 
 
 def score_with_model(
@@ -100,12 +100,12 @@ def _score(
         shortest = min(encoded.values(), key=_tokens)
         verify_packing(model, shortest, next(model.parameters()).device)
     collate = RankedCollator(tokenizer.pad_token_id or 0)
-    with tqdm(total=len(encoded), desc="scoring", unit=" prompts", leave=False, delay=2, disable=None) as bar:
+    with Progress("scoring", len(encoded), "prompts") as progress:
         for keys, found in stream_logps(model, collate, encoded, _batches(encoded, max_tokens)):
             for key, sums, lengths in zip(keys, found.sums_BN.tolist(), found.lengths_BN.tolist(), strict=True):
                 n = len(encoded[key]["completions_ids"])
                 journal.add(key, {"logprobs": sums[:n], "lengths": lengths[:n]})
-            bar.update(len(keys))
+            progress.update(len(keys))
 
 
 def _batches(encoded: dict[str, dict[str, Any]], max_tokens: int) -> list[list[str]]:

@@ -18,6 +18,7 @@ from tuna_peft.journal import Journal
 from tuna_peft.limits import GIB, VLLM_LORA_RANKS
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.generation.generate import Generated
+from tuna_peft.progress import tracked
 
 _CUDA_CONTEXT = GIB
 """Memory that vLLM's process allocates before it measures the free memory, in bytes."""
@@ -102,8 +103,8 @@ class VllmSampler:
     ) -> Iterator[Generated]:
         """See `Sampler`."""
         missing = [index for index in range(len(prompts)) if index not in done]
-        for start in range(0, len(missing), _CHUNK):
-            chunk = missing[start : start + _CHUNK]
+        chunks = [missing[start : start + _CHUNK] for start in range(0, len(missing), _CHUNK)]
+        for chunk in tracked(chunks, f"sampling, temperature {temperature:g}", "batches"):
             outputs = self._engine.generate(
                 [{"prompt_token_ids": list(prompts[index])} for index in chunk],
                 [
@@ -114,6 +115,7 @@ class VllmSampler:
                     for index in chunk
                 ],
                 lora_request=self._adapter,
+                use_tqdm=False,
             )  # fmt: skip
             for index, output in zip(chunk, outputs, strict=True):
                 yield Generated(

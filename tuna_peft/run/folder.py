@@ -137,7 +137,7 @@ class RunDirectory:
         self._handlers.append(("tuna_peft", log_handler()))
         for name, handler in self._handlers:
             logging.getLogger(name).addHandler(handler)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.DEBUG)  # the handler of the terminal begins at INFO
         logging.captureWarnings(True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
@@ -103,10 +105,16 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
 
 
 def _quiet_libraries() -> None:
-    """Switches off progress bars and warnings of the libraries, which would hide ours; run.log keeps the warnings."""
+    """Switches off progress bars and warnings of the libraries, which would hide ours; run.log keeps the warnings.
+
+    Bars of downloads stay on a terminal: nothing else tells how long they take.
+    """
+    shows_downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
     transformers_logging.set_verbosity_warning()
     transformers_logging.disable_default_handler()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # those of huggingface_hub, too
+    if shows_downloads:
+        enable_progress_bars()
     datasets.disable_progress_bars()
 
 

@@ -1,11 +1,17 @@
-"""The progress bar of a training stage in a run: remaining time, loss and ranking metrics."""
+"""The progress of a training stage in a run: remaining time, loss and ranking metrics; and its metrics in the log."""
 
 from __future__ import annotations
 
-from tqdm.auto import tqdm
+import logging
+
 from transformers import TrainerCallback
 
-_SHOWN = ("loss", "ranking_accuracy", "margin_satisfaction", "mean_token_accuracy")
+from tuna_peft.progress import Progress
+
+logger = logging.getLogger("tuna_peft")
+
+# What the bar shows, by name in the log history: short, for 80 columns.
+_SHOWN = {"loss": "loss", "ranking_accuracy": "accuracy", "mean_token_accuracy": "tokens right"}
 
 
 class StageProgress(TrainerCallback):
@@ -13,22 +19,27 @@ class StageProgress(TrainerCallback):
 
     def __init__(self, name: str):
         self.name = name
-        self.bar: tqdm | None = None
+        self.progress: Progress | None = None
+        self._shown = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+            self._shown = state.global_step
+            self.progress = Progress(self.name, state.max_steps, "steps", done=state.global_step, keep=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        if self.progress is not None:
+            self.progress.update(state.global_step - self._shown)
+            self._shown = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None:
-            self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in _SHOWN if key in (logs or {})})
+        if self.progress is not None and logs:
+            self.progress.show(**{name: f"{logs[key]:.3f}" for key, name in _SHOWN.items() if key in logs})
+            values = " ".join(f"{key}={value:.6g}" for key, value in logs.items() if isinstance(value, (int, float)))
+            logger.debug("%s: step %d of %d: %s", self.name, state.global_step, state.max_steps, values)
 
     def close(self) -> None:
         """Closes the bar; later output starts on a new line."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        if self.progress is not None:
+            self.progress.close()
+            self.progress = None

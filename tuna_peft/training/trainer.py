@@ -291,8 +291,8 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         chosen = {lengths.index(min(lengths)), *([lengths.index(min(long))] if long else [])}
         with self.accelerator.autocast():  # as the training passes run
             difference = max(verify_packing(model, rows[index], self.args.device) for index in chosen)
-        logger.info("packed sequences match separate ones to %.1e nats per token", difference)
-        logger.info(describe_attention(unwrap(model), self.args.device))
+        logger.debug("packed sequences match separate ones to %.1e nats per token", difference)
+        logger.debug(describe_attention(unwrap(model), self.args.device))
         self._verified = True
 
     def _equalize_passes(self, model, micro_batches: list[PackedBatch]) -> None:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Format
 from gguf import Metadata
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
@@ -37,6 +36,7 @@ from tuna_peft.export.output import RECORD, require_replaceable, require_space
 from tuna_peft.export.safetensors_stream import SafetensorsReader
 from tuna_peft.files import atomic_directory, write_json
 from tuna_peft.models.base.load import resolve_model_path, safetensors_files
+from tuna_peft.progress import Progress
 
 logger = logging.getLogger("tuna_peft")
 
@@ -231,7 +231,7 @@ def _write_tensors(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     cpu = torch.device("cpu")
-    with tqdm(total=sum(tensor.nbytes for tensor in plan), desc=description, unit="B", unit_scale=True) as bar:
+    with Progress(description, sum(tensor.nbytes for tensor in plan), "B") as progress:
         for tensor in plan:
             if tensor.source is None:
                 writer.write_tensor_data(architecture.rope_tensors()[tensor.name])
@@ -243,7 +243,7 @@ def _write_tensors(
                 module = tensor.source.removesuffix(".weight")
                 if factors is not None and module in factors.shapes and tensor.format is not Format.F32:
                     updates[module] = _update_in(tensor, data, weight, factors.of(module), heads)
-            bar.update(tensor.nbytes)
+            progress.update(tensor.nbytes)
     return updates
 
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
@@ -29,6 +28,7 @@ from tuna_peft.models.forward.segments import use_segments
 from tuna_peft.models.generation.choose import Chooser, chooser
 from tuna_peft.models.generation.dense import dense_weights, has_room_for_dense
 from tuna_peft.models.generation.growing_cache import GrowingLayer
+from tuna_peft.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def stream_responses(
     tokens, started = 0, time.monotonic()
     slots = prompts_per_batch(batch_size, n) * n
     with (
-        tqdm(total=len(wanted), desc=description, unit=" prompts", leave=False, delay=2, disable=None) as bar,
+        Progress(description, len(wanted), "prompts") as progress,
         dense_weights(model) if dense or (dense is None and has_room_for_dense(model)) else nullcontext(),
     ):
         for block in _blocks(prompts, n, seed, slots, done):
@@ -131,9 +131,7 @@ def stream_responses(
                         if len(samples) == n and sequence.prompt not in done:
                             del finished[sequence.prompt]
                             yield decoder.generated(sequence.prompt, [ids for _, ids in sorted(samples.items())])
-                            rate = tokens / (time.monotonic() - started)
-                            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                            bar.update()
+                            progress.update(speed=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
                 except torch.OutOfMemoryError as error:
                     if slots == 1:
                         length = len(prompts[next(iter(left)).prompt])
