@@ -40,15 +40,19 @@ class Progress:
         unit: What the items are, for example `prompts`; `B` for bytes.
         done: Items that an earlier run has done.
         keep: Leave the bar on the screen, and end with a line in any case.
+        off: Show nothing.
     """
 
-    def __init__(self, name: str, total: int | None, unit: str, *, done: int = 0, keep: bool = False):
+    def __init__(
+        self, name: str, total: int | None, unit: str, *, done: int = 0, keep: bool = False, off: bool = False
+    ) -> None:
         self.name, self.total, self.unit, self.keep = clean(name)[:_LONGEST_NAME], total, unit, keep
         self._done, self._before, self._numbers = done, done, ""
         self._began = self._last = monotonic()
-        self._off, self._lines, self._open = os.environ.get("TQDM_DISABLE", "0") not in ("", "0"), 0, True
+        self._off, self._lines, self._open = off or os.environ.get("TQDM_DISABLE", "0") not in ("", "0"), 0, True
         self._bar = tqdm(
-            total=total, initial=done, desc=self.name, unit=unit, bar_format=_COUNT if total is None else _BAR, leave=keep, unit_scale=unit == "B",
+            total=total, initial=done, desc=self.name, unit=unit, bar_format=_COUNT if total is None else _BAR,
+            leave=keep, unit_scale=unit == "B",
             delay=0.001 if keep else 2, dynamic_ncols=True, disable=self._off or None,
         )  # fmt: skip
 
@@ -58,7 +62,7 @@ class Progress:
         if numbers:
             self.show(**numbers)
         self._bar.update(by)
-        if monotonic() - self._last >= INTERVAL:
+        if not self._off and monotonic() - self._last >= INTERVAL:
             self._line()
 
     def show(self, **numbers: str) -> None:
@@ -96,7 +100,7 @@ class Progress:
         line = f"{self.name}: {share} {time}" + (f", {self._numbers}" if self._numbers else "")
         self._lines += 1
         logger.debug(line)
-        if self._bar.disable and not self._off:
+        if self._bar.disable:
             echo(line, err=True)
 
     def _amount(self, count: int) -> str:

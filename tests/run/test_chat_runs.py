@@ -151,7 +151,9 @@ def test_several_turns_and_tool_calls_train_and_are_measured(make, tmp_path, mon
     assert [one["references"][0].splitlines()[0] for one in answers] == [
         'assistant: {"name": "w77", "arguments": {}}'
     ] * 2
-    assert asked and all(" w77 w3 w" in text for text in asked)  # the tools stand before the question in generation too
+    assert asked and all(
+        " w77 w3 w" in text for text in asked
+    )  # the tools stand before the question in generation too
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "dry-run"])

@@ -12,7 +12,7 @@ from families import make_model, make_rows
 from peft import LoraConfig
 from tiny_llama import write_base
 from tiny_trainer import LORA, Tokens, config, trainer
-from transformers import GPTQConfig, MixtralConfig
+from transformers import AutoTokenizer, GPTQConfig, MixtralConfig
 
 from tuna_peft import TunaTrainer, UserError
 
@@ -122,3 +122,29 @@ def test_a_token_without_a_row_is_refused(base, tmp_path):
         trainer(make_model(), tmp_path, rows)
     with pytest.raises(UserError, match="row 2: .* has id 64, and the model has 64 rows"):
         TunaTrainer(make_model(), config(tmp_path), eval_dataset=Dataset.from_list(rows), processing_class=Tokens())
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "fix"),
+    [
+        ({}, {"max_length": 4}, 'overflow="cut", or skip such rows with overflow="skip"'),
+        ({"prompt": "w3 " * 9}, {"max_length": 4}, 'raise max_length, or skip such rows with overflow="skip"'),
+        ({"completions": [" w6", " ", " w20"]}, {}, "Correct the row, or remove it from the data set."),
+        ({"prompt": [{"role": "user", "content": "w3"}], "completions": [[{"role": "assistant", "content": one}]
+                                                                         for one in ("w4", "w5 w6", "w7 ")]}, {},
+         'prompt=PromptConfig(rendering="verbatim")'),
+    ],
+)  # fmt: skip
+def test_an_invalid_row_is_explained_in_arguments_not_in_keys_of_recipes(base, tmp_path, row, settings, fix):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    # Generation starts after w9, which a dialogue with its answer does not have.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+    )
+    data = [{**RAW[1], "completions": [" w6 w7 w8 w9", " w8", " w20"], **row}]
+    with pytest.raises(UserError) as caught:
+        TunaTrainer(base, config(tmp_path, **settings), train_dataset=data,
+                    processing_class=tokenizer, peft_config=LoraConfig(**LORA))  # fmt: skip
+    message = str(caught.value)
+    assert fix in message
+    assert "recipe" not in message and "on_bad_row" not in message

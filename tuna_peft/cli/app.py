@@ -8,6 +8,7 @@ import typer
 
 import tuna_peft
 from tuna_peft.cli import (
+    chat,
     combine,
     compare,
     data,
@@ -73,7 +74,8 @@ _add(DATA, "data", data.app, "data inspect ratings.csv")
 _add(FEEDBACK, "sample", sample.sample, "sample runs/mine prompts.jsonl samples.jsonl", cls=sample.SampleCommand)
 _add(FEEDBACK, "score", score.score, "score samples.jsonl ranked.jsonl --model TEACHER", cls=score.ScoreCommand)
 _add(FEEDBACK, "judge", judge.judge, "judge samples.jsonl ranked.jsonl --model JUDGE", cls=judge.JudgeCommand)
-_add(RESULTS, "generate", generate.generate, 'generate runs/mine "Name a color."')
+_add(RESULTS, "generate", generate.generate, 'generate runs/mine "Name a color."', cls=generate.GenerateCommand)
+_add(RESULTS, "chat", chat.chat, "chat runs/mine", cls=chat.ChatCommand)
 _add(RESULTS, "evaluate", evaluate.evaluate, "evaluate runs/mine")
 _add(RESULTS, "compare", compare.compare, "compare runs/mine@base runs/mine")
 _add(RESULTS, "report", report.report, "report runs/mine")

@@ -1,6 +1,7 @@
 """Command-line options made from the settings of recipes: one name, default and description for one thing.
 
-`tuna-peft sample`, `score` and `judge` use this. A new field in `tuna_peft.feedback.settings` is an option at once.
+`tuna-peft sample`, `score`, `judge`, `generate` and `chat` use this. A new field in `tuna_peft.feedback.settings` is
+an option at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The settings of samplers, teachers and judges.
 
-Recipes use these classes as sections, and `tuna-peft sample`, `score` and `judge` make their options from them, so
-that a setting has one name, one default and one description. Only pydantic is imported: a recipe is checked, and
-`--help` printed, without torch.
+Recipes use these classes as sections, and `tuna-peft sample`, `score`, `judge`, `generate` and `chat` make their
+options from them, so that a setting has one name, one default and one description. Only pydantic is imported: a recipe
+is checked, and `--help` printed, without torch.
 """
 
 from __future__ import annotations
@@ -76,6 +76,22 @@ class ServerSettings(Section):
     def is_local(self) -> bool:
         """Whether the server runs on this machine."""
         return urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+class ChatSettings(Section):
+    """How `tuna-peft chat` generates an answer."""
+
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 takes the most likely token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling probability.")
+    max_new_tokens: int = Field(512, ge=1, description="Maximum length of a response, in tokens.")
+    seed: int = Field(0, ge=0, description="Seed of the samples.")
+
+
+class ResponseSettings(ChatSettings):
+    """How `tuna-peft generate` generates responses."""
+
+    n: int = Field(1, ge=1, le=1000, description="Responses per prompt.")
+    max_new_tokens: int = Field(128, ge=1, description="Maximum length of a response, in tokens.")
 
 
 class SampleSettings(Section):

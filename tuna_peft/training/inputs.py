@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.collate import total_length
 from tuna_peft.data.tokenize import encode_dataset, require_known_ids
 from tuna_peft.errors import UserError
@@ -63,16 +64,33 @@ def encoded_rows(
                 "the data set has one completion per prompt (columns prompt and completion): nothing can be ranked",
                 fix="Use trl's SFTTrainer, or give several `completions` with `scores` or `ranks` to each prompt.",
             )
-        dataset, _ = encode_dataset(
-            dataset, tokenizer, max_length=within_context(args.max_length, context), overflow=args.overflow,
-            needs_reference=args.mle_on == "reference",
-        )  # fmt: skip
+        try:
+            dataset, _ = encode_dataset(
+                dataset, tokenizer, max_length=within_context(args.max_length, context), overflow=args.overflow,
+                needs_reference=args.mle_on == "reference",
+            )  # fmt: skip
+        except BadRow as error:
+            raise UserError(error.what, where=error.where, fix=_fix_without_recipe(error)) from error
     if vocabulary is not None:
         require_known_ids(dataset, tokenizer, vocabulary)
     if args.train_sampling_strategy == "group_by_length" and args.length_column_name not in dataset.column_names:
         # `Trainer` would measure `input_ids`, which ranked rows do not have.
         dataset = dataset.add_column(args.length_column_name, [total_length(row) for row in dataset])
     return dataset
+
+
+def _fix_without_recipe(error: BadRow) -> str | None:
+    """What to do about a row, in arguments: the errors of `tuna_peft.data` speak of the keys of recipes."""
+    if error.reason in ("prompt too long", "response too long"):
+        shorten = ', truncate responses with overflow="cut"' if error.reason == "response too long" else ""
+        return f'In TunaConfig, raise max_length{shorten}, or skip such rows with overflow="skip".'
+    if error.fix and "`rendering: " in error.fix:
+        return (
+            "Remove it from the data, or pass rows that are tokenized already: `encode_dataset(dataset, tokenizer, "
+            'max_length=..., overflow=..., prompt=PromptConfig(rendering="verbatim"))[0]` of tuna_peft.data.tokenize '
+            '(or "lenient").'
+        )
+    return "Correct the row, or remove it from the data set." if error.fix and "on_bad_row" in error.fix else error.fix
 
 
 def _as_dataset(data: Any) -> Dataset:

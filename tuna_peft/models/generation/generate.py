@@ -78,6 +78,7 @@ def stream_responses(
     done: Container[int] = frozenset(),
     dense: bool | None = None,
     description: str = "generating",
+    watch: Callable[[int], object] | None = None,
 ) -> Iterator[Generated]:
     """Yields the samples of a prompt as soon as the last of them ends; the longest prompts come first.
 
@@ -104,19 +105,20 @@ def stream_responses(
         dense: Whether a dense copy of the weights is held meanwhile, see `dense_weights`; by default if it fits into
             memory.
         description: Label of the progress bar.
+        watch: For a single sequence: is given each token when it is chosen, except EOS. There is no progress bar then.
 
     Raises:
         UserError: A prompt is empty or fills the model's context, or one sequence alone does not fit into memory.
     """
     model.eval()
-    decoder = _Decoder(model, tokenizer, chooser(temperature, top_p), max_new_tokens)
+    decoder = _Decoder(model, tokenizer, chooser(temperature, top_p), max_new_tokens, watch)
     decoder.require_room(prompts)
     wanted = [index for index in range(len(prompts)) if index not in done]
     finished: dict[int, dict[int, list[int]]] = {}
     tokens, started = 0, time.monotonic()
     slots = prompts_per_batch(batch_size, n) * n
     with (
-        Progress(description, len(wanted), "prompts") as progress,
+        Progress(description, len(wanted), "prompts", off=watch is not None) as progress,
         dense_weights(model) if dense or (dense is None and has_room_for_dense(model)) else nullcontext(),
     ):
         for block in _blocks(prompts, n, seed, slots, done):
@@ -224,9 +226,15 @@ class _Decoder:
     """Generates one batch at a time with one model and one way to choose tokens."""
 
     def __init__(
-        self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, choose: Chooser, max_new_tokens: int
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        choose: Chooser,
+        max_new_tokens: int,
+        watch: Callable[[int], object] | None,
     ):
         self.model, self.tokenizer, self.choose, self.max_new_tokens = model, tokenizer, choose, max_new_tokens
+        self.watch = watch
         self.causal_lm = without_peft(model)
         use_segments(self.causal_lm)  # for its workaround: fast SDPA kernels on GPUs without FlashAttention
         self.context = context_of(model)
@@ -265,6 +273,8 @@ class _Decoder:
             for row, token in enumerate(chosen_B.tolist()):
                 if (active := batch.active[row]) is not None:
                     active.ids.append(token)
+                    if self.watch is not None and token not in self.ends:
+                        self.watch(token)
                     if token in self.ends or len(active.ids) == active.room:
                         batch.active[row] = None
                         yield active.sequence, active.ids
