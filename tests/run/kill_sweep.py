@@ -22,7 +22,8 @@ from typing import Any
 
 SCHEDULES = [(kind, unit) for kind in ("constant", "linear", "cosine") for unit in ("steps", "epochs")]
 # They differ by nature: times, memory, where a stage was resumed, and how many answers were in the journal already.
-PER_PROCESS = {"seconds", "peak_memory_gib", "peak_rss_bytes", "resumed_from", "found", "asked", "environment"}
+PER_PROCESS = {"seconds", "peak_memory_gib", "peak_rss_bytes", "resumed_from", "found", "asked", "environment",
+               "train_runtime", "train_samples_per_second", "train_steps_per_second"}  # fmt: skip
 
 
 def make_recipe(root: Path, kind: str, unit: str) -> Any:
@@ -174,6 +175,8 @@ def outcome(folder: Path) -> dict[str, Any]:
             if file.name == "tuna_export.json":
                 data = without(json.loads(data))
             result[str(file.relative_to(folder))] = data
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    result["metrics"] = [without(json.loads(line)) for line in lines]  # none twice, none lost, in order
     result["report"] = without(json.loads((folder / "report.json").read_text()))
     return result
 

@@ -22,6 +22,7 @@ from tuna_peft.files import remove_abandoned, take_lock, write_json, write_text
 from tuna_peft.recipe.document import read_document
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.metrics_file import METRICS
 from tuna_peft.run.processes import Processes
 from tuna_peft.terminal import CleanFormatter, log_handler
 
@@ -80,7 +81,8 @@ class RunDirectory:
 
     Only the first process of a run writes. The others wait until it has locked the folder.
 
-    - `recipe.yaml`: the recipe with `extends` and overrides applied; `run.log`: the log;
+    - `recipe.yaml`: the recipe with `extends` and overrides applied; `run.log`: the log; `metrics.jsonl`: what the
+      trainers logged;
     - `run.json`: what the report says about the run besides its results; `template_date.json`: the date in the chat
       template, if it shows one; `dtype.json`: what `base.dtype: auto` means in this run;
     - `stages/<name>/`: checkpoints, log history, curves, and `done.json` once the stage is finished. If the run ranks
@@ -161,7 +163,7 @@ class RunDirectory:
         known = {".lock", ".ipynb_checkpoints"}
         if holder:  # a run was here before; without one, a `recipe.yaml` is not ours to replace
             remove_abandoned(self.path)
-            known |= {"recipe.yaml", "run.log", RUN_INFO}
+            known |= {"recipe.yaml", "run.log", METRICS, RUN_INFO}
         begun = self._begun()
         if not begun:
             known |= {*_RESULTS}  # empty folders
@@ -176,7 +178,7 @@ class RunDirectory:
 
     def _take_recipe(self) -> None:
         if not self._begun():  # a run that stopped at its inputs has no results yet, so its recipe may be corrected
-            for name in ("run.log", RUN_INFO):
+            for name in ("run.log", METRICS, RUN_INFO):
                 (self.path / name).unlink(missing_ok=True)
             write_text(self.path / "recipe.yaml", dump_recipe(self.recipe))
             return

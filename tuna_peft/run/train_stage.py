@@ -29,6 +29,7 @@ from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.stack.adapters import push_adapter, take_over
 from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.recipe.schema import LoraSettings, Recipe
+from tuna_peft.run.metrics_file import METRICS, MetricsFile, finite
 from tuna_peft.run.sharding import under_deepspeed, world_size
 from tuna_peft.terminal import echo
 from tuna_peft.training.checkpoint import StopOnRequest
@@ -60,7 +61,7 @@ def train_stage(
 
     Args:
         rows: Encoded training examples, see `tuna_peft.data.tokenize`.
-        folder: The folder for checkpoints, `log_history.json` and `curves.png`.
+        folder: `stages/<name>` in the run's folder: for checkpoints, `log_history.json` and `curves.png`.
 
     Returns:
         The model with the new adapter on top, and a summary of the training for the report.
@@ -80,14 +81,15 @@ def train_stage(
     keep_from_ddp(stacked)
     config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu")
     stop, progress = StopOnRequest(), StageProgress(stage.name)
-    trainer = _trainer(stacked, config, tokenizer, rows, [stop, LogFirstAndLast(), progress])
+    metrics = MetricsFile(folder.parents[1] / METRICS, stage.name)
+    trainer = _trainer(stacked, config, tokenizer, rows, [stop, LogFirstAndLast(), progress, metrics])
     checkpoint = latest_checkpoint(folder)
     if checkpoint:
         require_same_engine(checkpoint, config.world_size, deepspeed=trainer.is_deepspeed_enabled)
         logger.info("stage %s resumes from %s", stage.name, checkpoint.name)
     with _stop_on_ctrl_c(stop), contextlib.closing(progress):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    history = trainer.state.log_history
+    history = [finite(entry) for entry in trainer.state.log_history]
     if trainer.is_world_process_zero():
         write_json(folder / "log_history.json", history)
         save_curves(history, folder / "curves.png", title=f"{recipe.name}: {stage.name}")
