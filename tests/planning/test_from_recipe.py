@@ -157,3 +157,30 @@ def test_a_teacher_that_has_done_its_work_may_be_gone(tmp_path):
         preflight(recipe, inputs, config, tokenizer=tokenizer)
     plan = preflight(recipe, inputs, config, tokenizer=tokenizer, ranked=["contextual"])
     assert [phase.name for phase in plan.phases if "contextual" in phase.name] == ["train contextual"]
+
+
+def test_the_prompts_that_auto_holds_back_are_planned():
+    ranked = {"path": "builtin:pico-llama/teacher.json", "limit": 400}
+    stages = [
+        {"name": name, "type": "ranking", "data": {**ranked, **more}, "train": {"per_device_train_batch_size": 4}}
+        for name, more in (("one", {}), ("again", {}), ("other", {"limit": 100}))
+    ]
+    plan, phases, _ = planned(f"stages={json.dumps(stages)}", "evaluation=auto")
+    # 5 % of 400 once, and 10 % of 100.
+    assert plan.run.evaluation.tasks["ranking"].workload.total == 30
+    assert plan.run.evaluation.tasks["answers"].workload.total == 20
+    assert phases["evaluate: ranking"].tokens > 0 and phases["evaluate: answers"].note == "4 times"
+    assert "evaluate: ranking" not in planned(f"stages={json.dumps(stages)}", "evaluation=null")[1]
+
+
+def test_auto_plans_the_batches_that_fit(monkeypatch):
+    ranked = {"path": "builtin:pico-llama/teacher.json", "limit": 400}
+    stage = {"name": "one", "type": "ranking", "data": ranked, "train": {"per_device_train_batch_size": 1}}
+    overrides = [f"stages={json.dumps([stage])}", "evaluation=auto"]
+    plan, phases, _ = planned(*overrides)
+    assert plan.run.evaluation.batch_size == 8
+    evaluation = max(phase.needed for name, phase in phases.items() if name.startswith("evaluate"))
+    small = Device("small", evaluation - 1, bf16=False)
+    [tight], _ = plan_recipe(load_recipe("quickstart", overrides, check=False), [small])
+    assert tight.run.evaluation.batch_size < 8
+    assert all(phase.needed < evaluation for phase in tight.phases if phase.name.startswith("evaluate"))

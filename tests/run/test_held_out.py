@@ -11,13 +11,14 @@ from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
+from tuna_peft.data import load
 from tuna_peft.errors import UserError
 from tuna_peft.recipe.dump import dump_recipe
+from tuna_peft.recipe.evaluation_schema import EvaluationSettings, held_out_size
 from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.evaluate import evaluate_target, holds_prompts_back, settings_of_run
 from tuna_peft.run.folder import read_run_recipe
-from tuna_peft.run.held_out import held_out_size
 from tuna_peft.run.inputs import read_inputs
 from tuna_peft.run.pipeline import run_recipe
 
@@ -193,3 +194,77 @@ def test_another_word_is_a_mistake_that_names_the_right_one(recipe, tmp_path):
     with pytest.raises(UserError, match="unknown key") as error:
         load_recipe(tmp_path / "r.yaml")
     assert error.value.where.endswith("evaluation.task") and "tasks" in error.value.fix
+
+
+@pytest.fixture
+def judged(recipe, tmp_path):
+    """A stage that samples and grades its own responses on top of one with ranked data; other prompts, or the same."""
+
+    def make(numbers):
+        data = {"prompts": write_rows(tmp_path / "asked.jsonl", numbers),
+                "sample": {"n": 3, "max_new_tokens": 4, "batch_size": 8, "max_similarity": 1.1},
+                "judge": {"function": "test_held_out:grade"}}  # fmt: skip
+        stages = recipe().model_dump(mode="json", exclude_none=True)["stages"]
+        own = {"name": "own", "type": "ranking", "data": data, "train": TRAIN}
+        return recipe(stages=[stages[1], own])
+
+    return make
+
+
+def grade(record, response):
+    """A judge for the tests."""
+    return float(sum(map(ord, response)))
+
+
+def test_a_stage_that_ranks_its_own_samples_holds_prompts_back_and_is_measured_on_them(judged, tmp_path):
+    wanted = judged(range(10, 40))
+    report = run_recipe(wanted, tmp_path / "run")
+    tasks = {stage: set(results) for stage, results in report["evaluation"].items()}
+    assert tasks == {stage: {"ranking", "answers", "ranking-own"} for stage in ("base", "one", "own")}
+    held = report["data"]["evaluation"]["held_out"]
+    assert held == {"one": 4, "own": 3}
+    ranked = [json.loads(line) for line in (tmp_path / "run/stages/own/ranked.jsonl").read_text().splitlines()]
+    assert report["data"]["own"]["judge"]["rows"] == 30 and len(ranked) > 27  # those held back are ranked, too
+    measured_on = {prompt["id"] for prompt in result_file(tmp_path / "run", "own", "ranking-own")["prompts"]}
+    trained = report["data"]["own"]["training"]["tokens"]["rows"]
+    assert 1 <= len(measured_on) <= 3 and trained + len(measured_on) == len(ranked)
+    # The base and the stage before were measured on them with their own adapters only.
+    accuracy = {stage: result_file(tmp_path / "run", stage, "ranking-own")["prompts"][0]["details"]["v"]
+                for stage in tasks}  # fmt: skip
+    assert len({tuple(v) for v in accuracy.values()}) == 3
+    # A second call and `evaluate` measure nothing again.
+    files_before = {file: file.read_bytes() for file in (tmp_path / "run/evaluation").rglob("*.json")}
+    assert run_recipe(wanted, tmp_path / "run") == report
+    results = evaluate_target(str(tmp_path / "run"), EvaluationSettings(), tmp_path / "run")
+    assert {stage: set(of_stage) for stage, of_stage in results.items()} == tasks
+    assert {file: file.read_bytes() for file in (tmp_path / "run/evaluation").rglob("*.json")} == files_before
+
+
+def test_prompts_that_another_stage_measures_are_not_sampled(judged):
+    inputs, _ = inputs_of(judged(range(40, 80)))
+    assert list(inputs.held_out.records) == ["one"] and len(inputs.prompts["own"]) == 36
+
+
+def test_a_run_that_only_ranks_its_own_samples_is_measured(recipe, judged, tmp_path):
+    stages = judged(range(40, 80)).model_dump(mode="json", exclude_none=True)["stages"]
+    report = run_recipe(recipe(stages=stages[1:]), tmp_path / "run")
+    assert {stage: sorted(results) for stage, results in report["evaluation"].items()} == {
+        "base": ["answers", "ranking"], "own": ["answers", "ranking"],
+    }  # fmt: skip
+    assert report["changes"]["own"]["ranking"]["count"] >= 1
+
+
+def test_ranked_data_is_read_once(recipe, monkeypatch):
+    read, real = [], load._read
+
+    def counted(source, *arguments, **options):
+        read.append(source.path)
+        return real(source, *arguments, **options)
+
+    monkeypatch.setattr(load, "_read", counted)
+    inputs_of(recipe(stages=recipe().model_dump(mode="json", exclude_none=True)["stages"][1:]))
+    assert len(read) == 2
+
+
+def result_file(run, stage, task):
+    return json.loads((run / "evaluation" / stage / f"{task}.json").read_text())

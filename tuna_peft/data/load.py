@@ -84,8 +84,8 @@ def encode_source(
     Raises:
         UserError: As `load_ranked` and `encode_dataset`; names the file and the record's place in it.
     """
-    read = ReadReport()
-    placed: Iterable[Placed] = iterate_ranked(source, prompt, read, pairs=not supervised)
+    report = ReadReport()
+    placed: Iterable[Placed] = iterate_ranked(source, prompt, report, pairs=not supervised)
     if select is not None:
         placed = select(placed)
     if supervised:
@@ -99,7 +99,7 @@ def encode_source(
             require_known_ids(encoded, tokenizer, vocabulary)
     except UserError as error:
         raise UserError(error.what, where=error.where or source.title, fix=error.fix) from error
-    return encoded, {**read.as_dict(), "tokens": tokens.as_dict()}
+    return encoded, {**report.as_dict(), "tokens": tokens.as_dict()}
 
 
 def load_ranked(source: DataSource, prompt: PromptConfig) -> tuple[datasets.Dataset, ReadReport]:

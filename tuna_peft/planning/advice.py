@@ -92,7 +92,7 @@ def _candidates(run: RunSpec, device: Device) -> Iterator[tuple[str, _Changed]]:
 
 def _smaller_batches(run: RunSpec, device: Device) -> Iterator[tuple[str, _Changed]]:
     """Smaller batches in generation and scoring; each as large as its phases allow."""
-    if (evaluation := run.evaluation) is not None:
+    if (evaluation := run.evaluation) is not None and not evaluation.adapts:
         yield "slower evaluation, the same results", _largest(
             device, "evaluate", evaluation.batch_size,
             lambda size: ((f"evaluation.batch_size={size}",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.hub_config import is_on_disk, read_shape
 from tuna_peft.planning.lengths import questions, ranked_workload, read_workloads
 from tuna_peft.planning.memory import CUDA_CONTEXT, Adapter, Precision
-from tuna_peft.planning.plan import Plan, make_plan
+from tuna_peft.planning.plan import Plan, evaluation_phases, make_plan
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.spec import (
     Device,
@@ -31,7 +32,13 @@ from tuna_peft.planning.spec import (
     TeacherSpec,
 )
 from tuna_peft.planning.workload import Row, Workload
-from tuna_peft.recipe.evaluation_schema import VicunaTask
+from tuna_peft.recipe.evaluation_schema import (
+    AUTO_ANSWERS,
+    AUTO_BATCH_SIZE,
+    AUTO_NEW_TOKENS,
+    VicunaTask,
+    held_out_size,
+)
 from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import Recipe
@@ -118,17 +125,45 @@ def run_spec(
     )
     compared = workloads.get("evaluation.ranking", stages[-1].workload)
     exported = export.merge.enabled or export.combine
-    return RunSpec(
+    run = RunSpec(
         recipe.base.model,
         shape,
         precision,
         stages,
-        _evaluation(recipe, workloads, device),
+        _named_evaluation(recipe, workloads, device),
         MergeSpec(_MERGED_BYTES[export.merge.dtype], tuple(export.gguf)) if export.merge.enabled else None,
         compared=_longest(compared, export.divergence_prompts) if exported else (),
         downloads=not is_on_disk(recipe.base.model, recipe.base.revision),
         unplanned=tuple(_unplanned(recipe)),
     )
+    return _with_auto_evaluation(run, resolve_stages(recipe), device) if recipe.evaluation == "auto" else run
+
+
+def _with_auto_evaluation(run: RunSpec, stages: Sequence[ResolvedStage], device: Device) -> RunSpec:
+    """With the tasks of `evaluation: auto`; their batches are halved, as the run does, until they fit.
+
+    Stages on the same data hold the same prompts back, which count once.
+    """
+    measured: dict[str, tuple[Workload, int]] = {}
+    for stage, planned in zip(stages, run.stages, strict=True):
+        if stage.type == "ranking":
+            total = planned.workload.total
+            measured.setdefault(
+                stage.source.model_dump_json(), (planned.workload, held_out_size(total, stage.examples_per_step))
+            )
+    total = sum(count for _, count in measured.values())
+    if not total:
+        return run
+    rows = tuple(row for workload, count in measured.values() if count for row in workload.rows)
+    ranked = Workload(rows, total, f"{total:,} prompts held back")
+    asked = dataclasses.replace(ranked, total=min(total, AUTO_ANSWERS))
+    new_tokens = min(AUTO_NEW_TOKENS, (run.shape.context or AUTO_NEW_TOKENS * 2) // 2)
+    tasks = {"ranking": TaskSpec(ranked), "answers": TaskSpec(asked, new_tokens)}
+    for size in (AUTO_BATCH_SIZE, 4, 2, 1):
+        run = dataclasses.replace(run, evaluation=EvaluationSpec(size, tasks, adapts=True))
+        if all(phase.needed <= device.memory for phase in evaluation_phases(run, device)):
+            break
+    return run
 
 
 def _stage(
@@ -223,10 +258,10 @@ def _judge(settings: JudgeSettings, rows: Workload, device: Device, key: str) ->
     return JudgeSpec(model, asked, settings.max_tokens, settings.batch_size, greedy)
 
 
-def _evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) -> EvaluationSpec | None:
+def _named_evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) -> EvaluationSpec | None:
     """The tasks whose lengths are known; Super-NI is one task for each number of shots."""
     settings = recipe.named_evaluation
-    if settings is None:  # `auto` never needs more memory than training, see `run/held_out.py`
+    if settings is None:
         return None
     given, tasks = settings.tasks.given(), {}
     for key, workload in workloads.items():

@@ -283,7 +283,7 @@ def make_plan(run: RunSpec, device: Device) -> Plan:
     phases: list[Phase] = []
     for index in range(len(run.stages)):
         phases += [*_ranking_phases(run, index, device), training(run, index, device)]
-    phases += [*_evaluation(run, device), *_comparison(run, device)]
+    phases += [*evaluation_phases(run, device), *_comparison(run, device)]
     return Plan(run, device, phases, main_memory(run, device), disk(run, device))
 
 
@@ -318,7 +318,8 @@ def _judging(name: str, weights: dict[str, float], judge: JudgeSpec, device: Dev
     return inference.generation(judge.questions, judge.new_tokens, judge.batch_size, greedy=judge.greedy)
 
 
-def _evaluation(run: RunSpec, device: Device) -> Iterator[Phase]:
+def evaluation_phases(run: RunSpec, device: Device) -> Iterator[Phase]:
+    """The phases of all tasks, each for the base and every stage."""
     settings, times = run.evaluation, len(run.stages) + 1
     if settings is None:
         return

@@ -193,10 +193,11 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """The evaluation of the base and of every stage."""
+    """The evaluation of the base and of every stage; `adapts` if the recipe has no batch size to change."""
 
     batch_size: int
     tasks: dict[str, TaskSpec]
+    adapts: bool = False
 
 
 @dataclass(frozen=True)

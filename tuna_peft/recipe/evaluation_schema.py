@@ -150,3 +150,19 @@ Evaluation = Annotated[
     Annotated[Literal["auto"], Tag(AUTOMATIC)] | Annotated[EvaluationSettings, Tag(NAMED)], Discriminator(_kind)
 ]
 """The key `evaluation`: the user's own tasks, or `auto`, for which `run/held_out.py` holds prompts back."""
+
+AUTO_BATCH_SIZE = 8
+"""Prompts per batch with `auto`; batches that run out of memory are split."""
+
+AUTO_ANSWERS, AUTO_NEW_TOKENS = 20, 128
+"""With `auto`: maximum number of prompts that the model answers, and maximum length of an answer in tokens."""
+
+
+def held_out_size(prompts: int, needed: int) -> int:
+    """Number of prompts that `auto` holds back: 5 %, but 20 if there are 200, and 10 % of fewer.
+
+    Args:
+        prompts: Number of different prompts.
+        needed: Number of prompts that training must keep.
+    """
+    return max(0, min(max(round(0.05 * prompts), min(20, prompts // 10)), prompts - needed))

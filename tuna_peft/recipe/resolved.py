@@ -74,6 +74,11 @@ class ResolvedStage:
         return {name: field.default for name, field in train_fields(self.type).items()} | self.train_overrides
 
     @property
+    def examples_per_step(self) -> int:
+        """Examples of one optimizer step of one process."""
+        return int(self.train["per_device_train_batch_size"] * self.train["gradient_accumulation_steps"])
+
+    @property
     def max_length(self) -> int | None:
         """Maximum length of a prompt with one response, in tokens; None is the model's context length."""
         return self.train["max_length"]

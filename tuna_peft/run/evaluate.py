@@ -25,8 +25,9 @@ from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.models.stack.any_model import load_any_model, local_stack, model_digest, usual_prompt
 from tuna_peft.models.stack.files import quantization_method
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
+from tuna_peft.recipe.resolved import resolve_stages
 from tuna_peft.run.folder import read_run_recipe
-from tuna_peft.run.inputs import read_inputs
+from tuna_peft.run.inputs import RANKED, encode_self_ranked, read_inputs
 from tuna_peft.run.measure import environment
 from tuna_peft.run.tasks import Task, TaskData, read_tasks
 
@@ -121,6 +122,9 @@ def evaluate_target(
     recipe = read_run_recipe(Path(target))
     if recipe and recipe.evaluation == "auto" and not settings.tasks.given():
         inputs = read_inputs(recipe, loaded.tokenizer, loaded.model.config)
+        for one in resolve_stages(recipe):
+            if one.feedback and (ranked := Path(target) / "stages" / one.name / RANKED).is_file():
+                encode_self_ranked(inputs, one, ranked, recipe.prompt, loaded.tokenizer, loaded.model.config)
         data = TaskData(inputs.tasks)
         settings = settings.model_copy(update={"batch_size": inputs.batch_size})
     else:

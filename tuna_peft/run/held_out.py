@@ -1,7 +1,8 @@
 """`evaluation: auto`: some prompts of the ranking stages' data are held back from training and measured instead.
 
 `tuna_peft.run.inputs` calls it. The choice depends on the prompts and the seed only, not on the order of a file, and a
-prompt that is held back is left out of every stage.
+prompt that is held back is trained on in no stage. A stage whose responses the run ranks itself samples and ranks
+those of its held-back prompts, too; they are measured from then on, also on the stages before.
 """
 
 from __future__ import annotations
@@ -15,31 +16,16 @@ from typing import TypeVar
 from datasets import Dataset, concatenate_datasets
 
 from tuna_peft.data.config import PromptConfig
-from tuna_peft.data.load import Placed, iterate_ranked
-from tuna_peft.data.ranked import ReadReport, Record
+from tuna_peft.data.load import Placed
+from tuna_peft.data.ranked import Record
 from tuna_peft.errors import UserError
 from tuna_peft.journal import content_key
+from tuna_peft.recipe.evaluation_schema import AUTO_ANSWERS, AUTO_NEW_TOKENS, held_out_size
 from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.run.tasks import Task, answers_task, ranking_task
 
 logger = logging.getLogger("tuna_peft")
 Item = TypeVar("Item")
-
-BATCH_SIZE = 8
-"""Prompts per batch in the evaluation; batches that run out of memory are split."""
-
-MAX_ANSWERS, MAX_NEW_TOKENS = 20, 128
-"""Maximum number of prompts that the model answers, and maximum length of an answer in tokens."""
-
-
-def held_out_size(prompts: int, needed: int) -> int:
-    """Number of prompts to hold back: 5 %, but 20 if there are 200, and 10 % of fewer.
-
-    Args:
-        prompts: Number of different prompts.
-        needed: Number of prompts that training must keep.
-    """
-    return max(0, min(max(round(0.05 * prompts), min(20, prompts // 10)), prompts - needed))
 
 
 @dataclass
@@ -49,7 +35,7 @@ class HeldOut:
     Attributes:
         prompts: Their hashes.
         records: The records to measure with their places, by the ranking stage whose data they are from, without empty
-            lists.
+            lists. Those of a stage that ranks responses itself are prompts.
     """
 
     prompts: set[str] = field(default_factory=set)
@@ -60,19 +46,26 @@ class HeldOut:
         return self._kept(stage, placed, lambda item: item[1])
 
     def measured(self, stage: ResolvedStage, placed: Iterable[Placed]) -> Iterator[Placed]:
-        """The examples of a ranking stage to measure; `placed` need not be read again."""
-        return iter(self.records[stage.name])
+        """The examples of a ranking stage to measure; `placed` is read only if the run has ranked them itself."""
+        if stage.feedback is None:
+            return iter(self.records[stage.name])
+        chosen = self._measured(stage)
+        return (item for item in placed if _key(item[1]) in chosen)
 
-    def without(self, stage: ResolvedStage, rows: list[Record]) -> list[Record]:
-        """The prompts of a stage that ranks responses itself, without those that are held back."""
-        return list(self._kept(stage, rows, lambda row: row))
+    def to_rank(self, stage: ResolvedStage, rows: list[Record]) -> list[Record]:
+        """The prompts of a stage that ranks responses itself: to train on and to measure, in the order of `rows`."""
+        kept, chosen = set(self._kept(stage, range(len(rows)), rows.__getitem__)), self._measured(stage)
+        return [row for index, row in enumerate(rows) if index in kept or _key(row) in chosen]
+
+    def _measured(self, stage: ResolvedStage) -> set[str]:
+        return {_key(record) for _, record in self.records.get(stage.name, ())}
 
     def _kept(self, stage: ResolvedStage, items: Iterable[Item], record: Callable[[Item], Record]) -> Iterator[Item]:
         items = iter(items)
         if self.prompts:
             # Until there are enough for a step it is not known whether any prompt can be spared.
             waiting: list[tuple[Item, bool]] = []
-            needed = _needed(stage)
+            needed = stage.examples_per_step
             for item in items:
                 waiting.append((item, _key(record(item)) not in self.prompts))
                 needed -= waiting[-1][1]
@@ -84,38 +77,40 @@ class HeldOut:
         yield from (item for item in items if not self.prompts or _key(record(item)) not in self.prompts)
 
 
-def hold_out(stages: Sequence[ResolvedStage], prompt: PromptConfig, seed: int) -> HeldOut:
-    """Chooses the prompts to hold back from the data of the ranking stages in `stages`, and says how many.
+def hold_out(stages: Sequence[ResolvedStage], read: Callable[[ResolvedStage], Iterable[Placed]], seed: int) -> HeldOut:
+    """Chooses the prompts to hold back from the data of the ranking stages, and says how many.
 
-    None is held back from a stage whose responses the run ranks itself: they do not exist before the run.
-
-    Raises:
-        UserError: See `tuna_peft.data.load.load_ranked`.
+    Args:
+        stages: The stages of the recipe.
+        read: Reads the records of a ranking stage, or its prompts; called twice, as they may be too many to keep.
+        seed: That of the recipe.
     """
     held = HeldOut()
-    own = [stage for stage in stages if stage.type == "ranking" and stage.feedback is None]
-    keys: dict[str, list[str]] = {}  # of the prompts; the records themselves may be too many to keep
-    for stage in own:
-        placed = iterate_ranked(stage.source, prompt, ReadReport(), pairs=True)
-        keys[stage.name] = [_key(record) for _, record in placed]
+    ranking = [stage for stage in stages if stage.type == "ranking"]
+    keys: dict[str, list[str]] = {}  # of the prompts
+    for stage in ranking:
+        keys[stage.name] = [_key(record) for _, record in read(stage)]
         # Hashed with the seed: the same prompt comes early or late in the data of every stage.
         order = sorted(set(keys[stage.name]), key=lambda key: content_key(seed=seed, prompt=key))
-        held.prompts |= set(order[: held_out_size(len(order), _needed(stage))])
+        held.prompts |= set(order[: held_out_size(len(order), stage.examples_per_step)])
     measured: set[str] = set()
-    for stage in own:
+    # Data that is ranked already comes first: it can be measured before the first stage.
+    for stage in sorted(ranking, key=lambda stage: stage.feedback is not None):
         new = held.prompts.intersection(keys[stage.name]) - measured
         measured |= new
         if new:
-            placed = iterate_ranked(stage.source, prompt, ReadReport(), pairs=True)
-            held.records[stage.name] = [(where, record) for where, record in placed if _key(record) in new]
+            held.records[stage.name] = [(where, record) for where, record in read(stage) if _key(record) in new]
             logger.info(
                 "stage %s: %d of %d prompts are held back for the evaluation, by seed %d "
                 "(`evaluation: null` trains on all)",
                 stage.name, len(held.records[stage.name]), len(keys[stage.name]), seed,
             )  # fmt: skip
-    if own and not measured:
+    if ranking and not measured:
         logger.info("evaluation: nothing is measured, because there are too few prompts to hold some back")
     return held
+
+
+Encode = Callable[[ResolvedStage], Dataset]
 
 
 def held_out_tasks(
@@ -123,9 +118,9 @@ def held_out_tasks(
     stages: Sequence[ResolvedStage],
     prompt: PromptConfig,
     context: int | None,
-    encode: Callable[[ResolvedStage], Dataset],
+    encode: Encode,
 ) -> list[Task]:
-    """The tasks `ranking` and `answers` on the prompts that are held back.
+    """The tasks `ranking` and `answers` on the prompts that are held back; `ranking` only where they are ranked.
 
     Args:
         stages: Gives the margin: that of the last stage that has prompts held back.
@@ -137,29 +132,40 @@ def held_out_tasks(
     Raises:
         UserError: See `tuna_peft.data.load.encode_source`.
     """
-    encoded = []
-    for stage in [stage for stage in stages if stage.name in held_out.records]:
-        try:
-            encoded.append(encode(stage))
-        except UserError as error:
-            if "skip" not in (stage.overflow, stage.source.on_bad_row):
-                raise
-            logger.warning("stage %s: nothing can be measured on its held-back prompts: %s", stage.name, error.what)
-            del held_out.records[stage.name]
-    if not encoded:
-        return []
-    last = [stage for stage in stages if stage.name in held_out.records][-1]
+    ranked = [stage for stage in stages if stage.name in held_out.records and stage.feedback is None]
+    encoded = [rows for stage in ranked if (rows := _usable(held_out, stage, encode)) is not None]
+    last = [stage for stage in ranked if stage.name in held_out.records][-1:]
+    tasks = [ranking_task(concatenate_datasets(encoded), last[0].train["margin"])] if encoded else []
     chosen = sorted((record for placed in held_out.records.values() for _, record in placed), key=_key)
-    return [
-        ranking_task(concatenate_datasets(encoded), last.train["margin"]),
-        answers_task(chosen[:MAX_ANSWERS], prompt, min(MAX_NEW_TOKENS, (context or sys.maxsize) // 2)),
-    ]
+    if chosen:
+        most = min(AUTO_NEW_TOKENS, (context or sys.maxsize) // 2)
+        tasks.append(answers_task(chosen[:AUTO_ANSWERS], prompt, most))
+    return tasks
+
+
+def self_ranked_task(held_out: HeldOut, stage: ResolvedStage, tasks: Sequence[Task], encode: Encode) -> Task | None:
+    """The task on the held-back prompts of a stage whose responses the run has ranked by now; None without any.
+
+    Args:
+        tasks: The tasks so far: the new one is called `ranking` if there is none yet, else `ranking-<stage>`.
+        encode: See `held_out_tasks`.
+    """
+    if stage.name not in held_out.records or (rows := _usable(held_out, stage, encode)) is None:
+        return None
+    name = "ranking" if all(task.name != "ranking" for task in tasks) else f"ranking-{stage.name}"
+    return ranking_task(rows, stage.train["margin"], name)
+
+
+def _usable(held_out: HeldOut, stage: ResolvedStage, encode: Encode) -> Dataset | None:
+    try:
+        return encode(stage)
+    except UserError as error:
+        if stage.feedback is None and "skip" not in (stage.overflow, stage.source.on_bad_row):
+            raise
+        logger.warning("stage %s: nothing can be measured on its held-back prompts: %s", stage.name, error.what)
+        del held_out.records[stage.name]
+        return None
 
 
 def _key(record: Record) -> str:
     return content_key(prompt=record["prompt"])
-
-
-def _needed(stage: ResolvedStage) -> int:
-    """Examples of one optimizer step."""
-    return stage.train["per_device_train_batch_size"] * stage.train["gradient_accumulation_steps"]

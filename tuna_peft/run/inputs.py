@@ -6,22 +6,36 @@ examples that the run has ranked itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.load import Select, encode_source, load_candidates, load_prompts, renderable
+from tuna_peft.data.load import (
+    Placed,
+    Select,
+    encode_source,
+    iterate_ranked,
+    load_candidates,
+    load_prompts,
+    renderable,
+)
 from tuna_peft.data.losses import report_losses
-from tuna_peft.data.ranked import Record
+from tuna_peft.data.ranked import ReadReport, Record
 from tuna_peft.limits import context_length
+from tuna_peft.recipe.evaluation_schema import AUTO_BATCH_SIZE
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
-from tuna_peft.run.held_out import BATCH_SIZE, held_out_tasks, hold_out
+from tuna_peft.run.held_out import HeldOut, held_out_tasks, hold_out, self_ranked_task
 from tuna_peft.run.tasks import Task, read_tasks
+
+RANKED = "ranked.jsonl"
+"""In the folder of a stage: the responses that the run has ranked itself."""
 
 
 @dataclass
@@ -35,6 +49,7 @@ class Inputs:
         ranked: Encoded held-out examples for the task `ranking` that the recipe names; None without it.
         tasks: The tasks of the evaluation.
         batch_size: Number of prompts per batch in the evaluation.
+        held_out: The prompts that `evaluation: auto` holds back.
         counts: What happened to records and examples in reading and tokenizing, by stage name and under
             `evaluation.<task>`.
     """
@@ -44,6 +59,7 @@ class Inputs:
     ranked: Dataset | None = None
     tasks: list[Task] = field(default_factory=list)
     batch_size: int = 1
+    held_out: HeldOut = field(default_factory=HeldOut)
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -57,16 +73,26 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
     Raises:
         UserError: See `tuna_peft.data.load`, `tuna_peft.data.tokenize` and `tuna_peft.run.tasks`.
     """
-    inputs, stages = Inputs(), resolve_stages(recipe)
-    held_out = hold_out(stages if recipe.evaluation == "auto" else [], recipe.prompt, recipe.seed)
+    inputs, stages, auto = Inputs(), resolve_stages(recipe), recipe.evaluation == "auto"
     for stage in stages:
         if stage.feedback is not None:
-            read = load_prompts if stage.generated else load_candidates
-            rows, report = read(stage.source, recipe.prompt)
-            rows = renderable(rows, tokenizer, stage.source, report)
-            inputs.prompts[stage.name] = held_out.without(stage, rows)
+            load = load_prompts if stage.generated else load_candidates
+            rows, report = load(stage.source, recipe.prompt)
+            inputs.prompts[stage.name] = renderable(rows, tokenizer, stage.source, report)
             report_losses(stage.source, report.as_dict())
             inputs.counts[stage.name] = {"prompts": report.as_dict()}
+    if auto:
+
+        def read(stage: ResolvedStage) -> Iterable[Placed]:
+            if stage.feedback is None:
+                return iterate_ranked(stage.source, recipe.prompt, ReadReport(), pairs=True)
+            return [("", row) for row in inputs.prompts[stage.name]]
+
+        inputs.held_out = hold_out(stages, read, recipe.seed)
+    held_out = inputs.held_out
+    for stage in stages:
+        if stage.feedback is not None:
+            inputs.prompts[stage.name] = held_out.to_rank(stage, inputs.prompts[stage.name])
         else:
             inputs.stages[stage.name], inputs.counts[stage.name] = encode_rows(
                 stage, stage.source, recipe.prompt, tokenizer, config, partial(held_out.training, stage)
@@ -77,13 +103,47 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
             return _encode(stage, stage.source, recipe.prompt, tokenizer, config, partial(held_out.measured, stage))[0]
 
         inputs.tasks = held_out_tasks(held_out, stages, recipe.prompt, context_length(config), encode)
-        inputs.batch_size = BATCH_SIZE
+        inputs.batch_size = AUTO_BATCH_SIZE
         inputs.counts["evaluation"] = {"held_out": {name: len(records) for name, records in held_out.records.items()}}
     elif settings := recipe.named_evaluation:
         read_data = read_tasks(settings.tasks, recipe.prompt, tokenizer, config, stage_names(recipe))
         inputs.ranked, inputs.tasks, inputs.batch_size = read_data.ranked, read_data.tasks, settings.batch_size
         inputs.counts |= {f"evaluation.{task}": counts for task, counts in read_data.counts.items()}
     return inputs
+
+
+def encode_self_ranked(
+    inputs: Inputs,
+    stage: ResolvedStage,
+    file: Path,
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> dict[str, Any]:
+    """Adds to `inputs` what a stage with feedback trains on, and the task on its held-back prompts if there are any.
+
+    An example that cannot be used is skipped and counted: an error would waste what was sampled and ranked.
+
+    Args:
+        file: The ranked responses, in the ranked type.
+
+    Returns:
+        Counts of what was kept, skipped and truncated.
+    """
+    source = DataSource(
+        path=str(file), format="ranked", on_bad_row="skip", add_reference=stage.source.add_reference
+    )  # fmt: skip
+    held_out = inputs.held_out
+    inputs.stages[stage.name], counts = encode_rows(
+        stage, source, prompt, tokenizer, config, partial(held_out.training, stage)
+    )
+
+    def encode(stage: ResolvedStage) -> Dataset:
+        return _encode(stage, source, prompt, tokenizer, config, partial(held_out.measured, stage))[0]
+
+    if (task := self_ranked_task(held_out, stage, inputs.tasks, encode)) is not None:
+        inputs.tasks.append(task)
+    return counts
 
 
 def encode_rows(

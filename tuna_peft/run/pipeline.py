@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from tuna_peft.models.base.load import (
 )
 from tuna_peft.models.base.memory import free_memory
 from tuna_peft.models.base.shards import shard_base
-from tuna_peft.models.stack.adapters import drop_adapter, fingerprint, load_adapter
+from tuna_peft.models.stack.adapters import active_adapters, drop_adapter, fingerprint, load_adapter
 from tuna_peft.models.stack.any_model import model_digest
 from tuna_peft.models.stack.files import extend_stack
 from tuna_peft.models.stack.manifest import read_manifest
@@ -87,9 +88,14 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         _evaluate(run, model, base, inputs, "base")
         for stage in stages:
             if stage.feedback:
+                tasks = len(inputs.tasks)
                 with processes.main_first(model):  # the first process samples and ranks, the others read its files
                     make_rows(run, model, base, inputs, stage)
                 run.save(RUN_INFO, _facts(run.recipe, base, inputs))  # with the counts of the new rows
+                if len(inputs.tasks) > tasks:  # a task that the base and the stages below could not have yet
+                    for count, name in enumerate(("base", *stage.below)):
+                        with active_adapters(model, stage.below[:count]):
+                            _evaluate(run, model, base, inputs, name, stage.below[:count])
             model = _finish_stage(run, model, base, inputs, stage)
             _evaluate(run, model, base, inputs, stage.name)
 
@@ -206,13 +212,24 @@ def _finish_stage(
     return trained
 
 
-def _evaluate(run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: str) -> None:
-    """Runs the recipe's tasks on `model` in the first process; the others wait, and lend it their shards."""
+def _evaluate(
+    run: RunDirectory,
+    model: PreTrainedModel | PeftModel,
+    base: Base,
+    inputs: Inputs,
+    stage: str,
+    adapters: Sequence[str] | None = None,
+) -> None:
+    """Runs the recipe's tasks on `model` in the first process; the others wait, and lend it their shards.
+
+    Args:
+        adapters: Those that are active, if not all are.
+    """
     with run.processes.main_first(model):
         if inputs.tasks and run.processes.main:
             with Journal(run.path / JOURNAL) as journal:
                 session = Session(
-                    run.path, stage, model_digest(model), model, base.tokenizer, journal, inputs.batch_size
+                    run.path, stage, model_digest(model, adapters), model, base.tokenizer, journal, inputs.batch_size
                 )
                 evaluate_stage(session, inputs.tasks)
 

@@ -15,7 +15,6 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tuna_peft.data.config import DataSource
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError
@@ -32,7 +31,7 @@ from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.recipe.feedback_schema import FeedbackSource, StageSample
 from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.run.folder import RunDirectory
-from tuna_peft.run.inputs import Inputs, encode_rows
+from tuna_peft.run.inputs import RANKED, Inputs, encode_self_ranked
 from tuna_peft.run.samplers import vllm_sampler
 
 logger = logging.getLogger("tuna_peft")
@@ -74,7 +73,7 @@ def is_ranked(run: RunDirectory, stage: str) -> bool:
 def make_rows(
     run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: ResolvedStage
 ) -> None:
-    """Samples and ranks responses for `stage` unless that is done, and puts the encoded examples into `inputs.stages`.
+    """Samples and ranks responses for `stage` unless that is done, and adds the encoded examples to `inputs`.
 
     Writes to `stages/<name>/`: `samples.jsonl`, `ranked.jsonl`, the journals of both steps, and `feedback.json` with
     counts of what was sampled, ranked and skipped.
@@ -93,16 +92,9 @@ def make_rows(
         rows, ranking = _rank(source, rows, folder / "ranking.journal.jsonl", run.recipe.base.device)
         free_memory()  # the teacher's or judge's memory is needed for training
         report |= ranking
-        write_jsonl(folder / "ranked.jsonl", rows)
+        write_jsonl(folder / RANKED, rows)
         run.save(name, report)
-    # An example that cannot be used is skipped and counted: an error here would waste what was sampled and ranked.
-    ranked = DataSource(
-        path=str(folder / "ranked.jsonl"), format="ranked", on_bad_row="skip",
-        add_reference=stage.source.add_reference,
-    )  # fmt: skip
-    inputs.stages[stage.name], counts = encode_rows(
-        stage, ranked, run.recipe.prompt, base.tokenizer, base.model.config
-    )
+    counts = encode_self_ranked(inputs, stage, folder / RANKED, run.recipe.prompt, base.tokenizer, base.model.config)
     inputs.counts[stage.name] |= {**report, "training": counts}
 
 

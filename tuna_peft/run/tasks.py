@@ -7,7 +7,7 @@ stage; `tuna_peft.run.evaluate` runs them. The metrics are in `tuna_peft.evaluat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,31 +124,39 @@ def _ranking(
     return ranking_task(rows, settings.margin)
 
 
-def ranking_task(rows: Dataset, margin: float) -> Task:
-    """The task `ranking` on encoded rows; `margin` as in `evaluate_ranking`."""
+def ranking_task(rows: Dataset, margin: float, name: str = "ranking") -> Task:
+    """The task `ranking` on encoded rows, or another one of its kind; `margin` as in `evaluate_ranking`."""
 
     def run(session: Session) -> TaskResult:
-        return evaluate_ranking(
+        result = evaluate_ranking(
             session.model, session.tokenizer, rows, batch_size=session.batch_size, margin=margin,
             description=f"ranking ({session.stage})",
         )  # fmt: skip
+        return replace(result, task=name)
 
     digest = content_key(rows=[[row["prompt_ids"], row["completions_ids"], row["ranks"]] for row in rows])
-    return Task("ranking", run, {"margin": margin, "data": digest})
+    return Task(name, run, {"margin": margin, "data": digest})
 
 
 def answers_task(records: Sequence[Record], prompt: PromptConfig, max_new_tokens: int) -> Task:
-    """The task `answers`: greedy answers to the prompts of ranked records, whose best response is the reference."""
+    """The task `answers`: greedy answers to prompts; the reference is the best response, or the one in the data."""
     template = PromptTemplate(prompt)
     questions = [
         Question(
-            one["id"], _text(one["prompt"], template), one["prompt"], [response_text(one["completions"][0])],
+            one["id"], _text(one["prompt"], template), one["prompt"], _best_known(one),
             tools=one.get("tools"),
         )
         for one in records
     ]  # fmt: skip
     run = partial(evaluate_answers, questions=questions, max_new_tokens=max_new_tokens)
     return Task("answers", run, {"max_new_tokens": max_new_tokens, "data": _digest(questions)})
+
+
+def _best_known(record: Record) -> list[str]:
+    """The best response, or that of a prompt whose responses are not ranked; empty without one."""
+    if record.get("ranks"):
+        return [response_text(record["completions"][0])]
+    return [record["reference"]] if record.get("reference") else []
 
 
 def _graded(settings: GradedTask, prompt: PromptConfig, data: TaskData) -> Task:

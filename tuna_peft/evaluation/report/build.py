@@ -12,7 +12,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.evaluation.compare_results import compare_results
 from tuna_peft.evaluation.report.curves import read_curves
 from tuna_peft.evaluation.report.distributions import by_rank
-from tuna_peft.evaluation.report.samples import NOT_ANSWERED, choose_samples
+from tuna_peft.evaluation.report.samples import choose_samples, is_answered
 from tuna_peft.evaluation.results import RUN_INFO, TaskResult, load_results
 from tuna_peft.json_text import read_json
 
@@ -78,7 +78,7 @@ def _changes(results: Results) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _answer_length(result: TaskResult) -> float | None:
     """Mean length of the model's own answers, in characters; None for a task without any."""
-    if result.task in NOT_ANSWERED or not result.prompts:
+    if not is_answered(result):
         return None
     return sum(len(prompt.response) for prompt in result.prompts) / len(result.prompts)
 

@@ -10,8 +10,7 @@ from tuna_peft.evaluation.results import PromptResult, TaskResult
 
 Results = dict[str, dict[str, TaskResult]]
 
-NOT_ANSWERED = ("ranking", "lm_eval")
-"""Tasks whose responses are not the model's own answers to read."""
+_NOT_ANSWERED = ("ranking", "lm_eval")
 
 BEST, WORST, OTHERS = 3, 2, 3
 
@@ -62,9 +61,14 @@ def choose_samples(results: Results, wanted: Sequence[str] = ()) -> list[dict[st
     ]
 
 
+def is_answered(result: TaskResult) -> bool:
+    """Whether its responses are the model's own answers to read."""
+    return result.task.partition("-")[0] not in _NOT_ANSWERED and bool(result.prompts)
+
+
 def _answered_task(results: Results, wanted: Sequence[str]) -> str | None:
     last = results[list(results)[-1]] if results else {}
-    answered = [task for task in last if task not in NOT_ANSWERED and last[task].prompts]
+    answered = [task for task in last if is_answered(last[task])]
     holding = (task for task in answered if {*wanted} <= {prompt.id for prompt in last[task].prompts})
     return next(holding, answered[0] if answered else None)
 
