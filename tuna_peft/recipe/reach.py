@@ -38,7 +38,7 @@ def addresses(settings: BaseModel) -> Iterator[str]:
         elif isinstance(section, PushSettings):
             yield f"uploads results to {section.repo} on the Hub, with your login there ({place})"
         elif isinstance(section, Stage) and (trackers := section.train.get("report_to")) not in (None, "none", []):
-            yield f"sends training metrics to {trackers}, with your login there ({place}.train.report_to)"
+            yield f"sends training metrics and samples to {trackers}, with your login there ({place}.train.report_to)"
 
 
 def unusual_variables(settings: BaseModel) -> list[str]:

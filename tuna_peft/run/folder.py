@@ -91,7 +91,7 @@ class RunDirectory:
     - `evaluation/<stage>/<task>.json`: results of the base and of each stage; `evaluation/journal.jsonl`: the model's
       responses;
     - `stack/`: the adapters; `combined/`, `merged/`, `gguf/`: the exports, with `exports.json` once all are written;
-      `pushed.json` once they are published;
+      `pushed.json` once they are published, `tracked.json` once trackers have the report;
     - `report.html`, `report.json`, `report.md`: the report.
 
     Raises:

@@ -53,6 +53,7 @@ from tuna_peft.run.preflight import preflight
 from tuna_peft.run.processes import Processes
 from tuna_peft.run.rank_samples import check_feedback, is_ranked, make_rows
 from tuna_peft.run.sharding import require_shardable
+from tuna_peft.run.trackers import track_report
 from tuna_peft.run.train_stage import train_stage
 
 logger = logging.getLogger("tuna_peft")
@@ -105,6 +106,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         if processes.main:
             export_stack(run, inputs)
             report = write_report(run.path)
+            track_report(run, report)
             publish(run)
         processes.wait()
         return report

@@ -31,6 +31,7 @@ from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.recipe.schema import LoraSettings, Recipe
 from tuna_peft.run.metrics_file import METRICS, MetricsFile, finite
 from tuna_peft.run.sharding import under_deepspeed, world_size
+from tuna_peft.run.trackers import own_wandb_run
 from tuna_peft.terminal import echo
 from tuna_peft.training.checkpoint import StopOnRequest
 from tuna_peft.training.config import TunaConfig, mixed_precision, use_one_gpu
@@ -87,7 +88,7 @@ def train_stage(
     if checkpoint:
         require_same_engine(checkpoint, config.world_size, deepspeed=trainer.is_deepspeed_enabled)
         logger.info("stage %s resumes from %s", stage.name, checkpoint.name)
-    with _stop_on_ctrl_c(stop), contextlib.closing(progress):
+    with _stop_on_ctrl_c(stop), contextlib.closing(progress), own_wandb_run():
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = [finite(entry) for entry in trainer.state.log_history]
     if trainer.is_world_process_zero():
