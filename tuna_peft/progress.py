@@ -62,7 +62,7 @@ class Progress:
         if numbers:
             self.show(**numbers)
         self._bar.update(by)
-        if not self._off and monotonic() - self._last >= INTERVAL:
+        if not self._off and self._done < self.total and monotonic() - self._last >= INTERVAL:
             self._line()
 
     def show(self, **numbers: str) -> None:
@@ -73,7 +73,7 @@ class Progress:
 
     def close(self) -> None:
         """Ends the bar; later output starts on a new line."""
-        if self._open and not self._off and (self.keep or self._lines):
+        if self._open and not self._off and (self.keep or self._lines or monotonic() - self._last >= INTERVAL):
             self._line(last=True)
         self._bar.close()
         self._open = False

@@ -43,7 +43,7 @@ def test_piped_lines_are_answered_and_obeyed(run, tmp_path):
     result = chat(run, "\n".join(typed) + "\n", "--stage", "sft")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == "base, sft, ranking: /help lists the commands, Ctrl-D ends the chat."
+    assert lines[:2] == ["Stages: base, sft, ranking", "/help lists the commands, Ctrl-D ends the chat."]
     assert "sft> w3 w4" in lines and "base> w3 w4" in lines
     alone = CliRunner().invoke(
         app, ["generate", str(run), "w3 w4", "--upto", "sft", "--template", "{instruction} ", "--max-new-tokens", "4"]
@@ -74,8 +74,8 @@ def test_answers_stand_side_by_side_where_there_is_room():
     wide = shown("abc", 80)
     assert max(map(len, wide)) == 80 and "a a" in wide[3] and "c c" in wide[3]
     assert "[stopped]" in " ".join(wide)
-    narrow = shown("abc", 60)
-    assert max(map(len, narrow)) <= 60 and not any("a a" in line and "b b" in line for line in narrow)
+    narrow = shown("abc", 50)
+    assert max(map(len, narrow)) <= 50 and not any("a a" in line and "b b" in line for line in narrow)
 
 
 def test_what_a_model_says_cannot_order_the_terminal_about(capsys):

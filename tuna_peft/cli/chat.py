@@ -28,7 +28,7 @@ _HELP = """\
 /help               this list
 Ctrl-C stops an answer, Ctrl-D ends the chat."""
 
-_NARROWEST = 18
+_NARROWEST = 16
 """Characters. Answers stand below each other where columns would be narrower."""
 
 
@@ -64,7 +64,7 @@ def chat(
     screen = Chat(Conversation(loaded, prompt), settings.model_dump())
     if stage is not None:
         screen.stage(stage)
-    echo(f"{', '.join(screen.conversation.stages)}: /help lists the commands, Ctrl-D ends the chat.")
+    echo(f"Stages: {', '.join(screen.conversation.stages)}\n/help lists the commands, Ctrl-D ends the chat.")
     if not screen.conversation.remembers:
         echo("Without a chat template: each question is answered by itself.")
     with _ended_by_sigterm():

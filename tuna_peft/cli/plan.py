@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -49,6 +50,6 @@ def plan(
         echo(json.dumps(dicts[0] if len(dicts) == 1 else dicts, indent=2))
     else:
         shown = plan_output.describe(plans[0], source) if len(plans) == 1 else plan_output.over_gpus(plans)
-        console(soft_wrap=True).print(shown)
+        console(soft_wrap=not sys.stdout.isatty()).print(shown)  # a file keeps each sentence in one line
     if not any(made.fits for made in plans):
         raise typer.Exit(1)

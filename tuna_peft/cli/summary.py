@@ -33,9 +33,10 @@ _STYLES = {"better": "green", "worse": "red"}
 def _table(report: dict[str, Any]) -> Table:
     headings, rows = stage_table(report)
     measured = ": on held-out data" if any(report["evaluation"].values()) else ""
-    table = Table("after", title=f"{report['name']}{measured}")
+    # Without lines, four stages with their intervals fit into 80 columns.
+    table = Table("after", title=f"{report['name']}{measured}", box=None, padding=(0, 1, 0, 0))
     for stage, _ in rows:
-        table.add_column(stage, justify="right")
+        table.add_column(stage, justify="right", overflow="fold")
     for heading, cells in zip(headings, zip(*(cells for _, cells in rows), strict=True), strict=True):
         table.add_row(heading, *map(_shown, cells))
     return table
@@ -48,7 +49,11 @@ def _shown(cell: Cell) -> Text:
 
 def _next_commands(report: dict[str, Any], folder: Path) -> list[Text]:
     base = report["base"]["model"]
-    commands = [("Ask the model:", f"tuna-peft generate {shlex.quote(str(folder))} 'Your instruction'")]
+    run = shlex.quote(str(folder))
+    talk = [f"tuna-peft chat {run}", f"tuna-peft generate {run} 'Your instruction'"]
+    if any(report["evaluation"].values()):
+        talk.append(f"tuna-peft compare {shlex.quote(f'{folder}@base')} {run}")
+    commands = [("Talk to the model, ask it once, compare it with the base:", "\n  ".join(talk))]
     if (folder / "merged").is_dir():
         path = json.dumps(str(folder / "merged"))
         commands.append(("Load the merged model with transformers:", f"AutoModelForCausalLM.from_pretrained({path})"))

@@ -11,7 +11,7 @@ from tuna_peft.progress import Progress
 logger = logging.getLogger("tuna_peft")
 
 # What the bar shows, by name in the log history: short, for 80 columns.
-_SHOWN = {"loss": "loss", "ranking_accuracy": "accuracy", "mean_token_accuracy": "tokens right"}
+_SHOWN = {"loss": "loss", "ranking_accuracy": "accuracy", "mean_token_accuracy": "accuracy"}
 
 
 class StageProgress(TrainerCallback):
@@ -34,7 +34,8 @@ class StageProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.progress is not None and logs:
-            self.progress.show(**{name: f"{logs[key]:.3f}" for key, name in _SHOWN.items() if key in logs})
+            if numbers := {name: f"{logs[key]:.3f}" for key, name in _SHOWN.items() if key in logs}:
+                self.progress.show(**numbers)
             values = " ".join(f"{key}={value:.6g}" for key, value in logs.items() if isinstance(value, (int, float)))
             logger.debug("%s: step %d of %d: %s", self.name, state.global_step, state.max_steps, values)
 
