@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 import types
 from pathlib import Path
@@ -10,6 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
+from tuna_peft.cli.summary import run_summary
+from tuna_peft.terminal import console
 
 RECIPE = "name: x\nbase: {model: org/model}\nstages:\n  - {name: a, type: sft, data: {path: org/data}}\n"
 REPORT = {
@@ -60,18 +64,31 @@ def test_the_default_folder_has_the_recipes_name(calls):
 def test_the_table_and_the_next_commands_come_last(calls):
     Path("runs/x/merged").mkdir(parents=True)
     lines = CliRunner().invoke(app, ["run", "r.yaml"]).stdout.splitlines()
-    rows = [
-        [cell.strip() for cell in line.strip("│┃").split(line[0])] for line in lines if line.startswith(("│", "┃"))
-    ]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in lines[1:]]
     assert rows[0] == ["after", "base", "a"] and rows[1] == ["ranking accuracy", "0.500", "0.750"]
     assert ["loss, first to last", "-", "2.500 to 1.250"] in rows and ["tokens", "-", "3,456"] in rows
-    assert rows[-1] == ["peak GiB", "-", "1.25"]
+    assert ["peak GiB", "-", "1.25"] in rows
     text = "\n".join(lines)
-    assert "response" not in text.partition("Ask it")[0]  # nothing was graded
-    assert "tuna-peft generate runs/x 'Your instruction'" in text
+    assert "response" not in text  # nothing was graded
+    for command in ("chat runs/x", "generate runs/x 'Your instruction'", "compare runs/x@base runs/x"):
+        assert f"  tuna-peft {command}" in lines
     assert 'AutoModelForCausalLM.from_pretrained("runs/x/merged")' in text
     assert "PeftModel" not in text  # nothing was combined
     assert lines[-1].strip() == "runs/x/report.html"
+
+
+def test_four_stages_with_their_intervals_fit_into_80_columns():
+    stages = ["base", "sft", "probabilistic", "contextual"]
+    metric = {"value": 0.71, "low": 0.682, "high": 0.739}
+    measured = {"ranking": {"main": "pair_accuracy", "metrics": {"pair_accuracy": metric, "margin": metric}}}
+    curves = {stage: {"loss": {"loss": [[1, 2.5], [12, 1.25]]}} for stage in stages[1:]}
+    report = {**REPORT, "evaluation": dict.fromkeys(stages, measured), "curves": curves}
+    out = io.StringIO()
+    console(file=out, width=80).print(run_summary(report, Path("runs/x")), crop=False)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80 and "…" not in out.getvalue()
+    assert lines[1].split() == ["after", *stages]
+    assert ["0.682 to 0.739"] * 4 in [re.split(r"\s{2,}", line.strip()) for line in lines]
 
 
 def test_a_dry_run_runs_nothing(calls):

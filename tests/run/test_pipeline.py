@@ -101,6 +101,22 @@ def test_report_has_base_and_every_stage(straight):
     assert (folder / "run.log").stat().st_size > 0
 
 
+def test_without_a_terminal_there_are_lines_and_no_carriage_returns(files, tmp_path, capfd):
+    run_recipe(recipe(files), tmp_path / "run")
+    printed, log = capfd.readouterr().err, (tmp_path / "run" / "run.log").read_text()
+    assert "\r" not in printed + log and len(printed.splitlines()) < 40
+    lines = printed.splitlines()
+    for stage in STAGES:
+        began = lines.index(next(line for line in lines if line.startswith(f"stage {stage}: ")))
+        assert any(line.startswith(f"{stage}: 100% (4/4 steps) in ") for line in lines[began:])
+        assert f"{stage}: step 1 of 4: loss=" in log and f"{stage}: step 1 of 4" not in printed
+    assert "packed sequences match" in log and "attention" not in printed
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(one["stage"], one["step"]) for one in metrics if "loss" in one] == [
+        (stage, step) for stage in STAGES for step in (1, 2, 3, 4)
+    ]
+
+
 def test_exports_load_without_tuna_peft_and_agree_with_the_unmerged_adapters(straight, files):
     folder, report = straight
     bound = stack_kl_bound(folder / "stack")

@@ -58,17 +58,15 @@ def test_tensorboard(run, monkeypatch):
     assert lines == ["| prompt | base | sft |", "| --- | --- | --- |", "| w3 w4 | a \\| b<br>c | two |"]
 
 
-def test_trackio(run, monkeypatch, tmp_path):
+def test_trackio(run):
     installed("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+    from trackio.utils import TRACKIO_DIR
 
-    track_report(run("trackio", project="tuna"), REPORT)
-    api = trackio.Api()
-    [found] = [one for one in api.runs("tuna") if one.name == "tiny-report"]
-    logged = str(found.metrics()) if callable(getattr(found, "metrics", None)) else str(vars(found))
-    assert found.name == "tiny-report" and (tmp_path / "trackio").is_dir() and logged
-    assert list((tmp_path / "trackio").rglob("*.png"))
+    track_report(run("trackio", project="tuna-test"), REPORT)
+    logged = SQLiteStorage.get_logs("tuna-test", "tiny-report")
+    assert "w3 w4" in str(logged) and "two" in str(logged) and "curves/sft" in str(logged)
+    assert list(TRACKIO_DIR.rglob("*.png"))
 
 
 class Recorder:

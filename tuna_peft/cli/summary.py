@@ -33,10 +33,10 @@ _STYLES = {"better": "green", "worse": "red"}
 def _table(report: dict[str, Any]) -> Table:
     headings, rows = stage_table(report)
     measured = ": on held-out data" if any(report["evaluation"].values()) else ""
-    # Without lines, four stages with their intervals fit into 80 columns.
-    table = Table("after", title=f"{report['name']}{measured}", box=None, padding=(0, 1, 0, 0))
+    # Without lines, four stages with their intervals fit into 80 columns; the intervals of more are wrapped.
+    table = Table("after", title=f"{report['name']}{measured}", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for stage, _ in rows:
-        table.add_column(stage, justify="right", overflow="fold")
+        table.add_column(stage, justify="right", overflow="fold", no_wrap=len(rows) <= 4)
     for heading, cells in zip(headings, zip(*(cells for _, cells in rows), strict=True), strict=True):
         table.add_row(heading, *map(_shown, cells))
     return table
