@@ -50,12 +50,12 @@ class World:
     test: Split
 
 
-def training_lists(tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Encoded lists, best first, with `ranks` and `scores`."""
+def training_lists(tokenizer: PreTrainedTokenizerBase, judge_error: float = JUDGE_ERROR) -> list[Row]:
+    """Encoded lists, best first, with `ranks` and `scores`; a share of `judge_error` has two neighbors swapped."""
     rng = Random(_SEED)
     tasks = list(families.distinct(rng, TRAINING_LISTS, held_out=False, label="contest"))
     rng.shuffle(tasks)
-    return _encoded([_judged(task, rng) for task in tasks], tokenizer)
+    return _encoded([_judged(task, rng, judge_error) for task in tasks], tokenizer)
 
 
 def validation(tokenizer: PreTrainedTokenizerBase) -> Split:
@@ -77,12 +77,12 @@ def _test_records() -> list[Row]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _judged(task: Any, rng: Random) -> Row:
+def _judged(task: Any, rng: Random, judge_error: float) -> Row:
     responses = _graded(task, mixtures.JUDGE, rng)
     if task["output"] not in [response["text"] for response in responses]:
         responses.append({"text": task["output"], "score": 1.0})
     responses.sort(key=lambda response: -response["score"])
-    if rng.random() < JUDGE_ERROR:
+    if rng.random() < judge_error:
         i = rng.randrange(len(responses) - 1)
         a, b = responses[i], responses[i + 1]
         a["text"], b["text"] = b["text"], a["text"]

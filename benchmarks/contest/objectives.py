@@ -37,6 +37,17 @@ def hinge_by_score(margin: float, grade_per_step: float):
 rrhf = ranking(margin=0.0, reduction="pair_sum")
 
 
+def in_two_bins(rank_loss):
+    """A loss on two ranks: the better half of the ranks and the worse one; a middle rank counts as better."""
+
+    def loss(scores_BN, ranks_BN, grades_BN):
+        worst_B1 = ranks_BN.amax(-1, keepdim=True)
+        bins_BN = (2 * ranks_BN > worst_B1).long().masked_fill(ranks_BN < 0, -1)
+        return rank_loss(scores_BN, bins_BN, grades_BN)
+
+    return loss
+
+
 def nothing(scores_BN, ranks_BN, grades_BN):
     """No ranking at all: the likelihood term is left."""
     return scores_BN.new_zeros(())
