@@ -36,7 +36,7 @@ def test_every_reference_has_its_definition():
     [
         ("lora.r", ["(integer, default 16)"]),
         ("quantization.method", ["nf4 | fp4 | int8 | none"]),
-        ("stages.train.margin", ["of type ranking (number, default 0.1)"]),
+        ("stages.train.margin", ["of type ranking (number | auto, default 0.1)"]),
         ("stages.train.learning_rate", ["of type sft", "of type ranking"]),
         ("stages.data.columns.scores", ["higher is better"]),
         ("evaluation.tasks", ["Keys: ranking, graded"]),

@@ -127,7 +127,7 @@ def test_a_lone_mistake_says_what_where_and_how_to_mend_it(recipe_file):
     ("override", "message"),
     [
         ("stages.probabilistic.train.reduction=gap_men", "Did you mean `gap_mean`?"),
-        ("stages.probabilistic.train.margin=true", "expected a number, found true"),
+        ("stages.probabilistic.train.margin=true", "expected a number or 'auto', found true"),
         ("stages.probabilistic.name=sft", "each stage needs a different name; given twice: sft"),
         ("stages.sft.name=default", "a stage cannot be called `default`"),
         ("stages.sft.name=Stage One", "expected text that matches"),

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from datasets import Dataset
+from pydantic import ValidationError
 from transformers import Trainer, TrainingArguments
 
 from tuna_peft.recipe.resolved import resolve_stages, stage_names, steps_per_epoch, total_steps
@@ -53,6 +54,21 @@ def test_rounds_that_continue_one_adapter_replace_each_other():
     assert [stage.replaces for stage in stages] == [None, None, "b-1", "b-2", None]
     assert [stage.replaced_by for stage in stages] == [None, "b-2", "b-3", None, None]
     assert stages[2].samples_from == ("a", "b-1")
+
+
+def test_a_stage_that_continues_the_one_before_replaces_it():
+    stages = resolve_stages(
+        recipe(
+            ranked("a"), ranked("b", continue_adapter=True), sampled("c", "b", continue_adapter=True), ranked("d"),
+            sampled("e", "c"),
+        )
+    )  # fmt: skip
+    assert [stage.below for stage in stages] == [(), (), (), ("c",), ("c", "d")]
+    assert [stage.replaces for stage in stages] == [None, "a", "b", None, None]
+    assert [stage.replaced_by for stage in stages] == ["b", "c", None, None, None]
+    assert stages[2].samples_from == ("b",) and stages[4].samples_from == ("c",)
+    with pytest.raises(ValidationError, match=r"samples from `a`, which is not an earlier stage \(base, b, c\)"):
+        recipe(ranked("a"), ranked("b", continue_adapter=True), ranked("c"), sampled("d", "a"))
 
 
 def test_samples_come_from_the_stage_that_the_recipe_names():

@@ -198,8 +198,6 @@ def test_stages_that_cannot_rank_samples(files):  # noqa: F811
     taken[0]["name"] = "contextual-2"
     with pytest.raises(ValidationError, match="named after its stage, with a number; given twice: contextual-2"):
         recipe(files, stages=taken)
-    with pytest.raises(ValidationError, match="`continue_adapter` continues the adapter of the round before"):
-        made(files, {**on_policy(files), "continue_adapter": True})
     one = made(files, {**on_policy(files), "rounds": 2, "continue_adapter": True}).stages[-1].model_dump()
     last = {**one, **on_policy(files, sample={**SAMPLE, "from": "contextual-1"}), "name": "last"}
     with pytest.raises(ValidationError, match=r"`contextual-1`, which is not an earlier stage \(base, contextual-2\)"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tuna_peft import tuna_loss
-from tuna_peft.training.loss import PairCounts, RankingLoss, dense_ranks
+from tuna_peft.training.loss import RankingLoss
+from tuna_peft.training.ranks import PairCounts, dense_ranks
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,11 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from tuna_peft.limits import PAD_TO
+
+_BY_ROW = ("limits_BSS", "ranks_BN", "mle_BN", "grades_BN", "row_hashes_B")
+_BY_TOKEN = ("input_ids_BT", "position_ids_BT", "segment_ids_BT")
+
 
 @dataclass(eq=False)  # comparing tensors gives tensors
 class PackedBatch:
@@ -43,6 +48,8 @@ class PackedBatch:
         responses_P: `(P,)` the response which that prediction belongs to, as an index among the flattened `B * N`.
         ranks_BN: `(B, N)` 0 is best, equal where tied, -1 where there is no ranked response.
         mle_BN: `(B, N)` bool: which responses the SFT loss (NLL) term covers.
+        grades_BN: `(B, N)` fp32: the scores of the data, higher is better; 0 where there is none.
+        row_hashes_B: `(B,)` a hash of the tokens of each prompt and its responses.
     """
 
     input_ids_BT: torch.Tensor
@@ -59,6 +66,8 @@ class PackedBatch:
     responses_P: torch.Tensor
     ranks_BN: torch.Tensor
     mle_BN: torch.Tensor
+    grades_BN: torch.Tensor
+    row_hashes_B: torch.Tensor
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         """A new batch with `change` applied to every tensor."""
@@ -74,27 +83,31 @@ class PackedBatch:
 
     def halves(self) -> list[PackedBatch]:
         """Two batches with half of the prompts each, on the same device; the batch alone when it has one prompt."""
-        (b, n), width = self.ranks_BN.shape, self.input_ids_BT.shape[1]
-        if b == 1:
-            return [self]
-        halves = []
-        for first, last in ((0, b // 2), (b // 2, b)):
-            inside_P = (self.responses_P >= first * n) & (self.responses_P < last * n)
-            # Responses that share tokens share predictions too; each is kept once, in its order.
-            kept, predictions_P = self.predictions_P[inside_P].unique(return_inverse=True)
-            names = ("input_ids_BT", "position_ids_BT", "segment_ids_BT", "limits_BSS", "ranks_BN", "mle_BN")
-            rows = {name: getattr(self, name)[first:last] for name in names}
-            keys = segment_keys(rows["segment_ids_BT"], rows["position_ids_BT"], rows["limits_BSS"])
-            half = PackedBatch(
-                predictors_R=self.predictors_R[kept] - (self.tokens_U < first * width).sum(),
-                targets_R=self.targets_R[kept],
-                predictions_P=predictions_P,
-                responses_P=self.responses_P[inside_P] - first * n,
-                **rows,
-                **{name: value.to(kept.device) for name, value in keys.items()},
-            )
-            halves.append(half)
-        return halves
+        b = len(self.ranks_BN)
+        return [self] if b == 1 else [self.part(0, b // 2), self.part(b // 2, b)]
+
+    def part(self, first: int, last: int) -> PackedBatch:
+        """The prompts from `first` up to and without `last`, on the same device, without the padding that they share.
+
+        A part of one prompt depends on that prompt alone, whatever batch it came from (but for the width of N).
+        """
+        n, width = self.ranks_BN.shape[1], self.input_ids_BT.shape[1]
+        inside_P = (self.responses_P >= first * n) & (self.responses_P < last * n)
+        # Responses that share tokens share predictions too; each is kept once, in its order.
+        kept, predictions_P = self.predictions_P[inside_P].unique(return_inverse=True)
+        longest = int((self.segment_ids_BT[first:last] < self.limits_BSS.shape[1] - 1).sum(1).max())
+        columns = slice(longest + -longest % PAD_TO)
+        rows = {name: getattr(self, name)[first:last] for name in _BY_ROW}
+        rows |= {name: getattr(self, name)[first:last, columns] for name in _BY_TOKEN}
+        keys = segment_keys(rows["segment_ids_BT"], rows["position_ids_BT"], rows["limits_BSS"])
+        return PackedBatch(
+            predictors_R=self.predictors_R[kept] - (self.tokens_U < first * width).sum(),
+            targets_R=self.targets_R[kept],
+            predictions_P=predictions_P,
+            responses_P=self.responses_P[inside_P] - first * n,
+            **rows,
+            **{name: value.to(kept.device) for name, value in keys.items()},
+        )
 
 
 def segment_keys(

@@ -11,6 +11,8 @@ see `tuna_peft.data.batch`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +55,7 @@ class RankedCollator:
         n = max(len(tree.ranks) for tree in packed)
         segments = max(len(tree.limits) for tree in packed) + 1
 
-        def padded(columns: list[list[int]], size: int, fill: int) -> torch.Tensor:
+        def padded(columns: Sequence[list[Any]], size: int, fill: int) -> torch.Tensor:
             return torch.tensor([column + [fill] * (size - len(column)) for column in columns])
 
         limits_BSS = torch.zeros(len(packed), segments, segments, dtype=torch.int32)
@@ -90,6 +92,8 @@ class RankedCollator:
             responses_P=torch.tensor(responses),
             ranks_BN=padded([tree.ranks for tree in packed], n, -1),
             mle_BN=padded([tree.mle for tree in packed], n, 0).bool(),
+            grades_BN=padded([tree.grades for tree in packed], n, 0).float(),
+            row_hashes_B=torch.tensor([tree.hash for tree in packed]),
         )
 
     def pack(self, row: dict[str, Any]) -> PackedRow:
@@ -99,7 +103,7 @@ class RankedCollator:
         if self.mle_on == "reference":
             gap = row.get("reference_gaps") or []
             responses.append((row["reference_ids"], row["reference_skip"], gap, -1))
-        tree = PackedRow()
+        tree = PackedRow(grades=list(row.get("scores") or []), hash=_hash(row["prompt_ids"], responses))
         prompt = tree.add(row["prompt_ids"], share=True)
         for tokens, skip, gap, rank in responses:
             places = tree.add(tokens, after=prompt[-1], share=self.share_responses)
@@ -163,6 +167,12 @@ class MicroBatchCollator:
                 )
 
 
+def _hash(prompt: Sequence[int], responses: Sequence[tuple[Any, ...]]) -> int:
+    """64 bits over the tokens of a prompt and its responses, and over which of them carry loss."""
+    content = json.dumps([prompt, [response[:-1] for response in responses]])  # the last entry is the rank
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big", signed=True)
+
+
 def total_length(row: dict[str, Any]) -> int:
     """Tokens of an encoded row: its prompt and all its responses, before shared prefixes are merged."""
     return len(row["prompt_ids"]) + sum(map(len, row["completions_ids"]))
@@ -180,6 +190,8 @@ class PackedRow:
     loss_tokens: list[list[int]] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     mle: list[int] = field(default_factory=list)
+    grades: list[float] = field(default_factory=list)
+    hash: int = 0
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def add(self, tokens: Sequence[int], *, after: int = -1, share: bool) -> list[int]:

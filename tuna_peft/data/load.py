@@ -38,7 +38,7 @@ from tuna_peft.data.readers import Format, choose_format, grouped
 from tuna_peft.data.sources import RawRecords, read_records
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.texts import prompt_text
-from tuna_peft.data.tokenize import Overflow, encode_records, require_known_ids
+from tuna_peft.data.tokenize import Overflow, encode_records, require_known_ids, require_scores
 from tuna_peft.errors import UserError
 from tuna_peft.limits import context_length, within_context
 from tuna_peft.progress import tracked
@@ -62,6 +62,7 @@ def encode_source(
     max_length: int | None,
     overflow: Overflow,
     needs_reference: bool = False,
+    needs_scores: bool = False,
     select: Select | None = None,
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Reads and tokenizes the data of a recipe's stage or task: the one call from a source to training rows.
@@ -75,6 +76,7 @@ def encode_source(
         config: The model's configuration; its context length bounds `max_length`.
         supervised: Use only the best response of each record, as `load_sft`.
         max_length, overflow, needs_reference: See `tuna_peft.data.tokenize.encode_ranked`.
+        needs_scores: A record with ranks alone is an error.
         select: Picks the records to encode from those that are read; None encodes all.
 
     Returns:
@@ -97,6 +99,8 @@ def encode_source(
         )  # fmt: skip
         if (vocabulary := getattr(config.get_text_config(), "vocab_size", None)) is not None:
             require_known_ids(encoded, tokenizer, vocabulary)
+        if needs_scores:
+            require_scores(encoded)
     except UserError as error:
         raise UserError(error.what, where=error.where or source.title, fix=error.fix) from error
     return encoded, {**report.as_dict(), "tokens": tokens.as_dict()}

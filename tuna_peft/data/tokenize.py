@@ -214,6 +214,21 @@ def require_known_ids(encoded: datasets.Dataset, tokenizer: PreTrainedTokenizerB
             )
 
 
+def require_scores(encoded: datasets.Dataset) -> None:
+    """Checks that every row of `encode_dataset` has scores.
+
+    Raises:
+        UserError: One has ranks only; names the first.
+    """
+    column = encoded["scores"] if "scores" in encoded.column_names else [None]
+    for index, scores in enumerate(column):
+        if scores is None:
+            raise UserError(
+                f"the loss uses scores, and row {index} has only ranks",
+                fix="Give scores, or use loss_type, margin_by and pair_weight that need ranks alone.",
+            )
+
+
 def _as_ranked(row: Record, where: str) -> Record:
     if "completions" not in row:
         row = {**row, **preference_responses(row, None, None, where)}

@@ -7,7 +7,7 @@ reads the `ResolvedStage`s.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,9 +31,9 @@ class ResolvedStage:
         lora: LoRA settings: the recipe's, with the stage's overrides.
         train_overrides: The fields of the trainer's configuration that the recipe sets.
         below: The frozen adapters that this one is trained on top of, from bottom to top.
-        replaces: With `continue_adapter`, the adapter of the round before: this one starts from its weights and
-            replaces it in the stack. Not in `below`.
-        replaced_by: With `continue_adapter`, the next round, which replaces this one.
+        replaces: With `continue_adapter`, the adapter of the stage or round before: this one starts from its weights
+            and replaces it in the stack. Not in `below`.
+        replaced_by: The next stage or round, if it continues this adapter and replaces it.
         samples_from: The adapters that are active while responses are sampled, from bottom to top; empty for the base.
     """
 
@@ -89,6 +89,18 @@ class ResolvedStage:
         return self.train.get("mle_on") == "reference"
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether every example needs scores, because its loss uses more than ranks. Imports torch."""
+        from tuna_peft.training.combinations import needs_scores
+
+        options = ("loss_type", "margin_by", "pair_weight")
+        return self.type == "ranking" and needs_scores(*(self.train[name] for name in options))
+
+    def is_auto(self, field: str) -> bool:
+        """Whether the recipe leaves the choice of a number to the trainer."""
+        return self.train_overrides.get(field) == "auto"
+
+    @property
     def checkpoints_activations(self) -> bool:
         """Whether gradient checkpointing is on. transformers 5 renamed the field; recipes may use either name."""
         given = self.train_overrides
@@ -130,8 +142,7 @@ def resolve_stages(recipe: Recipe) -> list[ResolvedStage]:
     stack: tuple[str, ...] = ()
     for stage in recipe.stages:
         for index, name in enumerate(stage.round_names):
-            following = stage.round_names[index + 1 :]
-            replaces = stack[-1] if stage.continue_adapter and index else None
+            replaces = stack[-1] if stage.continues_stage or (stage.continue_adapter and index) else None
             below = stack[:-1] if replaces else stack
             resolved.append(
                 ResolvedStage(
@@ -145,10 +156,11 @@ def resolve_stages(recipe: Recipe) -> list[ResolvedStage]:
                     train_overrides=stage.train,
                     below=below,
                     replaces=replaces,
-                    replaced_by=following[0] if stage.continue_adapter and following else None,
                     samples_from=_samples_from(stage.feedback, index, stack),
                 )
             )
+            if replaces:
+                resolved[-2] = replace(resolved[-2], replaced_by=name)
             stack = (*below, name)
     return resolved
 

@@ -108,8 +108,8 @@ class Stage(Section):
     )
     continue_adapter: bool = Field(
         False,
-        description="With `rounds`: continue training one adapter in every round. NAME-2 starts as a copy of NAME-1 "
-        "and replaces it in the stack.",
+        description="Continue training the adapter of the stage before: this one starts as a copy of it and replaces "
+        "it in the stack. With `rounds`, of the round before: NAME-2 replaces NAME-1.",
     )
     overflow: Overflow = Field(
         "error",
@@ -138,6 +138,11 @@ class Stage(Section):
             return [self.name]
         return [f"{self.name}-{number}" for number in range(1, self.rounds + 1)]
 
+    @property
+    def continues_stage(self) -> bool:
+        """Whether it continues the adapter of the stage before, not that of its own rounds."""
+        return self.continue_adapter and self.rounds == 1
+
     @field_validator("name")
     @classmethod
     def _name_is_free(cls, name: str) -> str:
@@ -151,8 +156,11 @@ class Stage(Section):
             raise ValueError("a stage of type `sft` needs a data set; `prompts` to rank are for `type: ranking`")
         if self.rounds > 1 and not (self.feedback and self.feedback.sample):
             raise ValueError("`rounds` repeats sampling, so its `data` needs `sample`")
-        if self.continue_adapter and self.rounds == 1:
-            raise ValueError("`continue_adapter` continues the adapter of the round before: it needs `rounds` > 1")
+        if self.continue_adapter and self.train.get("reference") == "below":
+            raise ValueError(
+                "`reference: below` would compare with the stack below, which lacks what the adapter learnt before it "
+                "was continued: remove it or `continue_adapter`"
+            )
         return self
 
 
@@ -282,11 +290,28 @@ class Recipe(Section):
                     f"({', '.join(earlier)})"
                 )
             taken += stage.round_names
-            # Rounds that continue one adapter replace each other: only the last one stays in the stack.
+            # Adapters that are continued are replaced: only the last one stays in the stack.
+            if stage.continues_stage:
+                earlier.pop()
             earlier += stage.round_names[-1:] if stage.continue_adapter else stage.round_names
         if twice := sorted({name for name in taken if taken.count(name) > 1}):
             raise ValueError(f"a round is named after its stage, with a number; given twice: {', '.join(twice)}")
         return stages
+
+    @model_validator(mode="after")
+    def _continued_adapters_are_alike(self) -> Recipe:
+        settings = [self.lora.model_copy(update=stage.lora.model_dump(exclude_none=True)) for stage in self.stages]
+        for index, stage in enumerate(self.stages):
+            if stage.continues_stage and index == 0:
+                raise ValueError(
+                    f"stage `{stage.name}` has `continue_adapter`: it needs a stage before it, or `rounds` > 1"
+                )
+            if stage.continues_stage and settings[index] != settings[index - 1]:
+                raise ValueError(
+                    f"stage `{stage.name}` continues the adapter of `{self.stages[index - 1].name}`: "
+                    "both need the same `lora`"
+                )
+        return self
 
     @property
     def named_evaluation(self) -> EvaluationSettings | None:

@@ -49,7 +49,11 @@ SET_ELSEWHERE = {
     "parallelism_config": "A run uses one GPU.",
 }
 # Fields with a narrower annotation in the dataclass, because argument parsers accept only one type.
-_WIDER: dict[str, Any] = {"activation_memory": str | float}
+_WIDER: dict[str, Any] = {
+    "activation_memory": str | float,
+    "learning_rate": float | typing.Literal["auto"],
+    "margin": float | typing.Literal["auto"],
+}
 _HUB = "Publish the finished run with `push` instead; a stage is not pushed while it trains."
 
 

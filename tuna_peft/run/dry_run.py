@@ -106,7 +106,7 @@ def _steps(recipe: Recipe, output: Path, loaded: Loaded | None) -> Text:
     for name, task in (recipe.named_evaluation.tasks.given() if recipe.named_evaluation else {}).items():
         described: list[str | None] = [getattr(task, "path", None)]
         if isinstance(task, DataSource):
-            limits = (task.max_length, task.overflow, False) if isinstance(task, RankingTask) else None
+            limits = (task.max_length, task.overflow, False, False) if isinstance(task, RankingTask) else None
             rows, losses = _rows(task, recipe, loaded, limits)
             described = [_data(task, rows), *losses]
         step(f"task {name}, before the first stage and after each stage", *described)
@@ -136,7 +136,7 @@ def _adapter(stage: ResolvedStage) -> str:
 def _stage_rows(stage: ResolvedStage, recipe: Recipe, loaded: Loaded | None) -> tuple[int | None, list[str]]:
     if stage.feedback is not None:
         return _rows(stage.source, recipe, loaded, None)
-    limits = (stage.max_length, stage.overflow, stage.needs_reference)
+    limits = (stage.max_length, stage.overflow, stage.needs_reference, stage.needs_scores)
     return _rows(stage.source, recipe, loaded, limits, supervised=stage.type == "sft")
 
 
@@ -144,7 +144,7 @@ def _rows(
     source: DataSource,
     recipe: Recipe,
     loaded: Loaded | None,
-    limits: tuple[int | None, Overflow, bool] | None,
+    limits: tuple[int | None, Overflow, bool, bool] | None,
     *,
     supervised: bool = False,
 ) -> tuple[int | None, list[str]]:
@@ -152,7 +152,8 @@ def _rows(
 
     Args:
         loaded: Configuration and tokenizer of the base, which decide what is too long; None counts before that limit.
-        limits: Maximum length, overflow policy, whether the reference is needed; None reads only prompts.
+        limits: Maximum length, overflow policy, whether references and scores are needed; None reads only
+            prompts.
         supervised: One response is enough.
     """
     if not is_here(source.path):
@@ -164,10 +165,10 @@ def _rows(
         read = ReadReport()
         deque(iterate_ranked(source, recipe.prompt, read, pairs=not supervised), maxlen=0)
         return read.kept, [*describe_losses(read.as_dict()), "counted before the length limit: no tokenizer here"]
-    (config, tokenizer), (max_length, overflow, needs_reference) = loaded, limits
+    (config, tokenizer), (max_length, overflow, needs_reference, needs_scores) = loaded, limits
     rows, counts = encode_source(
         source, recipe.prompt, tokenizer, config, supervised=supervised,
-        max_length=max_length, overflow=overflow, needs_reference=needs_reference,
+        max_length=max_length, overflow=overflow, needs_reference=needs_reference, needs_scores=needs_scores,
     )  # fmt: skip
     return len(rows), describe_losses(counts)
 

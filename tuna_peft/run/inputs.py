@@ -181,4 +181,5 @@ def _encode(
     return encode_source(
         source, prompt, tokenizer, config, supervised=stage.type == "sft", select=select,
         max_length=stage.max_length, overflow=stage.overflow, needs_reference=stage.needs_reference,
+        needs_scores=stage.needs_scores,
     )  # fmt: skip

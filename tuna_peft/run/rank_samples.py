@@ -46,12 +46,18 @@ def check_feedback(stage: ResolvedStage, rows: list[Record], tokenizer: PreTrain
         rows: The prompts of the stage.
 
     Raises:
-        UserError: There is no such judge, or a prompt with a response of the maximum length exceeds
-            `train.max_length`.
+        UserError: There is no such judge, or it gives no scores and the loss needs them; or a prompt with a response
+            of the maximum length exceeds `train.max_length`.
     """
     source, limit = stage.feedback, stage.max_length
     if source is not None and source.judge is not None:
         make_judge(source.judge)
+        if stage.needs_scores and source.judge.function is None:
+            raise UserError(
+                "the loss uses scores, and this judge gives only an order",
+                where=f"{stage.key}.data.judge",
+                fix="Use `function`, which gives scores, or a loss that needs ranks alone.",
+            )
     if source is None or source.sample is None or stage.overflow != "error" or limit is None:
         return
     longest = max(len(prompt_ids(row["prompt"], tokenizer, row.get("tools"))) for row in rows)

@@ -36,6 +36,7 @@ from tuna_peft.terminal import echo
 from tuna_peft.training.checkpoint import StopOnRequest
 from tuna_peft.training.config import TunaConfig, mixed_precision, use_one_gpu
 from tuna_peft.training.engines import require_fitting_deepspeed, require_same_engine
+from tuna_peft.training.learning_rate import auto_learning_rate
 from tuna_peft.training.progress import StageProgress
 from tuna_peft.training.resume import checkpoints, latest_checkpoint
 from tuna_peft.training.sft import StackSFTTrainer
@@ -80,7 +81,8 @@ def train_stage(
     if stage.replaces:
         take_over(stacked)
     keep_from_ddp(stacked)
-    config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu")
+    hidden_size = stacked.config.get_text_config().hidden_size
+    config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu", hidden_size=hidden_size)
     stop, progress = StopOnRequest(), StageProgress(stage.name)
     metrics = MetricsFile(folder.parents[1] / METRICS, stage.name)
     trainer = _trainer(stacked, config, tokenizer, rows, [stop, LogFirstAndLast(), progress, metrics])
@@ -112,6 +114,7 @@ def train_stage(
         "peak_memory_of": "cuda" if stacked.device.type == "cuda" else "process",
         "trainable_parameters": sum(p.numel() for p in stacked.parameters() if p.requires_grad),
         "lora": lora.model_dump(),
+        **{f"auto_{name}": getattr(config, name) for name in ("learning_rate", "margin") if stage.is_auto(name)},
     }
     return _released(trainer, stacked), summary
 
@@ -124,8 +127,13 @@ def lora_config(lora: LoraSettings) -> LoraConfig:
     )  # fmt: skip
 
 
-def stage_config(recipe: Recipe, stage: ResolvedStage, folder: Path, *, on_cpu: bool) -> SFTConfig | TunaConfig:
+def stage_config(
+    recipe: Recipe, stage: ResolvedStage, folder: Path, *, on_cpu: bool, hidden_size: int | None = None
+) -> SFTConfig | TunaConfig:
     """The trainer's configuration for `stage`: our defaults, then the recipe's fields, then what every run fixes.
+
+    Args:
+        hidden_size: Width of the model, for `learning_rate: auto`; None, before it is known, takes a default.
 
     Raises:
         UserError: The recipe's fields conflict with each other.
@@ -143,6 +151,11 @@ def stage_config(recipe: Recipe, stage: ResolvedStage, folder: Path, *, on_cpu: 
         # Accelerate 1.15 ignores DeepSpeed if it is told to use the CPU: it is told which backend to use instead.
         **({"ddp_backend": "gloo"} if on_cpu and under_deepspeed() else {"use_cpu": on_cpu}),
     }
+    if stage.type == "sft" and settings.get("learning_rate") == "auto":  # `TunaTrainer` chooses its own
+        del settings["learning_rate"]
+        if hidden_size is not None:
+            settings["learning_rate"] = auto_learning_rate(hidden_size, ranking=False)
+            logger.info("learning_rate auto: %.2g", settings["learning_rate"])
     # transformers 5.18 renamed the field; its old name prints a warning.
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__:
         settings.setdefault("activation_checkpointing", settings.pop("gradient_checkpointing", True))

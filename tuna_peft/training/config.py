@@ -14,6 +14,8 @@ from transformers import SchedulerType, TrainingArguments
 
 from tuna_peft.data.config import Overflow
 from tuna_peft.limits import is_ampere_or_later
+from tuna_peft.training.combinations import conflict
+from tuna_peft.training.loss import LossType, MarginBy, PairWeight, Reduction
 from tuna_peft.training.options import refuse_options
 from tuna_peft.training.ranges import out_of_range
 
@@ -56,14 +58,29 @@ class TunaConfig(TrainingArguments):
         > Parameters that control the loss
 
         loss_type (`str`, *optional*, defaults to `"hinge"`):
-            `"hinge"` is Tuna's loss; `"logistic"` is SimPO's loss (https://huggingface.co/papers/2405.14734) over all
-            pairs of a prompt's responses; `"list_mle"` is the negative log-likelihood of the order under the
-            Plackett-Luce model (ListMLE, Xia et al. 2008).
+            Over pairs: `"hinge"` is Tuna's loss; `"logistic"` is SimPO's (https://huggingface.co/papers/2405.14734).
+            Over the whole list: `"list_mle"` is the negative log-likelihood of the order under the Plackett-Luce model
+            (ListMLE, Xia et al. 2008); `"mpo"` is the better half against the worse half
+            (https://huggingface.co/papers/2412.04628); `"info_nca"` and `"nca"` take the scores as soft labels
+            (https://huggingface.co/papers/2402.05369); `"qrpo"` fits the quantile of each response
+            (https://huggingface.co/papers/2507.08068).
             See `tuna_peft.training.loss.RankingLoss`.
+        reference (`str`, *optional*, defaults to `"none"`):
+            `"below"` takes log-ratios to the frozen stack below the adapter that trains, instead of log-probabilities:
+            DPO (https://huggingface.co/papers/2305.18290) over all pairs is `loss_type="logistic"` with
+            `length_penalty=0`, `margin=0`, `beta=0.1`; DPO under Plackett-Luce the same with `"list_mle"`.
         beta (`float`, *optional*, defaults to `2.0`):
-            Inverse temperature of `"logistic"` and `"list_mle"`.
-        margin (`float`, *optional*, defaults to `0.1`):
-            Margin per step in rank, m in the paper.
+            Inverse temperature of all losses but `"hinge"`.
+        margin (`float` or `"auto"`, *optional*, defaults to `0.1`):
+            Margin per step in rank, m in the paper. `"auto"` is the median difference of two responses before
+            training, per step.
+        margin_by (`str`, *optional*, defaults to `"rank"`):
+            `"score"` makes `margin` the margin per unit of score, instead of per step in rank.
+        pair_weight (`str`, *optional*, defaults to `"equal"`):
+            `"lambda"` weights pairs as LambdaLoss does, by scores and places (LiPO,
+            https://huggingface.co/papers/2402.01878).
+        score_scale (`float`, *optional*, defaults to `1.0`):
+            Scores are divided by this before a loss uses them: α in InfoNCA and NCA, the unit of `margin_by="score"`.
         reduction (`str`, *optional*, defaults to `"gap_mean"`):
             `"gap_mean"` averages the pairs of equal distance in rank and sums over distances, as the released code
             does; `"pair_sum"` sums a prompt's pairs and averages over prompts, as the paper writes it.
@@ -103,13 +120,38 @@ class TunaConfig(TrainingArguments):
             "device, 'full' keeps all, 'none' recomputes every layer.",
         },
     )
-    loss_type: Literal["hinge", "logistic", "list_mle"] = field(
+    loss_type: LossType = field(
         default="hinge",
-        metadata={"help": "'hinge' (Tuna), 'logistic' (SimPO's loss over all pairs), 'list_mle' (Plackett-Luce)."},
+        metadata={
+            "help": "Over pairs: 'hinge' (Tuna), 'logistic' (SimPO, DPO). Over the list: 'list_mle' (Plackett-Luce), "
+            "'mpo' (better half against worse half), 'info_nca', 'nca' (scores as soft labels), 'qrpo' (quantiles)."
+        },
     )
-    beta: float = field(default=2.0, metadata={"help": "Inverse temperature of 'logistic' and 'list_mle'."})
-    margin: float = field(default=0.1, metadata={"help": "Margin per step in rank (m in the paper)."})
-    reduction: Literal["gap_mean", "pair_sum"] = field(
+    reference: Literal["none", "below"] = field(
+        default="none",
+        metadata={
+            "help": "'below': log-ratios to the frozen stack below the adapter that trains, instead of "
+            "log-probabilities. DPO over all pairs: loss_type logistic, length_penalty 0, margin 0, beta 0.1."
+        },
+    )
+    beta: float = field(default=2.0, metadata={"help": "Inverse temperature of all losses but 'hinge'."})
+    # Declared as `float` because argument parsers support one type only; "auto" is accepted too.
+    margin: float = field(
+        default=0.1,
+        metadata={
+            "help": "Margin per step in rank (m in the paper); 'auto' is the median difference before training."
+        },
+    )
+    margin_by: MarginBy = field(
+        default="rank", metadata={"help": "'score': `margin` is per unit of score, not per step in rank."}
+    )
+    pair_weight: PairWeight = field(
+        default="equal", metadata={"help": "'lambda' weights pairs by scores and places, as LambdaLoss does (LiPO)."}
+    )
+    score_scale: float = field(
+        default=1.0, metadata={"help": "Scores are divided by this before a loss uses them (alpha in InfoNCA, NCA)."}
+    )
+    reduction: Reduction = field(
         default="gap_mean", metadata={"help": "'gap_mean' (released code) or 'pair_sum' (the paper's formula)."}
     )
     length_penalty: float = field(
@@ -123,7 +165,11 @@ class TunaConfig(TrainingArguments):
 
     # Defaults that differ from TrainingArguments.
     learning_rate: float = field(
-        default=1e-4, metadata={"help": "Initial learning rate. LoRA needs about ten times that of full fine-tuning."}
+        default=1e-4,
+        metadata={
+            "help": "Initial learning rate. LoRA needs about ten times that of full fine-tuning. 'auto' chooses by "
+            "the hidden size of the model."
+        },
     )
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "The learning rate schedule."})
     logging_steps: float = field(
@@ -153,10 +199,16 @@ class TunaConfig(TrainingArguments):
             if what := out_of_range(each.name, getattr(self, each.name)):
                 raise ValueError(f"{each.name}: {what}")
         super().__post_init__()
-        for name in ("overflow", "loss_type", "reduction", "mle_on"):
+        for name in ("overflow", "loss_type", "reference", "margin_by", "pair_weight", "reduction", "mle_on"):
             choices = get_args(get_type_hints(type(self))[name])
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(choices)}")
+        if self.learning_rate != "auto" and not isinstance(self.learning_rate, (int, float)):
+            raise ValueError(f"learning_rate={self.learning_rate!r}: use a number or 'auto'")
+        if self.margin != "auto" and not isinstance(self.margin, (int, float)):
+            raise ValueError(f"margin={self.margin!r}: use a number or 'auto'")
+        if excluded := conflict(self):
+            raise ValueError(excluded)
         self.activation_memory = self._checked_activation_memory()  # type: ignore[assignment]
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # useless without a GPU, and PyTorch warns

@@ -33,11 +33,15 @@ class RankedEvaluation(Trainer):
         return super().get_test_dataloader(self._encode(test_dataset))
 
     def _record_evaluation(
-        self, scores_BN: torch.Tensor, ranks_BN: torch.Tensor, nll: torch.Tensor, counts: StepCounts
+        self,
+        scores_BN: torch.Tensor,
+        ranks_BN: torch.Tensor,
+        sums_G: torch.Tensor,
+        nll: torch.Tensor,
+        counts: StepCounts,
     ) -> None:
         """Adds one micro-batch, with its own counts, to the metrics of the evaluation that runs."""
         add_ranking_metrics(self._evaluated, scores_BN, ranks_BN, self.args.margin)
-        sums_G = self._ranking_loss.sums(scores_BN, ranks_BN)
         denominators_G = self._ranking_loss.denominators(counts.pair_counts(scores_BN.device))[: len(sums_G)]
         for gap, (total, count) in enumerate(zip(sums_G, denominators_G, strict=True)):
             self._evaluated.add(f"rank_loss/{gap}", total, count)

@@ -12,11 +12,12 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.collate import total_length
-from tuna_peft.data.tokenize import encode_dataset, require_known_ids
+from tuna_peft.data.tokenize import encode_dataset, require_known_ids, require_scores
 from tuna_peft.errors import UserError
 from tuna_peft.limits import within_context
 from tuna_peft.models.base.load import load_base, load_config_and_tokenizer
 from tuna_peft.models.stack.trial import check_stack
+from tuna_peft.training.combinations import needs_scores
 from tuna_peft.training.config import TunaConfig
 
 
@@ -73,6 +74,8 @@ def encoded_rows(
             raise UserError(error.what, where=error.where, fix=_fix_without_recipe(error)) from error
     if vocabulary is not None:
         require_known_ids(dataset, tokenizer, vocabulary)
+    if needs_scores(args.loss_type, args.margin_by, args.pair_weight):
+        require_scores(dataset)
     if args.train_sampling_strategy == "group_by_length" and args.length_column_name not in dataset.column_names:
         # `Trainer` would measure `input_ids`, which ranked rows do not have.
         dataset = dataset.add_column(args.length_column_name, [total_length(row) for row in dataset])

@@ -12,7 +12,7 @@ from operator import add
 import torch
 from accelerate.utils import gather_object
 
-from tuna_peft.training.loss import distances
+from tuna_peft.training.ranks import distances
 
 
 def pair_statistics(

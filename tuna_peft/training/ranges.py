@@ -25,6 +25,7 @@ _RANGES: dict[str, _Range] = {
     "save_steps": _ABOVE_0,
     "eval_steps": _ABOVE_0,
     "beta": _ABOVE_0,
+    "score_scale": _ABOVE_0,
     "adam_beta1": _SHARE,
     "adam_beta2": _SHARE,
     "label_smoothing_factor": _SHARE,

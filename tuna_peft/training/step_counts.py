@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 
 from tuna_peft.data.batch import PackedBatch
-from tuna_peft.training.loss import PairCounts
+from tuna_peft.training.ranks import PairCounts
 
 
 @dataclass

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,17 @@ from tuna_peft.models.forward.segments import layer_windows
 from tuna_peft.models.forward.verify import verify_packing
 from tuna_peft.models.stack.adapters import push_adapter
 from tuna_peft.training.activation_memory import ActivationMemory
+from tuna_peft.training.auto_margin import initial_margin
 from tuna_peft.training.card import trainer_card
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
 from tuna_peft.training.config import TunaConfig
 from tuna_peft.training.evaluation import RankedEvaluation
 from tuna_peft.training.finite import SkippedSteps, require_finite_loss
 from tuna_peft.training.inputs import encoded_rows, load_model
+from tuna_peft.training.learning_rate import auto_learning_rate
 from tuna_peft.training.loss import RankingLoss
 from tuna_peft.training.metrics import RunningMeans, add_ranking_metrics
+from tuna_peft.training.reference import ReferenceLogps, require_stack_below
 from tuna_peft.training.stage_options import require_possible
 from tuna_peft.training.step_counts import StepCounts
 
@@ -151,6 +155,13 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         if train_dataset is not None:
             require_trainable(model)
         output_head(model)
+        if args.reference == "below":
+            require_stack_below(model)
+        if args.learning_rate == "auto":
+            args.learning_rate = auto_learning_rate(
+                model.config.get_text_config().hidden_size, ranking=True, log_ratios=args.reference == "below"
+            )
+            logger.info("learning_rate auto: %.2g", args.learning_rate)
 
         # Data
         self._encode = partial(
@@ -174,7 +185,10 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         self._verified = False
         self._activations = ActivationMemory(args.activation_memory, args.world_size)
         self._means, self._evaluated = RunningMeans(), RunningMeans()
-        self._ranking_loss = RankingLoss(args.loss_type, args.margin, args.reduction, args.beta)
+        self._reference = ReferenceLogps() if args.reference == "below" else None
+        self._ranking_loss = RankingLoss(
+            args.loss_type, args.margin, args.reduction, args.beta, args.margin_by, args.pair_weight, args.score_scale
+        )
 
         super().__init__(
             model=model,
@@ -193,6 +207,16 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
 
+        # Margin: here the adapter is as it starts, also where training is resumed later.
+        if args.margin == "auto":
+            if train_dataset is None:
+                raise ValueError("margin='auto' is measured on the `train_dataset`, and there is none: use a number")
+            args.margin = initial_margin(
+                self.model, self.train_dataset, ranked_collator, self._ranking_loss, args.length_penalty
+            )
+            self._ranking_loss = replace(self._ranking_loss, margin=args.margin)
+            logger.info("margin auto: %.2g", args.margin)
+
         # Tags for the Hub
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
@@ -201,8 +225,8 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         """`Trainer` removes other columns of the data; by default it keeps the arguments of the model's `forward`."""
         if self._signature_columns is None:
             self._signature_columns: list[str] | None = [
-                "prompt_ids", "completions_ids", "completion_skips", "completion_gaps", "ranks", "reference_ids",
-                "reference_skip", "reference_gaps", self.args.length_column_name,
+                "prompt_ids", "completions_ids", "completion_skips", "completion_gaps", "ranks", "scores",
+                "reference_ids", "reference_skip", "reference_gaps", self.args.length_column_name,
             ]  # fmt: skip
 
     def _prepare_inputs(self, inputs):
@@ -321,10 +345,13 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         """
         counts = num_items_in_batch or self._count([inputs])
         args, ranks_BN = self.args, inputs.ranks_BN
+        # Before the pass with gradients, whose activations take memory.
+        reference_BN = self._reference(model, inputs) if self._reference else 0.0
         logps = response_logps(model, inputs)
-        scores_BN = logps.normalised(args.length_penalty)
+        scores_BN = logps.normalised(args.length_penalty)  # the metrics are about these, with a reference too
+        v_BN = replace(logps, sums_BN=logps.sums_BN - reference_BN).normalised(args.length_penalty)
 
-        rank_loss = self._ranking_loss(scores_BN, ranks_BN, counts.pair_counts(scores_BN.device))
+        rank_loss = self._ranking_loss(v_BN, ranks_BN, counts.pair_counts(v_BN.device), inputs.grades_BN)
         nll = -torch.where(inputs.mle_BN, logps.sums_BN, 0.0).sum()
         mle_loss = nll / max(counts.mle_tokens, 1)
         loss = rank_loss + args.mle_weight * mle_loss
@@ -335,7 +362,8 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
             self._means.add("rank_loss", rank_loss, share)
             self._means.add("mle_loss", mle_loss, share)
         else:
-            self._record_evaluation(scores_BN, ranks_BN, nll, StepCounts.of([inputs]))
+            sums_G = self._ranking_loss.sums(v_BN, ranks_BN, inputs.grades_BN)
+            self._record_evaluation(scores_BN, ranks_BN, sums_G, nll, StepCounts.of([inputs]))
         # The counts are those of all processes, but gradients and logs are averaged over processes afterwards.
         loss = loss * self.accelerator.num_processes
         return (loss, {"scores": scores_BN}) if return_outputs else loss
