@@ -1,7 +1,7 @@
 """Trains on rankings with a share of wrong lists: `python -m benchmarks.noise --json FILE`.
 
-The question, the arms and the verdict are in `docs/experiments/noise.md`, written before the first run. Appends each run to
-FILE when it ends, with the hash of its configuration, and skips runs whose hash is in FILE. `--table` prints the results.
+The question, the arms and the verdict are in `docs/experiments/noise.md`, written before the first run. Appends each
+run to FILE when it ends, with the hash of its configuration, and skips runs whose hash is in FILE.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -62,10 +63,10 @@ class Study:
         self.lists = data.training_lists(self.tokenizer, judge_error=0.0)
         self.splits = {"validation": data.validation(self.tokenizer), "test": data.test(self.tokenizer)}
 
-    def run(self) -> None:
-        """A validation run for each learning rate, then all seeds at every noise, seed by seed."""
+    def run(self, seeds: Sequence[int]) -> None:
+        """A validation run for each learning rate, then these seeds at every noise, seed by seed."""
         rates = {arm: self._best_rate(arm) for arm in ARMS}
-        for seed in SEEDS:
+        for seed in seeds:
             for probability in (NOISE[0], NOISE[-1], *NOISE[1:-1]):  # those that decide come first
                 for arm in ARMS:
                     self._once(arm, probability, rates[arm], seed, "test")
@@ -132,13 +133,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.noise", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="JSON lines, read and appended to")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=list(SEEDS), help="runs to make; several can share FILE"
+    )
     parser.add_argument("--table", action="store_true", help="print the results in FILE and run nothing")
     options = parser.parse_args(arguments)
     if not options.table:
         torch.set_num_threads(1)
         datasets_logging.disable_progress_bar()
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        Study(options.json).run()
+        Study(options.json).run(options.seeds)
     print(tables(read(options.json)))
     return 0
 

@@ -13,6 +13,7 @@ from benchmarks.contest import data, objectives
 from benchmarks.contest.arms import on_lists
 from benchmarks.contest.data import Row
 from benchmarks.contest.start import supervised_lists
+from benchmarks.contest.starts import Start, start_from_below
 from benchmarks.contest.train import LORA, fit, measured
 from tuna_peft.models.base.load import load_base, make_quantization_config
 from tuna_peft.models.stack.adapters import push_adapter
@@ -26,12 +27,14 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Ablation:
-    """Stages in their order; whether each gets an adapter of its own; how the base is stored."""
+    """Stages in their order; whether each gets an adapter of its own; where it starts; how the base is stored."""
 
     label: str
     stages: Sequence[str]
     stacked: bool = True
     quantization: str = "none"
+    start: Start | None = None
+    ranking_rate: float = LEARNING_RATE
 
 
 _ALL = ("sft", "probabilistic", "contextual")
@@ -43,6 +46,12 @@ ABLATIONS = {
     "reversed": Ablation("SFT, contextual, probabilistic: the other order", ("sft", "contextual", "probabilistic")),
     "one-adapter": Ablation("all three in one adapter", _ALL, stacked=False),
     "no-sft": Ablation("probabilistic, contextual, without SFT", _ALL[1:]),
+    "down-of-sum": Ablation("all three, A from the singular vectors of the stack below", _ALL, start="down"),
+    "mirrored-sum": Ablation("all three, half of the stack below minus the same", _ALL, start="mirrored"),
+    "double-rate": Ablation("all three, the ranking stages at twice the rate", _ALL, ranking_rate=2e-3),
+    "one-adapter-double-rate": Ablation(
+        "all three in one adapter, the ranking stages at twice the rate", _ALL, stacked=False, ranking_rate=2e-3
+    ),
     "nf4": Ablation("all three, stacked on NF4", _ALL, quantization="nf4"),
 }
 
@@ -59,9 +68,12 @@ def run(ablation: Ablation, seed: int) -> dict[str, Any]:
     for place, stage in enumerate(ablation.stages):
         if ablation.stacked or place == 0:
             model = push_adapter(model, stage, LoraConfig(**LORA))
+        if ablation.start and place:
+            start_from_below(model, ablation.start)
         rows: list[Row] = list(inputs.stages[stage])
         objective = on_lists(objectives.ranking())
         if stage == "sft":
             rows, objective = supervised_lists(rows), on_lists(objectives.nothing)
-        fit(model, objective, rows, steps=STEPS[stage], batch=BATCH[stage], learning_rate=LEARNING_RATE, seed=seed)
+        rate = LEARNING_RATE if stage == "sft" else ablation.ranking_rate
+        fit(model, objective, rows, steps=STEPS[stage], batch=BATCH[stage], learning_rate=rate, seed=seed)
     return measured(model, base.tokenizer, data.test(base.tokenizer))

@@ -5,7 +5,8 @@ Shape suffixes: B prompts, N responses.
 
 from __future__ import annotations
 
-from tuna_peft.training.loss import distances, tuna_loss
+from tuna_peft.training.loss import tuna_loss
+from tuna_peft.training.ranks import distances
 
 
 def ranking(**options):
