@@ -42,4 +42,6 @@ def test_the_menu_has_every_page():
         return [file for value in (entry.values() if isinstance(entry, dict) else entry) for file in files(value)]
 
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    assert sorted(files(menu)) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    assert sorted(files(menu)) == sorted(
+        page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")
+    )

@@ -96,6 +96,26 @@ def test_a_new_adapter_starts_with_log_ratios_of_zero(base_folder, tmp_path):
     assert run.compute_loss(run.model, batch).item() == pytest.approx(3 * math.log(2), rel=1e-5)
 
 
+LEARNING = {
+    **SETTINGS,
+    "nca": {**DPO, "loss_type": "nca"},
+    "info-nca": {"loss_type": "info_nca", "mle_weight": 0.0},
+    "lambda": {"loss_type": "logistic", "pair_weight": "lambda", "mle_weight": 0.0},
+    "by-score": {"margin_by": "score", "mle_weight": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_training_lowers_the_loss_of_its_rows(base_folder, tmp_path, name):
+    rows = scored_rows(6, n=(3, 3))
+    run = trainer(stacked(base_folder, ("one", "second")), tmp_path, rows, max_steps=8, learning_rate=3e-3,
+                  per_device_train_batch_size=6, lr_scheduler_type="constant", **LEARNING[name])  # fmt: skip
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] and after["eval_rank_loss"] == pytest.approx(after["eval_loss"])
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_accumulation_packing_and_resuming_do_not_change_it(base_folder, tmp_path, name):
     rows = scored_rows(16)
