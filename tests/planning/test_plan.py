@@ -11,6 +11,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.limits import GIB
 from tuna_peft.planning.advice import advise, smallest_gpu
 from tuna_peft.planning.cpu_speed import cpu_speed
+from tuna_peft.planning.flops import forward_flops
 from tuna_peft.planning.gpus import GPUS, Gpu, find_gpu
 from tuna_peft.planning.memory import Adapter, Precision
 from tuna_peft.planning.plan import Phase, Plan, make_plan
@@ -41,6 +42,16 @@ def test_a_continued_adapter_takes_the_place_of_the_one_before():
     assert run.below(1) == run.below(2) == [sft.adapter]
     assert run.below(3) == [sft.adapter, small.adapter]
     assert run.stack(4) == [sft.adapter, small.adapter, rank.adapter]
+
+
+def test_a_reference_costs_one_forward_pass_for_each_example():
+    run = run_of()  # two epochs
+    sft, rank = run.stages
+    compared = dataclasses.replace(run, stages=(sft, dataclasses.replace(rank, reference=True)))
+    device = Device.of(find_gpu("A100 80GB"))
+    without, with_it = (make_plan(each, device).phases[1] for each in (run, compared))
+    passes = forward_flops(run.shape, ROWS.tokens, ROWS.response_tokens) * ROWS.total
+    assert with_it.flops - without.flops == pytest.approx(passes, rel=1e-6) and with_it.peak == without.peak
 
 
 def test_the_largest_pass_holds_the_longest_rows_within_the_budget():

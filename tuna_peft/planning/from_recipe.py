@@ -193,6 +193,7 @@ def _stage(
         max_steps=train["max_steps"],
         processes=processes,
         continues=stage.replaces is not None,
+        reference=train.get("reference") == "below",
         section=stage.section,
         **models,
     )

@@ -91,14 +91,17 @@ def training(run: RunSpec, index: int, device: Device) -> Phase:
     # Activations that `auto` keeps because there is free memory are not needed.
     minimum = activations(batch, 0) if stage.activation_memory == "auto" else temporary
     count = sft_flops if stage.kind == "sft" else ranking_flops
-    flops = count(shape, stage.workload, stage.adapter, below, kept) * stage.rows_seen
+    rows = stage.workload
+    flops = count(shape, rows, stage.adapter, below, kept) * stage.rows_seen
+    if stage.reference:  # once for each example
+        flops += forward_flops(shape, rows.tokens, rows.response_tokens) * min(stage.rows_seen, rows.total)
     return Phase(
         f"train {stage.name}",
         {**fixed, f"activations of {batch.positions:,} tokens": temporary},
         _margin(device, temporary),
         needed=sum(fixed.values()) + minimum + _margin(device, minimum),
         smallest=sum(fixed.values()) + activations(stage.smallest_pass, 0 if stage.kind == "ranking" else kept),
-        tokens=stage.workload.tokens * stage.rows_seen,
+        tokens=rows.tokens * stage.rows_seen,
         flops=flops,
         hours=hours(flops / stage.processes, device.gpu) if device.gpu else None,
         steps=stage.steps,

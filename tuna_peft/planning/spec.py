@@ -123,6 +123,7 @@ class StageSpec:
         max_steps: Maximum optimizer steps; -1 for no limit.
         processes: GPUs that share each step.
         continues: Whether its adapter replaces that of the stage before.
+        reference: Whether a pass without gradients over each example gives the reference of its loss.
         section: Name of its section in the recipe, which the rounds of a stage share.
         prompt_workload: Prompts that the run samples responses to, or whose responses it ranks; None if the training
             data is ranked already.
@@ -142,6 +143,7 @@ class StageSpec:
     max_steps: int
     processes: int = 1
     continues: bool = False
+    reference: bool = False
     section: str = ""
     prompt_workload: Workload | None = None
     sample: SampleSpec | None = None

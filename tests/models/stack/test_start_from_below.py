@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.contest.starts import start_from_below
 from families import make_model
 from peft import LoraConfig
 
-from benchmarks.contest.starts import start_from_below
 from tuna_peft.models.stack.adapters import push_adapter
 
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
