@@ -51,6 +51,16 @@ _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "
 _V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
 
 
+def merged_weights_on_gpu(free: float, head: int) -> float:
+    """Bytes of a GPU that a merged model's weights may fill while it is compared with the unmerged adapters.
+
+    Args:
+        free: Free bytes.
+        head: Weights of the head, which is converted to fp32 when it is used.
+    """
+    return max(MERGED_WEIGHTS * free - 4.0 * head, 0.0)
+
+
 def is_ampere_or_later(capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability has native bf16 and FlashAttention: Ampere (8.0) or later.
 

@@ -15,6 +15,7 @@ from tuna_peft.cli.app import app
 from tuna_peft.cli.generate import _instructions
 
 DTYPES = ("bfloat16", "float16", "float32", "nf4")
+GGUF = ("GGUF f16", "GGUF q8_0", "GGUF q4_0")
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +35,16 @@ def test_merge_measures_its_distance_from_the_stack(run, tmp_path):
     data.write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1} w{i + 2}"}) + "\n" for i in range(3, 9)))
     result = invoke("merge", run, tmp_path / "merged", "--prompts", data)
     assert result.exit_code == 0, result.stderr
-    line = result.stdout.splitlines()[2]
-    mean = float(
-        re.match(rf"{tmp_path}/merged: KL divergence from the stack: mean (\S+), largest \S+ nats; same next", line)[1]
-    )
+    measured = dict(re.findall(r"^(.*): KL divergence from the stack: mean (\S+),", result.stdout, re.MULTILINE))
+    assert measured.keys() == {"base without adapters", str(tmp_path / "merged")}
+    mean = float(measured[str(tmp_path / "merged")])
     assert 0 <= mean < 1e-2  # weights rounded to bf16, computed in fp32: the same everywhere
     unmeasured = invoke("merge", run, tmp_path / "again", "--prompts", data, "--no-check")
     assert "KL divergence" not in unmeasured.stdout
     later = invoke("divergence", run, tmp_path / "merged", tmp_path / "again", "--prompts", data)
     assert later.exit_code == 0, later.stderr
-    assert later.stdout.splitlines() == [line, line.replace("merged", "again")]
+    *_, base, line = result.stdout.splitlines()
+    assert later.stdout.splitlines() == [base, line, line.replace("merged", "again")]
 
 
 def test_combine_says_what_a_smaller_rank_costs(run, tmp_path):
@@ -75,16 +76,23 @@ def test_compare_measures_every_route_and_keeps_the_one_asked_for(run, tmp_path)
         [cell.strip() for cell in line.strip("│").split("│")] for line in result.stdout.splitlines() if "│" in line
     ]
     assert [row[0] for row in rows] == [
-        "base without the stack",
+        "base without adapters",
         "adapter, rank 12",
         "adapter, rank 6",
-        *(f"{base}, {dtype}" for base in ("dequantized", "original") for dtype in DTYPES),
+        "adapter, unquantized base",
+        "adapter with its base",
+        *(f"{base}, {kind}" for base in ("dequantized", "original") for kind in (*DTYPES, *GGUF)),
     ]
-    mean = {row[0]: float(row[2]) for row in rows}
-    assert max(mean["adapter, rank 12"], mean["dequantized, float32"]) <= stack_kl_bound(run / "stack")
+    mean = {row[0]: float(row[3]) for row in rows if "GGUF" not in row[0]}
+    assert all(row[3] == "not possible" for row in rows if "GGUF" in row[0])
+    assert "llama.cpp cannot repeat this tokenizer" in result.stderr
+    exact = ("adapter, rank 12", "adapter with its base", "dequantized, float32")
+    assert max(mean[name] for name in exact) <= stack_kl_bound(run / "stack")
+    # The adapter on the original base and the model merged into it are the same function.
+    assert mean["adapter, unquantized base"] == pytest.approx(mean["original, float32"], rel=0.05)
     assert mean["dequantized, float32"] < mean["dequantized, float16"] < mean["dequantized, bfloat16"]
     assert mean["dequantized, bfloat16"] < mean["original, float32"]
-    assert mean["adapter, rank 6"] < mean["base without the stack"]
+    assert mean["adapter, rank 6"] < mean["base without adapters"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "prompts.jsonl"]
 
 

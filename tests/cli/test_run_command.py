@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import types
@@ -30,6 +31,12 @@ REPORT = {
         for stage, value in (("base", 0.5), ("a", 0.75))
     },
     "changes": {},
+    "exports": {
+        "base without adapters": {"divergence": {"kl_mean": 0.08}},
+        "combined": {"divergence": {"kl_mean": 0.0}},
+        "combined on the unquantized base": {"divergence": {"kl_mean": 0.64}},
+        "merged": {"divergence": {"kl_mean": 2e-7}},
+    },
     "curves": {"a": {"loss": {"loss": [[1, 2.5], [12, 1.25]]}}},
     "stages": {"a": {"steps": 12, "tokens": 3456, "seconds": 7.0, "peak_memory_gib": 1.25}},
 }
@@ -89,6 +96,23 @@ def test_four_stages_with_their_intervals_fit_into_80_columns():
     assert max(map(len, lines)) <= 80 and "…" not in out.getvalue()
     assert lines[1].split() == ["after", *stages]
     assert ["0.682 to 0.739"] * 4 in [re.split(r"\s{2,}", line.strip()) for line in lines]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_the_ways_to_load_give_the_base_of_training_and_come_by_their_distance(calls, quantized):
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    stack = {"base": {"model": "org/model"}, "quantization": settings if quantized else None, "load_dtype": "float16"}
+    for folder in ("stack", "combined", "merged", "gguf"):
+        Path("runs/x", folder).mkdir(parents=True)
+    Path("runs/x/stack/stack.json").write_text(json.dumps(stack))
+    Path("runs/x/gguf/x-Q8_0.gguf").touch()
+    text = " ".join(CliRunner().invoke(app, ["run", "r.yaml"]).stdout.split())
+    kinds = ("AutoPeftModelForCausalLM", "AutoModelForCausalLM", "llama-cli -m runs/x/gguf/x-Q8_0.gguf")
+    places = [text.index(kind) for kind in kinds]
+    assert places == sorted(places)
+    assert ("bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='float16')" in text) == quantized
+    assert "2.0e-07 nats" in text and "llama.cpp (not measured)" in text
+    assert "another model from the adapter: 6.4e-01 nats away; training changed the base by 8.0e-02" in text
 
 
 def test_a_dry_run_runs_nothing(calls):

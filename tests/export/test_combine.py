@@ -71,7 +71,7 @@ def test_factors_are_the_concatenation_worked_out_by_hand(tiny: Tiny, tmp_path: 
 def test_it_is_the_stack(tiny: Tiny, tmp_path: Path, method: str, adapters: dict[str, Any]) -> None:
     stack = write_stack(tmp_path / "stack", tiny.base, method, **adapters)
     combine_stack(stack, tmp_path / "combined")
-    (found,) = check_exports(stack, [tmp_path / "combined"], PROMPTS, device="cpu").values()
+    found = check_exports(stack, [tmp_path / "combined"], PROMPTS, device="cpu")[str(tmp_path / "combined")]
     assert found.kl_max <= stack_kl_bound(stack)
     assert found.top1_agreement == 1
     assert found.tokens == sum(map(len, PROMPTS))
@@ -135,7 +135,7 @@ def test_plain_peft_loads_a_smaller_rank_and_the_distance_shrinks_with_it(tiny: 
 def test_upto_combines_the_lower_part(tiny: Tiny, tmp_path: Path) -> None:
     report = combine_stack(tiny.stack, tmp_path / "combined", upto="sft")
     assert report.adapters == ["sft"]
-    (found,) = check_exports(tiny.stack, [report.path], PROMPTS, upto="sft", device="cpu").values()
+    found = check_exports(tiny.stack, [report.path], PROMPTS, upto="sft", device="cpu")[str(report.path)]
     assert found.kl_max <= stack_kl_bound(tiny.stack, upto="sft")
 
 

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from llama_family import FAMILY, write_model
 from rounding import rounded, stack_kl_bound
 from tiny_llama import PROMPTS, SFT, Tiny, load_tiny, stack_on
+from transformers import AutoModelForCausalLM
 
 import tuna_peft.export.check as check_module
 from tuna_peft.errors import UserError
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.compare_exports import compare_exports
-from tuna_peft.export.divergence import divergence, iter_logits
+from tuna_peft.export.divergence import divergence, fp32_computation, iter_logits
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.models.stack.files import save_stack
 
@@ -41,6 +43,7 @@ def test_kl_and_agreement_by_hand() -> None:
     assert found.kl_mean == rounded(2 * after_one / 4, 2, math.log(5))
     assert found.kl_max == rounded(after_one, 2, math.log(5))
     assert found.top1_agreement == 0.5
+    assert found.logit_max == pytest.approx(math.log(0.6 / 0.2), rel=1e-6)
 
 
 def test_a_model_does_not_diverge_from_itself_and_keeps_no_gradients() -> None:
@@ -48,7 +51,7 @@ def test_a_model_does_not_diverge_from_itself_and_keeps_no_gradients() -> None:
     model = Bigram(torch.rand(9, 9).softmax(-1).tolist())
     batches = [torch.randint(9, (3, 100))]
     found = divergence(iter_logits(model, batches), model, batches)
-    assert (found.kl_mean, found.kl_max, found.top1_agreement, found.tokens) == (0, 0, 1, 300)
+    assert (found.kl_mean, found.kl_max, found.top1_agreement, found.logit_max, found.tokens) == (0, 0, 1, 0, 300)
     assert model.table.grad is None
 
 
@@ -60,9 +63,26 @@ def test_exports_of_a_16_bit_stack_are_compared_in_fp32(tiny: Tiny, tmp_path: Pa
     kl = {name: row.divergence.kl_mean for name, row in rows.items() if row.divergence is not None}
     [noise] = [name for name, row in rows.items() if row.is_noise]
     bound = stack_kl_bound(tmp_path / "stack", dtype="float32")
-    assert noise == "unmerged adapters, bfloat16" and kl[noise] > 10 * bound
+    assert noise == "unmerged, bfloat16" and kl[noise] > 10 * bound
     assert kl["adapter, rank 8"] <= bound
+    assert 0 < kl["adapter with its base"] < kl[noise]  # transformers rounds the adapter to bf16
     assert len({kl[f"dequantized, {dtype}"] for dtype in ("float32", "float16", "bfloat16")}) == 3
+    for row in rows.values():
+        if row.divergence is not None and not row.is_noise:
+            assert row.divergence.is_noise == (row.divergence.kl_mean < kl[noise])
+            assert ("rounding noise" in str(row.divergence)) == row.divergence.is_noise
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_16_bit_weights_compute_as_the_same_weights_in_fp32(tmp_path: Path, family: str) -> None:
+    path = write_model(tmp_path, family)
+    expected, found = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval() for _ in range(2))
+    batches = [torch.arange(40)[None] % 29]
+    with fp32_computation(found):
+        result = divergence(list(iter_logits(expected.float(), batches)), found, batches)
+    assert (result.kl_max, result.logit_max) == (0, 0)
+    assert all(weight.dtype == torch.bfloat16 for weight in found.parameters())
+    assert next(iter_logits(found, batches)).dtype == torch.bfloat16
 
 
 def test_nothing_to_compare_is_an_error(tiny: Tiny) -> None:
@@ -73,18 +93,18 @@ def test_nothing_to_compare_is_an_error(tiny: Tiny) -> None:
         check_exports(tiny.stack, [], [[]])
 
 
-@pytest.mark.parametrize(("kilobytes", "places"), [(40, {"disk"}), (330, {"cpu", "disk"})])
+@pytest.mark.parametrize(("kilobytes", "places"), [(20, {"disk"}), (165, {"cpu", "disk"})])
 def test_a_merged_model_larger_than_memory_is_measured_from_disk(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kilobytes: int, places: set[str]
 ) -> None:
-    """It has 344 kB in the fp32 of the stack."""
+    """It has 172 kB."""
     merged = merge_stack(tiny.stack, tmp_path / "merged", dtype="bfloat16", device="cpu").path
-    (whole,) = check_exports(tiny.stack, [merged], PROMPTS, device="cpu").values()
+    whole = check_exports(tiny.stack, [merged], PROMPTS, device="cpu")[str(merged)]
     found_at: set[str] = set()
     monkeypatch.setattr(check_module, "available_ram", lambda: kilobytes * 1000)
     monkeypatch.setattr(
         check_module, "keep_quantised_layout", lambda model: found_at.update(model.hf_device_map.values())
     )
-    (found,) = check_exports(tiny.stack, [merged], PROMPTS, device="cpu").values()
+    found = check_exports(tiny.stack, [merged], PROMPTS, device="cpu")[str(merged)]
     assert found == whole and found_at == places
     assert list(tmp_path.iterdir()) == [merged]

@@ -200,7 +200,9 @@ def test_shards_in_and_out_hold_the_same_weights(tiny: Tiny, tmp_path: Path) -> 
 
 def test_upto_merges_the_lower_part(tiny: Tiny, tmp_path: Path) -> None:
     merge_stack(tiny.stack, tmp_path / "merged", dtype="float32", upto="sft")
-    (found,) = check_exports(tiny.stack, [tmp_path / "merged"], PROMPTS, upto="sft", device="cpu").values()
+    found = check_exports(tiny.stack, [tmp_path / "merged"], PROMPTS, upto="sft", device="cpu")[
+        str(tmp_path / "merged")
+    ]
     assert found.kl_max <= stack_kl_bound(tiny.stack, upto="sft")
 
 

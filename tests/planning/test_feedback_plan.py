@@ -117,7 +117,8 @@ def test_a_merged_model_that_does_not_fit_on_the_gpu_may_be_offloaded_to_disk():
     run = dataclasses.replace(run_of(), compared=(300,) * 16)
     large, small = (make_plan(run, Device.of(find_gpu(gpu))) for gpu in ("A100 80GB", "RTX 3060"))
     [name] = set(small.disk) - set(large.disk)
-    assert small.disk[name] == pytest.approx(2 * 6.738e9 - 0.9 * 11.2 * GIB, rel=1e-2)
+    head = 4 * 32000 * 4096  # in fp32, while it is used
+    assert small.disk[name] == pytest.approx(2 * 6.738e9 - 0.9 * 11.2 * GIB + head, rel=1e-2)
     assert max(phase.needed for phase in small.phases if phase.name == "compare exports") < 11.7 * GIB
     assert small.ram["comparing exports: logits of the unmerged adapters"] > 16 * 300 * 32000 * 2
 

@@ -20,6 +20,13 @@ def combine(
             "--rank", min=1, help="Compress to this rank.", show_default="the sum of the ranks, which is exact"
         ),
     ] = None,
+    with_base: Annotated[
+        bool,
+        typer.Option(
+            "--with-base",
+            help="Write the base beside the adapter, in the 4 bits of training; transformers loads both as one model.",
+        ),
+    ] = False,
     upto: Annotated[
         str | None, typer.Option("--upto", help="Combine the stack up to this stage.", show_default="all")
     ] = None,
@@ -34,7 +41,7 @@ def combine(
 
     source = find_stack(stack)
     ids = comparison_prompts(source, prompts, base_model)
-    report = combine_stack(source, out, upto=upto, rank=rank)
+    report = combine_stack(source, out, upto=upto, rank=rank, with_base=with_base, base_model=base_model)
     echo(
         f"wrote {report.path}: {' + '.join(report.adapters)} as one adapter of rank {report.rank} on "
         f"{report.modules} modules, {report.nbytes / 2**20:,.1f} MiB, {report.seconds:.1f} s"

@@ -82,22 +82,29 @@ def print_routes(routes: Iterable[ExportOption]) -> None:
 
     logging.disable_progress_bar()
     table = Table("export", title="KL divergence from the stack")
-    for heading in ("MB", "KL, mean", "KL, largest", "top-1 agreement"):
+    for heading in ("MB", "kept", "KL, mean", "logit", "top-1"):
         table.add_column(heading, justify="right")
-    tokens, noise = 0, 0.0
+    tokens, noise = 0, False
     for route in routes:
-        echo(f"measured {route.name}", err=True)
         size = "-" if route.nbytes is None else f"{route.nbytes / 1e6:,.1f}"
         if (measured := route.divergence) is None:
-            table.add_row(route.name, size, f"not possible: {route.reason}")
+            echo(f"not possible: {route.name}: {route.reason}", err=True)
+            table.add_row(route.name, size, "", "not possible")
             continue
-        tokens = measured.tokens
-        if route.is_noise:
-            noise = measured.kl_mean
-        mark = "*" if measured.kl_mean < noise else ""
-        mean, agreement = f"{mark}{measured.kl_mean:.1e}", f"{measured.top1_agreement:.2%}"
-        table.add_row(route.name, size, mean, f"{measured.kl_max:.1e}", agreement)
-    table.caption = f"KL divergence in nats, after each of {tokens:,} tokens, computed in fp32"
+        echo(f"measured {route.name}", err=True)
+        tokens, noise = measured.tokens, noise or route.is_noise
+        table.add_row(
+            route.name,
+            size,
+            "" if route.kept_share is None else f"{route.kept_share:.1%}",
+            f"{'*' if measured.is_noise else ''}{measured.kl_mean:.1e}",
+            f"{measured.logit_max:.1e}",
+            f"{measured.top1_agreement:.1%}",
+        )
+    table.caption = (
+        f"KL divergence in nats, after each of {tokens:,} tokens, computed in fp32; kept: share of the update after "
+        "rounding; logit: largest difference; top-1: same next token"
+    )
     if noise:
         table.caption += "; *: below the noise of the dtype of training (unmerged adapters in that dtype)"
     console().print(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +64,12 @@ def merge(
     if report.kept_update is not None:
         echo(f"rounding to {report.dtype}: {report.kept_update}")
     if compare:
-        print_routes(compare_exports(source, ids, out.absolute().parent, upto=upto, base_model=base_model))
+        write_gguf = None
+        if importlib.util.find_spec("gguf") is not None:
+            from tuna_peft.export.gguf.model import export_gguf
+
+            write_gguf = partial(export_gguf, stack_dir=source, allow_lost_update=True)
+        beside = out.absolute().parent
+        print_routes(compare_exports(source, ids, beside, upto=upto, base_model=base_model, write_gguf=write_gguf))
     elif ids and check:
         print_divergence(source, [out], ids, upto=upto, base_model=base_model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from tuna_peft.evaluation.report.checks import problems
 from tuna_peft.evaluation.report.table import Cell, stage_table
+from tuna_peft.export.loading import BASE, ON_UNQUANTIZED, mean_kl, ways_to_load
 
 
 def run_summary(report: dict[str, Any], folder: Path) -> RenderableType:
@@ -48,20 +48,21 @@ def _shown(cell: Cell) -> Text:
 
 
 def _next_commands(report: dict[str, Any], folder: Path) -> list[Text]:
-    base = report["base"]["model"]
     run = shlex.quote(str(folder))
     talk = [f"tuna-peft chat {run}", f"tuna-peft generate {run} 'Your instruction'"]
     if any(report["evaluation"].values()):
         talk.append(f"tuna-peft compare {shlex.quote(f'{folder}@base')} {run}")
-    commands = [("Talk to the model, ask it once, compare it with the base:", "\n  ".join(talk))]
-    if (folder / "merged").is_dir():
-        path = json.dumps(str(folder / "merged"))
-        commands.append(("Load the merged model with transformers:", f"AutoModelForCausalLM.from_pretrained({path})"))
-    if (folder / "combined").is_dir():
-        path = json.dumps(str(folder / "combined"))
-        commands.append((f"Load the adapter on {base} with PEFT:", f"PeftModel.from_pretrained(model, {path})"))
-    commands.append(("Report (the same numbers are in report.json):", str(folder / "report.html")))
-    lines = []
-    for what, command in commands:
-        lines += [Text(what), Text(f"  {command}", style="bold", no_wrap=True, overflow="ignore")]
-    return lines
+    lines = _command("Talk to the model, ask it once, compare it with the base:", "\n  ".join(talk))
+    exports = report["exports"]
+    for way in ways_to_load(folder, exports):
+        measured = "not measured" if way.kl is None else f"KL divergence from the trained adapters {way.kl:.1e} nats"
+        lines += _command(f"Load {way.what} ({measured}):", way.code)
+    if (kl := mean_kl(exports, ON_UNQUANTIZED)) is not None:
+        scale = "" if (base := mean_kl(exports, BASE)) is None else f"; training changed the base by {base:.1e}"
+        what = f"{kl:.1e} nats away{scale}"
+        lines.append(Text(f"Programs that do not quantize the base get another model from the adapter: {what}."))
+    return lines + _command("Report (the same numbers are in report.json):", str(folder / "report.html"))
+
+
+def _command(what: str, command: str) -> list[Text]:
+    return [Text(what), Text(f"  {command}", style="bold", no_wrap=True, overflow="ignore")]

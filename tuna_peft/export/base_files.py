@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.chat_template import chat_template_of
@@ -21,6 +22,12 @@ from tuna_peft.models.stack.manifest import Manifest
 # Configuration, generation settings, tokenizer, chat template, custom code, licences: everything but weights.
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 _WEIGHT_INDICES = "*.index.json"
+_TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *("chat_template*.jinja", "chat_template.json"),
+)
+
+logger = logging.getLogger("tuna_peft")
 
 
 def locate_base(manifest: Manifest, base_model: str | None, where: str | os.PathLike[str]) -> Path:
@@ -87,9 +94,32 @@ def copy_companions(
     if any(out.glob("tokenizer*")):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         _stop_at(tokenizer.eos_token_id, out)
-        template = chat_template_of(prompt, tokenizer)
-        if template is not None:
-            _write_chat_template(out, template)
+        _set_chat_template(out, tokenizer, prompt)
+
+
+def copy_tokenizer(manifest: Manifest, base_model: str | None, out: Path) -> None:
+    """Copies the base's tokenizer, with the training prompt as its chat template, beside adapters.
+
+    Weights are not needed. Where the base is not found, a warning says so, and nothing is copied.
+
+    Args:
+        manifest: The stack's manifest.
+        base_model: Path or Hub id of the base, if it has moved.
+        out: An existing folder.
+    """
+    model = base_model or manifest.base["model"]
+    folder = Path(resolve_model_path(model))
+    try:
+        if not folder.is_dir():
+            revision = None if base_model else manifest.base["revision"]
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*_TOKENIZER, "config.json"]))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        logger.warning("no tokenizer beside the adapter, because that of %s was not found: %s", model, error)
+        return
+    for path in sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, out / path.name)
+    _set_chat_template(out, tokenizer, manifest.prompt)
 
 
 def _stop_at(eos: int, out: Path) -> None:
@@ -102,7 +132,11 @@ def _stop_at(eos: int, out: Path) -> None:
         write_json(file, {**settings, "eos_token_id": [*ids, eos]})
 
 
-def _write_chat_template(out: Path, template: str) -> None:
+def _set_chat_template(out: Path, tokenizer: PreTrainedTokenizerBase, prompt: dict[str, Any]) -> None:
+    """Replaces the chat template beside a tokenizer by the training prompt, if that is another one."""
+    template = chat_template_of(prompt, tokenizer)
+    if template is None:
+        return
     write_text(out / "chat_template.jinja", template)
     # Older places of the template, which would contradict the new one.
     (out / "chat_template.json").unlink(missing_ok=True)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 # Rows of logits converted to float64 at a time: at a vocabulary of 128k, 64 rows are 65 MB.
 _ROWS = 64
@@ -19,19 +24,30 @@ class Divergence:
         kl_mean: Mean over tokens, in nats.
         kl_max: Maximum over tokens, in nats.
         top1_agreement: Share of tokens after which both models predict the same next token.
+        logit_max: The largest absolute difference between two logits.
         tokens: Number of tokens.
+        noise: `kl_mean` of the reference computing in the 16-bit dtype of its training, from itself in fp32. A smaller
+            difference is lost there. None after training in fp32, or if it was not measured.
     """
 
     kl_mean: float
     kl_max: float
     top1_agreement: float
+    logit_max: float
     tokens: int
+    noise: float | None = None
 
     def __str__(self) -> str:
+        below = f" (less than the rounding noise of training's dtype, {self.noise:.2e})" if self.is_noise else ""
         return (
-            f"mean {self.kl_mean:.2e}, largest {self.kl_max:.2e} nats; "
+            f"mean {self.kl_mean:.2e}{below}, largest {self.kl_max:.2e} nats; "
             f"same next token in {self.top1_agreement:.1%} of {self.tokens:,} tokens"
         )
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether rounding in the dtype of training makes a larger difference."""
+        return self.noise is not None and self.kl_mean < self.noise
 
 
 def divergence(
@@ -47,17 +63,18 @@ def divergence(
     Raises:
         ValueError: No tokens.
     """
-    kls, agreements = [], []
+    kls, agreements, logit_max = [], [], 0.0
     for expected, found in zip(reference_logits, iter_logits(other_model, token_batches), strict=True):
         for p, q in zip(expected.flatten(0, 1).split(_ROWS), found.flatten(0, 1).split(_ROWS), strict=True):
             # In float64, because rounding of log-probabilities in fp32 would hide a KL of 1e-10.
             logp, logq = p.double().log_softmax(-1), q.double().log_softmax(-1)
             kls.append((logp.exp() * (logp - logq)).sum(-1))
             agreements.append(p.argmax(-1) == q.argmax(-1))
+            logit_max = max(logit_max, (p.double() - q.double()).abs().max().item())
     if not kls:
         raise ValueError("no tokens to compare on")
     kl, agreement = torch.cat(kls), torch.cat(agreements)
-    return Divergence(kl.mean().item(), kl.max().item(), agreement.double().mean().item(), kl.numel())
+    return Divergence(kl.mean().item(), kl.max().item(), agreement.double().mean().item(), logit_max, kl.numel())
 
 
 @torch.no_grad()
@@ -67,3 +84,55 @@ def iter_logits(model: torch.nn.Module, token_batches: Iterable[torch.Tensor]) -
     device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
     for tokens in token_batches:
         yield model(input_ids=tokens.to(device)).logits.cpu()
+
+
+@contextlib.contextmanager
+def fp32_computation(model: torch.nn.Module) -> Iterator[None]:
+    """Lets a model of 16-bit or 4-bit weights compute in fp32, with its weights as they are.
+
+    Rounding of 16-bit activations would hide what an export rounds. Weights are converted when they are used, one at a
+    time, so the model needs no more memory than before.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    dtypes = [layer.compute_dtype for layer in layers]
+    for layer in layers:
+        layer.compute_dtype = torch.float32
+    try:
+        with _InFp32():
+            yield
+    finally:
+        for layer, dtype in zip(layers, dtypes, strict=True):
+            layer.compute_dtype = dtype
+
+
+class _InFp32(TorchFunctionMode):
+    """Embeddings return fp32, and functions that want one dtype get fp32 where it meets 16 bits."""
+
+    _CONVERTED = (
+        functional.linear,
+        functional.layer_norm,
+        functional.rms_norm,
+        functional.scaled_dot_product_attention,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.bmm,
+        torch.addmm,
+        torch.baddbmm,
+    )
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.embedding:
+            return func(*args, **kwargs).float()
+        if func in self._CONVERTED:
+            args = tuple(map(_widened, args))
+            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    is_16_bit = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_16_bit else value

@@ -21,14 +21,15 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.base_files import companion_files, copy_companions, locate_base
 from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.kept_update import KeptUpdate, ModuleUpdate
-from tuna_peft.export.merged_weights import DTYPES, MergedWeights
+from tuna_peft.export.merged_weights import MergedWeights
 from tuna_peft.export.output import (
     require_replaceable,
     require_space,
     resumable_directory,
     write_record,
 )
-from tuna_peft.export.safetensors_stream import write_safetensors
+from tuna_peft.export.packed_weights import PackedBase
+from tuna_peft.export.safetensors_stream import DTYPES, write_safetensors
 from tuna_peft.files import write_json
 from tuna_peft.limits import peak_rss_bytes
 from tuna_peft.models.base.load import resolve_device, resolve_dtype
@@ -38,7 +39,7 @@ MERGED_DTYPES = (*DTYPES, "nf4")
 UPDATES = "kept_update.json"
 
 _FIX = (
-    "Use `--dtype bfloat16` or `float32`; to serve 4 bits, the combined adapter on the base in NF4 is exact. "
+    "Use `--dtype bfloat16` or `float32`; in 4 bits, `tuna-peft combine --with-base` keeps the whole update. "
     "`--allow-lost-update` merges all the same."
 )
 
@@ -72,6 +73,11 @@ class MergeReport:
     nbytes: int
     seconds: float
     peak_rss_bytes: int | None
+
+    @property
+    def kept_share(self) -> float | None:
+        """The share in `kept_update`."""
+        return None if self.kept_update is None else self.kept_update.share
 
 
 def merge_stack(
@@ -139,7 +145,7 @@ def merge_stack(
     with resumable_directory(out_dir, plan) as aside:
         copy_companions(folder, aside, weights.config_changes(), manifest.prompt, trust_remote_code=trust_remote_code)
         with Progress("merging", total, "B") as progress:
-            files = _write_shards(aside, weights, max_shard_size, progress.update)
+            files = write_shards(aside, weights, max_shard_size, progress.update)
         kept = KeptUpdate.over(weights.updates)
         if kept is not None:
             kept.check(f"{dtype} weights", _FIX, allow_lost_update=allow_lost_update)
@@ -159,8 +165,11 @@ def merge_stack(
     )
 
 
-def _write_shards(
-    folder: Path, weights: MergedWeights, max_shard_size: str | int, report: Callable[[int], object]
+def write_shards(
+    folder: Path,
+    weights: MergedWeights | PackedBase,
+    max_shard_size: str | int = "5GB",
+    report: Callable[[int], object] = lambda nbytes: None,
 ) -> list[Path]:
     """Writes the weights as transformers names them, one file or shards with an index; skips shards that are there."""
     updates = folder / UPDATES

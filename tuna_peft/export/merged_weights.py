@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.base_weight import (
@@ -21,15 +18,13 @@ from tuna_peft.export.base_weight import (
 )
 from tuna_peft.export.factors import Factors, StackFactors
 from tuna_peft.export.kept_update import ModuleUpdate
-from tuna_peft.export.safetensors_stream import FLOATS, SafetensorsReader, TensorSpec
-from tuna_peft.limits import QUANTIZATION_BLOCK, SCALES_BLOCK
+from tuna_peft.export.packed_weights import packed, packed_specs, quantization_config
+from tuna_peft.export.safetensors_stream import DTYPES, FLOATS, SafetensorsReader, TensorSpec
 from tuna_peft.models.base.load import safetensors_files
 
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 _ROWS = 1 << 22  # elements added up in fp32 at a time
-_STATE_BYTES = 256  # bitsandbytes' JSON of a weight is padded to this, because sizes must be known in advance
 
 
 class MergedWeights:
@@ -86,8 +81,7 @@ class MergedWeights:
         """What differs from the base in `config.json`."""
         if not self._requantised:
             return {"dtype": self.dtype}
-        config = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=getattr(torch, self.dtype))
-        return {"dtype": self.dtype, "quantization_config": json.loads(config.to_json_string(use_diff=False))}
+        return {"dtype": self.dtype, "quantization_config": quantization_config(NF4, self.dtype)}
 
     def make(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of the group `name`.
@@ -113,19 +107,10 @@ class MergedWeights:
 
     def _specs(self, name: str, stored: TensorSpec) -> dict[str, TensorSpec]:
         if name.removesuffix(".weight") in self._requantised:
-            blocks = -(-math.prod(stored.shape) // QUANTIZATION_BLOCK)
-            return {
-                f"{name}.nested_absmax": TensorSpec("F32", (-(-blocks // SCALES_BLOCK),)),
-                f"{name}.nested_quant_map": TensorSpec("F32", (256,)),
-                f"{name}.quant_map": TensorSpec("F32", (16,)),
-                f"{name}.absmax": TensorSpec("U8", (blocks,)),
-                name: TensorSpec("U8", (-(-math.prod(stored.shape) // 2), 1)),
-                f"{name}.quant_state.bitsandbytes__nf4": TensorSpec("U8", (_state_bytes(math.prod(stored.shape)),)),
-            }
+            return packed_specs(name, stored.shape, NF4)
         return {name: TensorSpec(DTYPES[self.dtype] if stored.dtype in FLOATS else stored.dtype, stored.shape)}
 
     def _requantise(self, name: str, base: torch.Tensor, factors: Factors | None) -> dict[str, torch.Tensor]:
-        """NF4 as bitsandbytes serialises it (`QuantState.as_dict(packed=True)`)."""
         module = name.removesuffix(".weight")
         weight = self._sum(module, base, factors, torch.float32)
         codes, state = quantise_4bit(weight, "nf4", double_quant=True, dtype=torch.float32)
@@ -135,11 +120,7 @@ class MergedWeights:
             self.updates[module] = ModuleUpdate()
             self.updates[module].add(dequantise_4bit(codes, state), dequantise_4bit(*codes_of_base), weight - base)
         state.dtype = getattr(torch, self.dtype)
-        packed = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
-        key = f"{name}.quant_state.bitsandbytes__nf4"
-        filled = torch.full((_state_bytes(weight.numel()),), ord(" "), dtype=torch.uint8)
-        filled[: packed[key].numel()] = packed[key]
-        return {**packed, key: filled, name: codes[: -(-weight.numel() // 2)].view(-1, 1)}
+        return packed(name, codes, state)
 
     def _sum(self, module: str, weight: torch.Tensor, factors: Factors | None, dtype: torch.dtype) -> torch.Tensor:
         """`weight + B A`, added up in fp32 and rounded to `dtype` once; `updates` gets the effect of the rounding.
@@ -177,10 +158,3 @@ class MergedWeights:
                     where=str(folder),
                     fix="Merge into the base that the stack was trained on.",
                 )
-
-
-def _state_bytes(elements: int) -> int:
-    """The size of a weight's JSON: it brings all that belongs to the weight to a multiple of eight bytes."""
-    blocks = -(-elements // QUANTIZATION_BLOCK)
-    others = 4 * -(-blocks // SCALES_BLOCK) + blocks + -(-elements // 2)
-    return _STATE_BYTES + -others % 8

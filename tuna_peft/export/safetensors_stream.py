@@ -28,6 +28,7 @@ ITEM_SIZE = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 

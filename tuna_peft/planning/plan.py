@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tuna_peft.limits import (
     ACTIVATIONS_IN_RAM,
@@ -212,9 +212,12 @@ class Inference:
         return phase
 
     def logits(self, lengths: Sequence[int]) -> Phase:
-        """Logits of all tokens of some texts, one text at a time."""
+        """Logits of all tokens of some texts in fp32, one text at a time."""
         longest, tokens = max(lengths), float(sum(lengths))
-        parts = {f"all logits of {longest:,} tokens": logits_bytes(self.shape, longest, self.precision)}
+        in_fp32 = replace(self.precision, compute=4)
+        parts = {f"all logits of {longest:,} tokens": logits_bytes(self.shape, longest, in_fp32)}
+        if self.precision != in_fp32:
+            parts["the head in fp32"] = 4.0 * self.shape.head
         flops = forward_flops(self.shape, tokens, tokens)
         duration = hours(flops, self.device.gpu) if self.device.gpu else None
         # No minimum is known: the run may choose other texts than the longest.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tuna_peft.limits import MERGED_WEIGHTS
+from tuna_peft.limits import merged_weights_on_gpu
 from tuna_peft.planning.memory import CUDA_CONTEXT, PROCESS
 from tuna_peft.planning.spec import Device, RunSpec
 
@@ -80,5 +80,5 @@ def _offloaded(run: RunSpec, device: Device) -> float:
     """
     if not (run.compared and run.merge and run.merge.bytes_per_parameter >= 2.0 and device.cuda):
         return 0.0
-    whole = float(run.precision.compute * (run.shape.body + run.shape.unquantized))
-    return whole - MERGED_WEIGHTS * (device.memory - CUDA_CONTEXT)
+    whole = float(run.merge.bytes_per_parameter * (run.shape.body + run.shape.unquantized))
+    return whole - merged_weights_on_gpu(device.memory - CUDA_CONTEXT, run.shape.head)

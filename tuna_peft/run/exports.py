@@ -19,6 +19,7 @@ from tuna_peft.export.base_weight import require_linear
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.hub import push, require_token
+from tuna_peft.export.loading import UNQUANTIZED
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.export.release import public_base
 from tuna_peft.recipe.schema import Recipe
@@ -66,7 +67,7 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
 
     Returns:
         For each export (`combined`, `merged`, `gguf/FILE`) what was written, and its `divergence` on prompts of the
-        run's data.
+        run's data; for comparison also the divergence of `BASE`, and of the combined adapter on an unquantized base.
     """
     settings, stack = run.recipe.export, run.path / "stack"
     if (done := run.load("exports.json")) is not None:
@@ -102,11 +103,12 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
     run.save(DIVERGENCE_PROMPTS, prompts)  # `tuna-peft merge` measures on the same prompts later
     if exports and prompts:
         folders = {name: run.path / name for name in exports if name != "gguf"}  # its files are measured
-        measured = check_exports(stack, folders.values(), prompts, dtype=base.dtype, **loading)
-        for name, folder in folders.items():
-            divergence = measured[str(folder)]
-            exports[name]["divergence"] = dataclasses.asdict(divergence)
-            logger.info("%s: KL divergence from the stack: %s", name, divergence)
+        names = {str(folder): name for name, folder in folders.items()}
+        for path, measured in check_exports(stack, folders.values(), prompts, dtype=base.dtype, **loading).items():
+            folder, on_unquantized, _ = path.partition(UNQUANTIZED)
+            name = names.get(folder, folder) + on_unquantized
+            exports.setdefault(name, {})["divergence"] = dataclasses.asdict(measured)
+            logger.info("%s: KL divergence from the unmerged adapters: %s", name, measured)
     run.save("exports.json", exports)
     return exports
 

@@ -17,6 +17,7 @@ from tuna_peft.export.gguf import llama_quantize
 from tuna_peft.export.gguf.adapter import export_gguf_adapter
 from tuna_peft.export.gguf.choose import export_gguf_of_stack
 from tuna_peft.export.gguf.model import export_gguf
+from tuna_peft.export.loading import BASE
 from tuna_peft.export.merge import merge_stack
 
 PROMPTS = [[(7 * i + 3) % 300 for i in range(40)], [(11 * i + 5) % 300 for i in range(100)]]
@@ -40,7 +41,7 @@ def test_an_exact_file_is_measured_as_exact(tmp_path: Path, family: str, rope: d
     merged = merge_stack(stack, tmp_path / "merged", dtype="float32").path
     export_gguf(merged, tmp_path / "gguf", types=["f32", "q4_0"], name="m")
     found = check_exports(stack, [tmp_path / "gguf"], PROMPTS, device="cpu", dtype="float32")
-    assert found.keys() == {str(tmp_path / "gguf" / f"m-{type}.gguf") for type in ("F32", "Q4_0")}
+    assert found.keys() == {BASE, *(str(tmp_path / "gguf" / f"m-{type}.gguf") for type in ("F32", "Q4_0"))}
     exact, rounded = (found[str(tmp_path / "gguf" / f"m-{type}.gguf")].kl_mean for type in ("F32", "Q4_0"))
     assert exact <= stack_kl_bound(stack) < 1e-3 < rounded
 

@@ -65,6 +65,16 @@ class GGUFReport:
     kept_update: dict[str, KeptUpdate | None]
     seconds: float
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(self.files.values())
+
+    @property
+    def kept_share(self) -> float | None:
+        """The smallest share of the update that a file keeps; None if that was not measured."""
+        return min((kept.share for kept in self.kept_update.values() if kept is not None), default=None)
+
 
 def export_gguf(
     model: str | os.PathLike[str],

@@ -1,0 +1,131 @@
+"""4-bit weights as bitsandbytes stores them in files, and a stack's base in that form, as it was in training."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState
+from transformers import BitsAndBytesConfig
+
+from tuna_peft.errors import UserError
+from tuna_peft.export.base_weight import quantise_4bit, quantised_modules, skeleton
+from tuna_peft.export.kept_update import ModuleUpdate
+from tuna_peft.export.safetensors_stream import DTYPES, FLOATS, SafetensorsReader, TensorSpec
+from tuna_peft.limits import QUANTIZATION_BLOCK, SCALES_BLOCK
+from tuna_peft.models.base.load import safetensors_files
+
+_STATE_BYTES = 256  # bitsandbytes' JSON of a weight is padded to this, because sizes must be known in advance
+
+
+class PackedBase:
+    """The tensors of a base as in training: linear layers in 4 bits, all others in the dtype of training.
+
+    Args:
+        folder: The base's folder.
+        quantization: The manifest's bitsandbytes settings.
+        load_dtype: Dtype in which the base was loaded for training.
+        device: Device that quantizes.
+
+    Attributes:
+        groups: Types and shapes of all tensors, by the stored weight from which they are computed.
+        updates: Empty: nothing is changed.
+
+    Raises:
+        UserError: The base was not quantized to 4 bits.
+    """
+
+    groups: dict[str, dict[str, TensorSpec]]
+    updates: dict[str, ModuleUpdate]
+
+    def __init__(
+        self,
+        folder: Path,
+        quantization: dict[str, Any] | None,
+        load_dtype: str,
+        device: torch.device,
+        trust_remote_code: bool = False,
+    ):
+        if not (quantization and quantization.get("load_in_4bit")):
+            raise UserError(
+                "the stack was not trained on a 4-bit base", fix="Combine without the base, or merge the stack."
+            )
+        self._quantization, self._load_dtype, self._device = quantization, load_dtype, device
+        self._source = SafetensorsReader(safetensors_files(str(folder)))
+        self._modules = quantised_modules(skeleton(folder, quantization, trust_remote_code=trust_remote_code))
+        self.groups = {
+            name: packed_specs(name, spec.shape, quantization)
+            if self._is_packed(name)
+            # transformers keeps what it finds beside 4-bit weights, whatever config.json says.
+            else {name: TensorSpec(DTYPES[load_dtype] if spec.dtype in FLOATS else spec.dtype, spec.shape)}
+            for name, spec in self._source.specs.items()
+        }
+        self.updates = {}
+
+    def config_changes(self) -> dict[str, Any]:
+        """What differs from the base in `config.json`."""
+        config = quantization_config(self._quantization, self._load_dtype)
+        return {"dtype": self._load_dtype, "quantization_config": config}
+
+    def make(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of the group `name`."""
+        weight = self._source.read(name, self._device)
+        dtype: torch.dtype = getattr(torch, self._load_dtype)
+        if not self._is_packed(name):
+            return {name: weight.to(dtype) if weight.is_floating_point() else weight}
+        codes, state = quantise_4bit(
+            weight,
+            self._quantization["bnb_4bit_quant_type"],
+            double_quant=self._quantization["bnb_4bit_use_double_quant"],
+            dtype=dtype,
+        )
+        return packed(name, codes, state)
+
+    def _is_packed(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self._modules
+
+
+def quantization_config(quantization: dict[str, Any], compute_dtype: str) -> dict[str, Any]:
+    """The section of `config.json` for weights in these bitsandbytes settings."""
+    config = BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=getattr(torch, compute_dtype))
+    result: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return result
+
+
+def packed_specs(name: str, shape: tuple[int, ...], quantization: dict[str, Any]) -> dict[str, TensorSpec]:
+    """Types and shapes of what `packed` returns for a weight `(out, in)`."""
+    blocks = -(-math.prod(shape) // QUANTIZATION_BLOCK)
+    nested = quantization["bnb_4bit_use_double_quant"]
+    specs = {
+        f"{name}.nested_absmax": TensorSpec("F32", (-(-blocks // SCALES_BLOCK),)),
+        f"{name}.nested_quant_map": TensorSpec("F32", (256,)),
+    }
+    specs = {
+        **(specs if nested else {}),
+        f"{name}.quant_map": TensorSpec("F32", (16,)),
+        f"{name}.absmax": TensorSpec("U8" if nested else "F32", (blocks,)),
+        name: TensorSpec("U8", (-(-math.prod(shape) // 2), 1)),
+    }
+    # The JSON brings all that belongs to the weight to a multiple of eight bytes.
+    state = _STATE_BYTES + -sum(spec.nbytes for spec in specs.values()) % 8
+    return {**specs, _state_name(name, quantization["bnb_4bit_quant_type"]): TensorSpec("U8", (state,))}
+
+
+def packed(name: str, codes: torch.Tensor, state: QuantState) -> dict[str, torch.Tensor]:
+    """The result of `quantise_4bit` as bitsandbytes serializes it (`QuantState.as_dict(packed=True)`)."""
+    tensors = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    elements = state.shape.numel()
+    tensors[name] = codes[: -(-elements // 2)].view(-1, 1)
+    key = _state_name(name, state.quant_type)
+    text = tensors.pop(key)
+    size = _STATE_BYTES + -sum(tensor.nbytes for tensor in tensors.values()) % 8
+    tensors[key] = torch.full((size,), ord(" "), dtype=torch.uint8)
+    tensors[key][: text.numel()] = text
+    return tensors
+
+
+def _state_name(name: str, quant_type: str) -> str:
+    return f"{name}.quant_state.bitsandbytes__{quant_type}"
