@@ -113,6 +113,32 @@ def test_the_text_has_what_a_stranger_needs(tiny: Tiny, tmp_path: Path) -> None:
         assert secret not in text
 
 
+def test_every_way_to_load_gives_the_base_of_training_or_states_its_distance(tiny: Tiny, tmp_path: Path) -> None:
+    release = release_of(tiny, tmp_path)
+    text = model_card(release, "me/mine")
+    assert "which it was not trained on; not measured by the run" in text
+    measured = {"kl_max": 1.0, "top1_agreement": 0.5, "tokens": 9, "noise": 1e-3}
+    release.report["exports"] = {
+        "base without adapters": {"divergence": {"kl_mean": 0.08, **measured}},
+        "combined on the unquantized base": {"divergence": {"kl_mean": 0.64, **measured}},
+        "merged": {"divergence": {"kl_mean": 2e-4, **measured}, "base": "dequantized", "dtype": "bfloat16"},
+    }
+    text = model_card(release, "me/mine")
+    for part in (
+        "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='float32')",
+        "which it was not trained on; mean KL divergence from the trained adapters 6.4e-01 nats, where training",
+        "as a merged model; mean KL divergence from the trained adapters 2.0e-04 nats:",
+        "| merged | 2.00e-04 (rounding noise) |",
+        'AutoTokenizer.from_pretrained("me/mine")',
+    ):
+        assert part in text, part
+    assert text.index("vllm serve merged") < text.index("--enable-lora --max")
+    release.report["exports"]["merged"]["dtype"] = "nf4"  # `tuna-peft merge` of the card writes bfloat16
+    assert "as a merged model; not measured by the run" in model_card(release, "me/mine")
+    release.stack["quantization"] = None
+    assert "which it was not trained on" not in model_card(release, "me/mine")
+
+
 def test_values_of_a_run_cannot_change_the_structure_of_the_card(tiny: Tiny, tmp_path: Path) -> None:
     def structure(text: str) -> list[str]:
         tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(text).text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from tuna_peft.export import hub as hub_module
 from tuna_peft.export.divergence import iter_logits
 from tuna_peft.export.hub import push
 from tuna_peft.export.merge import merge_stack
-from tuna_peft.export.release import Kind
+from tuna_peft.export.release import Kind, collect_release
 from tuna_peft.models.stack.files import AdapterStack, save_stack
 
 BASE_ID = "someone/tiny-llama"
@@ -50,6 +51,7 @@ def test_a_stack_is_published_private_in_one_commit(tiny: Tiny, hub: Hub, capsys
         == set(report.files)
         == {
             "README.md",
+            *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
             *(
                 f"{folder}{name}"
                 for folder in ("", "stack/sft/", "stack/ranking/")
@@ -125,8 +127,33 @@ def test_the_snippets_of_the_card_run_as_they_stand(hub: Hub, tmp_path: Path, ki
     for program, *arguments in lines:
         if program in programs:
             as_a_stranger(hub, ["-m", programs[program], *arguments], tmp_path)
-    [run] = [arguments for program, *arguments in lines if program == "llama-cli"]
-    assert {(tmp_path / file).is_file() for file in run if file.endswith(".gguf")} == {True}
+    runs = [arguments for program, *arguments in lines if program == "llama-cli"]
+    assert len(runs) == (2 if kind == "adapters" else 1)
+    assert {(tmp_path / file).is_file() for run in runs for file in run if file.endswith(".gguf")} == {True}
+
+
+@pytest.mark.parametrize("base_is_there", [True, False])
+def test_adapters_bring_the_prompt_of_training(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, base_is_there: bool
+) -> None:
+    stack = tmp_path / "stack"
+    shutil.copytree(tiny.stack, stack)
+    if not base_is_there:
+        manifest = (stack / "stack.json").read_text()
+        (stack / "stack.json").write_text(manifest.replace(tiny.base, str(tmp_path / "moved")))
+    (tmp_path / "work").mkdir()
+    release = collect_release(stack, tmp_path / "work", base_id=BASE_ID)
+    assert ("tokenizer_config.json" in release.files) == base_is_there
+    assert ("no tokenizer beside the adapter" in caplog.text) != base_is_there
+    if base_is_there:
+        merge_stack(tiny.stack, tmp_path / "merged")
+        expected = (tmp_path / "merged" / "chat_template.jinja").read_bytes()
+        template = release.files["chat_template.jinja"]
+        assert isinstance(template, Path) and template.read_bytes() == expected
+    for name, upper in (("stack/sft", False), ("stack/ranking", True), ("", False)):
+        content = release.files[f"{name}/adapter_config.json".lstrip("/")]
+        base = json.loads(content if isinstance(content, bytes) else content.read_bytes())["base_model_name_or_path"]
+        assert base == ("(this adapter needs the adapters below it, sft: see its README.md)" if upper else BASE_ID)
 
 
 def test_an_interrupted_upload_goes_on_where_it_stopped(tiny: Tiny, hub: Hub) -> None:
@@ -157,7 +184,7 @@ def test_dropped_connections_and_errors_of_the_server_are_retried(tiny: Tiny, hu
     hub.faults["preupload"] = [502]
     hub.faults["batch"] = [503]
     push(tiny.stack, "me/adapters", base_id=BASE_ID)
-    assert len(hub.repositories["me/adapters"].files()) == 9
+    assert len(hub.repositories["me/adapters"].files()) == 12
 
 
 @pytest.mark.parametrize(
@@ -208,7 +235,7 @@ def test_branches_and_pull_requests(tiny: Tiny, hub: Hub) -> None:
     push(tiny.stack, "me/x", base_id=BASE_ID, revision="v1/rc")
     repository = hub.repositories["me/x"]
     assert repository.files("main") == {}
-    assert len(repository.files("v1/rc")) == 9
+    assert len(repository.files("v1/rc")) == 12
     report = push(tiny.stack, "me/x", base_id=BASE_ID, create_pr=True)
     assert "/discussions/" in str(report.url)
     assert repository.files("main") == {}
@@ -224,7 +251,7 @@ def test_a_dry_run_needs_neither_network_nor_token(
     result = CliRunner().invoke(app, ["push", str(tiny.stack), "me/x", "--base-id", BASE_ID, "--dry-run"])
     assert result.exit_code == 0, result.stderr
     assert re.search(r"^ +[\d,]+  stack/ranking/adapter_model.safetensors$", result.stdout, re.MULTILINE)
-    assert "9 files" in result.stdout
+    assert "12 files" in result.stdout
     assert "would be uploaded to private me/x; nothing was uploaded" in result.stdout
 
 

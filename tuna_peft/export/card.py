@@ -16,6 +16,7 @@ import tuna_peft
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.export.card_results import eval_results, evaluation_tables
+from tuna_peft.export.loading import BASE, ON_UNQUANTIZED, mean_kl, quantization_arguments
 from tuna_peft.export.release import Release, dump_yaml, is_on_hub
 from tuna_peft.limits import VLLM_LORA_RANKS
 from tuna_peft.markup import code, render
@@ -42,6 +43,9 @@ def model_card(release: Release, repo_id: str, *, license: str | None = None, da
         version=tuna_peft.__version__,
         metadata=_metadata(release, name, license),
         built_in=release.base is not None and release.base.startswith("builtin:"),
+        quantization=release.stack["quantization"] and quantization_arguments(release.stack),
+        has_tokenizer="tokenizer_config.json" in release.files,
+        distances=_distances(release),
         combine_rank=((release.recipe or {}).get("export") or {}).get("combine_rank"),
         vllm_rank=_vllm_rank(release) if release.kind == "adapters" else None,
         gguf_files=[(path, release.size(path)) for path in release.files if PurePosixPath(path).suffix == ".gguf"],
@@ -122,12 +126,31 @@ def _costs(release: Release) -> list[dict[str, Any]]:
     return rows
 
 
+def _distances(release: Release) -> dict[str, str]:
+    """What the run measured of the merged model and of the adapter on a base without quantization, in words."""
+    exports = dict(release.report.get("exports") or {})
+    merged = exports.get("merged") or {}
+    if release.kind == "adapters" and (merged.get("base"), merged.get("dtype")) != ("dequantized", "bfloat16"):
+        exports.pop("merged", None)  # not what `tuna-peft merge` will write
+    found = {}
+    for key, name in (("merged", "merged"), ("unquantized", ON_UNQUANTIZED)):
+        kl = mean_kl(exports, name)
+        found[key] = (
+            "; not measured by the run"
+            if kl is None
+            else f"; mean KL divergence from the trained adapters {kl:.1e} nats"
+        )
+    if (base := mean_kl(exports, BASE)) is not None and mean_kl(exports, ON_UNQUANTIZED) is not None:
+        found["unquantized"] += f", where training changed the base by {base:.1e}"
+    return found
+
+
 def _divergences(release: Release) -> list[dict[str, Any]]:
     exports = (release.report.get("exports") or {}).items()
     return [
         {
             "export": name,
-            "mean KL (nats)": f"{measured['kl_mean']:.2e}",
+            "mean KL (nats)": f"{measured['kl_mean']:.2e}{_below(measured)}",
             "largest KL": f"{measured['kl_max']:.2e}",
             "top-1 agreement": f"{measured['top1_agreement']:.1%}",
             "tokens": f"{measured['tokens']:,}",
@@ -135,6 +158,11 @@ def _divergences(release: Release) -> list[dict[str, Any]]:
         for name, export in exports
         if isinstance(export, dict) and (measured := export.get("divergence"))
     ]
+
+
+def _below(measured: dict[str, Any]) -> str:
+    noise = measured.get("noise")  # earlier versions did not measure it
+    return " (rounding noise)" if noise is not None and measured["kl_mean"] < noise else ""
 
 
 def _data_paths(release: Release) -> dict[str, str]:

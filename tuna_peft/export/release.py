@@ -14,11 +14,12 @@ from typing import Any, Literal
 import yaml
 
 from tuna_peft.errors import UserError
-from tuna_peft.export.base_files import companion_files
+from tuna_peft.export.base_files import companion_files, copy_tokenizer
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.output import RECORD
 from tuna_peft.json_text import read_json
 from tuna_peft.models.base.load import resolve_model_path
+from tuna_peft.models.stack.adapters import UPPER_BASE
 from tuna_peft.models.stack.manifest import ADAPTER_FILES, MANIFEST, read_manifest
 
 Kind = Literal["adapters", "merged", "gguf"]
@@ -173,14 +174,17 @@ def _is_run(folder: Path) -> bool:
 
 
 def _add_adapters(release: Release, folder: Path, run: Path | None, workdir: Path) -> None:
-    """The combined adapter at the root, where PEFT and vLLM look, and the stack in `stack/`."""
-    read_manifest(folder)  # verifies the hashes
+    """The combined adapter with the tokenizer at the root, where PEFT and vLLM look, and the stack in `stack/`."""
+    manifest = read_manifest(folder)  # verifies the hashes
     combined = run / "combined" if run is not None else workdir / "combined"
     if not (combined / ADAPTER_FILES[0]).is_file():
         combined = workdir / "combined"
         combine_stack(folder, combined)
     for name in ADAPTER_FILES:
         release.files[name] = _adapter_file(combined / name, release.base)
+    (workdir / "tokenizer").mkdir()
+    copy_tokenizer(manifest, None, workdir / "tokenizer")
+    release.files |= {path.name: path for path in sorted((workdir / "tokenizer").iterdir())}
     for entry in release.stack["adapters"]:
         for name in ADAPTER_FILES:
             content = _adapter_file(folder / entry["path"] / name, release.base)
@@ -198,11 +202,12 @@ def _add_adapters(release: Release, folder: Path, run: Path | None, workdir: Pat
 
 
 def _adapter_file(path: Path, base: str | None) -> Path | bytes:
-    """A file of an adapter; in its configuration the base gets its name on the Hub."""
+    """A file of an adapter; in its configuration the base gets its name on the Hub, except above other adapters."""
     if path.name != ADAPTER_FILES[0]:
         return path
     config = _json(path)
-    if config.get("base_model_name_or_path") == base:
+    model = config.get("base_model_name_or_path")
+    if model == base or str(model).startswith(UPPER_BASE.partition("{")[0]):
         return path
     return _bytes({**config, "base_model_name_or_path": base})
 

@@ -41,6 +41,8 @@ from tuna_peft.models.forward import fused_lora
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+# In the configuration of an upper adapter, in place of the base that alone it does not fit.
+UPPER_BASE = "(this adapter needs the adapters below it, {below}: see its README.md)"
 _UPPER_README = """\
 # Not an adapter for the base alone
 
@@ -145,7 +147,8 @@ def active_adapters(model: PreTrainedModel | PeftModel, names: Sequence[str]) ->
 def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     """Writes one adapter in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-    PEFT loads an upper adapter without those below it and says nothing, so its `README.md` does.
+    PEFT loads an upper adapter without those below it and says nothing, so its `README.md` does. Its configuration
+    has a sentence in place of the base's name, with which `AutoPeftModelForCausalLM` and transformers fail.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous() for key, value in adapter_state(model, name).items()}
@@ -154,10 +157,12 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     config.inference_mode = True
     base_model = model_id(cast(PreTrainedModel, model.get_base_model()))
     config.base_model_name_or_path = base_model or config.base_model_name_or_path
-    save_config(config, folder)
     names = adapter_names(model)
-    if below := names[: names.index(name)]:
-        write_text(folder / "README.md", _UPPER_README.format(name=name, below=", ".join(below)))
+    if below := ", ".join(names[: names.index(name)]):
+        config.base_model_name_or_path = UPPER_BASE.format(below=below)
+        config.revision = None
+        write_text(folder / "README.md", _UPPER_README.format(name=name, below=below))
+    save_config(config, folder)
 
 
 def save_config(config: PeftConfig, folder: Path) -> None:
