@@ -276,6 +276,37 @@ def test_several_turns_carry_loss_on_the_assistants_alone(templated):
     assert [int(label != -100) for label in sft["labels"]] == sft["completion_mask"]
 
 
+# Phi-3 ends the whole text with EOS; Qwen3 (above) writes an empty block of reasoning in the last turn alone.
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+TURNS = [
+    {"role": "assistant", "content": "Five."}, {"role": "user", "content": "And 4?"},
+    {"role": "assistant", "content": "Six."},
+]  # fmt: skip
+
+
+def test_several_turns_where_only_the_last_one_ends_the_text(templated):
+    tokenizer = templated(PHI3)
+    row = encode(tokenizer, [TURNS, "6"])
+    assert with_loss(tokenizer, row, 0) == "Five.<|end|>\nSix.<|end|>\n</s>"
+
+
+def test_several_turns_of_the_qwen3_kind(templated):
+    tokenizer = templated(QWEN3)
+    with pytest.raises(UserError, match="changes a turn when others follow it") as caught:
+        encode(tokenizer, [TURNS, "6"])
+    assert "verbatim" not in caught.value.fix and "lenient" in caught.value.fix
+    row = encode(tokenizer, [TURNS, "6"], prompt=LENIENT)
+    # The first turn is without the block in the whole text: nothing of the user's turn carries loss.
+    assert with_loss(tokenizer, row, 0).startswith("Five.") and "And 4?" not in with_loss(tokenizer, row, 0)
+    assert "Six.</s>" in with_loss(tokenizer, row, 0)
+    dropping = templated(QWEN3.replace("{% else %}{{ '[A]' + c +", "{% else %}{{ '[A]' +"))
+    with pytest.raises(UserError, match="drops or changes a turn of the response: 'Five.'"):
+        encode(dropping, [TURNS, "6"], prompt=LENIENT)
+
+
 def test_gaps_reach_the_loss(templated):
     from tuna_peft.data.collate import RankedCollator
 

@@ -46,6 +46,12 @@ _FIXES = {
     "under `prompt` in the recipe to train without it.",
 }  # fmt: skip
 
+# `verbatim` cannot help where several turns follow each other: what stands between them is the template's.
+_TURNS_FIX = (
+    "Give each turn as a response of its own (the turns before it belong to the prompt); `rendering: lenient` under "
+    "`prompt` in the recipe trains on the texts of the turns as the template writes them."
+)
+
 
 @dataclass
 class Joint:
@@ -131,14 +137,28 @@ class Renderer:
                 continue
             before = prompt_text(whole[:index], self.tokenizer, name, tools)
             after = self._trimmed(render_messages(whole[: index + 1], self.tokenizer, name, tools, generate=False))
-            if not text.startswith(before):
-                self._report_start(text, before, name)
-            elif not text.startswith(after):
-                self._report(CHANGED, "the chat template changes a turn when others follow it", name)
+            if not text.startswith(after):  # Phi-3's template ends the last turn with EOS
+                after = after.removesuffix(self._eos)
+            begin, end = len(before), len(after)
+            if text.startswith(before) and text.startswith(after):
+                self._check_turn(turn, after[begin:], name)
             else:
-                self._check_turn(turn, after[len(before) :], name)
-            loss.append((len(before), len(after)))
+                if not text.startswith(before):
+                    self._report_start(text, before, name, _TURNS_FIX)
+                else:
+                    self._report(CHANGED, "the chat template changes a turn when others follow it", name, _TURNS_FIX)
+                begin, end = self._find_turn(text, turn, loss[-1][1] if loss else 0, name)
+            loss.append((begin, end))
         return Joint(text, loss)
+
+    def _find_turn(self, text: str, turn: Message, cursor: int, name: str) -> tuple[int, int]:
+        """Where a turn that the template writes otherwise is in the whole text, without the end of the turn."""
+        said = turn["content"].strip()
+        begin = text.find(said, cursor) if said else -1
+        if begin < 0:
+            what = f"the chat template drops or changes a turn of the response: {said[:80]!r}"
+            raise BadRow(what, reason=CHANGED, where=name, fix=_TURNS_FIX)
+        return begin, begin + len(said)
 
     def _check_text(self, text: str, start: str, response: str, name: str) -> None:
         if not text.startswith(start):
@@ -206,7 +226,7 @@ class Renderer:
             if described and described not in start:
                 self._report(PROMPT_CHANGED, f"the chat template drops `tools` ({described})", where)
 
-    def _report_start(self, text: str, start: str, name: str) -> None:
+    def _report_start(self, text: str, start: str, name: str, fix: str | None = None) -> None:
         same = next(
             (i for i, (a, b) in enumerate(zip(text, start, strict=False)) if a != b), min(len(text), len(start))
         )
@@ -215,14 +235,14 @@ class Renderer:
             STARTS_ELSEWHERE,
             f"generation starts from {start[around : same + 40]!r} and training from {text[around : same + 40]!r}",
             name,
+            fix,
         )
 
-    def _report(self, reason: str, what: str, name: str) -> None:
+    def _report(self, reason: str, what: str, name: str, fix: str | None = None) -> None:
         if self.rendering == "lenient":
             self._count(reason, f"{name}: {what}")
             return
-        fix = _FIXES.get(reason, _FIXES[STARTS_ELSEWHERE])
-        raise BadRow(what, reason=reason, where=name, fix=fix)
+        raise BadRow(what, reason=reason, where=name, fix=fix or _FIXES.get(reason, _FIXES[STARTS_ELSEWHERE]))
 
     def _count(self, reason: str, example: str) -> None:
         count, first = self.changes.get(reason, (0, example))
