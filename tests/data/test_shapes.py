@@ -3,6 +3,8 @@
 import json
 from typing import get_args
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tuna_peft.data.config import DataSource, FormatName, PromptConfig
@@ -122,6 +124,62 @@ def test_a_public_shape(jsonl, name, named):
     assert report.kept == 1
     assert read[0]["prompt"] == prompt
     assert list(zip(read[0]["completions"], read[0]["ranks"], strict=True)) == responses
+
+
+# The same for the data sets that are pairs: what `auto` calls them, the record, and the prompt with `template: chat`.
+PAIRS = {
+    "HuggingFaceH4/ultrafeedback_binarized": (
+        "preference",
+        {"prompt": "Name a colour.", "prompt_id": "f0", "chosen": user("Name a colour.") + assistant("Blue."),
+         "rejected": user("Name a colour.") + assistant("Colour"),
+         "messages": user("Name a colour.") + assistant("Blue."), "score_chosen": 8.0, "score_rejected": 3.5},
+        user("Name a colour."),
+    ),
+    "mlabonne/orpo-dpo-mix-40k": (
+        "preference",
+        {"source": "Airoboros", "chosen": user("Hi") + assistant("Hi.") + user("Name a colour.") + assistant("Blue."),
+         "rejected": user("Hi") + assistant("Hi.") + user("Name a colour.") + assistant("Colour"),
+         "prompt": "Name a colour.", "question": ""},
+        user("Hi") + assistant("Hi.") + user("Name a colour."),
+    ),
+    "Anthropic/hh-rlhf": (
+        "transcript",
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hi.\n\nHuman: Name a colour.\n\nAssistant: Blue.",
+         "rejected": "\n\nHuman: Hi\n\nAssistant: Hi.\n\nHuman: Name a colour.\n\nAssistant: Colour"},
+        user("Hi") + assistant("Hi.") + user("Name a colour."),
+    ),
+    "ShareGPT": (
+        "preference",
+        {"conversations": [{"from": "human", "value": "Name a colour."}], "chosen": {"from": "gpt", "value": "Blue."},
+         "rejected": {"from": "gpt", "value": "Colour"}, "system": ""},
+        user("Name a colour."),
+    ),
+    "TRL, explicit prompt": (
+        "preference",
+        {"prompt": user("Name a colour."), "chosen": assistant("Blue."), "rejected": assistant("Colour")},
+        user("Name a colour."),
+    ),
+    "TRL, implicit prompt": (
+        "preference",
+        {"chosen": user("Name a colour.") + assistant("Blue."),
+         "rejected": user("Name a colour.") + assistant("Colour")},
+        user("Name a colour."),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_pairs(jsonl, tmp_path, name, ending):
+    format, record, prompt = PAIRS[name]
+    path = jsonl(record)
+    if ending == "parquet":
+        path = str(tmp_path / "rows.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+    source = DataSource(path=path)
+    assert source_format(source)[0] == format
+    [read], _ = read_ranked(source, PromptConfig(template="chat"))
+    assert (read["prompt"], read["completions"], read["ranks"]) == (prompt, ["Blue.", "Colour"], [0, 1])
 
 
 def test_every_shape_has_a_file_and_a_name():
