@@ -22,9 +22,11 @@ from benchmarks.learning import read
 from benchmarks.superni.arms import ARMS
 from benchmarks.superni.prepare import Prepared, compare_teachers, prepare
 from benchmarks.superni.runs import Runs
+from benchmarks.superni.sets import deal, read_instances, write_sets
 from benchmarks.superni.sizes import CUT, Sizes
 from benchmarks.superni.tables import markdown
 from tuna_peft.errors import UserError
+from tuna_peft.models.base.load import load_config_and_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,18 +35,20 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.superni", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    sets = commands.add_parser("sets", help="only the sets: what recipes/smollm2-135m.yaml trains on")
     first = commands.add_parser("prepare", help="sets, own samples, ranked lists")
     teachers = commands.add_parser("teachers", help="how often teachers agree with the grader; probabilistic lists")
     run = commands.add_parser("run", help="train and measure the arms")
-    for command in (first, teachers, run, commands.add_parser("table", help="print tables and verdicts")):
+    for command in (sets, first, teachers, run, commands.add_parser("table", help="print tables and verdicts")):
         command.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="everything is kept here")
-    for command in (first, run):
+    for command in (sets, first, run):
         command.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    first.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
+    for command in (sets, first):
+        command.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
+        command.add_argument(
+            "--cut", action="store_true", help="tiny sizes, to see that everything runs; numbers mean nothing"
+        )
     first.add_argument("--quantization", default="nf4", choices=["nf4", "none"])
-    first.add_argument(
-        "--cut", action="store_true", help="tiny sizes, to see that everything runs; numbers mean nothing"
-    )
     teachers.add_argument("--teacher", action="append", default=[], metavar="MODEL", help="another model to compare")
     teachers.add_argument("--prompts", type=int, metavar="N", help="only the first N prompts, and no lists")
     run.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -60,7 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.command == "prepare":
+    if options.command == "sets":
+        tokenizer = load_config_and_tokenizer(options.model)[1]
+        dealt = deal(*read_instances(options.data / "superni"), tokenizer, CUT if options.cut else Sizes())
+        write_sets(dealt, options.work)
+        print(", ".join(f"{name} {len(records)}" for name, records in dealt.items()))
+    elif options.command == "prepare":
         sizes = CUT if options.cut else Sizes()
         prepared = prepare(options.work, options.data, options.model, options.quantization, sizes)
         print(prepared.samples)

@@ -21,7 +21,7 @@ def test_it_loads_with_every_check(name, tmp_path):
     data.write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], "scores": [1, 0]}) + "\n")
     as_shipped = load_recipe(name, check=False)
     overrides = [
-        ".".join(["stages", as_shipped.stages[path[1]].name, "data"] if path[0] == "stages" else path)
+        ".".join(["stages", as_shipped.stages[path[1]].name, *path[2:]] if path[0] == "stages" else path)
         + f".path={data}"
         for path, source in as_shipped.sources().items()
         if source.path.startswith("data/")

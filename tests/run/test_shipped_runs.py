@@ -12,7 +12,7 @@ from tuna_peft.run.pipeline import run_recipe
 
 # These differ from each other in more than numbers, and from the quickstart, which the README's test runs. The other
 # recipes run in the slow tests.
-QUICK = ("two-stage", "paper/tuna-llama-7b")
+QUICK = ("two-stage", "paper/tuna-llama-7b", "smollm2-135m")
 DATA = {"sft": "sft.json", "ranking": "teacher.json"}
 
 
@@ -37,9 +37,16 @@ def test_runs(name, tmp_path):
     shipped = load_recipe(name, check=False)
     stages = [stage.name for stage in shipped.stages]
     overrides = ["base.model=builtin:pico-llama", "lora.r=8"]
+    if shipped.prompt.template == "chat":  # pico-LLaMA has no chat template
+        overrides.append("prompt.template=alpaca")
     for stage in shipped.stages:
         if isinstance(stage.data, FeedbackSource):
-            overrides.append(f"stages.{stage.name}.data.prompts.limit=12")
+            key = f"stages.{stage.name}.data"
+            overrides.append(f"{key}.prompts.limit=12")
+            if stage.data.prompts.path.startswith("data/"):
+                overrides += [f"{key}.prompts.path=builtin:pico-llama/prompts.jsonl", f"{key}.sample.max_new_tokens=8"]
+            if stage.data.score is not None:
+                overrides.append(f"{key}.score.model=builtin:pico-llama")
         elif stage.data.path.startswith("data/"):
             overrides.append(f"stages.{stage.name}.data={{path: builtin:pico-llama/{DATA[stage.type]}, limit: 32}}")
         cut = ("max_steps=2", "gradient_accumulation_steps=1", "max_length=256", "per_device_train_batch_size=4")
@@ -50,8 +57,11 @@ def test_runs(name, tmp_path):
         overrides += [f"evaluation.tasks.{task}.path={path}" for task, path in files.items()]
         overrides += [f"evaluation.tasks.{task}.max_new_tokens=4" for task in files]
         overrides += [f"evaluation.tasks.{task}.limit=8" for task in held_out.keys() - files.keys()]
-        if held_out["ranking"].path.startswith("data/"):
-            overrides.append("evaluation.tasks.ranking.path=builtin:pico-llama/teacher.json")
+        own = {"ranking": "teacher.json", "graded": "heldout.jsonl"}
+        for task in own.keys() & held_out.keys():
+            if held_out[task].path.startswith("data/"):
+                overrides.append(f"evaluation.tasks.{task}.path=builtin:pico-llama/{own[task]}")
+        if "ranking" in held_out and held_out["ranking"].path.startswith("data/"):
             overrides.append("evaluation.tasks.ranking.max_length=256")
     report = run_recipe(load_recipe(name, overrides), tmp_path / "run")
     assert list(report["evaluation"]) == ["base", *stages]
