@@ -62,7 +62,7 @@ class Progress:
         if numbers:
             self.show(**numbers)
         self._bar.update(by)
-        if not self._off and self._done < self.total and monotonic() - self._last >= INTERVAL:
+        if not self._off and self._done != self.total and monotonic() - self._last >= INTERVAL:
             self._line()
 
     def show(self, **numbers: str) -> None:

@@ -137,7 +137,8 @@ def _read(source: DataSource) -> tuple[DataSource, int, bool, list[Goal]]:
         source = source_format(source)[1]
     except UserError as unknown:
         failure = unknown
-        settings, missing = suggest(read_records(source.model_copy(update={"limit": 1}))[0][1])
+        _, first = next(read_records(source.model_copy(update={"limit": 1})))
+        settings, missing = suggest(first)
         if not missing:
             given = source.model_dump(exclude_defaults=True)
             source = from_options(DataSource, given | {"format": "columns"} | settings)
