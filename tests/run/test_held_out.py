@@ -254,16 +254,17 @@ def test_a_run_that_only_ranks_its_own_samples_is_measured(recipe, judged, tmp_p
     assert report["changes"]["own"]["ranking"]["count"] >= 1
 
 
-def test_ranked_data_is_read_once(recipe, monkeypatch):
-    read, real = [], load._read
+def test_ranked_data_is_read_three_times(recipe, monkeypatch):
+    """To choose the prompts that are held back, to take them, and for training: it may be too large to be kept."""
+    read, real = [], load.read_records
 
-    def counted(source, *arguments, **options):
+    def counted(source):
         read.append(source.path)
-        return real(source, *arguments, **options)
+        return real(source)
 
-    monkeypatch.setattr(load, "_read", counted)
+    monkeypatch.setattr(load, "read_records", counted)
     inputs_of(recipe(stages=recipe().model_dump(mode="json", exclude_none=True)["stages"][1:]))
-    assert len(read) == 2
+    assert sorted(read) == sorted(3 * list(set(read))) and len(set(read)) == 2
 
 
 def result_file(run, stage, task):

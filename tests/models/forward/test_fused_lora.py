@@ -124,6 +124,22 @@ def test_follows_the_steps_of_optimizers(base, optimizer):
     assert (after[0] - before).abs().max() > 1e-3 * before.abs().max()
 
 
+def test_follows_changes_that_leave_no_trace_outside_of_training(base):
+    """`.data` has a version of its own."""
+    model = stack_on(load_tiny(base, "none"), sft=SFT, ranking=RANKING)
+    train_top_adapter(model)
+    outputs_and_gradients(model.train())
+    model.eval()
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        for name, parameter in model.named_parameters():
+            if "lora_B.ranking" in name:
+                parameter.data *= 2
+        after = model(input_ids=ids).logits
+    assert not torch.equal(before, after)
+
+
 class Launches(TorchDispatchMode):
     """Counts the operations that would start a kernel on a GPU: no views, no uninitialized tensors."""
 
@@ -138,7 +154,7 @@ def test_the_factors_are_joined_once_for_all_passes_of_a_step(base):
     """Of an unquantized layer with a frozen and a trained adapter remain the operations of the module's equation."""
     model = stack_on(load_tiny(base, "none"), sft=SFT, ranking=RANKING)
     train_top_adapter(model)
-    layer = next(layer for layer in fused_layers(model) if len(layer.lora_A) == 2)
+    layer = next(layer for layer in fused_layers(model) if len(layer.lora_A) == 2).train()
     x = torch.randn(5, layer.in_features, requires_grad=True)
     layer(x).sum().backward()
     with Launches() as forward:

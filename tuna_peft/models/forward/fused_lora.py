@@ -95,7 +95,9 @@ class _Stacked(lora.LoraLayer):
         device_type = x.device.type
         x = x.to(torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype)
         trained = [name for name in names if self.lora_A[name].weight.requires_grad]
-        joined = self._joined([name for name in names if name not in trained] + trained, x)
+        # Nothing changes weights between the passes of a training step; elsewhere a user may, and leave no trace.
+        keep = not trained or (self.training and torch.is_grad_enabled())
+        joined = self._joined([name for name in names if name not in trained] + trained, x, keep)
         weights = [part[name].weight for name in trained for part in (self.lora_A, self.lora_B)]
         return _StackedLora.apply(x, self.base_layer, *joined, [self.scaling[name] for name in trained], *weights)
 
@@ -108,14 +110,16 @@ class _Stacked(lora.LoraLayer):
             and (isinstance(dropout, torch.nn.Identity) or not dropout.training)
         )
 
-    def _joined(self, names: list[str], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(R, I)` all A and `(O, R)` all s B, concatenated along the ranks in the dtype of x; cached until a weight
-        changes or is replaced."""
+    def _joined(self, names: list[str], x: torch.Tensor, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(R, I)` all A and `(O, R)` all s B, concatenated along the ranks in the dtype of x.
+
+        With `keep` they are cached until a weight changes or is replaced.
+        """
         factors = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in names]
         # `_version` counts in-place changes of a tensor, such as loading other weights into it.
         weights = ((a.data_ptr(), a._version, b.data_ptr(), b._version, scale) for a, b, scale in factors)
         state = (x.dtype, x.device, _steps_of_optimizers, *weights)
-        if self._factors is None or self._factors[0] != state:
+        if not keep or self._factors is None or self._factors[0] != state:
             with torch.no_grad():
                 down_RI = torch.cat([x.new_empty(0, self.in_features), *(a.to(x.dtype) for a, _, _ in factors)])
                 ups = [(b * scale).to(x.dtype) for _, b, scale in factors]
