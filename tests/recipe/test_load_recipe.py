@@ -67,7 +67,7 @@ def test_what_tasks_judges_and_teachers_name_is_looked_for_beside_the_recipe_too
     message = mistakes(recipe_file, *overrides, "evaluation.tasks.vicuna.against=answer.jsonl")
     assert "evaluation.tasks.vicuna.against" in message and "Did you mean `answers.jsonl`" in message
     message = mistakes(recipe_file, *overrides, "evaluation.tasks.vicuna.against=probabilstic")
-    assert "no file 'probabilstic', and no stage of that name. Did you mean `probabilistic`?" in message
+    assert "no file 'probabilstic', and no stage of that name" in message and "you mean `probabilistic`" in message
 
 
 def test_hub_ids_and_built_in_names_stay(recipe_file):

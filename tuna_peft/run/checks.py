@@ -1,7 +1,8 @@
 """What a run checks before any weight is loaded: from the recipe, the base's configuration and tokenizer.
 
-`tuna_peft.run.pipeline`, `tuna_peft.run.dry_run` and `tuna-peft plan` call the same functions, so that a recipe that
-passes `--dry-run` is not refused by the run for the same reasons. The data is read elsewhere (`tuna_peft.run.inputs`).
+`tuna_peft.run.pipeline` and `tuna_peft.run.dry_run` call the first two functions, so that a recipe that passes
+`--dry-run` is not refused by the run for the same reasons; `tuna-peft plan`, which may be for another machine, checks
+the adapters only. The data is read elsewhere (`tuna_peft.run.inputs`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tuna_peft.models.base.load import load_config_and_tokenizer
@@ -32,48 +34,47 @@ def check_options(recipe: Recipe, stages: list[ResolvedStage], output: Path, *, 
         require_possible(config, where=f"{stage.key}.train")
 
 
-def check_base(
-    recipe: Recipe, stages: list[ResolvedStage], *, exports: bool = True
-) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+def check_base(recipe: Recipe, stages: list[ResolvedStage]) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
     """Checks that the base can be loaded, takes the adapters of all stages, and can be exported with them.
-
-    Args:
-        exports: False for a plan: it may be of another machine, which has the packages and the token of the exports.
 
     Returns:
         The base's configuration and tokenizer.
 
     Raises:
-        UserError: See `load_config_and_tokenizer`, `check_stack` and `require_exports`.
+        UserError: See `load_config_and_tokenizer`, `check_adapters` and `require_exports`.
     """
     base = recipe.base
     config, tokenizer = load_config_and_tokenizer(
         base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
     )
-    named = recipe.named_evaluation
-    first_rounds = {stage.section: stage for stage in reversed(stages)}.values()  # later rounds have equal adapters
-    trial = check_stack(
-        config,
-        {stage.name: lora_config(stage.lora) for stage in reversed(first_rounds)},
-        model=base.model,
-        merging=recipe.export.merge.enabled,
-        ranking=any(stage.type == "ranking" for stage in stages) or bool(named and named.tasks.ranking),
-        trust_remote_code=base.trust_remote_code,
-    )
-    if exports:
-        require_exports(recipe, config, tokenizer, trial)
+    require_exports(recipe, config, tokenizer, check_adapters(recipe, stages, config))
     return config, tokenizer
 
 
-def base_is_here(base: BaseSettings) -> bool:
-    """Whether the base's configuration and tokenizer are on this machine: dry runs and plans download nothing."""
+def check_adapters(recipe: Recipe, stages: list[ResolvedStage], config: PretrainedConfig) -> PeftModel:
+    """Checks that the base takes the adapters of all stages, see `check_stack`.
+
+    Returns:
+        The base with the adapters, without weights.
+    """
+    named = recipe.named_evaluation
+    first_rounds = {stage.section: stage for stage in reversed(stages)}.values()  # later rounds have equal adapters
+    return check_stack(
+        config,
+        {stage.name: lora_config(stage.lora) for stage in reversed(first_rounds)},
+        model=recipe.base.model,
+        merging=recipe.export.merge.enabled,
+        ranking=any(stage.type == "ranking" for stage in stages) or bool(named and named.tasks.ranking),
+        trust_remote_code=recipe.base.trust_remote_code,
+    )
+
+
+def is_base_here(base: BaseSettings, *files: str) -> bool:
+    """Whether these files of the base are on this machine: dry runs and plans download nothing."""
     if base.model.startswith("builtin:") or Path(base.model).exists():
         return True
     try:
-        found = [
-            try_to_load_from_cache(base.model, name, revision=base.revision)
-            for name in ("config.json", "tokenizer_config.json")
-        ]
+        found = [try_to_load_from_cache(base.model, name, revision=base.revision) for name in files]
     except HFValidationError:
         return False
     return all(isinstance(file, str) for file in found)

@@ -24,7 +24,7 @@ from tuna_peft.recipe.evaluation_schema import RankingTask
 from tuna_peft.recipe.reach import addresses, foreign_code, unusual_variables
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import Recipe
-from tuna_peft.run.checks import base_is_here, check_base, check_options
+from tuna_peft.run.checks import check_base, check_options, is_base_here
 from tuna_peft.run.folder import as_in_folder, read_run_recipe
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     for name, where in _functions(recipe):
         require_module(name, where)
     loaded = None
-    if base_is_here(recipe.base):
+    if is_base_here(recipe.base, "config.json", "tokenizer_config.json"):
         loaded = check_base(recipe, stages)
         set_template_date(loaded[1], recipe.prompt.date)
         warn_of_default_template(recipe, loaded[1])

@@ -15,7 +15,7 @@ from tuna_peft.data.collate import total_length
 from tuna_peft.data.tokenize import encode_dataset, require_known_ids, require_scores
 from tuna_peft.errors import UserError
 from tuna_peft.limits import within_context
-from tuna_peft.models.base.load import load_base, load_config_and_tokenizer
+from tuna_peft.models.base.load import load_base, load_config
 from tuna_peft.models.stack.trial import check_stack
 from tuna_peft.training.combinations import needs_scores
 from tuna_peft.training.config import TunaConfig
@@ -37,7 +37,7 @@ def load_model(
         raise UserError("a quantized base cannot be trained itself", fix="Pass a peft_config.")
     options: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     code = {"trust_remote_code": bool(options.get("trust_remote_code"))}
-    config, _ = load_config_and_tokenizer(name, revision=options.get("revision"), **code)
+    config = load_config(name, revision=options.get("revision"), **code)
     adapters = {} if peft_config is None else {args.adapter_name: peft_config}
     check_stack(config, adapters, model=name, merging=False, ranking=True, **code)
     base = load_base(name, quantization_config=quantization_config, **options)

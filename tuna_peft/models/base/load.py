@@ -200,6 +200,30 @@ def load_base(
     return Base(loaded, tokenizer, base_identity(loaded))
 
 
+def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Loads the configuration of a base.
+
+    Raises:
+        UserError: It does not exist, is gated, cannot be reached or read, or is not a decoder-only causal LM.
+    """
+    path, options = _place(model, revision, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+    except Exception as error:  # damaged files of a model raise almost any type
+        raise _cannot_load(model, path, first_line(error)) from error
+    _require_causal_lm(config, model)
+    return config
+
+
+def _place(model: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds the files of a model, and the options to load them with."""
+    path = resolve_model_path(model)
+    on_hub = path == model and not Path(path).exists()
+    # First, because its errors are clearer than those of transformers, and it notices a missing network at once.
+    offline = on_hub and hub_file(model, "config.json", revision)[1] == CACHE
+    return path, {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": offline}
+
+
 def load_config_and_tokenizer(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
@@ -215,18 +239,11 @@ def load_config_and_tokenizer(
     Raises:
         UserError: It does not exist, is gated, cannot be reached or read, or is not a decoder-only causal LM.
     """
-    path = resolve_model_path(model)
-    on_hub = path == model and not Path(path).exists()
-    # First, because its errors are clearer than those of transformers, and it notices a missing network at once.
-    offline = on_hub and hub_file(model, "config.json", revision)[1] == CACHE
-    options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": offline}
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    path, options = _place(model, revision, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, **options)
-        _require_causal_lm(config, model)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    except UserError:
-        raise
-    except Exception as error:  # damaged files of a model raise almost any type
+    except Exception as error:
         raise _cannot_load(model, path, first_line(error)) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model!r} has no EOS token", fix="Set `eos_token` in its tokenizer config.")
