@@ -6,7 +6,7 @@ without one: a new field is followed to its end here, or the test fails.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +15,7 @@ from datasets import Dataset
 from spies import Seen, spy
 
 from tuna_peft.data.config import PromptConfig
+from tuna_peft.errors import UserError
 from tuna_peft.evaluation.session import Question
 from tuna_peft.export.gguf import model as gguf_model
 from tuna_peft.feedback import local_model
@@ -122,6 +123,16 @@ def test_the_seed_arrives_at_the_adapter_the_trainer_the_samples_and_the_held_ou
     monkeypatch.setattr(held_out, "read_ranked", lambda *_: (records, None))
     chosen = [held_out.hold_out([stage], PromptConfig(), seed).prompts for seed in (7, 7, 8)]
     assert chosen[0] == chosen[1] != chosen[2] and len(chosen[2]) == 3
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(10, False), (11, True), (None, True)])
+def test_samples_fit_with_their_prompt_and_eos(monkeypatch, limit, fits):
+    monkeypatch.setattr(rank_samples, "prompt_ids", lambda prompt, *_: [1] * len(prompt))
+    data = {"prompts": {"path": "x.jsonl"}, "sample": {"max_new_tokens": 6}, "judge": {"function": "builtin:pico"}}
+    train = {"max_length": limit}
+    [stage] = resolve_stages(small(stages=[{"name": "one", "type": "ranking", "data": data, "train": train}]))
+    with nullcontext() if fits else pytest.raises(UserError, match="need 11 tokens, and max_length is 10"):
+        rank_samples.check_feedback(stage, [{"prompt": "abc"}, {"prompt": "abcd"}], None)
 
 
 SAMPLE = {

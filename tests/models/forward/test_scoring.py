@@ -7,8 +7,8 @@ from rounding import assert_rounded, gradient_operations, logps_bound
 
 from tuna_peft import UserError
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.models.forward import prefix
-from tuna_peft.models.forward.scoring import response_logps
+from tuna_peft.models.forward import prefix, scoring
+from tuna_peft.models.forward.scoring import response_logps, stream_logps
 
 LONGEST = 9  # tokens of a response of `make_rows`, with EOS
 
@@ -107,3 +107,22 @@ def test_unsupported_output_layers_are_rejected():
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(UserError, match="the output layer is a Sequential"):
         packed_sequences(model, make_rows())
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_batch_without_memory_is_split_and_nothing_is_lost(most, monkeypatch):
+    def limited(model, batch):
+        if len(batch.ranks_BN) > most:
+            raise torch.OutOfMemoryError
+        return batch.ranks_BN
+
+    monkeypatch.setattr(scoring, "response_logps", limited)
+    rows = dict(zip("abcdefg", make_rows(7), strict=True))
+    found = list(stream_logps(torch.nn.Linear(1, 1), RankedCollator(0), rows, ["abcde", "fg"]))
+    assert "".join("".join(names) for names, _ in found) == "abcdefg"
+    assert all(len(names) == len(ranks) <= most for names, ranks in found)
+    with pytest.raises(UserError, match="does not fit into memory"):
+        monkeypatch.setattr(
+            scoring, "response_logps", lambda *_: limited(None, RankedCollator(0)(make_rows(most + 1)))
+        )
+        list(stream_logps(torch.nn.Linear(1, 1), RankedCollator(0), rows, ["ab"]))

@@ -38,6 +38,21 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(family):
         verify_packing(model, row, CPU)
 
 
+@pytest.mark.parametrize("worst", [0, 1, 2])
+def test_one_response_with_changed_logits_is_enough(worst, monkeypatch):
+    model, row = make_model(), make_rows(1, n=(3, 3))[0]
+    score, asked = verify._mean_logp, []
+
+    def off_in_one(*args):
+        asked.append(args)
+        mean, _ = score(*args)
+        return torch.stack([mean, torch.tensor(0.1 if len(asked) == worst + 1 else 0.0)])
+
+    monkeypatch.setattr(verify, "_mean_logp", off_in_one)
+    with pytest.raises(UserError, match="log-probabilities differ by 0.1 nats"):
+        verify_packing(model, row, CPU)
+
+
 @pytest.mark.parametrize("length", [1, 4, 100])
 @pytest.mark.parametrize(("dtype", "of_one", "least"), [("bfloat16", 0.4, 0.05), ("float16", 0.1, 0.02)])
 def test_short_responses_may_round_further(length, dtype, of_one, least, monkeypatch):

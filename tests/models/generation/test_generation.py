@@ -151,6 +151,20 @@ def test_ends_at_any_of_several_eos_ids_and_marks_truncated_samples(stack):
     assert cut.lengths == [words.index(stop) + 1]
 
 
+def test_samples_stand_in_order_of_their_number_whichever_ends_first(stack, monkeypatch):
+    def backwards(self, prompts, batch):
+        for sequence in reversed(batch):
+            yield sequence, [3 + 10 * sequence.prompt + sequence.sample, 2]
+
+    monkeypatch.setattr(generate._Decoder, "run", backwards)
+    found = sampled(stack)
+    assert [found[prompt]["texts"] for prompt in range(3)] == [
+        ["w3", "w4", "w5"],
+        ["w13", "w14", "w15"],
+        ["w23", "w24", "w25"],
+    ]
+
+
 def test_frequencies_are_the_probabilities(stack):
     model, tokenizer = stack
     chosen = []
