@@ -23,7 +23,8 @@ PLAIN = PromptConfig(template="none")
 
 
 def record(number):
-    return {"prompt": "ab" * (number % 5 + 1), "completions": ["cd", "xyxy"], "scores": [number % 3, 7]}
+    said = {"prompt": "ab" * (number % 5 + 1), "completions": ["cd", "xyxy"], "scores": [number % 3, 7]}
+    return {**said, "note": "x" * 1000}
 
 
 def write(path, count):

@@ -32,14 +32,22 @@ def json_units(path: Path) -> tuple[str, Iterator[tuple[int, Any, bool]]]:
             is wrong further down, when it is reached.
     """
     with open_text(path) as stream:
-        first = next((line for line in stream if line.strip()), None)
-    if first is None:
+        beginning = _first_text(stream)
+    if not beginning:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
-    if first.lstrip().startswith("["):
+    if beginning.startswith("["):
         return "record", _marked(_records(path))
     if not {".jsonl", ".ndjson"} & set(path.suffixes):
-        _refuse_one_object(path, first)
+        _refuse_one_object(path)
     return "line", _marked(_lines(path))
+
+
+def _first_text(stream: TextIO) -> str:
+    """A part of the text that begins with its first character that is not white space; empty without one."""
+    while text := stream.read(_WINDOW):
+        if text := text.lstrip():
+            break
+    return text
 
 
 def _marked(units: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any, bool]]:
@@ -60,10 +68,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """The records of a list, decoded from a part of the text that grows until it holds the next one."""
     decoder, number = Decoder(), 0
     with open_text(path) as stream:
-        text = ""
-        while not text:
-            text = stream.read(_WINDOW).lstrip()
-        start = 1  # after the bracket
+        text, start = _first_text(stream), 1  # after the bracket
         while True:
             separator = re.compile(r"\s*,\s*" if number else r"\s*").match(text, start)
             try:
@@ -154,16 +159,12 @@ def _open_bytes(path: Path) -> Any:
     return pyarrow.input_stream(str(path), compression="detect")
 
 
-def _refuse_one_object(path: Path, first: str) -> None:
-    """Raises UserError for a file with a single JSON value; returns for JSONL with another extension.
-
-    Args:
-        path: The file.
-        first: Its first line that is not blank.
-    """
+def _refuse_one_object(path: Path) -> None:
+    """Raises UserError for a file with a single JSON value; returns for JSONL with another extension."""
+    lines = _lines(path)
     with contextlib.suppress(ValueError):
-        parse_json(first)
-        if sum(1 for _ in itertools.islice(_lines(path), 2)) == 2:
+        parse_json(next(lines)[1])
+        if next(lines, None) is not None:
             return
     try:
         value = parse_json(read_text(path))
