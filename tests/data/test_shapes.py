@@ -225,6 +225,8 @@ def test_an_entry_of_llama_factory(jsonl, tmp_path):
     entries = {
         "pairs": {"file_name": "pairs.jsonl", "ranking": True, "columns": names},
         "plain": {"file_name": "sft.jsonl"},
+        "kto": {"file_name": "kto.jsonl", "columns": {"prompt": "q", "response": "a", "kto_tag": "good"}},
+        "talk": {"file_name": "kto.jsonl", "columns": {"prompt": "q", "response": "a", "history": "h"}},
         "script": {"script_url": "x.py"},
         "chats": {"file_name": "chats.jsonl", "formatting": "sharegpt"},
         "odd": {"file_name": "chats.jsonl", "formatting": "sharegpt", "columns": {"messages": "talk"}},
@@ -239,8 +241,10 @@ def test_an_entry_of_llama_factory(jsonl, tmp_path):
     jsonl({"conversations": turns, "system": "Be brief."}, name="chats.jsonl")
     dataset, _ = load_sft(DataSource(path=path, name="chats"), PLAIN)
     assert [message["role"] for message in dataset[0]["prompt"]] == ["system", "user"]
+    jsonl({"q": "Sort.", "a": "b a", "good": False}, {"q": "Sort.", "a": "a b", "good": True}, name="kto.jsonl")
+    assert read_ranked(DataSource(path=path, name="kto"), PLAIN)[0][0]["completions"] == ["a b", "b a"]
     wrong = {None: "which entry is meant", "pair": "no entry 'pair'", "script": "neither `file_name`",
-             "odd": "whole conversations"}  # fmt: skip
+             "odd": "whole conversations", "talk": "`history`"}  # fmt: skip
     for name, message in wrong.items():
         with pytest.raises(UserError, match=message):
             read_ranked(DataSource(path=path, name=name), PLAIN)

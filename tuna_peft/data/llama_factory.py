@@ -49,18 +49,20 @@ def resolve_entry(source: DataSource) -> DataSource:
             fix="Download it, and give its file as `path`.",
         )
     if source.columns is None and source.format == "auto":
-        if entry.get("formatting") == "sharegpt" and not entry.get("ranking") and _is_spelled_as_usual(entry):
+        if entry.get("formatting") == "sharegpt" and _is_plain(entry):
             update["format"] = "messages"
         else:
             update["columns"] = _columns(entry)
+            if "kto_tag" in entry.get("columns", {}):
+                update["group_by"] = source.group_by or update["columns"].instruction
     return source.model_copy(update=update)
 
 
-def _is_spelled_as_usual(entry: dict[str, Any]) -> bool:
-    messages = entry.get("columns", {}).get("messages", "conversations")
-    return messages in ("messages", "conversations") and entry.get("tags", {}).get("content_tag") in (
-        None, "value", "content",
-    )  # fmt: skip
+def _is_plain(entry: dict[str, Any]) -> bool:
+    """Whether the records are whole conversations in a usual spelling, to learn from as they are."""
+    named, content = entry.get("columns", {}), entry.get("tags", {}).get("content_tag", "value")
+    usual = named.get("messages", "conversations") in ("messages", "conversations") and content in ("value", "content")
+    return usual and not entry.get("ranking") and "kto_tag" not in named
 
 
 def _columns(entry: dict[str, Any]) -> Columns:
@@ -80,9 +82,16 @@ def _columns(entry: dict[str, Any]) -> Columns:
         if "query" in named or not named:
             prompt["input"] = named.get("query", "input")
         content = ""
+        if "history" in named:
+            raise UserError(
+                "the entry has `history` (earlier turns), which would be lost",
+                where=_NAME,
+                fix="Write the turns as messages (`formatting: sharegpt`), or leave `history` out of its columns.",
+            )
     if "system" in named:
         prompt["system"] = named["system"]
     if entry.get("ranking"):
         both = [named.get(key, key) + content for key in ("chosen", "rejected")]
         return Columns.model_validate({**prompt, "completions": both, "ranks": "best_first"})
-    return Columns.model_validate({**prompt, "completions": named.get("response", "output")})
+    label = {"scores": named["kto_tag"]} if "kto_tag" in named else {}
+    return Columns.model_validate({**prompt, "completions": named.get("response", "output"), **label})
