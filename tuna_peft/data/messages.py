@@ -18,6 +18,7 @@ Message = dict[str, Any]
 _ROLES = {
     "human": "user", "prompter": "user", "instruction": "user",
     "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
+    "bing": "assistant", "bard": "assistant",
     "function_call": "assistant", "tool_call": "assistant",
     "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip

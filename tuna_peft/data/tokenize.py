@@ -157,15 +157,17 @@ def encode_records(
 
     Args:
         records: Place and record; supervised ones have one response.
-        total: Their number, if it is known.
+        total: Their number; None if they are read while they are encoded.
         sft: Return rows of `encode_sft`.
     """
     report = TokenReport()
     options = Options(max_length, overflow, needs_reference, prompt or PromptConfig())
     encoder = Encoder(tokenizer, options, report, on_bad_row)
+    if total is not None:  # otherwise they are read meanwhile, and that has a bar
+        records = tracked(records, "tokenizing", "rows", total)
 
     def chunks() -> Iterator[list[dict[str, Any]]]:
-        remaining = tracked(records, "tokenizing", "rows", total)
+        remaining = iter(records)
         while chunk := list(islice(remaining, _CHUNK)):
             rows = encoder.encode([record for _, record in chunk], [where for where, _ in chunk])
             yield [_as_sft(row) if sft else row for row in rows if row is not None]
