@@ -18,7 +18,6 @@ from pathlib import Path
 import datasets
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.learning import read
 from benchmarks.superni.arms import ARMS
 from benchmarks.superni.prepare import Prepared, compare_teachers, prepare
 from benchmarks.superni.runs import Runs
@@ -39,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     first = commands.add_parser("prepare", help="sets, own samples, ranked lists")
     teachers = commands.add_parser("teachers", help="how often teachers agree with the grader; probabilistic lists")
     run = commands.add_parser("run", help="train and measure the arms")
-    for command in (sets, first, teachers, run, commands.add_parser("table", help="print tables and verdicts")):
+    table = commands.add_parser("table", help="print tables and verdicts")
+    for command in (sets, first, teachers, run, table):
         command.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="everything is kept here")
     for command in (sets, first, run):
         command.add_argument("--data", type=Path, required=True, metavar="FOLDER")
@@ -80,10 +80,11 @@ def _run(options: argparse.Namespace) -> None:
             print(f"{name}: {share} of {one['pairs']} pairs, {one['prompts']} prompts")
         print(f"teacher: {found['chosen'] or 'none is good enough'}; lists: {found['lists']}")
     else:
-        prepared = Prepared.read(options.work)
+        # Without `--data`, as for tables, nothing is measured.
+        runs = Runs(Prepared.read(options.work), getattr(options, "data", options.work))
         if options.command == "run":
-            Runs(prepared, options.data).run(options.arms)
-        print(markdown(read(prepared.work / "rows.jsonl")))
+            runs.run(options.arms)
+        print(markdown(runs.rows))
 
 
 if __name__ == "__main__":

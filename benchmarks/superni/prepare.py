@@ -11,7 +11,7 @@ from benchmarks.superni import lists
 from benchmarks.superni.sets import deal, read_instances, write_sets
 from benchmarks.superni.sizes import Sizes
 from tuna_peft.errors import UserError
-from tuna_peft.files import sha256, write_json
+from tuna_peft.files import write_json
 from tuna_peft.json_text import read_json
 from tuna_peft.models.base.load import Base, load_base, make_quantization_config, resolve_device, resolve_dtype
 
@@ -64,10 +64,6 @@ class Prepared:
     def file(self, name: str) -> Path:
         """The data set `name`, such as `contextual-lists`."""
         return self.work / f"{name}.jsonl"
-
-    def hashes(self, names: Sequence[str]) -> dict[str, str]:
-        """Hashes of data sets."""
-        return {name: sha256(self.file(name)) for name in names}
 
 
 def prepare(work: Path, data: Path, model: str, quantization: str, sizes: Sizes) -> Prepared:

@@ -18,6 +18,7 @@ from benchmarks.superni.rows import Row, best_rate, leader, next_rate
 from benchmarks.superni.sets import CHAT
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.load import encode_source
+from tuna_peft.files import sha256
 from tuna_peft.journal import content_key
 from tuna_peft.models.base.load import (
     load_config_and_tokenizer,
@@ -47,6 +48,8 @@ _TRAIN = {
 class Runs:
     """The runs of one work folder; `rows.jsonl` has a line for each that ended.
 
+    Rows of other data, sizes, settings or weights than the present ones stay in the file and do not count.
+
     Args:
         prepared: See `prepare.prepare`.
         data: Folder with `ranked/` and `lmentry/`, see `Measures`.
@@ -55,7 +58,8 @@ class Runs:
     def __init__(self, prepared: Prepared, data: Path):
         self.prepared, self.sizes, self.measures = prepared, prepared.sizes, Measures(prepared, data)
         self.file = prepared.work / "rows.jsonl"
-        self.rows: list[Row] = read(self.file)
+        self._data_hashes: dict[str, str | None] = {}
+        self.rows: list[Row] = [row for row in read(self.file) if self._is_current(row)]
 
     def run(self, names: Sequence[str]) -> None:
         """The protocol's order: the base, the deciding arms, the leaders' further seeds, the other arms."""
@@ -81,21 +85,23 @@ class Runs:
         return not missing + unknown
 
     def _search(self, name: str) -> None:
-        """One run for each learning rate, then the held-out measures of the best."""
+        """One run for each learning rate, then the held-out measures of the best; first the arms it has rates of."""
+        for other in {stage.rate_of for stage in ARMS[name].stages if stage.rate_of}:
+            self._search(other)
         while (rate := next_rate(self.rows, name, self.sizes)) is not None:
             self._trained(name, rate, 0)
         self._trained(name, best_rate(self.rows, name), 0, measure=True)
 
     def _base(self) -> None:
-        key = {"arm": BASE, "rate": None, "seed": 0, "hash": self._hash(BASE, (), 0)}
+        key = {"arm": BASE, "rate": None, "rates": [], "seed": 0, "hash": self._hash(BASE, [], 0)}
         if not self._has("held-out", key):
             base = self.prepared.base()
             self._measure(key, base.model, base.tokenizer)
 
     def _trained(self, name: str, rate: float, seed: int, *, measure: bool = False) -> None:
         """Trains an arm and measures it on validation; with `measure`, also on the held-out sets."""
-        rates = tuple(best_rate(self.rows, stage.rate_of) if stage.rate_of else rate for stage in ARMS[name].stages)
-        key = {"arm": name, "rate": rate, "seed": seed, "hash": self._hash(name, rates, seed)}
+        rates = [best_rate(self.rows, stage.rate_of) if stage.rate_of else rate for stage in ARMS[name].stages]
+        key = {"arm": name, "rate": rate, "rates": rates, "seed": seed, "hash": self._hash(name, rates, seed)}
         folder = self.prepared.work / "runs" / f"{name}-{rate:g}-{seed}-{key['hash'][:8]}"
         if not self._has("validation", key):
             stages = [self._stage(index, rates[index], stage) for index, stage in enumerate(ARMS[name].stages)]
@@ -126,15 +132,25 @@ class Runs:
         self.rows.append(row)
         append(self.file, row, without=("scores", "seen", "unseen"))
 
-    def _hash(self, name: str, rates: Sequence[float], seed: int) -> str:
+    def _is_current(self, row: Row) -> bool:
+        known = row["arm"] == BASE or row["arm"] in ARMS
+        return known and row["hash"] == self._hash(row["arm"], row["rates"], row["seed"])
+
+    def _hash(self, name: str, rates: list[float], seed: int) -> str:
         """Names everything that a run depends on; a run with another hash is another run."""
         stages = ARMS[name].stages if name != BASE else ()
         data = {"seen", "unseen", "validation", *(LISTS if stage.rounds > 1 else stage.data for stage in stages)}
         return content_key(
-            stages=[dataclasses.asdict(stage) for stage in stages], rates=list(rates), seed=seed, common=_TRAIN,
+            stages=[dataclasses.asdict(stage) for stage in stages], rates=rates, seed=seed, common=_TRAIN,
             lora=LORA, sizes=dataclasses.asdict(self.sizes), quantization=self.prepared.quantization,
-            weights=self._fingerprint, data=self.prepared.hashes(sorted(data)),
+            weights=self._fingerprint, data={one: self._data_hash(one) for one in sorted(data)},
         )  # fmt: skip
+
+    def _data_hash(self, name: str) -> str | None:
+        if name not in self._data_hashes:
+            file = self.prepared.file(name)
+            self._data_hashes[name] = sha256(file) if file.is_file() else None
+        return self._data_hashes[name]
 
     @cached_property
     def _fingerprint(self) -> str | None:

@@ -180,8 +180,23 @@ def test_runs_end_to_end_and_are_not_repeated(work, data, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.superni.runs.run_recipe", lambda *args: pytest.fail("a run was repeated"))
     assert command.main(options) == 0
     assert read(work / "rows.jsonl") == rows
-    runs = Runs(replace(Prepared.read(work), sizes=replace(CUT, epochs=2)), data)
-    assert runs._hash("raft", [1e-3], 0) not in {row["hash"] for row in rows}
+    assert Runs(Prepared.read(work), data).rows == rows
+    other = replace(Prepared.read(work), sizes=replace(CUT, epochs=2))
+    assert Runs(other, data).rows == []  # results of other sizes do not count
+
+
+def test_an_arm_whose_rate_another_arm_has_found_waits_for_it(work, data, monkeypatch):
+    runs, done = Runs(Prepared.read(work), data), []
+
+    def train(name, rate, seed, *, measure=False):
+        done.append((name, measure))
+        runs.rows.append(validated(name, 20.0, rate))
+
+    runs.rows = []
+    monkeypatch.setattr(runs, "_trained", train)
+    runs._search("few-gold-tuna-best")
+    assert {name for name, _ in done[:4]} == {"few-gold", arms.REFERENCE_ARM}
+    assert done[4:] == [("few-gold-tuna-best", False), ("few-gold-tuna-best", True)]
 
 
 # The analysis, on rows made by hand
