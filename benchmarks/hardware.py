@@ -18,6 +18,7 @@ from tuna_peft.limits import GIB
 from tuna_peft.planning.from_recipe import plan_recipe
 from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.plan import Plan
+from tuna_peft.planning.sizes import sizes_of
 from tuna_peft.planning.spec import Device
 from tuna_peft.recipe.load import load_recipe
 from tuna_peft.recipe.shipped import shipped_recipes
@@ -33,6 +34,20 @@ README_MODELS = (
     "meta-llama/Llama-3.2-1B", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-2-13b-hf",
     "meta-llama/Llama-3.1-70B",
 )  # fmt: skip
+# Models and GPUs whose sizes docs/performance.md shows.
+SIZED = (
+    ("meta-llama/Llama-3.2-1B", "RTX 4060 8GB"), ("meta-llama/Llama-3.2-3B", "RTX 4060 8GB"),
+    ("meta-llama/Llama-2-7b-hf", "T4"), ("meta-llama/Llama-3.1-8B", "RTX 3060 12GB"),
+    ("meta-llama/Llama-3.1-8B", "RTX 4090"), ("meta-llama/Llama-2-13b-hf", "RTX 4090"),
+    ("meta-llama/Llama-3.1-8B", "A100 40GB"), ("meta-llama/Llama-3.1-8B", "H100 80GB"),
+    ("meta-llama/Llama-3.1-8B", "H200"), ("meta-llama/Llama-3.1-70B", "RTX 6000 Ada"),
+    ("meta-llama/Llama-3.1-70B", "H100 80GB"),
+)  # fmt: skip
+# A stage that samples its own responses: four of 256 tokens.
+_SAMPLING = (
+    "stages.contextual.data={prompts: {path: data/prompts.jsonl}, judge: {function: builtin:pico}, "
+    "sample: {n: 4, max_new_tokens: 256, batch_size: auto}}"
+)
 # The lines at the top of a recipe that this program writes; they name the GPU that the recipe is planned for.
 _HEAD = re.compile(r"^# Expected peak:(?:.|\n#)*? --gpu \"?(?P<gpu>[^\n\"]+)\"?$", re.MULTILINE)
 
@@ -43,6 +58,8 @@ def files() -> Iterator[tuple[Path, str]]:
     for name, file in recipes.items():
         text = file.read_text("utf-8")
         yield file, _HEAD.sub(lambda found, name=name: _head(name, found["gpu"]), text, count=1)
+    performance = ROOT / "docs" / "performance.md"
+    yield performance, _between(performance.read_text("utf-8"), "sizes", _sizes())
     docs, readme = ROOT / "docs" / "planning.md", ROOT / "README.md"
     text = _between(docs.read_text("utf-8"), "recipes", _table((name, name, ()) for name in recipes))
     models = (("two-stage", model.rpartition("/")[2], (f"base.model={model}",)) for model in MODELS)
@@ -68,6 +85,25 @@ def _table(rows: Iterable[tuple[str, str, Sequence[str]]]) -> str:
             for plan in _plans(recipe, overrides, GPUS)
         ]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _sizes() -> str:
+    lines = [
+        "| model | GPU | tokens a pass | layers that keep activations | sampled at once | scored at once | peak GiB |"
+    ]
+    lines.append("|---" * 7 + "|")
+    for model, gpu in SIZED:
+        [plan] = _plans("two-stage", (f"base.model={model}", _SAMPLING), [gpu])
+        phases = {phase.name: phase for phase in plan.phases}
+        sizes = sizes_of(plan.run)
+        kept = phases["train probabilistic"].note.split()[0]
+        tokens = sizes["stages.probabilistic.train.max_tokens_per_batch"]
+        lines.append(
+            f"| {model.rpartition('/')[2]} | {gpu} | {tokens:,} | {kept} "
+            f"| {sizes['stages.contextual.data.sample.batch_size']} | {sizes['evaluation.batch_size']} "
+            f"| {plan.peak / GIB:.1f} of {plan.device.memory / GIB:.1f} |"
+        )
     return "\n".join(lines)
 
 

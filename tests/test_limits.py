@@ -106,5 +106,6 @@ def test_a_batch_that_is_smaller_than_a_prompts_samples_holds_one_prompt():
 
 
 def test_several_processes_keep_no_activations_unless_told_to():
-    assert limits.activation_policy("auto", 1) == "auto" and limits.activation_policy("auto", 2) == "none"
-    assert limits.activation_policy("full", 2) == "full" and limits.activation_policy(2.5, 2) == 2.5
+    assert limits.activation_policy("auto") == "auto" and limits.activation_policy("auto", sharded=True) == "none"
+    assert limits.activation_policy("full", sharded=True) == "full"
+    assert limits.activation_policy(2.5, sharded=True) == 2.5

@@ -27,12 +27,16 @@ LONG_ROW = 512
 BATCHES_IN_BLOCK = 4
 # Tokens of free space that a growing key-value cache allocates beyond the tokens that it must store.
 CACHE_ROOM = 64
+# Responses that are generated at once where no plan says how many fit; and tokens of a forward pass in training.
+UNPLANNED_BATCH, UNPLANNED_TOKENS = 32, 4096
 # Weights that share a scale in 4-bit quantization, and scales that share a scale in double quantization: defaults
 # of bitsandbytes.
 QUANTIZATION_BLOCK, SCALES_BLOCK = 64, 256
 # Share of a GPU's free memory that kept activations may fill; the rest is for fragmentation, as the allocator's blocks
 # never fit exactly.
 ACTIVATIONS_ON_GPU = 0.92
+# The same with several processes, which cannot repeat a step that runs out of memory.
+ACTIVATIONS_ON_GPUS = 0.8
 # The same share of main memory, which other programs need too.
 ACTIVATIONS_IN_RAM = 0.5
 # Share of free memory, on a GPU or in main memory, that a dense copy of the weights may take while a model generates;
@@ -104,9 +108,14 @@ def prompts_per_batch(batch_size: int, n: int) -> int:
     return max(1, batch_size // n)
 
 
-def activation_policy(setting: str | float, processes: int) -> str | float:
-    """The `activation_memory` in effect: with several processes `auto` is `none`, as their choices would differ."""
-    return "none" if setting == "auto" and processes > 1 else setting
+def activation_policy(setting: str | float, *, sharded: bool = False) -> str | float:
+    """The `activation_memory` in effect: `auto` is `none` if processes share a base, as their choices would differ."""
+    return "none" if setting == "auto" and sharded else setting
+
+
+def activations_on_gpu(processes: int) -> float:
+    """Share of a GPU's free memory that kept activations may fill."""
+    return ACTIVATIONS_ON_GPU if processes == 1 else ACTIVATIONS_ON_GPUS
 
 
 def available_ram() -> float:

@@ -3,7 +3,8 @@
 import torch
 from families import make_rows
 
-from tuna_peft.data.collate import RankedCollator
+from tuna_peft.data.collate import MicroBatchCollator, RankedCollator
+from tuna_peft.limits import LONG_ROW
 from tuna_peft.models.forward.prefix import shared_prefix_mask
 
 ROW = {
@@ -131,3 +132,19 @@ def test_mask_is_the_one_of_each_token_s_own_sequence():
             assert positions[keys].tolist() == list(range(int(positions[q]) + 1))
             found.add(tuple(ids[keys].tolist()))
         assert found == prefixes
+
+
+def test_a_token_budget_counts_padding_only_where_there_is_any():
+    def row(length):
+        return {"prompt_ids": [1], "completions_ids": [[5] * length, [6]], "completion_skips": [0, 0], "ranks": [0, 1]}
+
+    def passes(longest, max_tokens, **settings):
+        micro = MicroBatchCollator(RankedCollator(0), max_tokens, **settings)
+        batches = micro([row(longest), row(100), row(100), row(100)])["micro_batches"]
+        return [len(batch.ranks_BN) for batch in batches]
+
+    long, short = LONG_ROW, LONG_ROW - 10
+    assert passes(long, long + 2 + 3 * 102) == [4]  # concatenated without padding
+    assert passes(long, long + 1 + 3 * 102) == [3, 1]
+    assert passes(long, 4 * (long + 2) - 1, by_segment=False) == [3, 1]  # eager attention pads
+    assert passes(short, 4 * (short + 2)) == [4] and passes(short, 4 * (short + 2) - 1) == [3, 1]

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from tuna_peft import limits
 from tuna_peft.data.collate import RankedCollator
-from tuna_peft.limits import ACTIVATIONS_ON_GPU, GIB
+from tuna_peft.limits import ACTIVATIONS_ON_GPU, ACTIVATIONS_ON_GPUS, GIB
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.forward.scoring import response_logps
 from tuna_peft.models.stack.adapters import push_adapter
@@ -110,7 +110,7 @@ def test_auto_uses_the_free_memory_of_a_gpu_after_the_first_step(model, batch, m
     size = layer_gib(model, batch) * GIB
     monkeypatch.setattr(activation_memory, "_start_watching", lambda device: 10 * size)
     monkeypatch.setattr(activation_memory, "_peak", lambda device: 14 * size)
-    monkeypatch.setattr(activation_memory, "_free", lambda device: 6.5 / ACTIVATIONS_ON_GPU * size)
+    monkeypatch.setattr(activation_memory, "free_bytes", lambda device: 6.5 / ACTIVATIONS_ON_GPU * size)
     policy = ActivationMemory("auto")
     policy.attach(model)
     budget, gpu = policy._budget, torch.device("cuda")
@@ -142,17 +142,47 @@ def test_a_cpu_budget_knows_the_limit_of_the_container(tmp_path, monkeypatch):
     assert ActivationMemory("auto")._budget(torch.device("cpu"), tokens=1) == 0.5 * (8000 - 5000 + 1000)
 
 
-def test_out_of_memory_makes_all_layers_recompute(model, batch):
+def test_out_of_memory_halves_the_layers_that_keep_their_activations(model, batch):
     policy = ActivationMemory(1e6)
     policy.attach(model)
     gradients(model, batch)
+    counts = [sum(kept(model))]
+    while policy.release():
+        gradients(model, batch)
+        counts.append(sum(kept(model)))
+    assert counts == [4, 2, 1, 0]
+
+
+def test_out_of_memory_with_all_kept_makes_all_recompute(model, batch):
+    policy = ActivationMemory("full")
+    policy.attach(model)
     assert policy.release() and not policy.release()
-    gradients(model, batch)
     assert kept(model) == [False] * LAYERS
 
 
-def test_with_several_processes_all_layers_recompute(model):
-    assert ActivationMemory("auto", processes=2).setting == "none"
+def test_several_processes_take_the_least_memory_of_all_and_a_margin(model, batch, monkeypatch):
+    size = layer_gib(model, batch) * GIB
+    monkeypatch.setattr(activation_memory, "_start_watching", lambda device: 0)
+    monkeypatch.setattr(activation_memory, "_peak", lambda device: 100)
+    monkeypatch.setattr(activation_memory, "free_bytes", lambda device: 9 * size)
+    seen = []
+
+    def gather(own):
+        seen.extend(own)
+        return [*own, (2.0, 3 * size), (7.0, 5 * size)]  # of two other processes
+
+    monkeypatch.setattr(activation_memory, "gather_object", gather)
+    policy = ActivationMemory("auto", processes=3)
+    policy.attach(model)
+    gpu = torch.device("cuda")
+    assert policy._budget(gpu, tokens=50) == 0
+    policy.on_step_end(SimpleNamespace(device=gpu), None, None, optimizer=SimpleNamespace(state={0: {}}))
+    assert seen == [(2.0, ACTIVATIONS_ON_GPUS * 9 * size)]
+    assert policy._budget(gpu, tokens=50) == pytest.approx(3 * size - 7.0 * 50)
+
+
+def test_processes_that_share_a_base_recompute_all_layers():
+    assert ActivationMemory("auto", processes=2, sharded=True).setting == "none"
 
 
 @pytest.mark.parametrize("value", ["lots", -1, "nan"])

@@ -13,6 +13,7 @@ from tuna_peft.limits import GIB
 from tuna_peft.planning.advice import advise, smallest_gpu
 from tuna_peft.planning.flops import ON_CPU, TRAINING, Utilization
 from tuna_peft.planning.plan import Phase, Plan
+from tuna_peft.planning.sizes import sizes_of
 
 
 def describe(plan: Plan, source: str) -> RenderableType:
@@ -21,6 +22,7 @@ def describe(plan: Plan, source: str) -> RenderableType:
     lines: list[RenderableType] = [
         Text(f"{run.model} on {device.name} ({gib(device.memory)}); sizes from {source}", style="bold"),
         Text(f"  computes in {run.precision.compute * 8} bits{f': {device.why}' if device.why else ''}"),
+        *(Text(f"  {key}: {size:,}") for key, size in sizes_of(run).items()),
         *(Text(f"  {name}: {source}") for name, source in _sources(plan).items()),
         _phases(plan),
         _parts(plan.largest, device.cuda),
@@ -63,6 +65,7 @@ def as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "needed_bytes": round(plan.needed),
         "peak_bytes": round(plan.peak),
         "hours": plan.hours,
+        "sizes": sizes_of(plan.run),
         "utilisation": {"share": _utilization(plan).share, "source": _utilization(plan).source},
         "data": _sources(plan),
         "unplanned": list(plan.run.unplanned),

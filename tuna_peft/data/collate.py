@@ -22,7 +22,7 @@ import torch
 from tuna_peft.data.batch import PackedBatch, segment_keys
 from tuna_peft.data.encoder import loss_tokens
 from tuna_peft.errors import UserError
-from tuna_peft.limits import PAD_TO
+from tuna_peft.limits import LONG_ROW, PAD_TO
 
 # A limit beyond every position: the whole of a segment is visible.
 EVERYTHING = 2**31 - 1
@@ -122,7 +122,9 @@ class MicroBatchCollator:
 
     Args:
         collate: Packs rows and stacks them into a `PackedBatch`.
-        max_tokens: Maximum tokens of a micro-batch, padding included; None puts all prompts into one.
+        max_tokens: Maximum tokens of a micro-batch; None puts all prompts into one. Padding counts where there is any:
+            sequences of `LONG_ROW` tokens and more are concatenated without it.
+        by_segment: Whether the model computes such sequences without padding; eager attention does not.
 
     Returns (when called):
         `{"micro_batches": [PackedBatch, ...], "order": [int, ...]}`, the longest sequences first, so that running out
@@ -132,6 +134,7 @@ class MicroBatchCollator:
 
     collate: RankedCollator
     max_tokens: int | None = None
+    by_segment: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         packed = [self.collate.pack(row) for row in rows]
@@ -141,11 +144,17 @@ class MicroBatchCollator:
         order.sort(key=lambda index: -len(packed[index].tokens))
         micro_batches: list[list[PackedRow]] = []
         for row in (packed[index] for index in order):
-            width = len(micro_batches[-1][0].tokens) if micro_batches else 0
-            if not micro_batches or (len(micro_batches[-1]) + 1) * width > self.max_tokens:
+            if not micro_batches or self._tokens([*micro_batches[-1], row]) > self.max_tokens:
                 micro_batches.append([])
             micro_batches[-1].append(row)
         return {"micro_batches": [self.collate.stack(rows) for rows in micro_batches], "order": order}
+
+    def _tokens(self, rows: list[PackedRow]) -> int:
+        """Tokens of a micro-batch whose first row is the longest."""
+        width = len(rows[0].tokens)
+        if self.by_segment and width + -width % self.collate.pad_to_multiple_of >= LONG_ROW:
+            return sum(len(row.tokens) for row in rows)
+        return len(rows) * width
 
     def require_fitting(self, rows: Iterable[dict[str, Any]]) -> None:
         """Checks that every prompt fits into the budget with its responses.

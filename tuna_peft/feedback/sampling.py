@@ -92,7 +92,7 @@ class ModelSampler:
         """See `Sampler`."""
         return stream_responses(
             self.model, self.tokenizer, prompts, n=settings.n, temperature=temperature, top_p=settings.top_p,
-            max_new_tokens=settings.max_new_tokens, seed=seed, batch_size=settings.batch_size, done=done,
+            max_new_tokens=settings.max_new_tokens, seed=seed, batch_size=settings.responses_at_once, done=done,
             dense=self._dense, description=f"sampling, temperature {temperature:g}",
         )  # fmt: skip
 

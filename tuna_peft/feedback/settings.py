@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from tuna_peft.data.config import MayBeLocal, Section
+from tuna_peft.limits import UNPLANNED_BATCH
 
 LOCAL_ONLY = ("revision", "trust_remote_code")
 """Settings that have no effect without `model`."""
@@ -110,10 +111,17 @@ class SampleSettings(Section):
     )
     hotter_by: float = Field(0.1, ge=0, description="Increase of the temperature for each new sampling attempt.")
     trials: int = Field(3, ge=1, description="Maximum sampling attempts; the most diverse set of responses is kept.")
-    batch_size: int = Field(32, ge=1, description="Responses generated at once; halved when memory runs out.")
+    batch_size: int = Field(
+        UNPLANNED_BATCH, ge=1, description="Responses generated at once; halved when memory runs out."
+    )
     backend: Literal["transformers", "vllm"] = Field(
         "transformers", description="`vllm` is faster on a GPU with room for a second copy of the model; extra `vllm`."
     )
+
+    @property
+    def responses_at_once(self) -> int:
+        """The batch size; a number also where no plan has replaced a recipe's `auto`."""
+        return self.batch_size if isinstance(self.batch_size, int) else UNPLANNED_BATCH
 
 
 class GenerateSettings(Section):

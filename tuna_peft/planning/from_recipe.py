@@ -173,6 +173,7 @@ def _stage(
     lora, train = stage.lora, stage.train
     targets = list(shape.linears) if lora.target_modules == "all-linear" else lora.target_modules
     policy = train.get("activation_memory", "none")
+    auto_tokens = train.get("max_tokens_per_batch") == "auto"
     models: dict[str, Any] = {}
     if stage.feedback is not None:
         if not ranked:
@@ -186,7 +187,8 @@ def _stage(
         Adapter(lora.r, shape.adapter(lora.r, targets), len(targets), lora.dropout),
         batch_size=train["per_device_train_batch_size"],
         accumulation=train["gradient_accumulation_steps"],
-        max_tokens=train.get("max_tokens_per_batch"),
+        max_tokens=None if auto_tokens else train.get("max_tokens_per_batch"),
+        auto_tokens=auto_tokens,
         activation_memory=policy if stage.checkpoints_activations else "full",
         optimizer=str(train["optim"]),
         epochs=train["num_train_epochs"],
@@ -204,8 +206,8 @@ def _ranking_models(source: FeedbackSource, rows: Workload, device: Device, key:
     models: dict[str, Any] = {}
     if (sample := source.sample) is not None and sample.backend == "transformers":
         models["sample"] = SampleSpec(
-            sample.n, sample.max_new_tokens, sample.batch_size, sample.top_p < 1,
-            attempts=sample.trials if sample.max_similarity <= 1 else 1,
+            sample.n, sample.max_new_tokens, sample.responses_at_once, sample.top_p < 1,
+            attempts=sample.trials if sample.max_similarity <= 1 else 1, auto=sample.batch_size == "auto",
         )  # fmt: skip
     if (score := source.score) is not None and (teacher := _local_model(score, device, f"{key}.score")) is not None:
         models["teacher"] = TeacherSpec(teacher, score.max_tokens_per_batch)
@@ -279,7 +281,7 @@ def _named_evaluation(recipe: Recipe, workloads: dict[str, Workload], device: De
             asked = task.judge.model_copy(update={"both_orders": True})
             judge = _judge(asked, pairs, device, "evaluation.tasks.vicuna.judge")
         tasks[name] = TaskSpec(workload, new, judge)
-    return EvaluationSpec(settings.batch_size, tasks)
+    return EvaluationSpec(settings.prompts_at_once, tasks, auto=settings.batch_size == "auto")
 
 
 def _longest(workload: Workload, count: int) -> tuple[int, ...]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from tuna_peft.limits import (
     ACTIVATIONS_IN_RAM,
-    ACTIVATIONS_ON_GPU,
     DENSE_COPY,
     GIB,
     activation_policy,
+    activations_on_gpu,
     response_room,
 )
 from tuna_peft.planning.flops import decode_hours, forward_flops, hours, ranking_flops, sft_flops
@@ -31,6 +31,7 @@ from tuna_peft.planning.memory import (
     weight_parts,
 )
 from tuna_peft.planning.shapes import ModelShape
+from tuna_peft.planning.sizes import sized
 from tuna_peft.planning.spec import Device, JudgeSpec, RunSpec
 from tuna_peft.planning.storage import disk, main_memory
 from tuna_peft.planning.workload import ForwardPass, Workload, packed_pass
@@ -90,6 +91,8 @@ def training(run: RunSpec, index: int, device: Device) -> Phase:
     temporary = activations(batch, kept)
     # Activations that `auto` keeps because there is free memory are not needed.
     minimum = activations(batch, 0) if stage.activation_memory == "auto" else temporary
+    if stage.auto_tokens:  # less memory would have given smaller passes
+        minimum = activations(stage.smallest_pass, 0 if stage.activation_memory == "auto" else kept)
     count = sft_flops if stage.kind == "sft" else ranking_flops
     rows = stage.workload
     flops = count(shape, rows, stage.adapter, below, kept) * stage.rows_seen
@@ -116,7 +119,7 @@ def _kept_layers(run: RunSpec, index: int, device: Device, fixed: float) -> int:
         fixed: Bytes of weights, adapters, gradients and optimizer states.
     """
     stage, below, layers = run.stages[index], run.below(index), run.shape.layers
-    setting, batch = activation_policy(stage.activation_memory, stage.processes), stage.largest_pass
+    setting, batch = activation_policy(stage.activation_memory), stage.largest_pass
     if setting == "full":
         return layers
     if setting == "none":
@@ -125,9 +128,9 @@ def _kept_layers(run: RunSpec, index: int, device: Device, fixed: float) -> int:
         budget = float(setting) * GIB
     elif device.cuda:
         recomputing = activation_bytes(run.shape, batch, run.precision, stage.adapter, below)
-        budget = ACTIVATIONS_ON_GPU * (device.memory - CUDA_CONTEXT - fixed) - recomputing
+        budget = activations_on_gpu(stage.processes) * (device.memory - CUDA_CONTEXT - fixed) - recomputing
     else:
-        budget = ACTIVATIONS_IN_RAM * (device.memory - PROCESS - fixed)
+        budget = ACTIVATIONS_IN_RAM * (device.memory - PROCESS - fixed) / stage.processes
     layer = layer_bytes(run.shape, batch, run.precision, stage.adapter, below)
     return max(min(int(budget / layer), layers), 0)
 
@@ -235,6 +238,12 @@ class Inference:
         )  # fmt: skip
 
 
+def _flexible(phase: Phase, device: Device) -> Phase:
+    """The phase with a batch size of `auto`: less memory would have given a smaller one."""
+    phase.needed = min(phase.needed, phase.smallest + _margin(device, 0))
+    return phase
+
+
 def _margin(device: Device, temporary: float) -> float:
     return (CUDA_CONTEXT if device.cuda else PROCESS) + FRAGMENTATION * temporary
 
@@ -286,6 +295,7 @@ class Plan:
 
 def make_plan(run: RunSpec, device: Device) -> Plan:
     """Predicts memory and time of a run on a device."""
+    run = sized(run, device)
     phases: list[Phase] = []
     for index in range(len(run.stages)):
         phases += [*_ranking_phases(run, index, device), training(run, index, device)]
@@ -307,9 +317,10 @@ def _ranking_phases(run: RunSpec, index: int, device: Device) -> Iterator[Phase]
     if (sample := stage.sample) is not None:
         note = f"up to {sample.attempts} attempts" if sample.attempts > 1 else ""
         inference = Inference(f"sample {stage.name}", weights, run.shape, run.precision, device, note=note)
-        yield inference.generation(
+        phase = inference.generation(
             prompts, sample.new_tokens, sample.prompts_at_once, sample.n, greedy=False, top_p=sample.top_p
         )
+        yield _flexible(phase, device) if sample.auto else phase
     if (teacher := stage.teacher) is not None:
         model = teacher.model
         inference = Inference(f"score {stage.name}", weights | model.parts, model.shape, model.precision, device)
@@ -333,9 +344,10 @@ def evaluation_phases(run: RunSpec, device: Device) -> Iterator[Phase]:
     for name, task in settings.tasks.items():
         inference = Inference(f"evaluate: {name}", weights, run.shape, run.precision, device, times, f"{times} times")
         if task.new_tokens is None:
-            yield inference.scoring(task.workload, settings.batch_size)
+            phase = inference.scoring(task.workload, settings.batch_size)
         else:
-            yield inference.generation(task.workload, task.new_tokens, settings.batch_size)
+            phase = inference.generation(task.workload, task.new_tokens, settings.batch_size)
+        yield _flexible(phase, device) if settings.auto else phase
         if task.judge is not None:
             yield _judging(f"judge {name}", weights, task.judge, device, times)
 

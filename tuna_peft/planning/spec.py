@@ -64,6 +64,7 @@ class SampleSpec:
         batch_size: Responses that are generated at once.
         top_p: Whether nucleus sampling sorts the vocabulary for every token.
         attempts: Maximum number of times that a prompt is sampled.
+        auto: Whether the batch size follows the memory, see `planning.sizes`.
     """
 
     n: int
@@ -71,6 +72,7 @@ class SampleSpec:
     batch_size: int
     top_p: bool = False
     attempts: int = 1
+    auto: bool = False
 
     @property
     def prompts_at_once(self) -> int:
@@ -128,6 +130,7 @@ class StageSpec:
         prompt_workload: Prompts that the run samples responses to, or whose responses it ranks; None if the training
             data is ranked already.
         sample, teacher, judge: Local models that make the training data.
+        auto_tokens: Whether `max_tokens` follows the memory, see `planning.sizes`.
     """
 
     name: str
@@ -149,6 +152,7 @@ class StageSpec:
     sample: SampleSpec | None = None
     teacher: TeacherSpec | None = None
     judge: JudgeSpec | None = None
+    auto_tokens: bool = False
 
     @property
     def largest_pass(self) -> ForwardPass:
@@ -195,11 +199,17 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """The evaluation of the base and of every stage; `adapts` if the recipe has no batch size to change."""
+    """The evaluation of the base and of every stage.
+
+    Attributes:
+        adapts: The recipe has no batch size that could be lowered: `evaluation: auto`.
+        auto: The batch size follows the memory, see `planning.sizes`.
+    """
 
     batch_size: int
     tasks: dict[str, TaskSpec]
     adapts: bool = False
+    auto: bool = False
 
 
 @dataclass(frozen=True)

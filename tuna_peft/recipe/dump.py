@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -25,6 +26,24 @@ def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
     before, after = _flat(old), _flat(new)
     changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
     return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in changed]
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """A copy of `recipe` with other values for some dotted keys, such as `stages.sft.train.max_steps`."""
+    recipe = recipe.model_copy(deep=True)
+    for key, value in values.items():
+        *parts, last = key.split(".")
+        place: Any = recipe
+        for part in parts:
+            if isinstance(place, list):  # the stages
+                place = next(stage for stage in place if stage.name == part)
+            else:
+                place = place[part] if isinstance(place, dict) else getattr(place, part)
+        if isinstance(place, dict):
+            place[last] = value
+        else:
+            setattr(place, last, value)
+    return recipe
 
 
 _ABSENT = object()

@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag
 
 from tuna_peft.data.config import DataSource, MayBeLocal, Overflow, Section
 from tuna_peft.feedback.settings import JudgeSettings
+from tuna_peft.limits import UNPLANNED_BATCH
 
 
 class RankingTask(DataSource):
@@ -135,7 +136,14 @@ class EvaluationSettings(Section):
     """What is measured before the first stage and after each stage."""
 
     tasks: TaskSettings = Field(default_factory=TaskSettings, description="The tasks, by name.")
-    batch_size: int = Field(32, ge=1, description="Number of prompts per batch.")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        UNPLANNED_BATCH, description="Number of prompts per batch; `auto` follows the device's memory."
+    )
+
+    @property
+    def prompts_at_once(self) -> int:
+        """The batch size; a number also where no plan has replaced `auto`."""
+        return UNPLANNED_BATCH if self.batch_size == "auto" else self.batch_size
 
 
 # Tags of the two kinds, see `recipe/feedback_schema.py`.

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from tuna_peft.data.config import DataSource, Section
 from tuna_peft.feedback.settings import JudgeSettings, SampleSettings, ScoreSettings
+from tuna_peft.limits import UNPLANNED_BATCH
 
 
 class StageSample(SampleSettings):
@@ -18,6 +19,10 @@ class StageSample(SampleSettings):
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(  # type: ignore[assignment]
+        UNPLANNED_BATCH,
+        description="Responses generated at once, halved when memory runs out; `auto` follows the device's memory.",
+    )
     from_stage: str | None = Field(
         None,
         alias="from",

@@ -53,6 +53,7 @@ _WIDER: dict[str, Any] = {
     "activation_memory": str | float,
     "learning_rate": float | typing.Literal["auto"],
     "margin": float | typing.Literal["auto"],
+    "max_tokens_per_batch": int | typing.Literal["auto"] | None,
 }
 _HUB = "Publish the finished run with `push` instead; a stage is not pushed while it trains."
 

@@ -140,7 +140,7 @@ def evaluate_target(
             stage_digest = {**digest, "adapters": {name: digest["adapters"][name] for name in adapters}}
             with active_adapters(loaded.model, adapters):
                 session = Session(
-                    output, stage, stage_digest, loaded.model, loaded.tokenizer, journal, settings.batch_size
+                    output, stage, stage_digest, loaded.model, loaded.tokenizer, journal, settings.prompts_at_once
                 )
                 results[stage] = evaluate_stage(session, data.tasks)
     return {stage: results[stage] for stage in known if stage in results}

@@ -20,7 +20,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import RUN_INFO
 from tuna_peft.files import remove_abandoned, take_lock, write_json, write_text
 from tuna_peft.recipe.document import read_document
-from tuna_peft.recipe.dump import diff_recipes, dump_recipe
+from tuna_peft.recipe.dump import diff_recipes, dump_recipe, with_values
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.metrics_file import METRICS
 from tuna_peft.run.processes import Processes
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tuna_peft")
 
-TEMPLATE_DATE, DTYPE = "template_date.json", "dtype.json"
+TEMPLATE_DATE, DTYPE, SIZES = "template_date.json", "dtype.json", "sizes.json"
+# Files that a run writes before its first result.
+_FIRST = ("run.log", METRICS, RUN_INFO, TEMPLATE_DATE, DTYPE, SIZES)
 # Folders that hold what a run has computed.
 _RESULTS = ("evaluation", "stages", "stack")
 # Loggers whose messages go to run.log. Only those of tuna_peft go to the terminal too.
@@ -84,7 +86,8 @@ class RunDirectory:
     - `recipe.yaml`: the recipe with `extends` and overrides applied; `run.log`: the log; `metrics.jsonl`: what the
       trainers logged;
     - `run.json`: what the report says about the run besides its results; `template_date.json`: the date in the chat
-      template, if it shows one; `dtype.json`: what `base.dtype: auto` means in this run;
+      template, if it shows one; `dtype.json`: what `base.dtype: auto` means in this run; `sizes.json`:
+      the sizes that are `auto` in the recipe;
     - `stages/<name>/`: checkpoints, log history, curves, and `done.json` once the stage is finished. If the run ranks
       the responses itself also `samples.jsonl`, `ranked.jsonl`, their journals, and `feedback.json` once they are
       complete;
@@ -163,7 +166,7 @@ class RunDirectory:
         known = {".lock", ".ipynb_checkpoints"}
         if holder:  # a run was here before; without one, a `recipe.yaml` is not ours to replace
             remove_abandoned(self.path)
-            known |= {"recipe.yaml", "run.log", METRICS, RUN_INFO}
+            known |= {"recipe.yaml", *_FIRST}
         begun = self._begun()
         if not begun:
             known |= {*_RESULTS}  # empty folders
@@ -178,7 +181,7 @@ class RunDirectory:
 
     def _take_recipe(self) -> None:
         if not self._begun():  # a run that stopped at its inputs has no results yet, so its recipe may be corrected
-            for name in ("run.log", METRICS, RUN_INFO):
+            for name in _FIRST:
                 (self.path / name).unlink(missing_ok=True)
             write_text(self.path / "recipe.yaml", dump_recipe(self.recipe))
             return
@@ -259,6 +262,19 @@ class RunDirectory:
             logger.warning(
                 "this run began in %s and stays in it; a new run would compute in %s here%s", dtype, here, reason
             )
+
+    def fix_sizes(self, sizes: dict[str, int] | None = None) -> None:
+        """Replaces `auto` by numbers: those that the run began with, wherever it is resumed; without any, `sizes`.
+
+        Args:
+            sizes: Numbers by their keys in the recipe; None while the plan is not made.
+        """
+        saved: dict[str, int] = self.load(SIZES) or sizes or {}
+        if saved:
+            self.save(SIZES, saved)
+            self.recipe = with_values(self.recipe, saved)
+        if sizes:
+            logger.info("sizes for this device: %s", ", ".join(f"{key}={value:,}" for key, value in saved.items()))
 
     def save(self, name: str, value: Any) -> None:
         """Writes `value` to the JSON file `name` in the run's folder, atomically; only the first process does."""

@@ -107,7 +107,7 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
         inputs.counts["evaluation"] = {"held_out": {name: len(records) for name, records in held_out.records.items()}}
     elif settings := recipe.named_evaluation:
         read_data = read_tasks(settings.tasks, recipe.prompt, tokenizer, config, stage_names(recipe))
-        inputs.ranked, inputs.tasks, inputs.batch_size = read_data.ranked, read_data.tasks, settings.batch_size
+        inputs.ranked, inputs.tasks, inputs.batch_size = read_data.ranked, read_data.tasks, settings.prompts_at_once
         inputs.counts |= {f"evaluation.{task}": counts for task, counts in read_data.counts.items()}
     return inputs
 

@@ -41,6 +41,7 @@ from tuna_peft.models.stack.any_model import model_digest
 from tuna_peft.models.stack.files import extend_stack
 from tuna_peft.models.stack.manifest import read_manifest
 from tuna_peft.planning.prompt_check import warn_of_default_template
+from tuna_peft.planning.sizes import sizes_of
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.checks import check_base, check_options
@@ -81,6 +82,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         _quiet_libraries()
         stages = resolve_stages(recipe)
         inputs = _check_and_read(run, stages, on_cpu)
+        stages = resolve_stages(run.recipe)  # with the sizes that follow the memory
         base = _load_base(run.recipe, processes)
         set_template_date(base.tokenizer, run.recipe.prompt.date)
         run.save(RUN_INFO, _facts(run.recipe, base, inputs))
@@ -141,6 +143,7 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
     with processes.main_first():  # the first process downloads, the others read its cache
         run.fix_template_date(tokenizer)
         run.fix_dtype(config)
+        run.fix_sizes()
         inputs = read_inputs(recipe, tokenizer, config)
     if processes.sharding and recipe.evaluation == "auto":  # generation gathers the shards for every token: too slow
         inputs.tasks = [task for task in inputs.tasks if task.name != "answers"]
@@ -149,7 +152,12 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
             check_feedback(stage, inputs.prompts[stage.name], tokenizer)
     ranked = [name for name in inputs.prompts if is_ranked(run, name)]
     sharded = processes.sharding is not None
-    preflight(run.recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer, ranked=ranked)
+    plan = preflight(run.recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer, ranked=ranked)
+    if plan:
+        with processes.main_first():  # whose memory counts
+            run.fix_sizes(sizes_of(plan.run))
+    if settings := run.recipe.named_evaluation:
+        inputs.batch_size = settings.prompts_at_once
     return inputs
 
 

@@ -14,11 +14,13 @@ import logging
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils._pytree import tree_iter
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tuna_peft.limits import ACTIVATIONS_IN_RAM, ACTIVATIONS_ON_GPU, GIB, activation_policy, available_ram
+from tuna_peft.limits import ACTIVATIONS_IN_RAM, GIB, activation_policy, activations_on_gpu, available_ram
+from tuna_peft.models.base.memory import free_bytes
 from tuna_peft.models.forward.scoring import unwrap
 
 logger = logging.getLogger("tuna_peft")
@@ -31,11 +33,17 @@ class ActivationMemory(TrainerCallback):
         setting: GiB for kept activations; or `"full"` (keep all), `"none"` (every layer recomputes), or `"auto"`: use
             the free memory of the device. On a GPU that is what the first step, in which every layer recomputes,
             leaves free; on a CPU half of the free memory.
-        processes: Number of processes; with several, `"auto"` means `"none"`, because each would choose differently.
+        processes: Number of processes. With several, the least free memory of all counts, with a larger margin: they
+            cannot repeat a step that runs out of memory.
+        sharded: Whether they share one base. `"auto"` means `"none"` then: a layer that is recomputed gathers its
+            weights from all processes, so all would have to choose the same.
     """
 
-    def __init__(self, setting: str | float, processes: int = 1) -> None:
-        self.setting = activation_policy(setting, processes)
+    def __init__(self, setting: str | float, processes: int = 1, *, sharded: bool = False) -> None:
+        self.setting = activation_policy(setting, sharded=sharded)
+        self._processes = processes
+        self._most = float("inf")  # bytes for kept activations, after running out of memory
+        self._kept_bytes = 0.0
         self._layers: list[GradientCheckpointingLayer] = []
         self._hook: Any = None
         self._bytes_per_token, self._widest, self._logged = 0.0, 0, 0
@@ -54,9 +62,12 @@ class ActivationMemory(TrainerCallback):
         allocate them, so the measurement waits for a step that counts.
         """
         if self.setting == "auto" and self._pass_bytes_per_token is None and self._probe_tokens and optimizer.state:
-            device = args.device
-            self._pass_bytes_per_token = (_peak(device) - self._left) / self._probe_tokens
-            self._left = ACTIVATIONS_ON_GPU * _free(device)
+            device, share = args.device, activations_on_gpu(self._processes)
+            found = (_peak(device) - self._left) / self._probe_tokens, share * free_bytes(device)
+            if self._processes > 1:
+                each = gather_object([found])
+                found = max(size for size, _ in each), min(free for _, free in each)
+            self._pass_bytes_per_token, self._left = found
 
     def on_train_end(self, args, state, control, **kwargs):
         """Detaches from the model."""
@@ -78,15 +89,16 @@ class ActivationMemory(TrainerCallback):
             self._hook = None
 
     def release(self) -> bool:
-        """After running out of memory: every layer recomputes from now on.
+        """After running out of memory: half as many layers keep their activations from now on, with `"full"` none.
 
         Returns:
             Whether that frees memory: False when no layer kept its activations, or none can recompute them.
         """
         able = [layer for layer in self._layers if hasattr(layer, "_gradient_checkpointing_func")]
         kept = not all(layer.gradient_checkpointing for layer in able)
-        if kept:
-            self.detach()
+        if kept and self._hook is not None:
+            self._most = self._kept_bytes / 2
+        elif kept:
             for layer in self._layers:
                 layer.gradient_checkpointing = True
         return kept
@@ -99,8 +111,9 @@ class ActivationMemory(TrainerCallback):
         if width > self._widest:  # longer sequences never take less memory per token
             self._widest = width
             self._bytes_per_token = max(self._bytes_per_token, saved_bytes(layer, args, kwargs) / tokens)
-        budget = self._budget(hidden.device, tokens)
+        budget = min(self._budget(hidden.device, tokens), self._most)
         kept = min(int(budget / (self._bytes_per_token * tokens)), len(self._layers))
+        self._kept_bytes = kept * self._bytes_per_token * tokens
         # The last layers: the backward pass frees their activations before the first layer recomputes its own.
         for index, each in enumerate(self._layers):
             each.gradient_checkpointing = index < len(self._layers) - kept
@@ -117,7 +130,7 @@ class ActivationMemory(TrainerCallback):
         if not isinstance(self.setting, str):
             return self.setting * GIB
         if device.type == "cpu":
-            return ACTIVATIONS_IN_RAM * available_ram()
+            return ACTIVATIONS_IN_RAM * available_ram() / self._processes  # which share a machine's memory
         if self._pass_bytes_per_token is None:  # the first step measures the memory with every layer recomputing
             if not self._probe_tokens:
                 self._left = _start_watching(device)
@@ -159,9 +172,3 @@ def _start_watching(device: torch.device) -> float:
 
 def _peak(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device)
-
-
-def _free(device: torch.device) -> float:
-    """Bytes that tensors can still take: free memory of the GPU, and unused memory that the allocator holds."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -47,9 +47,10 @@ class TunaConfig(TrainingArguments):
 
         > Parameters that control memory
 
-        max_tokens_per_batch (`int`, *optional*):
-            Maximum tokens of one forward pass, padding included; a batch is split to fit, prompts of similar length
-            together. The loss does not change: it is averaged over all prompts of the optimizer step.
+        max_tokens_per_batch (`int` or `str`, *optional*):
+            Maximum tokens of one forward pass; a batch is split to fit, prompts of similar length together. The loss
+            does not change: it is averaged over all prompts of the optimizer step. `"auto"` follows the device's
+            memory in a recipe's run; elsewhere it is 4,096, or the longest row if that is longer.
         activation_memory (`str` or `float`, *optional*, defaults to `"auto"`):
             How many layers keep their activations, while the others use gradient checkpointing: as many as fit into
             this many GiB, or into the free memory of the device (`"auto"`); all (`"full"`, the same as
@@ -110,7 +111,10 @@ class TunaConfig(TrainingArguments):
     )
     max_tokens_per_batch: int | None = field(
         default=None,
-        metadata={"help": "Maximum tokens of one forward pass; larger batches are split. None for no limit."},
+        metadata={
+            "help": "Maximum tokens of one forward pass; larger batches are split. 'auto', in a recipe, follows the "
+            "device's memory; None for no limit."
+        },
     )
     # Declared as `str` because argument parsers support one type only; numbers are accepted too.
     activation_memory: str = field(
@@ -207,6 +211,8 @@ class TunaConfig(TrainingArguments):
             raise ValueError(f"learning_rate={self.learning_rate!r}: use a number or 'auto'")
         if self.margin != "auto" and not isinstance(self.margin, (int, float)):
             raise ValueError(f"margin={self.margin!r}: use a number or 'auto'")
+        if isinstance(self.max_tokens_per_batch, str) and self.max_tokens_per_batch != "auto":
+            raise ValueError(f"max_tokens_per_batch={self.max_tokens_per_batch!r}: use a number, or auto")
         if excluded := conflict(self):
             raise ValueError(excluded)
         self.activation_memory = self._checked_activation_memory()  # type: ignore[assignment]

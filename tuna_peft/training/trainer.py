@@ -34,7 +34,7 @@ from transformers import (
 from tuna_peft.data.batch import PackedBatch
 from tuna_peft.data.collate import MicroBatchCollator, RankedCollator, total_length
 from tuna_peft.files import write_text
-from tuna_peft.limits import LONG_ROW, context_length
+from tuna_peft.limits import LONG_ROW, UNPLANNED_TOKENS, context_length
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.load import model_id, require_unquantized
 from tuna_peft.models.base.shards import is_sharded
@@ -177,13 +177,17 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
 
         # Collator
         ranked_collator = RankedCollator(processing_class.pad_token_id, mle_on=args.mle_on)
-        collator = MicroBatchCollator(ranked_collator, args.max_tokens_per_batch)
+        eager = model.config.get_text_config()._attn_implementation == "eager"
+        budget: Any = args.max_tokens_per_batch
+        if budget == "auto":  # no plan has replaced it
+            budget = max(UNPLANNED_TOKENS, *map(total_length, train_dataset or ()))
+        collator = MicroBatchCollator(ranked_collator, budget, by_segment=not eager)
         if train_dataset is not None:
             collator.require_fitting(train_dataset)
 
         # State of this class, which `Trainer.__init__` and the callbacks may use already
         self._verified = False
-        self._activations = ActivationMemory(args.activation_memory, args.world_size)
+        self._activations = ActivationMemory(args.activation_memory, args.world_size, sharded=is_sharded(model))
         self._means, self._evaluated = RunningMeans(), RunningMeans()
         self._reference = ReferenceLogps() if args.reference == "below" else None
         self._ranking_loss = RankingLoss(
@@ -251,8 +255,8 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward passes over the micro-batches of one batch.
 
-        When memory runs out, a single process repeats the batch: first without kept activations, then with every
-        micro-batch split in half. The loss and the gradients stay the same, up to rounding.
+        When memory runs out, a single process repeats the batch: first with fewer kept activations, at last with none,
+        then with every micro-batch split in half. The loss and the gradients stay the same, up to rounding.
         """
         if not self._verified:
             self._verify(model)
@@ -294,7 +298,7 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         """The micro-batches to try next after running out of memory, or None when nothing is left to try."""
         if self._activations.release():
             logger.warning(
-                "out of memory: from now on every layer uses gradient checkpointing; lower activation_memory"
+                "out of memory: from now on half as many layers keep their activations; lower activation_memory"
             )
             return micro_batches
         if all(len(batch.ranks_BN) == 1 for batch in micro_batches):

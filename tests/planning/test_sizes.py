@@ -1,0 +1,92 @@
+"""Sizes that are `auto` fit into the device, grow with its memory, and cover the longest row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from test_feedback_plan import PROMPTS
+from test_plan import run_of
+
+from tuna_peft.limits import GIB
+from tuna_peft.planning.gpus import find_gpu
+from tuna_peft.planning.plan import make_plan
+from tuna_peft.planning.sizes import MOST_SEQUENCES, MOST_TOKENS, sized, sizes_of
+from tuna_peft.planning.spec import Device, SampleSpec
+from tuna_peft.planning.workload import Row, Workload
+
+TOKENS, SAMPLES, EVALUATION = (
+    "stages.rank.train.max_tokens_per_batch",
+    "stages.rank.data.sample.batch_size",
+    "evaluation.batch_size",
+)
+LONG = Workload((Row(400, (300,) * 4), Row(100, (50, 60))), 1000, "by hand")
+
+
+def auto_run(model="llama-3.1-8b", **changes):
+    run = run_of(model, workload=LONG, activation_memory="auto", batch_size=64)
+    sample = SampleSpec(4, 256, 32, auto=True)
+    sft, rank = run.stages
+    rank = dataclasses.replace(rank, **{"auto_tokens": True, "sample": sample, "prompt_workload": PROMPTS, **changes})
+    return dataclasses.replace(run, stages=(sft, rank), evaluation=dataclasses.replace(run.evaluation, auto=True))
+
+
+def sizes(gpu, **changes):
+    return sizes_of(sized(auto_run(**changes), Device.of(find_gpu(gpu))))
+
+
+def test_they_grow_with_memory_up_to_what_is_useful():
+    found = [sizes(gpu) for gpu in ("RTX 3060 12GB", "RTX 4090", "A100 40GB", "H200")]
+    assert [set(one) for one in found] == [{TOKENS, SAMPLES, EVALUATION}] * 4
+    for key in (TOKENS, SAMPLES, EVALUATION):
+        values = [one[key] for one in found]
+        assert values == sorted(values) and values[0] < values[-1]
+    assert found[-1][SAMPLES] == MOST_SEQUENCES[True] and found[-1][TOKENS] <= MOST_TOKENS[True]
+
+
+@pytest.mark.parametrize("gpu", ["RTX 4060 8GB", "RTX 4090", "A100 80GB", "H200"])
+def test_the_planned_peaks_fit(gpu):
+    device = Device.of(find_gpu(gpu))
+    plan = make_plan(auto_run("llama-3.2-1b" if "4060" in gpu else "llama-3.1-8b"), device)
+    peaks = {
+        phase.name: phase.peak for phase in plan.phases if "sft" not in phase.name and "compare" not in phase.name
+    }
+    assert {"sample rank", "train rank", "evaluate: graded"} <= set(peaks)
+    assert max(peaks.values()) <= device.memory, peaks
+
+
+def test_a_pass_holds_the_longest_row_even_where_it_does_not_fit_with_its_activations():
+    assert sizes("RTX 3060 12GB")[TOKENS] == 1600  # 400 + 4 x 300
+    longest = Workload((Row(400, (10_000,) * 2),), 10, "by hand")
+    assert sizes("RTX 3060 12GB", workload=longest)[TOKENS] == 20_400
+
+
+def test_rounds_of_a_stage_share_their_sizes():
+    run = auto_run()
+    sft, rank = run.stages
+    long = Workload((Row(100, (3000,) * 2),), 10, "by hand")
+    rounds = [
+        dataclasses.replace(rank, name=f"rank-{i}", section="rank", workload=rows)
+        for i, rows in ((1, LONG), (2, long))
+    ]
+    found = sized(dataclasses.replace(run, stages=(sft, *rounds)), Device.of(find_gpu("RTX 3060 12GB")))
+    assert [stage.max_tokens for stage in found.stages[1:]] == [6104, 6104]  # padded to a multiple of eight
+
+
+def test_what_is_needed_does_not_grow_with_the_device():
+    needed = [
+        {phase.name: phase.needed for phase in make_plan(auto_run(), Device.of(find_gpu(gpu))).phases}
+        for gpu in ("A100 40GB", "H200")
+    ]
+    assert needed[0] == needed[1]
+
+
+def test_a_cpu_takes_sizes_of_its_own():
+    found = sizes_of(sized(auto_run(), Device("CPU", 500 * GIB, cuda=False, bf16=False)))
+    assert found[TOKENS] == MOST_TOKENS[False] and found[SAMPLES] == MOST_SEQUENCES[False]
+
+
+def test_numbers_of_the_recipe_stay():
+    run = auto_run(auto_tokens=False, max_tokens=2048)
+    found = sized(run, Device.of(find_gpu("H200")))
+    assert found.stages[1].max_tokens == 2048 and TOKENS not in sizes_of(found)
