@@ -119,6 +119,33 @@ def test_prompts_come_from_standard_input_one_a_line(run):
     assert len(piped.stdout.splitlines()) == 2
 
 
+QUESTION = ["--max-new-tokens", "5", "--template", "{instruction} "]
+
+
+def test_a_streamed_response_is_the_same(run):
+    whole = invoke("generate", run, "w3 w4", *QUESTION)
+    assert whole.exit_code == 0 and invoke("generate", run, "w3 w4", *QUESTION, "--stream").stdout == whole.stdout
+
+
+def test_samples_depend_on_the_seed_only(run):
+    drawn = ["generate", run, "w3 w4", *QUESTION, "--n", "3", "--temperature", "1.5", "--top-p", "0.9"]
+    first, again, other = (invoke(*drawn, "--seed", seed).stdout for seed in (0, 0, 1))
+    assert first == again != other and len(first.splitlines()) == 3
+
+
+def test_a_file_of_prompts_gives_json_lines_in_its_order(run, tmp_path):
+    prompts = ["w3", "w4 w5 w6", "w7 w8"]
+    (tmp_path / "p.txt").write_text("\n\n".join(prompts) + "\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{one} "}) + "\n" for one in prompts))
+    for name in ("p.txt", "p.jsonl"):
+        result = invoke("generate", run, *QUESTION, "--prompts", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+        answers = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [one["prompt"] for one in answers] == [f"{one} " for one in prompts]
+        alone = [invoke("generate", run, one, *QUESTION).stdout.rstrip("\n") for one in prompts]
+        assert [one["responses"] for one in answers] == [[text] for text in alone]
+
+
 def test_at_a_terminal_it_says_what_it_waits_for(monkeypatch, capsys):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -137,6 +164,11 @@ def test_at_a_terminal_it_says_what_it_waits_for(monkeypatch, capsys):
         (["generate", "{run}/base", "x", "--upto", "sft"], "upto` goes with a stack"),
         (["generate", "{run}/stack/ranking", "x"], "lone adapter"),
         (["generate", "{run}", "x", "--template", "nothing"], "has no {instruction} in it"),
+        (["generate", "{run}", "x", "--n", "2"], "2 greedy responses would be equal"),
+        (["generate", "{run}", "x", "--n", "2", "--temperature", "1", "--stream"], "one response at a time"),
+        (["generate", "{run}", "x", "--prompts", "absent.txt"], "not both"),
+        (["generate", "{run}", "--prompts", "absent.txt"], "no such file"),
+        (["generate", "{run}", "x", "--top-p", "0"], "top_p"),
         (["merge", "{run}", "{run}/merged", "--dtype", "int4"], "int4"),
         (["merge", "{run}/base", "{run}/merged"], "stack.json"),
         (["merge", "{run}", "{run}/merged", "--compare"], "--compare needs prompts"),
