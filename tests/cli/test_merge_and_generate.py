@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from rounding import stack_kl_bound
@@ -144,6 +146,12 @@ def test_a_file_of_prompts_gives_json_lines_in_its_order(run, tmp_path):
         assert [one["prompt"] for one in answers] == [f"{one} " for one in prompts]
         alone = [invoke("generate", run, one, *QUESTION).stdout.rstrip("\n") for one in prompts]
         assert [one["responses"] for one in answers] == [[text] for text in alone]
+
+
+def test_a_pipe_gets_no_carriage_returns(run, tmp_path):
+    command = [sys.executable, "-m", "tuna_peft", "merge", str(run), str(tmp_path / "merged"), "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert b"\r" not in done.stdout + done.stderr  # libraries draw bars while they load weights
 
 
 def test_at_a_terminal_it_says_what_it_waits_for(monkeypatch, capsys):

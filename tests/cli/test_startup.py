@@ -20,6 +20,7 @@ SLOW = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "pan
         ["sample", "--help"],
         ["score", "--help"],
         ["judge", "--help"],
+        ["chat", "--help"],
         ["recipes", "list"],
     ],
 )

@@ -18,6 +18,10 @@ def main() -> None:
     if os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")  # only the first of several processes shows progress bars
 
+    if not sys.stderr.isatty():  # in a log their bars are carriage returns; `tuna_peft.progress` writes lines instead
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it, too
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
     # What schedulers send before they kill counts as Ctrl-C: results so far are kept, and the exit code is 130.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
