@@ -67,6 +67,19 @@ def test_a_run_writes_gguf_and_publishes_once(hub, base, tmp_path):
     assert not hub.requests
 
 
+def test_gguf_files_of_a_run_are_made_from_the_nearer_base(base, tmp_path):
+    settings = recipe(base, tmp_path, gguf=["q4_0"], gguf_base="auto")
+    settings.quantization.method = "nf4"
+    report = run_recipe(settings, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "gguf" / "tuna_export.json").read_text())
+    assert record["base"].keys() == {"small-Q4_0.gguf"}
+    measured = {name: export["divergence"]["kl_mean"] for name, export in report["exports"].items() if name != "gguf"}
+    assert measured.keys() == {
+        "base without adapters", "combined", "combined on the unquantized base", "merged", "gguf/small-Q4_0.gguf",
+    }  # fmt: skip
+    assert measured["combined"] <= 1e-10 < measured["combined on the unquantized base"]
+
+
 @pytest.mark.parametrize(
     ("export", "message"),
     [
@@ -88,6 +101,8 @@ def test_what_would_fail_at_the_end_fails_before_training(hub, tmp_path, monkeyp
     ("export", "message"),
     [
         ({"gguf": ["q8_0"], "merge": {"enabled": False}}, "needs `merge` enabled"),
+        ({"gguf_base": "auto"}, "needs types in `gguf`"),
+        ({"gguf": ["q8_0"], "gguf_base": "auto", "divergence_prompts": 0}, "`divergence_prompts` to measure on"),
         ({"gguf": ["q4_k_m"]}, "'q4_0'"),
         ({"push": {"repo": "me/x", "what": "gguf"}}, "needs types in `gguf`"),
         ({"push": {"repo": "me/x", "what": "merged"}, "merge": {"enabled": False}}, "needs `merge` enabled"),

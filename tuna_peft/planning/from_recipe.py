@@ -39,6 +39,7 @@ from tuna_peft.recipe.evaluation_schema import (
     VicunaTask,
     held_out_size,
 )
+from tuna_peft.recipe.export_notes import export_notes
 from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import Recipe
@@ -135,6 +136,7 @@ def run_spec(
         compared=_longest(compared, export.divergence_prompts) if exported else (),
         downloads=not is_on_disk(recipe.base.model, recipe.base.revision),
         unplanned=tuple(_unplanned(recipe)),
+        export_notes=tuple(export_notes(recipe)),
     )
     return _with_auto_evaluation(run, resolve_stages(recipe), device) if recipe.evaluation == "auto" else run
 

@@ -239,6 +239,7 @@ class RunSpec:
         compared: Tokens of each text on which exports are compared with the unmerged adapters.
         downloads: Whether the base must be downloaded first.
         unplanned: Parts of the recipe that the plan does not cover, in words.
+        export_notes: Exports that will be far from the trained adapters, in words.
     """
 
     model: str
@@ -250,6 +251,7 @@ class RunSpec:
     compared: tuple[int, ...] = ()
     downloads: bool = True
     unplanned: tuple[str, ...] = ()
+    export_notes: tuple[str, ...] = ()
 
     def below(self, index: int) -> list[Adapter]:
         """The frozen adapters that stage `index` is trained on top of."""

@@ -225,12 +225,19 @@ class ExportSettings(Section):
     gguf: list[GGUFType] = Field(
         default_factory=list, description="Types of the GGUF files to write, for example [q8_0, q4_0]."
     )
+    gguf_base: Literal["merged", "auto"] = Field(
+        "merged",
+        description="What GGUF files are made from: the merged model; or with `auto`, for each type, a model merged "
+        "into the dequantized or the original base, whichever gives the file nearer to the unmerged adapters.",
+    )
     push: PushSettings | None = Field(None, description="Publishing on the Hub; null publishes nothing.")
 
     @model_validator(mode="after")
     def _sources_are_written(self) -> ExportSettings:
         if self.gguf and not (self.merge.enabled and self.merge.dtype != "nf4"):
             raise ValueError("`gguf` converts the merged model: it needs `merge` enabled, in 16 or 32 bits")
+        if self.gguf_base == "auto" and not (self.gguf and self.divergence_prompts):
+            raise ValueError("`gguf_base: auto` needs types in `gguf`, and `divergence_prompts` to measure on")
         if self.push and self.push.what == "merged" and not self.merge.enabled:
             raise ValueError("`push` of the merged model needs `merge` enabled")
         if self.push and self.push.what == "gguf" and not self.gguf:

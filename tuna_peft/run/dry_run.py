@@ -21,6 +21,7 @@ from tuna_peft.models.base.load import resolve_device
 from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.evaluation_schema import RankingTask
+from tuna_peft.recipe.export_notes import export_notes
 from tuna_peft.recipe.reach import addresses, foreign_code, unusual_variables
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import Recipe
@@ -112,11 +113,13 @@ def _steps(recipe: Recipe, output: Path, loaded: Loaded | None) -> Text:
         step(f"task {name}, before the first stage and after each stage", *described)
     export = recipe.export
     merged = f"merged {export.merge.dtype} model on the {export.merge.base} base" if export.merge.enabled else None
-    gguf = f"GGUF: {', '.join(export.gguf)}" if export.gguf else None
+    nearer = ", from the nearer of both bases" if export.gguf_base == "auto" else ""
+    gguf = f"GGUF: {', '.join(export.gguf)}{nearer}" if export.gguf else None
     push = export.push
     visible = "private" if push and push.private else "public"
     pushed = f"{push.what} to the {visible} {push.repo} on the Hub" if push else None
-    step("export", "stack of adapters", "combined adapter" if export.combine else None, merged, gguf, pushed)
+    combined = "combined adapter" if export.combine else None
+    step("export", "stack of adapters", combined, merged, gguf, pushed, *export_notes(recipe))
     return text
 
 

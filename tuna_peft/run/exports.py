@@ -86,21 +86,19 @@ def export_stack(run: RunDirectory, inputs: Inputs) -> dict[str, Any]:
             **loading,
         )  # fmt: skip
         exports["merged"] = _as_dict(report)
-    if settings.gguf:
-        from tuna_peft.export.gguf.model import export_gguf  # imports the optional package `gguf`
-
-        written = export_gguf(
-            run.path / "merged",
-            run.path / "gguf",
-            types=settings.gguf,
-            name=run.recipe.name,
-            stack_dir=stack,
-            allow_lost_update=True,
-        )
-        exports["gguf"] = _as_dict(written)
-        exports |= {f"gguf/{file}": {"path": f"gguf/{file}", "nbytes": size} for file, size in written.files.items()}
     prompts = divergence_prompts(inputs, settings.divergence_prompts)
     run.save(DIVERGENCE_PROMPTS, prompts)  # `tuna-peft merge` measures on the same prompts later
+    if settings.gguf:
+        from tuna_peft.export.gguf.choose import export_gguf_of_stack  # both import the optional package `gguf`
+        from tuna_peft.export.gguf.model import export_gguf
+
+        options: dict[str, Any] = {"types": settings.gguf, "name": run.recipe.name, "allow_lost_update": True}
+        if settings.gguf_base == "auto":
+            written, _ = export_gguf_of_stack(stack, run.path / "gguf", prompts, device=device, **options)
+        else:
+            written = export_gguf(run.path / "merged", run.path / "gguf", stack_dir=stack, **options)
+        exports["gguf"] = _as_dict(written)
+        exports |= {f"gguf/{file}": {"path": f"gguf/{file}", "nbytes": size} for file, size in written.files.items()}
     if exports and prompts:
         folders = {name: run.path / name for name in exports if name != "gguf"}  # its files are measured
         names = {str(folder): name for name, folder in folders.items()}
