@@ -13,10 +13,10 @@ from benchmarks.contest import data, objectives
 from benchmarks.contest.arms import on_lists
 from benchmarks.contest.data import Row
 from benchmarks.contest.start import supervised_lists
-from benchmarks.contest.starts import Start, start_from_below
 from benchmarks.contest.train import LORA, fit, measured
 from tuna_peft.models.base.load import load_base, make_quantization_config
 from tuna_peft.models.stack.adapters import push_adapter
+from tuna_peft.models.stack.start import start_from_below
 from tuna_peft.recipe.load import load_recipe
 from tuna_peft.run.inputs import read_inputs
 
@@ -33,7 +33,7 @@ class Ablation:
     stages: Sequence[str]
     stacked: bool = True
     quantization: str = "none"
-    start: Start | None = None
+    from_below: bool = False
     ranking_rate: float = LEARNING_RATE
 
 
@@ -46,8 +46,7 @@ ABLATIONS = {
     "reversed": Ablation("SFT, contextual, probabilistic: the other order", ("sft", "contextual", "probabilistic")),
     "one-adapter": Ablation("all three in one adapter", _ALL, stacked=False),
     "no-sft": Ablation("probabilistic, contextual, without SFT", _ALL[1:]),
-    "down-of-sum": Ablation("all three, A from the singular vectors of the stack below", _ALL, start="down"),
-    "mirrored-sum": Ablation("all three, half of the stack below minus the same", _ALL, start="mirrored"),
+    "from-below": Ablation("all three, each adapter starting from the stack below", _ALL, from_below=True),
     "double-rate": Ablation("all three, the ranking stages at twice the rate", _ALL, ranking_rate=2e-3),
     "one-adapter-double-rate": Ablation(
         "all three in one adapter, the ranking stages at twice the rate", _ALL, stacked=False, ranking_rate=2e-3
@@ -68,8 +67,8 @@ def run(ablation: Ablation, seed: int) -> dict[str, Any]:
     for place, stage in enumerate(ablation.stages):
         if ablation.stacked or place == 0:
             model = push_adapter(model, stage, LoraConfig(**LORA))
-        if ablation.start and place:
-            start_from_below(model, ablation.start)
+        if ablation.from_below and place:
+            start_from_below(model)
         rows: list[Row] = list(inputs.stages[stage])
         objective = on_lists(objectives.ranking())
         if stage == "sft":

@@ -20,6 +20,7 @@ def continued(files, **train):  # noqa: F811
     for stage in stages:
         stage["train"] = {**TRAIN, "learning_rate": "auto", "save_steps": 1, "max_steps": 2}
     stages[1]["continue_adapter"] = True
+    stages[2]["lora"]["start"] = "below"
     stages[2]["train"] |= train
     return recipe(files, stages=stages)
 
@@ -33,7 +34,8 @@ def straight(files, tmp_path_factory):  # noqa: F811
 
     def spy(model, config, *args):
         names = adapter_names(model)
-        starts[names[-1]] = names, fingerprint(model, names[-1]), config.learning_rate
+        moved = any(p.any() for key, p in model.named_parameters() if f"lora_B.{names[-1]}" in key)
+        starts[names[-1]] = names, fingerprint(model, names[-1]), moved
         return real(model, config, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -50,6 +52,8 @@ def test_a_ranking_stage_continues_the_adapter_of_the_supervised_one(straight):
     kept = (folder / "stack/sft/adapter_model.safetensors").read_bytes()
     assert kept != (folder / "stack/probabilistic/adapter_model.safetensors").read_bytes()
     assert AdapterStack.from_pretrained(folder, device="cpu").names == ["probabilistic", "contextual"]
+    # B is zero, then continued, then starts from the stack below.
+    assert [starts[name][2] for name in STAGES] == [False, True, True]
     # The base is 64 wide; the last stage is on log-ratios.
     chosen = {name: report["stages"][name]["auto_learning_rate"] for name in STAGES}
     assert chosen == {"sft": 7.4e-3, "probabilistic": 2.5e-3, "contextual": 3.7e-4}

@@ -74,6 +74,11 @@ class LoraSettings(Section):
         "such as [q_proj, v_proj].",
     )
     use_rslora: bool = Field(False, description="Rank-stabilized LoRA: scale by alpha / sqrt(r).")
+    start: Literal["zero", "below"] = Field(
+        "zero",
+        description="Where a new adapter starts: `zero` is LoRA's B = 0; `below` takes the largest components of the "
+        "frozen adapters below and the same negated, which does not change the model either.",
+    )
 
 
 class LoraOverride(Section):
@@ -86,6 +91,7 @@ class LoraOverride(Section):
         None, description="As `lora.target_modules`, for this stage."
     )
     use_rslora: bool | None = Field(None, description="As `lora.use_rslora`, for this stage.")
+    start: Literal["zero", "below"] | None = Field(None, description="As `lora.start`, for this stage.")
 
 
 class Stage(Section):

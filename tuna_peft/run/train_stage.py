@@ -27,6 +27,7 @@ from tuna_peft.files import write_json
 from tuna_peft.models.base.shards import keep_from_ddp
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.stack.adapters import push_adapter, take_over
+from tuna_peft.models.stack.start import start_from_below
 from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.recipe.schema import LoraSettings, Recipe
 from tuna_peft.run.metrics_file import METRICS, MetricsFile, finite
@@ -80,6 +81,8 @@ def train_stage(
     )
     if stage.replaces:
         take_over(stacked)
+    elif lora.start == "below":
+        start_from_below(stacked)
     keep_from_ddp(stacked)
     hidden_size = stacked.config.get_text_config().hidden_size
     config = stage_config(recipe, stage, folder, on_cpu=stacked.device.type == "cpu", hidden_size=hidden_size)

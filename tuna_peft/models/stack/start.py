@@ -1,11 +1,12 @@
-"""Where a new adapter of a stack starts, if not from random A and B = 0.
+"""Starts a new adapter from the stack below it: `lora.start: below`.
+
+LoRA starts with B = 0, so that A has no gradient at first and the model does not change. A new adapter of a stack can
+have both: factors that are not zero, and a model that does not change.
 
 Shape suffixes: R rank of the new adapter, K sum of the ranks below, I and O sizes of a layer's input and output.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -13,16 +14,14 @@ from peft.tuners.lora import LoraLayer
 
 from tuna_peft.models.stack.adapters import adapter_names
 
-Start = Literal["down", "mirrored"]
-
 
 @torch.no_grad()
-def start_from_below(model: PeftModel, start: Start) -> None:
-    """Starts the top adapter from the sum of the adapters below; the function of the model does not change.
+def start_from_below(model: PeftModel) -> None:
+    """Gives the top adapter the R / 2 largest components of the sum below it, and the same components negated.
 
-    Args:
-        start: `down`: A gets the first right singular vectors of the sum, with the norm of PEFT's random rows, and B
-            is zero. `mirrored`: the first R / 2 components of the sum, plus the same with B negated.
+    The two halves add up to zero, so the function of the model stays the same up to rounding. Their gradients by B are
+    equal and those by A are opposite, so a step changes their sum by both. Layers without an adapter below keep the
+    usual start.
     """
     *below, top = adapter_names(model)
     for layer in model.modules():
@@ -35,14 +34,9 @@ def start_from_below(model: PeftModel, start: Start) -> None:
         q_OK, r_KK = torch.linalg.qr(up_OK)
         p_IK, s_KK = torch.linalg.qr(down_KI.T)
         u, singular_K, vh = torch.linalg.svd(r_KK @ s_KK.T)
-        left_OK, right_KI = q_OK @ u, (p_IK @ vh.T).T
         down_RI, up_OR = layer.lora_A[top].weight, layer.lora_B[top].weight
-        if start == "down":
-            count = min(len(down_RI), len(right_KI))
-            down_RI[:count] = right_KI[:count] / 3**0.5
-            continue
         half = min(len(down_RI) // 2, len(singular_K))
         root = (singular_K[:half] / layer.scaling[top]).sqrt()
-        down_RI[:half] = down_RI[half : 2 * half] = root[:, None] * right_KI[:half]
-        up_OR[:, :half] = left_OK[:, :half] * root
+        down_RI[:half] = down_RI[half : 2 * half] = root[:, None] * (p_IK @ vh.T).T[:half]
+        up_OR[:, :half] = (q_OK @ u)[:, :half] * root
         up_OR[:, half : 2 * half] = -up_OR[:, :half]
