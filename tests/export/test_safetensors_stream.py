@@ -125,3 +125,22 @@ def test_what_is_left_of_another_file_is_not_gone_on_with(tmp_path: Path) -> Non
     (tmp_path / "out.safetensors.part").write_bytes(b"something else" * 100)
     write_safetensors(tmp_path / "out.safetensors", GROUPS, _values)
     assert set(load_file(tmp_path / "out.safetensors")) == {name for group in GROUPS.values() for name in group}
+
+
+def test_the_whole_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(file: int) -> None:
+        fsync(file)
+        events.append(("flushed", os.fstat(file).st_size))
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append(("renamed", Path(source).stat().st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_safetensors(tmp_path / "x", {"a": {"a": TensorSpec("F32", (3,))}}, lambda group: {"a": torch.ones(3)})
+    size = (tmp_path / "x").stat().st_size
+    assert events == [("flushed", size), ("renamed", size)]

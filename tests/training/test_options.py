@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 from families import make_rows
 from tiny_trainer import config, stacked, trainer
 from transformers import TrainingArguments
 
+from tuna_peft.training.config import mixed_precision
 from tuna_peft.training.options import REFUSED
 
 # `Trainer`'s own code reads these, around the methods that `TunaTrainer` replaces; or `TunaTrainer` does.
@@ -110,3 +112,14 @@ def test_losses_reach_compute_metrics(base_folder, tmp_path):
     run.compute_metrics = metrics
     run.evaluate()
     assert seen[0] is not None and len(seen[0]) == 6
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [(None, (False, False)), ((7, 5), (False, True)), ((8, 0), (True, False)), ((9, 0), (True, False))],
+)
+def test_mixed_precision_of_every_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert mixed_precision() == expected
+    assert mixed_precision(use_cpu=True) == (False, False)
