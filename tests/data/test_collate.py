@@ -148,3 +148,15 @@ def test_a_token_budget_counts_padding_only_where_there_is_any():
     assert passes(long, long + 1 + 3 * 102) == [3, 1]
     assert passes(long, 4 * (long + 2) - 1, by_segment=False) == [3, 1]  # eager attention pads
     assert passes(short, 4 * (short + 2)) == [4] and passes(short, 4 * (short + 2) - 1) == [3, 1]
+
+
+def test_forward_passes_fill_the_budget_exactly():
+    row = {
+        "prompt_ids": [5, 6],
+        "completions_ids": [[7, 8, 1], [9, 1, 1]],
+        "completion_skips": [0, 0],
+        "ranks": [0, 1],
+    }
+    for budget, sizes in ((16, [2, 2]), (15, [1, 1, 1, 1]), (24, [3, 1]), (None, [4])):
+        batches = MicroBatchCollator(RankedCollator(0), budget)([row] * 4)["micro_batches"]
+        assert [len(batch.ranks_BN) for batch in batches] == sizes  # 8 tokens each

@@ -53,3 +53,8 @@ def test_more_than_a_tenth_is_a_warning_with_the_key(counts, caplog):
     with caplog.at_level(logging.INFO, logger="tuna_peft"):
         report_losses(source, found)
     assert [record.levelname for record in caplog.records] == ["INFO"]
+    caplog.clear()
+    source, found = counts(*[GOOD] * 9, long, max_length=10)
+    with caplog.at_level(logging.INFO, logger="tuna_peft"):
+        report_losses(source, found)
+    assert [record.levelname for record in caplog.records] == ["INFO"]  # exactly a tenth

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import sys
+import types
 
 import pytest
 from tiny_llama import write_base, write_stack
 
 from tuna_peft.errors import UserError
+from tuna_peft.evaluation import harness
 from tuna_peft.evaluation.harness import table_as_result
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
 from tuna_peft.run.evaluate import evaluate_target
@@ -57,3 +60,28 @@ def test_the_harness_itself_on_a_stack(tmp_path):
     settings.tasks.lm_eval.tasks = ["no_such_task"]
     with pytest.raises(UserError, match="the harness has no task no_such_task"):
         evaluate_target(str(tmp_path / "stack"), settings, tmp_path / "other")
+
+
+def test_every_setting_reaches_the_harness(monkeypatch):
+    calls = {}
+
+    class Noted:
+        def __init__(self, **options):
+            calls[type(self).__name__] = options
+            self.all_tasks = ["arc"]
+
+    names = {"": {"simple_evaluate": lambda **options: calls.setdefault("evaluate", options)},
+             ".models": {}, ".models.huggingface": {"HFLM": type("HFLM", (Noted,), {})},
+             ".tasks": {"TaskManager": type("TaskManager", (Noted,), {})}}  # fmt: skip
+    for name, content in names.items():
+        module = types.ModuleType(f"lm_eval{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, f"lm_eval{name}", module)
+    monkeypatch.setattr(harness, "table_as_result", lambda found: "result")
+    session = types.SimpleNamespace(model="m", tokenizer="t", batch_size=3)
+    options = {"tasks": ["arc"], "include_path": "mine", "num_fewshot": 2, "limit": 4}
+    assert harness.evaluate_harness(session, **options) == "result"
+    assert calls["TaskManager"] == {"include_path": "mine"}
+    assert calls["HFLM"] == {"pretrained": "m", "tokenizer": "t", "batch_size": 3}
+    asked = calls["evaluate"]
+    assert (asked["tasks"], asked["num_fewshot"], asked["limit"]) == (["arc"], 2, 4)

@@ -214,3 +214,15 @@ def test_names_of_gpus_are_unique():
 def test_layouts_that_the_planner_does_not_support_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         ModelShape.from_config(config, "model")
+
+
+def test_checkpoints_on_disk_by_hand():
+    """Adapters in 32 bits with two states of the largest: one of each stage, and two more while a stage trains."""
+    sft, rank = run_of().stages
+    stages = (
+        dataclasses.replace(sft, adapter=Adapter(8, 300, 7)),
+        dataclasses.replace(rank, adapter=Adapter(16, 500, 7)),
+    )
+    disk = make_plan(dataclasses.replace(run_of(), stages=stages), Device.of(find_gpu("L4"))).disk
+    assert disk["checkpoints: one of each stage, two more while it trains"] == (2 + 2) * (4 * 800 + 8 * 500)
+    assert disk["adapters, separate and combined"] == 2 * 4 * 800

@@ -126,3 +126,10 @@ def perfect(question):
         "starts_with_letter": f"{letter}bc",
         "ends_with_letter": f"bc{letter}",
     }[task]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_so_many_examples_of_each_template(tmp_path, most):
+    write(tmp_path, "bigger_number", numbers(9))
+    questions, _ = read_lmentry(tmp_path, RAW, ["bigger_number"], most)
+    assert [question.id for question in questions] == [f"bigger_number/{i}" for i in range(3 * most)]
