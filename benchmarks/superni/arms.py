@@ -23,7 +23,7 @@ class Stage:
         train: Fields of `TunaConfig` beside those that all arms share.
         rounds: Above 1: own samples in each round, ranked by the grader, in one adapter.
         reference_passes: Forward passes of a reference model in a step.
-        rate_of: The single arm whose learning rate it has; None for a rate of its own.
+        rate_of: The single arm whose learning rate it has; None for the arm's own, as an arm's last stage has.
     """
 
     type: Literal["sft", "ranking"]
@@ -66,7 +66,6 @@ _GRADES = {"score_scale": 0.2}  # grades are between 0 and 1; these losses take 
 
 BASE, RAFT = "base", "raft"
 _TUNA_BEST = Stage("ranking", LISTS, {"mle_on": "best"})
-_LAST = dataclasses.replace(_TUNA_BEST, rate_of=REFERENCE_ARM)
 
 ARMS = {
     RAFT: Arm("SFT on the best sample (RAFT)", (Stage("sft"),), decides=True, ranks=False),
@@ -89,8 +88,10 @@ ARMS = {
     "two-rounds": Arm("Tuna, likelihood on the best, two rounds", (dataclasses.replace(_TUNA_BEST, rounds=2),)),
     "teacher": Arm("probabilistic: a teacher's order", (Stage("ranking", "probabilistic-lists"),)),
     "teacher-tuna-best": Arm(
-        "probabilistic, then Tuna", (Stage("ranking", "probabilistic-lists", rate_of="teacher"), _LAST)
+        "probabilistic, then Tuna", (Stage("ranking", "probabilistic-lists", rate_of="teacher"), _TUNA_BEST)
     ),
     "few-gold": Arm("SFT on few gold rows", (Stage("sft", "sft"),), ranks=False),
-    "few-gold-tuna-best": Arm("SFT on few gold rows, then Tuna", (Stage("sft", "sft", rate_of="few-gold"), _LAST)),
+    "few-gold-tuna-best": Arm(
+        "SFT on few gold rows, then Tuna", (Stage("sft", "sft", rate_of="few-gold"), _TUNA_BEST)
+    ),
 }
