@@ -215,3 +215,14 @@ def test_recorded_values_of_a_real_teacher():
     for record in records:
         plain = [len(tokenizer.encode(text, add_special_tokens=False)) for text in record["completions"]]
         assert record["lengths"] == pytest.approx(plain, abs=2)  # the first piece may join the prompt's last
+
+
+def test_what_the_template_changes_is_one_line_whatever_the_number_of_rows(model, journal, monkeypatch, caplog):
+    stack, tokenizer = model
+    upper = "{% for m in messages %}{{ m['content'] | upper }} {% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", upper)
+    rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+    _, report = score_rows(stack, tokenizer, rows, settings(), journal)
+    warned = [record.getMessage() for record in caplog.records if "chat template" in record.getMessage()]
+    assert report.changes and len(warned) == len(report.changes)
+    assert max(report.changes.values()) >= len(ROWS)

@@ -121,15 +121,16 @@ class Encoder:
                 rows.append(None)
         return rows
 
-    def finish(self) -> None:
-        """Reports what chat templates did to the texts.
+    def finish(self, *, log: bool = True) -> None:
+        """Counts what chat templates did to the texts in the report, and logs it.
 
         Raises:
             BadRow: They refused or changed some, and such rows are errors; the first one, and how many there are.
         """
         for kind, (count, first) in self.renderer.changes.items():
-            self.report.changes[kind] = count
-            logger.warning("%s: %d responses, the first in %s", kind, count, first)
+            self.report.changes[kind] = self.report.changes.get(kind, 0) + count
+            if log:
+                logger.warning("%s: %d responses, the first in %s", kind, count, first)
         for reason, (count, error) in self.refused.items():
             if self.on_bad_row == "error":
                 more = f" ({count} of {self.report.rows} rows: {reason})" if count > 1 else ""

@@ -53,7 +53,7 @@ def encode_ranked(
         prompt: `rendering` and `reasoning_loss` are used; None: their defaults.
         merge: Merge responses with equal tokens, like equal texts.
         where: The row's place, for errors.
-        report: The counts to add to.
+        report: The counts to add to. What the chat template did to the texts is then counted there and not logged.
 
     Returns:
         None for a skipped row, otherwise `id`; `prompt_ids`; `completions_ids`, N lists; `completion_skips`, for each
@@ -69,7 +69,7 @@ def encode_ranked(
     options = Options(max_length, overflow, needs_reference, prompt or PromptConfig(), merge)
     encoder = Encoder(tokenizer, options, report or TokenReport())
     [row] = encoder.encode([record], [where])
-    encoder.finish()
+    encoder.finish(log=report is None)
     return row
 
 

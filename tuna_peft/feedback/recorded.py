@@ -45,7 +45,7 @@ def score_recorded(
     answers: list[Scored | None] = []
     for row in rows:
         try:
-            answers.append(_scored(row, completions, logprobs, lengths, tokenizer))
+            answers.append(_scored(row, completions, logprobs, lengths, tokenizer, report))
         except BadRow as error:
             if not skip_bad_rows:
                 raise
@@ -56,7 +56,12 @@ def score_recorded(
 
 
 def _scored(
-    row: Record, completions: str, logprobs: str, lengths: str | None, tokenizer: PreTrainedTokenizerBase | None
+    row: Record,
+    completions: str,
+    logprobs: str,
+    lengths: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: ScoreReport,
 ) -> Scored:
     where, raw = f"prompt {row['id']}", row["record"]
     texts, values = columns.many(raw, completions, where), columns.many(raw, logprobs, where)
@@ -80,7 +85,7 @@ def _scored(
                 where=where,
                 fix="Give --lengths, or the teacher's --tokenizer to count them.",
             )
-        counted = _counted(row, tokenizer)
+        counted = _counted(row, tokenizer, report)
         tokens = [known or count for known, count in zip(tokens, counted, strict=True)]
     return Scored(row["completions"], sums, [count for count in tokens if count is not None])
 
@@ -108,9 +113,9 @@ def _length(value: Any, count: Any, where: str) -> int | None:
     return count
 
 
-def _counted(row: Record, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _counted(row: Record, tokenizer: PreTrainedTokenizerBase, report: ScoreReport) -> list[int]:
     """Number of tokens of each completion after its prompt, without EOS."""
-    encoded = encode_in_order(row, tokenizer, None)
+    encoded = encode_in_order(row, tokenizer, None, report)
     return [
         len(ids) - skip - 1 for ids, skip in zip(encoded["completions_ids"], encoded["completion_skips"], strict=True)
     ]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import PromptConfig
+from tuna_peft.data.encoder import TokenReport
 from tuna_peft.data.ranked import Record, Response, normalise, response_key
 from tuna_peft.data.tokenize import encode_ranked
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.counts import Counts
+
+logger = logging.getLogger("tuna_peft")
 
 
 @dataclass
@@ -30,6 +34,7 @@ class ScoreReport(Counts):
         asked: Number of answers computed or asked for now.
         cut: With `generate`: number of responses that were truncated.
         cost: Cost of a server's answers, those of the journal included; 0 without prices.
+        changes: Number of responses whose texts the teacher's chat template changed, by what it changed.
     """
 
     rows: int = 0
@@ -40,6 +45,7 @@ class ScoreReport(Counts):
     asked: int = 0
     cut: int = 0
     cost: float = 0.0
+    changes: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """A summary for the terminal."""
@@ -87,6 +93,8 @@ def scored_records(
     Raises:
         UserError: No row can be ranked.
     """
+    for kind, count in report.changes.items():
+        logger.warning("%s, before scoring: %d responses", kind, count)
     records = []
     for row, answer in zip(rows, answers, strict=True):
         if answer is None:
@@ -116,8 +124,13 @@ def scored_records(
     return records
 
 
-def encode_in_order(row: Record, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
+def encode_in_order(
+    row: Record, tokenizer: PreTrainedTokenizerBase, max_length: int | None, report: ScoreReport
+) -> dict[str, Any]:
     """The tokens of a row whose completions have no ranks, in the given order; see `encode_ranked`.
+
+    Args:
+        report: Counts what the teacher's chat template changes in the texts.
 
     Raises:
         BadRow: The row is longer than `max_length`.
@@ -126,8 +139,9 @@ def encode_in_order(row: Record, tokenizer: PreTrainedTokenizerBase, max_length:
     # The teacher scores what its own template writes; responses with equal tokens keep their places.
     prompt = PromptConfig(rendering="lenient")
     encoded = encode_ranked(
-        record, tokenizer, max_length=max_length, prompt=prompt, merge=False, where=f"prompt {row.get('id')}"
-    )
+        record, tokenizer, max_length=max_length, prompt=prompt, merge=False, where=f"prompt {row.get('id')}",
+        report=TokenReport(changes=report.changes),
+    )  # fmt: skip
     assert encoded is not None, "nothing is skipped"
     return encoded
 

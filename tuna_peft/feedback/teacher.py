@@ -71,7 +71,7 @@ def score_rows(
     for key, row in zip(keys, rows, strict=True):
         if key not in journal and key not in encoded and key not in unusable:
             try:
-                encoded[key] = encode_in_order(row, tokenizer, context_of(model))
+                encoded[key] = encode_in_order(row, tokenizer, context_of(model), report)
             except BadRow as error:
                 unusable[key] = error.reason
     report.asked = len(encoded)

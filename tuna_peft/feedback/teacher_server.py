@@ -53,8 +53,8 @@ def score_with_server(
         UserError: Some requests have no answer (unless `on_no_answer` is `skip`), or no row can be ranked.
     """
     assert settings.server is not None
-    server = Server(settings.server)
-    teacher = _Generating(server, settings) if settings.generate else _Scoring(server, settings)
+    server, report = Server(settings.server), ScoreReport()
+    teacher = _Generating(server, settings) if settings.generate else _Scoring(server, settings, report)
     asked = [teacher.questions(row) for row in rows]
     questions = {question.key: question for of_row in asked for question in of_row}
     for key in questions:
@@ -65,7 +65,7 @@ def score_with_server(
     outcome = answer_all(
         journal, questions, lambda question: question.ask(), in_flight=settings.server.in_flight, description="scoring"
     )
-    report = ScoreReport(found=outcome.found, asked=outcome.asked)
+    report.found, report.asked = outcome.found, outcome.asked
     if outcome.unanswered and settings.on_no_answer == "error":
         reason = next(iter(outcome.unanswered.values()))
         raise UserError(
@@ -88,14 +88,14 @@ def score_with_server(
 class _Scoring:
     """Asks for the log-probabilities of a prompt followed by a response."""
 
-    def __init__(self, server: Server, settings: ScoreSettings):
-        self.server = server
+    def __init__(self, server: Server, settings: ScoreSettings, report: ScoreReport):
+        self.server, self.report = server, report
         self.tokenizer = None if settings.tokenizer is None else _tokenizer(settings.tokenizer)
 
     def questions(self, row: Record) -> list[Question]:
         """One question for each completion."""
         if self.tokenizer is not None:
-            encoded = encode_in_order(row, self.tokenizer, None)
+            encoded = encode_in_order(row, self.tokenizer, None, self.report)
             ids, questions = encoded["prompt_ids"], []
             for response, skip in zip(encoded["completions_ids"], encoded["completion_skips"], strict=True):
                 tokens, first = ids + response, len(ids) + skip
