@@ -225,13 +225,15 @@ def verify(name: str, by_segment: bool) -> None:
 
 
 def generate(name: str) -> None:
-    """Two prompts of equal length, two samples of each."""
+    """Two prompts of equal length, two samples of each, without and with a dense copy of the weights."""
     model = stack().eval()
     with simulated_gpu(name) as dtype:
         moved(model, dtype)
         prompts, options = [[1, 4, 5], [1, 6, 7]], {"temperature": 0.7, "top_p": 0.9}
-        generated = list(stream_responses(model, Tokens(), prompts, n=2, max_new_tokens=3, **options))
-    require(len(generated) == 2, "prompts are missing")
+        for dense in (False, True):
+            options["dense"] = dense
+            generated = list(stream_responses(model, Tokens(), prompts, n=2, max_new_tokens=3, **options))
+            require(len(generated) == 2, "prompts are missing")
 
 
 def grouped_query_attention(name: str) -> None:
