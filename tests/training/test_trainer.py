@@ -12,7 +12,8 @@ from tiny_trainer import LORA, Tokens, config, quantised, stacked, trainer
 from transformers import TrainerCallback
 
 from tuna_peft import TunaTrainer, UserError
-from tuna_peft.data.collate import RankedCollator
+from tuna_peft.data.collate import RankedCollator, total_length
+from tuna_peft.limits import UNPLANNED_TOKENS
 from tuna_peft.models.base.load import make_quantization_config
 from tuna_peft.models.forward.scoring import response_logps
 from tuna_peft.models.stack.adapters import adapter_names, fingerprint
@@ -164,6 +165,16 @@ def test_out_of_memory_splits_the_step_and_changes_nothing(base_folder, tmp_path
     for whole, split in zip(*logs, strict=True):
         norm = rounding(gradient_operations(run.model), whole["grad_norm"])
         assert whole == pytest.approx(split, rel=0, abs=max(norm, loss_bound(run.model)))
+
+
+def test_outside_a_run_auto_is_a_fixed_budget_that_holds_the_longest_row(base_folder, tmp_path, monkeypatch):
+    found = trainer(stacked(base_folder), tmp_path, make_rows(), max_tokens_per_batch="auto").data_collator
+    assert found.max_tokens == UNPLANNED_TOKENS
+    monkeypatch.setattr("tuna_peft.training.trainer.UNPLANNED_TOKENS", 1)
+    found = trainer(stacked(base_folder), tmp_path, make_rows(), max_tokens_per_batch="auto").data_collator
+    assert found.max_tokens == max(map(total_length, make_rows()))
+    with pytest.raises(ValueError, match="use a number, or auto"):
+        trainer(stacked(base_folder), tmp_path, make_rows(), max_tokens_per_batch="lots")
 
 
 def test_a_budget_below_one_prompt_is_refused(base_folder, tmp_path):

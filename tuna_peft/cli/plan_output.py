@@ -21,7 +21,7 @@ def describe(plan: Plan, source: str) -> RenderableType:
     run, device = plan.run, plan.device
     lines: list[RenderableType] = [
         Text(f"{run.model} on {device.name} ({gib(device.memory)}); sizes from {source}", style="bold"),
-        Text(f"  computes in {run.precision.compute * 8} bits{f': {device.why}' if device.why else ''}"),
+        Text(f"  computes in {run.precision.compute * 8} bits{_reason(plan)}"),
         *(Text(f"  {key}: {size:,}") for key, size in sizes_of(run).items()),
         *(Text(f"  {name}: {source}") for name, source in _sources(plan).items()),
         _phases(plan),
@@ -107,6 +107,12 @@ def hours_text(hours: float | None) -> str:
     if hours is None:
         return "-"
     return "< 0.1" if hours < 0.1 else f"{hours:,.1f}"
+
+
+def _reason(plan: Plan) -> str:
+    """Why a CPU computes in this dtype; nothing where the recipe or the size of the model decides."""
+    decided = plan.device.bf16 == (plan.run.precision.compute == 2)
+    return f": {plan.device.why}" if plan.device.why and decided else ""
 
 
 def _utilization(plan: Plan) -> Utilization:

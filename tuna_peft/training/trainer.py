@@ -180,7 +180,7 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
         eager = model.config.get_text_config()._attn_implementation == "eager"
         budget: Any = args.max_tokens_per_batch
         if budget == "auto":  # no plan has replaced it
-            budget = max(UNPLANNED_TOKENS, *map(total_length, train_dataset or ()))
+            budget = max([UNPLANNED_TOKENS, *map(total_length, train_dataset or ())])
         collator = MicroBatchCollator(ranked_collator, budget, by_segment=not eager)
         if train_dataset is not None:
             collator.require_fitting(train_dataset)
