@@ -129,15 +129,7 @@ def test_teachers_below_the_limit_make_no_lists(work, monkeypatch, capsys):
     (work / "teachers.json").write_text(before)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(reason="until TunaConfig has `reference` and `pair_weight`")])
-        if {"reference", "pair_weight"} & {key for stage in arm.stages for key in stage.train}
-        else name
-        for name, arm in arms.ARMS.items()
-    ],
-)
+@pytest.mark.parametrize("name", arms.ARMS)
 def test_every_arm_is_a_valid_recipe(name, work, data):
     runs = Runs(Prepared.read(work), data)
     for index, stage in enumerate(arms.ARMS[name].stages):
