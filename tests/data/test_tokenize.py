@@ -307,3 +307,12 @@ def test_a_known_sentencepiece_merge(llama_tokenizer):
     assert llama_tokenizer.convert_ids_to_tokens(row["prompt_ids"]) == ["<s>", "▁Response", ":"]
     assert tokens == [["▁Hello", "</s>"], ["▁", "<0x0A>", "Hello", "</s>"]]
     assert row["completion_skips"] == [0, 1]
+
+
+def test_responses_that_are_equal_once_they_are_truncated_are_merged_and_counted(tokenizer):
+    record = {"id": "0", "prompt": "x", "completions": ["aaab", "b", "aaaa"], "scores": [3.0, 2.0, 1.0],
+              "ranks": [0, 1, 2], "reference": None}  # fmt: skip
+    report = TokenReport()
+    row = encode_ranked(record, tokenizer, max_length=4, overflow="cut", report=report)
+    assert (row["ranks"], row["scores"]) == ([0, 1], [3.0, 2.0])
+    assert (report.responses, report.responses_cut, report.responses_merged) == (3, 2, 1)
