@@ -3,7 +3,7 @@
 import pytest
 
 from tuna_peft.feedback.server import Server
-from tuna_peft.feedback.settings import ServerSettings
+from tuna_peft.feedback.settings import JudgeSettings, ServerSettings
 
 KEY = "sk-secret-0123456789abcdef"
 
@@ -24,5 +24,16 @@ def short_waits(monkeypatch):
 def connect():
     def make(url, **settings):
         return Server(ServerSettings(base_url=url, model="some-model", **settings))
+
+    return make
+
+
+@pytest.fixture
+def settings():
+    """Makes settings of a judge behind a server."""
+
+    def make(url, server=(), **fields):
+        server = {"base_url": url, "model": "judge", **dict(server)}
+        return JudgeSettings.model_validate({"server": server, **fields})
 
     return make
