@@ -231,7 +231,7 @@ class _Decoder:
         tokenizer: PreTrainedTokenizerBase,
         choose: Chooser,
         max_new_tokens: int,
-        watch: Callable[[int], object] | None,
+        watch: Callable[[int], object] | None = None,
     ):
         self.model, self.tokenizer, self.choose, self.max_new_tokens = model, tokenizer, choose, max_new_tokens
         self.watch = watch
