@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def called(monkeypatch, tmp_path):
         return call
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("tuna_peft"), "handlers", [])  # `evaluate` adds one
     rows = [{"id": str(i), "prompt": f"p{i}", "completions": ["a", "bb"], "ranks": [0, 1]} for i in range(3)]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
@@ -118,14 +120,16 @@ def test_generate(called, monkeypatch):
     from tuna_peft.models.stack import any_model
 
     arguments = ("generate", "m", "Say {x}.", "--input", "more", "--max-new-tokens", "9", "--upto", "sft",
-                 "--template", "{instruction}|{input}", "--base-model", "b", "--device", "cuda:1")  # fmt: skip
+                 "--template", "{instruction}|{input}", "--base-model", "b", "--device", "cuda:1", "--n", "3",
+                 "--temperature", "0.7", "--top-p", "0.9", "--seed", "5")  # fmt: skip
     args, options = called("models.stack.any_model:load_any_model", *arguments)
     assert args == ("m",) and options == {"upto": "sft", "base_model": "b", "device": "cuda:1"}
     loaded = SimpleNamespace(model="the model", tokenizer="its tokenizer", prompt={})
     monkeypatch.setattr(any_model, "load_any_model", lambda *args, **options: loaded)
     monkeypatch.setattr(texts, "prompt_ids", lambda prompt, tokenizer: [prompt])
-    args, options = called("models.generation.generate:generate_responses", *arguments)
-    assert args == ("the model", "its tokenizer", [["Say {x}.|more"]]) and options == {"max_new_tokens": 9}
+    args, options = called("models.generation.generate:stream_responses", *arguments)
+    assert args == ("the model", "its tokenizer", [["Say {x}.|more"]])
+    assert options == {"max_new_tokens": 9, "n": 3, "temperature": 0.7, "top_p": 0.9, "seed": 5}
 
 
 def test_evaluate(called):
@@ -149,7 +153,7 @@ PROMPTS = [["found s", "p.jsonl", "b"]]
 
 def test_combine_and_divergence(called, stack):
     args, options = called("export.combine:combine_stack", "combine", "s", "out", "--rank", "3", "--upto", "sft")
-    assert args == ("found s", OUT) and options == {"upto": "sft", "rank": 3}
+    assert args == ("found s", OUT) and options == {"upto": "sft", "base_model": None, "rank": 3, "with_base": False}
     args, options = called(
         "export.check:check_exports", "divergence", "s", "one", "two", *STACK, "--prompts", "p.jsonl"
     )
@@ -178,6 +182,7 @@ def test_what_follows_a_merge(called, stack, monkeypatch, more):
         return
     target = "export.compare_exports:compare_exports" if more else "export.check:check_exports"
     args, options = called(target, *arguments)
+    options.pop("write_gguf", None)  # given to `compare_exports` only
     assert PROMPTS in args and options == {"upto": "sft", "base_model": "b"}
 
 

@@ -29,7 +29,7 @@ def test_what_does_not_fit_exits_with_1_and_says_what_to_change():
     result = plan("two-stage", *BIG, "--gpu", "RTX 4090")
     assert result.exit_code == 1
     assert "It does not fit" in result.stdout and "but not enough" in result.stdout
-    assert "stages.contextual.train.max_tokens_per_batch=" in result.stdout
+    assert "lora.r=" in result.stdout
     assert "Use a smaller model. Unchanged, it fits on:" in result.stdout
 
 

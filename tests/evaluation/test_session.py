@@ -22,8 +22,8 @@ def ask(monkeypatch, tmp_path):
     """Asks a session with a journal that outlives it; `ask.generated` lists the lengths of generated prompts."""
     generated = []
 
-    def stream(model, tokenizer, prompts, *, max_new_tokens, batch_size, done, description):
-        assert batch_size == 3
+    def stream(model, tokenizer, prompts, *, max_new_tokens, batch_size, done, dense, description):
+        assert batch_size == 3 and not dense
         for place, prompt in enumerate(prompts):
             if place not in done:
                 generated.append(len(prompt))
@@ -35,7 +35,9 @@ def ask(monkeypatch, tmp_path):
     def run(asked, new=NEW, dtype=torch.float32, **digest):
         with Journal(tmp_path / "journal.jsonl") as journal:
             digest = {"base": "b", "quantization": None, "adapters": {"sft": "hash"}, **digest}
-            session = Session(tmp_path, "sft", digest, torch.nn.Linear(1, 1, dtype=dtype), None, journal, batch_size=3)
+            model = torch.nn.Linear(1, 1, dtype=dtype)
+            model.dtype = dtype
+            session = Session(tmp_path, "sft", digest, model, None, journal, batch_size=3)
             return session.answers(asked, new, "task")
 
     run.generated = generated

@@ -128,7 +128,7 @@ def test_divergence_from_the_live_stack(tmp_path: Path, method: str, tied: bool)
     assert 0 <= exact <= stack_kl_bound(stack) < half
     # A divergence grows with the square of the differences, and bf16 has three bits less than fp16.
     assert 64 / 4 < brain / half < 64 * 4
-    assert all(each.top1_agreement >= 0.9 for each in found.values())
+    assert min(found[str(tmp_path / dtype)].top1_agreement for dtype in dtypes) >= 0.9
 
 
 def test_8_bits_match_the_products_of_training(tiny: Tiny, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_every_attempt_has_its_own_seed_and_temperature_and_the_limits_of_the_se
     monkeypatch.setattr(local_model, "load_local_model", lambda settings, device: loaded)
     monkeypatch.setattr(generate, "stream_responses", stream)
     monkeypatch.setattr(generate, "context_of", lambda model: None)
+    monkeypatch.setattr("tuna_peft.models.generation.dense.has_room_for_dense", lambda model: False)
     monkeypatch.setattr("tuna_peft.data.texts.prompt_ids", lambda text, tokenizer: [1])
     settings = JudgeSettings(model="m", temperature=0.2, seed=7, attempts=4, max_tokens=9, batch_size=5)
     with pytest.raises(UserError, match="unreadable: 2"):

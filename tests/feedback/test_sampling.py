@@ -92,9 +92,9 @@ def test_a_model_samples_with_every_setting(monkeypatch):
     assert sampler.identity == {"backend": "transformers", "adapters": ["sft"]}
     assert sampler.sample([[1]], settings, temperature=0.7, seed="s", done={0}) == "stream"
     [(args, options)] = calls
-    assert args == ("m", "t", [[1]]) and options.pop("description") == "sampling at temperature 0.7"
+    assert args == ("m", "t", [[1]]) and options.pop("description") == "sampling, temperature 0.7"
     assert options == {"n": 3, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5, "seed": "s", "batch_size": 6,
-                       "done": {0}}  # fmt: skip
+                       "done": {0}, "dense": None}  # fmt: skip
 
 
 def test_a_diverse_draw_is_preferred_to_one_with_a_smaller_mean(base, journal):

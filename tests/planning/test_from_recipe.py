@@ -183,4 +183,4 @@ def test_auto_plans_the_batches_that_fit(monkeypatch):
     small = Device("small", evaluation - 1, bf16=False)
     [tight], _ = plan_recipe(load_recipe("quickstart", overrides, check=False), [small])
     assert tight.run.evaluation.batch_size < 8
-    assert all(phase.needed < evaluation for phase in tight.phases if phase.name.startswith("evaluate"))
+    assert max(phase.needed for phase in tight.phases if phase.name.startswith("evaluate")) < evaluation

@@ -57,12 +57,12 @@ def test_known_shapes_have_the_published_sizes(model, billions):
 
 
 def test_bytes_of_training_by_hand():
-    """Weights and gradients in 32 bits, two states of AdamW in 32 or 8 bits; a frozen adapter also concatenated."""
+    """Weights and gradients in 32 bits, two states of AdamW in 32 or 8 bits; every adapter also concatenated."""
     own, below = Adapter(16, 1000, 7), [Adapter(8, 300, 7), Adapter(4, 200, 7)]
     for optimizer, states in (("adamw_torch", 8), ("paged_adamw_8bit", 2), ("lion", 4), ("sgd", 0)):
         parts = trainer_parts(own, below, optimizer, Precision("nf4", True, 2))
-        assert list(parts.values()) == [1000 * (4 + 4), 1000 * states, 500 * (4 + 2)]
-    assert list(trainer_parts(own, [], "sgd", Precision("none", True, 4)).values()) == [8000, 0]
+        assert list(parts.values()) == [1000 * (4 + 4 + 2), 1000 * states, 500 * (4 + 2)]
+    assert list(trainer_parts(own, [], "sgd", Precision("none", True, 4)).values()) == [12000, 0]
 
 
 def test_the_tile_of_supervised_logits_is_that_of_trl():

@@ -300,7 +300,7 @@ def test_the_model_is_freed_before_exports_are_measured(files, tmp_path, monkeyp
     monkeypatch.setattr(pipeline_module, "load_base", load_and_watch)
     monkeypatch.setattr(pipeline_module, "export_stack", export)
     report = run_recipe(recipe(files), tmp_path / "run")
-    assert len(report["stages"]) == 3 and len(report["exports"]) == 2
+    assert len(report["stages"]) == 3 and {"combined", "merged"} <= report["exports"].keys()
 
 
 def test_every_stage_trains_in_mixed_precision_and_undoes_it_afterwards(files, tmp_path, monkeypatch):

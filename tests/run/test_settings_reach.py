@@ -7,6 +7,7 @@ without one: a new field is followed to its end here, or the test fails.
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from tuna_peft.export.gguf import model as gguf_model
 from tuna_peft.feedback import local_model
 from tuna_peft.feedback.settings import LocalModelSettings, ScoreSettings
 from tuna_peft.models.base.load import load_config_and_tokenizer
-from tuna_peft.models.stack import any_model
+from tuna_peft.models.stack import any_model, trial
 from tuna_peft.recipe.evaluation_schema import (
     EvaluationSettings,
     GradedTask,
@@ -87,7 +88,7 @@ def test_base_and_lora_arrive_at_the_checks_before_weights(monkeypatch):
     loaded = load_config_and_tokenizer("builtin:pico-llama")
     read, built = (
         spy(monkeypatch, checks, "load_config_and_tokenizer", loaded),
-        spy(monkeypatch, checks, "trial_stack"),
+        spy(monkeypatch, trial, "trial_stack"),
     )
     with pytest.raises(Seen):
         checks.check_base(recipe, resolve_stages(recipe))
@@ -97,7 +98,7 @@ def test_base_and_lora_arrive_at_the_checks_before_weights(monkeypatch):
     assert {name: lora.r for name, lora in adapters.items()} == {"one": 3}
 
 
-LORA = {"r": 3, "alpha": 5, "dropout": 0.25, "target_modules": ["v_proj"], "use_rslora": True}
+LORA = {"r": 3, "alpha": 5, "dropout": 0.25, "target_modules": ["v_proj"], "use_rslora": True, "start": "below"}
 
 
 def test_lora_arrives_at_peft_and_a_stage_overrides_it():
@@ -120,8 +121,8 @@ def test_the_seed_arrives_at_the_adapter_the_trainer_the_samples_and_the_held_ou
     config = train_stage.stage_config(recipe, stage, tmp_path, on_cpu=True)
     assert (config.seed, config.run_name, config.output_dir) == (7, "small-one", str(tmp_path))
     records = [{"prompt": f"p{i}", "completions": ["a", "b"]} for i in range(30)]
-    monkeypatch.setattr(held_out, "read_ranked", lambda *_: (records, None))
-    chosen = [held_out.hold_out([stage], PromptConfig(), seed).prompts for seed in (7, 7, 8)]
+    placed = [("", record) for record in records]
+    chosen = [held_out.hold_out([stage], lambda _: placed, seed).prompts for seed in (7, 7, 8)]
     assert chosen[0] == chosen[1] != chosen[2] and len(chosen[2]) == 3
 
 
@@ -221,12 +222,17 @@ SOURCE = ("weights", "format", "name", "split", "revision", "streaming", "header
           "add_reference", "length_penalty", "on_bad_row")  # fmt: skip
 
 
+@dataclass
+class Result:
+    task: str
+
+
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """Reads the tasks, runs the first, and returns the named arguments with which it is measured."""
 
     def run(name, function, settings):
-        calls = spy(monkeypatch, tasks, function, "result")
+        calls = spy(monkeypatch, tasks, function, Result(name))
         given = SimpleNamespace(
             **{key: None for key in ("ranking", "graded", "superni", "lmentry", "vicuna", "lm_eval")}
         )
@@ -236,7 +242,7 @@ def measured(monkeypatch, tmp_path):
             model=torch.nn.Linear(1, 1), tokenizer=None, batch_size=5, stage="base", folder=tmp_path
         )
         data = tasks.read_tasks(given, PromptConfig(), tokenizer, config, ["base"])
-        assert data.tasks[0].run(session) == "result"
+        assert data.tasks[0].run(session) == Result(name)
         return calls[0][1], data.tasks[0].settings
 
     return run
@@ -318,7 +324,7 @@ def test_exports_are_written_as_the_recipe_says(monkeypatch, tmp_path):
     merge = odd(MergeSettings, enabled=True, dtype="float32", base="original", left=["enabled"])
     push = {"repo": "me/x"}
     settings = odd(ExportSettings, combine_rank=2, merge=merge, divergence_prompts=1, gguf=["q8_0"], push=push,
-                   left=["combine"])  # fmt: skip
+                   left=["combine", "gguf_base"])  # fmt: skip
     recipe = small(base={**BASE, "device": "cpu"}, export=settings.model_dump())
     saved = {}
     run = SimpleNamespace(recipe=recipe, path=tmp_path, processes=SimpleNamespace(sharding=None),

@@ -102,8 +102,9 @@ def test_real_models(tmp_path: Path, source: str) -> None:
         file: (expected.softmax(-1) * (expected.log_softmax(-1) - other.log_softmax(-1))).sum(-1).mean().item()
         for file, other in found.items()
     }
+    # pico-LLaMA is stored in bf16: nothing is lost.
     # A divergence grows with the square of the differences, and bf16 has four bits more than Q4_0.
-    assert 0 < kls["real-BF16.gguf"] < kls["real-Q4_0.gguf"] / 16 < 0.5 / 16
+    assert 0 <= kls["real-BF16.gguf"] < kls["real-Q4_0.gguf"] / 16 < 0.5 / 16
     own, read = (
         AutoTokenizer.from_pretrained(folder),
         AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="real-F32.gguf"),

@@ -39,7 +39,8 @@ def test_logits_are_those_of_the_active_adapters(stack, adapters):
         with dense_weights(stack):
             found = logits(stack)
         assert torch.equal(logits(stack), expected)  # the layers are as they were
-    assert not torch.equal(found, expected) or not adapters  # the copy was used
+    if adapters:
+        assert not torch.equal(found, expected)  # the copy was used
     assert within_rounding(found, expected, torch.float32)
 
 

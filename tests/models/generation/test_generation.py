@@ -101,7 +101,7 @@ def test_sequences_that_have_ended_are_replaced_and_samples_stay_the_same(stack,
     assert {index: {**one, "index": 0} for index, one in together.items()} == alone
     assert sorted(index for group in begun for index in set(group)) == sorted(range(10))  # each prompt is read once
     slots = max(batch_size // n, 1) * n
-    assert all(rows <= slots for rows, width in passes)
+    assert max(rows for rows, width in passes) <= slots
     longest = [max(one["lengths"]) for one in together.values()]
     order, prompts_at_once = sorted(range(10), key=lambda index: -len(prompts[index])), slots // n
     batches = [order[start : start + prompts_at_once] for start in range(0, 10, prompts_at_once)]
@@ -152,8 +152,8 @@ def test_ends_at_any_of_several_eos_ids_and_marks_truncated_samples(stack):
 
 
 def test_samples_stand_in_order_of_their_number_whichever_ends_first(stack, monkeypatch):
-    def backwards(self, prompts, batch):
-        for sequence in reversed(batch):
+    def backwards(self, prompts, waiting, slots):
+        for sequence in reversed(waiting):
             yield sequence, [3 + 10 * sequence.prompt + sequence.sample, 2]
 
     monkeypatch.setattr(generate._Decoder, "run", backwards)
