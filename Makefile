@@ -11,8 +11,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 quickstart: .venv/installed
 	$(BIN)/tuna-peft run recipes/quickstart.yaml --output runs/quickstart
 
+# A process for each core (every test uses one thread); the tests of a file stay in one process, which keeps its models.
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
