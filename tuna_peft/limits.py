@@ -16,6 +16,8 @@ from typing import Any
 GIB = 2**30
 # Tokens whose logits are in memory at a time: for 256 tokens and a vocabulary of 128k they take 134 MB in fp32.
 CHUNK_ROWS = 256
+# Rows of a 16-bit head that are converted to fp32 at a time while exports are measured: 134 MB for 4,096 columns.
+FP32_ROWS = 8192
 # Models of a smaller hidden size compute in fp32 on every CPU: their products are too small for bf16 to gain much.
 SMALL_MODEL = 512
 # Packed sequences are padded to a multiple of this many tokens.

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from llama_family import FAMILY, write_model
-from rounding import rounded, stack_kl_bound
+from rounding import assert_rounded, rounded, stack_kl_bound
 from tiny_llama import PROMPTS, SFT, Tiny, load_tiny, stack_on
 from transformers import AutoModelForCausalLM
 
 import tuna_peft.export.check as check_module
+import tuna_peft.export.divergence as divergence_module
 from tuna_peft.errors import UserError
 from tuna_peft.export.check import check_exports
 from tuna_peft.export.compare_exports import compare_exports
@@ -71,6 +72,16 @@ def test_exports_of_a_16_bit_stack_are_compared_in_fp32(tiny: Tiny, tmp_path: Pa
         if row.divergence is not None and not row.is_noise:
             assert row.divergence.is_noise == (row.divergence.kl_mean < kl[noise])
             assert ("rounding noise" in str(row.divergence)) == row.divergence.is_noise
+
+
+def test_a_large_head_is_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head = torch.randn(2, 3, 8), torch.nn.Linear(8, 10, dtype=torch.bfloat16)
+    expected = torch.nn.functional.linear(hidden, head.weight.float(), head.bias.float())
+    monkeypatch.setattr(divergence_module, "FP32_ROWS", 4)
+    with fp32_computation(head), torch.no_grad():
+        found = head(hidden)
+    assert_rounded(found, expected, 9)
+    assert found.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", FAMILY)

@@ -12,6 +12,10 @@ from bitsandbytes.nn import Linear4bit
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from tuna_peft.limits import FP32_ROWS
+
+_16_BIT = (torch.bfloat16, torch.float16)
+
 # Rows of logits converted to float64 at a time: at a vocabulary of 128k, 64 rows are 65 MB.
 _ROWS = 64
 
@@ -127,12 +131,22 @@ class _InFp32(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.embedding:
             return func(*args, **kwargs).float()
+        if func is functional.linear and len(args[1]) > FP32_ROWS and args[1].dtype in _16_BIT:
+            return _large_linear(*args, **kwargs)
         if func in self._CONVERTED:
             args = tuple(map(_widened, args))
             kwargs = {name: _widened(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
+def _large_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product with a 16-bit head, of which `FP32_ROWS` rows at a time are converted."""
+    output = input.new_empty(*input.shape[:-1], len(weight), dtype=torch.float32)
+    for start in range(0, len(weight), FP32_ROWS):
+        rows = slice(start, start + FP32_ROWS)
+        output[..., rows] = functional.linear(input.float(), weight[rows].float())
+    return output if bias is None else output.add_(bias)
+
+
 def _widened(value: Any) -> Any:
-    is_16_bit = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if is_16_bit else value
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype in _16_BIT else value

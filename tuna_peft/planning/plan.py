@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from tuna_peft.limits import (
     ACTIVATIONS_IN_RAM,
     DENSE_COPY,
+    FP32_ROWS,
     GIB,
     activation_policy,
     activations_on_gpu,
@@ -220,7 +221,7 @@ class Inference:
         in_fp32 = replace(self.precision, compute=4)
         parts = {f"all logits of {longest:,} tokens": logits_bytes(self.shape, longest, in_fp32)}
         if self.precision != in_fp32:
-            parts["the head in fp32"] = 4.0 * self.shape.head
+            parts["rows of the head in fp32"] = 4.0 * min(self.shape.head, FP32_ROWS * self.shape.hidden)
         flops = forward_flops(self.shape, tokens, tokens)
         duration = hours(flops, self.device.gpu) if self.device.gpu else None
         # No minimum is known: the run may choose other texts than the longest.
