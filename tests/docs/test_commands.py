@@ -104,7 +104,9 @@ def test_benchmarks_and_targets(path):
     """`python -m benchmarks.NAME --option`, `make TARGET`, and extras."""
     text = source(path)
     for module, rest in re.findall(r"python -m benchmarks\.(\w+)([^`#)]*?)(?:[`#)]|\s{3,}|$)", text, re.MULTILINE):
-        code = (ROOT / "benchmarks" / f"{module}.py").read_text(encoding="utf-8")
+        found = ROOT / "benchmarks" / module
+        files = sorted(found.glob("*.py")) if found.is_dir() else [found.with_suffix(".py")]
+        code = "".join(file.read_text(encoding="utf-8") for file in files)
         for option in re.findall(r"--[\w-]+", rest):
             assert f'"{option}"' in code, f"benchmarks.{module} {option}"
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
