@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from logged_names import undocumented
 from peft import PeftModel
 from rounding import stack_kl_bound
 from tiny_llama import write_base
@@ -115,6 +116,14 @@ def test_without_a_terminal_there_are_lines_and_no_carriage_returns(files, tmp_p
     assert [(one["stage"], one["step"]) for one in metrics if "loss" in one] == [
         (stage, step) for stage in STAGES for step in (1, 2, 3, 4)
     ]
+
+
+def test_every_number_that_it_logs_and_measures_is_documented(straight):
+    lines = (straight[0] / "metrics.jsonl").read_text().splitlines()
+    tasks = [json.loads(file.read_text())["metrics"] for file in (straight[0] / "evaluation").glob("*/*.json")]
+    names = {name for line in lines for name in json.loads(line)} | {name for task in tasks for name in task}
+    assert {"mean_token_accuracy", "rank_loss", "pair_accuracy"} <= names
+    assert undocumented(names) == []
 
 
 def test_exports_load_without_tuna_peft_and_agree_with_the_unmerged_adapters(straight, files):
