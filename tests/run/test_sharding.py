@@ -100,7 +100,7 @@ def test_accelerate_runs_deepspeed_without_a_gpu(launched, installed, monkeypatc
         requested_deepspeed(on_cpu=True)
 
 
-@pytest.mark.parametrize(("stage", "named"), [(3, "fsdp2"), (2, 'pip install "tuna-peft[deepspeed]"')])
+@pytest.mark.parametrize(("stage", "named"), [(3, "fsdp2"), (2, "pip install deepspeed")])
 def test_an_unsupported_deepspeed_setup_is_rejected_before_anything_starts(tmp_path, monkeypatch, stage, named):
     monkeypatch.setattr(sharding, "is_deepspeed_available", lambda: False)
     (tmp_path / "z.yaml").write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{zero_stage: {stage}}}\n")

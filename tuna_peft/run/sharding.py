@@ -126,7 +126,7 @@ def require_supported(configuration: Path) -> None:
 def require_deepspeed() -> None:
     """Raises UserError if DeepSpeed is not installed."""
     if not is_deepspeed_available():
-        raise UserError("DeepSpeed is not installed", where="--launch", fix='Run: pip install "tuna-peft[deepspeed]".')
+        raise UserError("DeepSpeed is not installed", where="--launch", fix="Install it: pip install deepspeed")
 
 
 def require_zero_stage(stage: int) -> None:

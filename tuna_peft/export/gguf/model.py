@@ -124,7 +124,7 @@ def export_gguf(
         raise UserError("the model has no safetensors weights", where=str(folder), fix="Save it in safetensors.")
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
-        raise UserError("the weights are quantised already", where=str(folder), fix="Export a 16-bit merged model.")
+        raise UserError("the weights are quantized already", where=str(folder), fix="Export a 16-bit merged model.")
     architecture = Architecture.of(config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     expected = {key: tuple(value.shape) for key, value in skeleton(folder, None).state_dict().items()}

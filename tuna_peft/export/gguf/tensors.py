@@ -143,7 +143,7 @@ def plan_tensors(
     if extra:
         raise UserError(
             f"{len(extra)} tensors that no such model has, the first is {extra[0]!r}",
-            fix="Export a merged model, not a quantised or partial checkpoint.",
+            fix="Export a merged model, not a quantized or partial checkpoint.",
         )
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     plan = [

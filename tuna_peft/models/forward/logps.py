@@ -148,7 +148,7 @@ def output_head(model: torch.nn.Module) -> Head:
     if not isinstance(head, torch.nn.Linear) or type(head).__module__.startswith("bitsandbytes"):
         raise UserError(
             f"the output layer is a {type(head).__name__}, not a plain linear layer",
-            fix="Leave `lm_head` out of target_modules and of the quantisation.",
+            fix="Leave `lm_head` out of target_modules and of the quantization.",
         )
     config = model.config.get_text_config()
     factor = getattr(config, "logit_scale", None) or 1.0
