@@ -55,8 +55,8 @@ bench: .venv/installed-dev
 bench-merge: .venv/installed-dev
 	$(BIN)/python -m benchmarks.merge --shape 7b --json benchmarks/results/merge-local.json
 
-# The site, into build/site; a broken link or an unknown name is an error. The figures and the recipe reference are
-# files of the repository: docs/figures/make.py and `tuna-peft schema --markdown` write them.
+# The site, into build/site; a broken link or an unknown name is an error. Generated pages and figures are files of the
+# repository: docs/make_pages.py, docs/figures/make.py and `tuna-peft schema --markdown` write them.
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

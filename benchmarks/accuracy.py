@@ -1,4 +1,4 @@
-"""Writes the accuracy of the planner into docs/planning.md: `python -m benchmarks.accuracy` (ten minutes).
+"""Writes the accuracy of the planner into docs/planner-accuracy.md: `python -m benchmarks.accuracy` (ten minutes).
 
 The tables have the planned and the simulated peak of every case of `benchmarks.planner` and
 `benchmarks.planner_phases`. `--check` measures and writes nothing: it exits with 1 when planned numbers differ from
@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import planner, planner_phases
 from benchmarks.planner import Case, Comparison
 
-DOCS = Path(__file__).parents[1] / "docs" / "planning.md"
+DOCS = Path(__file__).parents[1] / "docs" / "planner-accuracy.md"
 _SECTION = "<!-- accuracy: python -m benchmarks.accuracy -->"
 _END = "<!-- end of accuracy -->"
 _CELL = re.compile(r"([\d.]+) / [\d.]+, [+-][\d.]+ %")
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if options.check:
         wrong = list(stale(DOCS.read_text("utf-8"), [*planner.all_cases(), *planner_phases.all_cases()]))
-        print("\n".join(wrong) if wrong else "docs/planning.md is up to date")
+        print("\n".join(wrong) if wrong else "docs/planner-accuracy.md is up to date")
         return 1 if wrong else 0
     found = [planner.measured(cases) for cases in (planner.all_cases(), planner_phases.all_cases())]
     before, _, rest = DOCS.read_text("utf-8").partition(_SECTION)  # now: measuring takes a while

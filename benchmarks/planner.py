@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether the differences are within the goal of docs/planning.md."""
+        """Whether the differences are within the goal of docs/planner-accuracy.md."""
         return -0.03 <= self.peak <= 0.10 and abs(self.flops) <= 0.10
 
 
@@ -121,7 +121,7 @@ def all_cases(
     count: int = 1,
     layers: int | None = None,
 ) -> Iterator[Case]:
-    """The cases of docs/planning.md."""
+    """The cases of docs/planner-accuracy.md."""
     for model in models:
         shape = KNOWN[model]
         if layers:

@@ -120,7 +120,7 @@ def _precision(unquantized: bool) -> Any:
 
 
 def all_cases(models: tuple[str, ...] = MODELS, layers: int = LAYERS) -> Iterator[Case]:
-    """The cases of docs/planning.md."""
+    """The cases of docs/planner-accuracy.md."""
     for model in models:
         yield from cases(dataclasses.replace(KNOWN[model], layers=layers), name=model)
 

@@ -108,7 +108,7 @@ def _metavar(parameter: Any) -> str:
 
 def _names(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        return f"`{(parameter.metavar or parameter.name).upper()}`"
+        return f"`{(parameter.metavar or parameter.name).upper()}`".replace("|", "\\|")
     return ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
 
 

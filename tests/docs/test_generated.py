@@ -1,6 +1,7 @@
 """The generated pages are up to date."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,9 @@ def test_every_option_is_in_the_reference():
             section = text.split(f"### tuna-peft {path}\n")[1].split("\n### ")[0]
             options = {option for parameter in leaf.params for option in parameter.opts if option.startswith("--")}
             assert [option for option in options - {"--help"} if f"`{option}`" not in section] == []
+
+
+def test_the_tables_have_three_columns():
+    rows = re.findall(r"^\|.*$", (DOCS / "cli-reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) > 100
+    assert [row for row in rows if len(re.findall(r"(?<!\\)\|", row)) != 4] == []

@@ -2,7 +2,7 @@
 
 `tuna_peft.planning.plan` adds these up phase by phase. Every factor counts the tensors that PyTorch holds at that
 moment; `python -m benchmarks.accuracy` compares the sums with peaks of the real code on PyTorch's `meta` device, and
-docs/planning.md shows the result.
+docs/planner-accuracy.md shows the result.
 
 Letters in comments: T tokens of a forward pass, D hidden size, I inner size of the MLP, Q and K sizes of all queries
 and of all keys of a token, b bytes of a number in the compute dtype.
