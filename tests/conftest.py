@@ -4,9 +4,12 @@ One thread: tiny models gain nothing from more and wait on busy cores.
 """
 
 import gc
+import logging
 import os
 import sys
 import tempfile
+
+import pytest
 
 _EMPTY = tempfile.TemporaryDirectory(prefix="tuna-peft-tests-")
 
@@ -24,3 +27,13 @@ def pytest_collection_finish():
     """Imported objects stay alive: freezing them makes the garbage collections of each training faster."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def logging_of_the_package_as_before():
+    """Commands and runs add handlers and set levels for the rest of their process; a test has them for itself."""
+    logger = logging.getLogger("tuna_peft")
+    before = logger.handlers[:], logger.level, logger.propagate, logger.disabled
+    yield
+    logger.handlers[:], level, logger.propagate, logger.disabled = before
+    logger.setLevel(level)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,6 @@ def called(monkeypatch, tmp_path):
         return call
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logging.getLogger("tuna_peft"), "handlers", [])  # `evaluate` adds one
     rows = [{"id": str(i), "prompt": f"p{i}", "completions": ["a", "bb"], "ranks": [0, 1]} for i in range(3)]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
