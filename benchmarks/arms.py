@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from benchmarks import ours, reference, trl_pairs
+from benchmarks import ours, reference, trl_pairs, trl_tree
 from benchmarks.workloads import RESPONSES, Group
 from tuna_peft.data.batch import PackedBatch
 from tuna_peft.limits import GIB
@@ -26,7 +26,8 @@ class Arm:
         loss: Makes, from `(model, device)`, a function from the micro-batch to the loss.
         agrees: Whether it computes the Tuna loss, so that it can be compared with the reference.
         checkpointing: Whether it uses gradient checkpointing if the run has it.
-        gpu_bytes: Memory of a GPU that it fills with kept activations; None for gradient checkpointing in all layers.
+        gpu_bytes: Memory of a GPU that it fills with kept activations, `auto` for that of the device; None for
+            gradient checkpointing in all layers.
         fused: Whether LoRA layers compute all adapters in one product; else PEFT's layers are used.
     """
 
@@ -34,7 +35,7 @@ class Arm:
     loss: Callable[[Any, str], Loss]
     agrees: bool = True
     checkpointing: bool = True
-    gpu_bytes: float | None = None
+    gpu_bytes: float | Literal["auto"] | None = None
     fused: bool = True
 
 
@@ -50,8 +51,10 @@ ARMS = {
     "reference": Arm(reference.batch_of, _plain(reference.loss_of), fused=False),
     "trl-cpo": Arm(trl_pairs.cpo_batch, _of_trainer(trl_pairs.cpo_trainer), agrees=False, fused=False),
     "trl-dpo": Arm(trl_pairs.dpo_batch, _of_trainer(trl_pairs.dpo_trainer), agrees=False, fused=False),
+    "trl-tree": Arm(trl_tree.batch_of, _plain(trl_tree.loss_of), agrees=False, fused=False),
     "ours": Arm(ours.batch_of, _plain(ours.loss_of)),
     "ours-no-checkpointing": Arm(ours.batch_of, _plain(ours.loss_of), checkpointing=False),
+    "ours-auto": Arm(ours.batch_of, _plain(ours.loss_of), gpu_bytes="auto"),
     "ours-24gb": Arm(ours.batch_of, _plain(ours.loss_of), gpu_bytes=24 * GIB),
     "ours-dense-mask": Arm(ours.batch_of, _plain(ours.loss_with_dense_mask)),
     "ours-peft-lora": Arm(ours.batch_of, _plain(ours.loss_of), fused=False),

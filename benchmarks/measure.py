@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,31 +84,56 @@ class Runner:
 
     def time(self, name: str) -> float:
         """Seconds of forward and backward passes over all micro-batches and one optimizer step."""
-        loss, batches, _ = self._prepare(name)
-        self._synchronise()
+        step = self.prepared(name)
         start = time.perf_counter()
-        self._step(loss, batches)
-        self.optimizer.step()
+        step()
+        return time.perf_counter() - start
+
+    def prepared(self, name: str) -> Callable[[], None]:
+        """A function that computes one step of an arm, the optimizer's included, until the device has done it."""
+        loss, batches, _ = self._prepare(name)
+
+        def step() -> None:
+            self._step(loss, batches)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=False)
+            self._synchronise()
+
         self._synchronise()
-        elapsed = time.perf_counter() - start
-        self.optimizer.zero_grad(set_to_none=False)
-        return elapsed
+        return step
 
     def _prepare(self, name: str) -> tuple[Loss, list[dict[str, Any]], bool]:
         arm = ARMS[name]
         checkpointing = self.checkpointing and arm.checkpointing
         if self._activations is not None:
             self._activations.detach()
+        self.model.get_base_model().set_attn_implementation("sdpa")  # ours registers its own in the first pass
         set_checkpointing(self.model, checkpointing)
         set_fused(self.model, arm.fused)
         batches = [to_device(arm.batch(groups), self.device) for groups in self.micro_batches]
         loss = arm.loss(self.model, self.device)
-        if arm.gpu_bytes is not None and checkpointing:
+        if arm.gpu_bytes == "auto" and checkpointing:
+            self._measure_free_memory(loss, batches)
+        elif arm.gpu_bytes is not None and checkpointing:
             config = self.model.get_base_model().config
             taken = weight_bytes(config) + training_state_bytes(config) + self._peak(loss, batches) + SPARE
             self._activations = ActivationMemory(max(arm.gpu_bytes - taken, 0.0) / GIB)
             self._activations.attach(self.model)
         return loss, batches, checkpointing
+
+    def _measure_free_memory(self, loss: Loss, batches: list[dict[str, Any] | PackedBatch]) -> None:
+        """Keeps activations as `activation_memory: auto` does; on a GPU its first step measures what is free.
+
+        On `meta`, which has no memory, all layers keep them.
+        """
+        self._activations = ActivationMemory("full" if self.device == "meta" else "auto")
+        self._activations.attach(self.model)
+        if self.device == "cuda":
+            self._step(loss, batches)
+            self.optimizer.step()
+            arguments = SimpleNamespace(device=torch.device("cuda", torch.cuda.current_device()))
+            self._activations.on_step_end(arguments, None, None, optimizer=self.optimizer)
+            self.optimizer.zero_grad(set_to_none=False)
 
     def _step(self, loss: Loss, batches: list[dict[str, Any] | PackedBatch]) -> None:
         autocast = torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()

@@ -21,7 +21,7 @@ from benchmarks.agreement import Disagreement, require_agreement
 from benchmarks.arms import ARMS
 from benchmarks.flops import limit, training_state_bytes, weight_bytes
 from benchmarks.measure import Figures, Runner
-from benchmarks.report import print_run
+from benchmarks.report import key_of, print_run
 from benchmarks.shapes import SHAPES, build, config_of
 from benchmarks.workloads import WORKLOADS, Workload, response_tokens
 
@@ -68,12 +68,13 @@ def measure(
     repetitions: int = 3,
     checkpointing: bool = False,
     seed: int = 0,
+    model: Any = None,
 ) -> dict[str, Any]:
-    """Results of one workload on one device, as JSON values."""
+    """Results of one workload on one device, as JSON values; `model` is one of that shape, built if there is none."""
     config = config_of(shape)
     everything = workload.groups(groups, config.vocab_size, seed)
     micro_batches = [everything[i : i + groups_per_batch] for i in range(0, groups, groups_per_batch)]
-    model = build(shape, device)
+    model = model or build(shape, device)
     runner = Runner(model, device, micro_batches, checkpointing=checkpointing, equal_lengths=not workload.varied)
     figures: dict[str, Figures] = {name: runner.count(name) for name in names}
     if device != "meta":
@@ -90,7 +91,7 @@ def measure(
         "seed": seed,
         "response_tokens": response_tokens(everything),
         "limit_flops": limit(config, everything),
-        "peak_flops_per_second": _peak_flops(device),
+        "peak_flops_per_second": peak_flops(device),
         "weight_bytes": weight_bytes(config),
         "training_state_bytes": training_state_bytes(config),
         "environment": environment(device),
@@ -112,13 +113,12 @@ def environment(device: str) -> dict[str, Any]:
 def save(file: Path, run: dict[str, Any]) -> None:
     """Adds a run to a machine's file; replaces an earlier run of the same device, shape and workload."""
     runs = json.loads(file.read_text())["runs"] if file.exists() else {}
-    together = run["groups_per_batch"]
-    runs["/".join((run["device"], run["shape"], run["workload"], *([str(together)] if together > 1 else [])))] = run
+    runs[key_of(run)] = run
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"runs": dict(sorted(runs.items()))}, indent=1) + "\n")
 
 
-def _peak_flops(device: str) -> float | None:
+def peak_flops(device: str) -> float | None:
     """FLOP/s of a large matrix product on this machine, in the dtype of the layers."""
     if device == "meta":
         return None

@@ -59,7 +59,12 @@ def _flops_ratio(arm: str) -> Callable[[Run], float]:
 
 
 def _time_ratio(arm: str) -> Callable[[Run], float]:
-    return lambda run: seconds(run, arm) / seconds(run, "ours")
+    return lambda run: seconds(run, arm) / seconds(run, _as_users(run))
+
+
+def _as_users(run: Run) -> str:
+    """The arm with the settings that users get; on a CPU `ours`, which recomputes nothing there."""
+    return "ours-auto" if run["device"] == "cuda" else "ours"
 
 
 def _to_limit(run: Run) -> float:
@@ -79,7 +84,7 @@ def _whole_run(run: Run) -> float:
 
 
 def _utilisation(run: Run) -> float:
-    return 100 * run["limit_flops"] / seconds(run, "ours") / run["peak_flops_per_second"]
+    return 100 * run["limit_flops"] / seconds(run, _as_users(run)) / run["peak_flops_per_second"]
 
 
 GOALS = [
@@ -157,10 +162,29 @@ def _agreement(run: Run) -> str:
     )
 
 
+def runs_of(content: dict[str, Any]) -> dict[str, Run]:
+    """The runs of a file, also of one by `benchmarks.gpu`, where each arm of a ranking step is a run of its own."""
+    if "runs" in content:
+        return content["runs"]
+    runs: dict[str, Run] = {}
+    for step, arms in content["steps"].items():
+        for run in arms.values() if step.startswith("ranking") else ():
+            if "arms" in run:  # it did not fail
+                name = key_of(run)
+                runs[name] = run | {"arms": runs.get(name, run)["arms"] | run["arms"]}
+    return runs
+
+
+def key_of(run: Run) -> str:
+    """The run's key in a file, see `Goal.run`."""
+    together = run["groups_per_batch"]
+    return "/".join((run["device"], run["shape"], run["workload"], *([str(together)] if together > 1 else [])))
+
+
 def main(files: list[str]) -> int:
     """Prints the runs and goals of each file."""
     for file in files:
-        runs = json.loads(Path(file).read_text())["runs"]
+        runs = runs_of(json.loads(Path(file).read_text()))
         for run in runs.values():
             print_run(run)
             print()

@@ -142,9 +142,9 @@ def set_fused(model: PeftModel, on: bool) -> None:
 
 
 def _quantize(model: Any, device: str) -> None:
-    for name, module in list(model.model.named_modules()):
-        if not isinstance(module, torch.nn.Linear):
-            continue
+    linears = [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in linears:  # names, not modules: each 16-bit weight is freed before the next one is quantized
+        module = model.model.get_submodule(name)
         new: torch.nn.Module
         if device == "meta":
             new = MetaNF4Linear(module.in_features, module.out_features, module.weight.dtype)
@@ -155,6 +155,7 @@ def _quantize(model: Any, device: str) -> None:
                 bias=False,
                 quant_type="nf4",
                 compute_dtype=module.weight.dtype,
+                device="meta",  # the weight that it would initialize here is replaced
             )
             new.weight = Params4bit(
                 module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True

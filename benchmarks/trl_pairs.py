@@ -82,11 +82,16 @@ def dpo_trainer(model: Any, device: str) -> Any:
     trainer.accelerator = _Accelerator(device)
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer._total_train_tokens, trainer._tp_size = 0, 1
+    fuse_head(model)
+    return trainer
+
+
+def fuse_head(model: Any) -> None:
+    """Puts TRL's head, which computes log-probabilities in chunks, on the base model, if it is not there."""
     base = model.get_base_model()
     if not getattr(base, "_benchmark_fused_head", False):
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
         base._benchmark_fused_head = True
-    return trainer
 
 
 class _Accelerator:
