@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: quickstart test test-slow test-deepspeed fuzz mutate cases verify-gguf bench bench-merge docs notebooks lint format clean
+.PHONY: quickstart test test-slow test-gpu test-deepspeed fuzz mutate cases verify-gguf bench bench-merge gpu gpu-bundle docs notebooks lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/tuna-peft run recipes/quickstart.yaml --output runs/quickstart
@@ -17,6 +17,10 @@ test: .venv/installed-dev
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# Tests that need a GPU; all others hide it, because only a CPU repeats a training to the same bytes.
+test-gpu: .venv/installed-dev
+	$(BIN)/python -m pytest -m gpu
 
 # Two processes under DeepSpeed; where there is a C++ compiler, DeepSpeed builds a part of itself first (a minute).
 test-deepspeed: .venv/installed-dev
@@ -54,6 +58,15 @@ bench: .venv/installed-dev
 # Writes 27 GB here and deletes them again; add --arms copy merge merge-original peft where 16 GB of memory are free.
 bench-merge: .venv/installed-dev
 	$(BIN)/python -m benchmarks.merge --shape 7b --json benchmarks/results/merge-local.json
+
+# Ten minutes on a GPU, most important first; results in build/gpu/gpu.json after every arm. Run again for what is missing.
+gpu: .venv/installed-dev
+	$(BIN)/python -m benchmarks.gpu --out build/gpu
+	$(BIN)/python -m benchmarks.report build/gpu/gpu.json
+
+# What a machine with PyTorch needs for it without a network, in one file: see docs/performance.md. Fails above 64 MiB.
+gpu-bundle: .venv/installed-dev
+	$(BIN)/python -m benchmarks.gpu.bundle build/gpu-bundle.tar
 
 # The site, into build/site; a broken link or an unknown name is an error. Generated pages and figures are files of the
 # repository: docs/make_pages.py, docs/figures/make.py and `tuna-peft schema --markdown` write them.

@@ -156,10 +156,9 @@ def print_goals(runs: dict[str, Run]) -> bool:
 
 
 def _agreement(run: Run) -> str:
-    agreement = run.get("agreement") or {}
-    return (
-        f"{max(agreement.values()):.1e} at most" if agreement else "none of these arms computes the reference's loss"
-    )
+    if "agreement" not in run:
+        return "not checked"
+    return f"{max(run['agreement'].values()):.1e} at most" if run["agreement"] else "no arm has the reference's loss"
 
 
 def runs_of(content: dict[str, Any]) -> dict[str, Run]:

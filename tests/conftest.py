@@ -23,6 +23,24 @@ if sys.__stdin__ is None:  # closed by whoever started the tests; IPython asks f
     sys.__stdin__ = open(os.devnull)  # noqa: SIM115 - as long as the tests run
 
 
+def pytest_configure(config):
+    """Hides GPUs, where equal bytes cannot be promised (attention's backward pass adds up in any order).
+
+    `pytest -m gpu` runs the tests that need one, and only those.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item):
+    """Skips tests of a GPU where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU, and `pytest -m gpu`")
+
+
 def pytest_collection_finish():
     """Imported objects stay alive: freezing them makes the garbage collections of each training faster."""
     gc.collect()

@@ -22,6 +22,7 @@ from benchmarks.gpu.record import ERROR, Record
 from benchmarks.gpu.steps import STEPS, Step, measure
 
 TEN_MINUTES = 600.0
+_AS_USERS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as the command line sets it
 LEAST = 5.0  # seconds without which no process is started
 
 
@@ -63,7 +64,9 @@ def _process(command: list[str], log: Path, seconds: float) -> tuple[int | None,
     """Exit code, None if the time was up, and the end of the output, which is added to the log."""
     with open(log, "ab") as output:
         start = output.tell()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=_AS_USERS | os.environ
+        )
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:

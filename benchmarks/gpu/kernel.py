@@ -62,7 +62,7 @@ def compare(setting: Setting, dtype: torch.dtype, size: int, key_heads: int, win
     def results(attention: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         inputs = [state.to(dtype, copy=True).requires_grad_() for state in states]
         output = attention(*inputs)
-        return [output, *torch.autograd.grad(output, inputs, grad[0].to(dtype))]
+        return [output.detach(), *torch.autograd.grad(output, inputs, grad[0].to(dtype))]
 
     exact = results(dense, torch.float32)
     return {
