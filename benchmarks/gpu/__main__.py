@@ -57,7 +57,7 @@ def _run(step: Step, record: Record, deadline: float, *, toy: bool) -> None:
             record.put(step.name, "start", {ERROR: output})
             return
     if not record.arms(step.name):
-        record.put(step.name, "start", {ERROR: "no time was left"})
+        record.put(step.name, "start", {ERROR: "its time was up before the first arm"})
 
 
 def _process(command: list[str], log: Path, seconds: float) -> tuple[int | None, str]:

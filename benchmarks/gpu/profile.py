@@ -48,7 +48,7 @@ def profiled(setting: Setting, model: Any, count: int) -> dict[str, Any]:
     microseconds: dict[str, float] = defaultdict(float)
     launches: dict[str, int] = defaultdict(int)
     for event in recorded.events():
-        if event.device_type == kind:
+        if event.device_type == kind and not event.is_user_annotation:  # around kernels, such as the optimizer's step
             microseconds[event.name] += event.self_device_time_total if cuda else event.self_cpu_time_total
             launches[event.name] += 1
     busy = sum(microseconds.values()) / 1e6

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from benchmarks.adapter_stack import ARMS
 from benchmarks.gpu.steps import Arms, Setting
 from benchmarks.measure import Runner
 from benchmarks.shapes import build, config_of
+from tuna_peft.models.base.memory import free_memory
 
 
 def arms(setting: Setting) -> Arms:
     """By the number of adapters, the trained one included, and kind of layer."""
+    built: dict[int, Runner] = {}
 
-    @lru_cache(maxsize=1)  # one model at a time
     def runner(adapters: int) -> Runner:
+        if adapters in built:
+            return built[adapters]
+        built.clear()  # one model at a time
+        free_memory()
         groups = setting.workload.groups(2, config_of(setting.shape).vocab_size)
         model = build(setting.shape, setting.device, frozen_adapters=adapters - 1)
-        return Runner(model, setting.device, [[group] for group in groups], checkpointing=True, equal_lengths=False)
+        built[adapters] = Runner(
+            model, setting.device, [[group] for group in groups], checkpointing=True, equal_lengths=False
+        )
+        return built[adapters]
 
     def run(adapters: int, arm: str) -> dict[str, Any]:
         runner(adapters).time(arm)  # warm-up

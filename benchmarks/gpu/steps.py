@@ -59,9 +59,9 @@ class Step:
 STEPS = {
     step.name: step
     for step in (
-        Step("doctor", 40, "doctor"),
-        Step("kernel", 45, "kernel"),
-        Step("gradients", 45, "gradients", "small"),
+        Step("doctor", 60, "doctor"),
+        Step("kernel", 60, "kernel"),
+        Step("gradients", 60, "gradients", "small"),
         Step("ranking-7b", 150, "ranking", "7b"),
         Step("ranking-8b", 120, "ranking"),
         Step("trainer", 120, "trainer"),

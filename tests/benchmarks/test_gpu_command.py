@@ -107,7 +107,7 @@ def test_a_step_that_cannot_start_leaves_its_output(tmp_path, planted):
 def test_a_step_without_time_says_so(tmp_path, planted):
     planted(lambda setting: {"good": dict})
     code, found = run(tmp_path, "--minutes", "0.01")
-    assert code == 1 and found == {"start": {ERROR: "no time was left"}}
+    assert code == 1 and found == {"start": {ERROR: "its time was up before the first arm"}}
 
 
 def test_a_process_ends_at_its_limit_with_all_that_it_started(tmp_path):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -99,19 +100,23 @@ def test_on_a_terminal_ctrl_c_says_how_to_leave_and_ctrl_d_leaves(run):
     os.close(inside)
     seen = ""
 
-    def wait_for(text):
+    def wait_for(text, meanwhile=lambda: None):
         nonlocal seen
         end = time.monotonic() + 240
         while text not in seen:
             assert time.monotonic() < end and process.poll() is None, seen
             if select.select([outside], [], [], 1)[0]:
                 seen += os.read(outside, 4096).decode(errors="replace")
+            else:
+                meanwhile()
         seen = seen.partition(text)[2]
 
     try:
         wait_for("ranking> ")
-        process.send_signal(signal.SIGINT)
-        wait_for("Ctrl-D ends the chat.")
+        # A signal between the prompt and the wait for input is noticed at the next input only, so it is repeated.
+        interrupt = partial(process.send_signal, signal.SIGINT)
+        interrupt()
+        wait_for("Ctrl-D ends the chat.", interrupt)
         wait_for("ranking> ")
         os.write(outside, b"w3 w4\n")
         wait_for("w3 w4")
