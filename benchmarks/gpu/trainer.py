@@ -19,6 +19,7 @@ from benchmarks.ranking_step import peak_flops
 from benchmarks.shapes import build, config_of
 from benchmarks.workloads import response_tokens
 from tuna_peft import TunaConfig, TunaTrainer
+from tuna_peft.models.base.memory import free_memory
 from tuna_peft.planning.plan import training
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.spec import Device, RunSpec, StageSpec
@@ -39,9 +40,10 @@ def train(setting: Setting, tokens: int) -> dict[str, Any]:
     cuda = setting.device == "cuda"
     config = config_of(setting.shape)
     groups = setting.workload.groups(size, config.vocab_size)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     model = build(setting.shape, setting.device)
+    free_memory()
+    if cuda:  # the peak of training alone: the 16-bit weights before quantization take more
+        torch.cuda.reset_peak_memory_stats()
     clock = _Clock(cuda)
     with tempfile.TemporaryDirectory() as folder:
         trainer = TunaTrainer(
