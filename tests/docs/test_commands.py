@@ -103,12 +103,13 @@ def test_every_command_stands_under_a_heading_and_ends_with_an_example():
 def test_benchmarks_and_targets(path):
     """`python -m benchmarks.NAME --option`, `make TARGET`, and extras."""
     text = source(path)
-    for module, rest in re.findall(r"python -m benchmarks\.(\w+)([^`#)]*?)(?:[`#)]|\s{3,}|$)", text, re.MULTILINE):
-        found = ROOT / "benchmarks" / module
+    command = r"python3? -m (benchmarks(?:\.\w+)+)([^`#)]*?)(?:[`#)]|\s{3,}|$)"
+    for module, rest in re.findall(command, text, re.MULTILINE):
+        found = ROOT / module.replace(".", "/")
         files = sorted(found.glob("*.py")) if found.is_dir() else [found.with_suffix(".py")]
         code = "".join(file.read_text(encoding="utf-8") for file in files)
         for option in re.findall(r"--[\w-]+", rest):
-            assert f'"{option}"' in code, f"benchmarks.{module} {option}"
+            assert f'"{option}"' in code, f"{module} {option}"
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"(?:^ {4}|`)make ([\w-]+)", text, re.MULTILINE)) <= set(targets)
     extras = re.findall(r"^([\w-]+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
