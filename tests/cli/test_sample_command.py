@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from scripted_server import Answer, scripted_server
 from tiny_llama import write_base, write_stack
 from typer.testing import CliRunner
 
@@ -61,3 +62,45 @@ def test_mistakes_exit_with_2(folder, tmp_path, options, message):
 def test_the_output_is_jsonl(folder, tmp_path):
     result = sample(folder, tmp_path / "out.json")
     assert result.exit_code == 2 and "end in .jsonl" in result.stderr
+
+
+def completion(asked):
+    texts = [f"w{i + 3}" for i in range(asked.body.get("n", 1))]
+    choices = [{"index": i, "text": text, "finish_reason": "stop"} for i, text in enumerate(texts)]
+    return Answer(200, {"choices": choices})
+
+
+def test_a_server_samples_without_the_model_being_loaded(folder, tmp_path, monkeypatch):
+    from tuna_peft.run import samplers
+
+    monkeypatch.setattr(samplers, "load_any_model", lambda *args, **options: pytest.fail("loaded"))
+    out = tmp_path / "samples.jsonl"
+    with scripted_server(completion) as server:
+        options = ["--n", "3", "--server", server.url, "--model", "mine", "--in-flight", "1"]
+        result = sample(folder, out, *options)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.startswith(f"wrote {out}: 12 responses to 4 of 4 prompts")
+        before, asked = out.read_bytes(), len(server.asked)
+        assert sample(folder, out, *options).exit_code == 0 and out.read_bytes() == before
+        assert len(server.asked) == asked == 4  # all in the journal
+        assert sample(folder, tmp_path / "b.jsonl", *options, "--upto", "sft").exit_code == 0
+    body = server.asked[0].body
+    assert body["model"] == "mine" and body["prompt"].startswith("Below is an instruction") and body["n"] == 3
+    assert json.loads(before.splitlines()[0])["sampling"]["cut"] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--server", "http://127.0.0.1:9/v1"], "a server needs the name of its model"),
+        (["--model", "m"], "--model has no effect without --server"),
+        (["--chat"], "--chat has no effect without --server"),
+        (["--server", "http://127.0.0.1:9/v1", "--model", "m", "--backend", "vllm"], "no effect with `server`"),
+        (["--server", "https://example.org/v1", "--model", "m"], "may cost money"),
+        (["--server", "http://127.0.0.1:9/v1", "--model", "m", "--max-retries", "0"], "no connection"),
+    ],
+)
+def test_mistakes_with_a_server_exit_with_2(folder, tmp_path, options, message):
+    result = sample(folder, tmp_path / "out.jsonl", *options)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr

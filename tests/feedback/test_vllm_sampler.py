@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import sys
 import weakref
@@ -14,7 +16,7 @@ from tiny_llama import write_base, write_stack
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.sampling import sample_candidates
 from tuna_peft.feedback.settings import SampleSettings
-from tuna_peft.feedback.vllm_sampler import _lora_rank
+from tuna_peft.feedback.vllm_sampler import VllmSampler, lora_rank, require_known
 from tuna_peft.journal import Journal
 from tuna_peft.run.samplers import open_sampler
 
@@ -27,7 +29,6 @@ def vllm(monkeypatch):
     class LLM:
         def __init__(self, **options):
             calls.engine = options
-            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=128))
 
         def generate(self, prompts, params, lora_request=None, *, use_tqdm):
             calls.batches.append((prompts, params, lora_request))
@@ -39,6 +40,7 @@ def vllm(monkeypatch):
             return SimpleNamespace(token_ids=tuple(tokens), finish_reason="length" if cut else "stop")
 
     module = ModuleType("vllm")
+    module.__version__ = "0.32.1"
     module.LLM, module.SamplingParams = LLM, lambda **options: SimpleNamespace(**options)
     request = ModuleType("vllm.lora.request")
     request.LoRARequest = lambda name, number, path: SimpleNamespace(name=name, path=path)
@@ -54,9 +56,10 @@ def test_a_stack_goes_to_the_engine_as_one_adapter_on_an_nf4_base(vllm, tmp_path
     prompts = [{"id": i, "prompt": f"w{i} w9", "reference": None, "record": {}} for i in (3, 4)]
     settings = SampleSettings(n=3, temperature=0.7, top_p=0.9, max_new_tokens=2, trials=1)
     with open_sampler(str(tmp_path / "stack"), "vllm") as (sampler, prompt), Journal(tmp_path / "j.jsonl") as journal:
-        assert vllm.engine["model"] == base and vllm.engine["quantization"] == "bitsandbytes"
-        assert vllm.engine["max_lora_rank"] == 16  # 8 + 4 in the widest module
         records, report = sample_candidates(sampler, prompts, settings, journal)
+    assert vllm.engine["model"] == base and vllm.engine["quantization"] == "bitsandbytes"
+    assert vllm.engine["max_lora_rank"] == 16  # 8 + 4 in the widest module
+    assert vllm.engine["max_model_len"] == 2 + 2  # the longest prompt and its response, not the model's context
     assert "gpu_memory_utilization" not in vllm.engine  # its own default, where nothing else is on the GPU
     assert prompt.template == "alpaca"
     [(asked, params, adapter)] = vllm.batches
@@ -77,6 +80,7 @@ def test_it_takes_what_this_process_leaves_of_the_gpu_and_gives_it_back(vllm, fr
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 16 * 2**30))
     with open_sampler(write_base(tmp_path / "base"), "vllm") as (sampler, _):
+        list(sampler.sample([[3]], SampleSettings(max_new_tokens=2), temperature=1.0, seed="0", done=set()))
         assert vllm.engine["gpu_memory_utilization"] == pytest.approx(share, abs=1e-3)
         engine = weakref.ref(sampler._engine)
     assert engine() is None
@@ -88,7 +92,25 @@ def test_what_it_cannot_do_is_said(vllm, tmp_path, monkeypatch):
         pass
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 513}))
     with pytest.raises(UserError, match="rank 513, vLLM serves up to 512"):
-        _lora_rank(tmp_path)
+        lora_rank(tmp_path)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match="needs the package vllm"), open_sampler(base, "vllm"):
         pass
+
+
+def test_versions_that_are_known_not_to_work_are_refused():
+    require_known("0.10.0")
+    require_known("0.32.9rc1")
+    for version in ("0.33.0", "0.33", "1.0"):
+        with pytest.raises(UserError, match=f"vLLM {version} does not work(.|\\n)*Sample from a server"):
+            require_known(version)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm, which needs a GPU")
+def test_the_installed_engine_knows_every_option_that_it_is_given(tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    adapter = write_stack(tmp_path / "stack", write_base(tmp_path / "base")) / "sft"
+    sampler = VllmSampler(str(tmp_path / "base"), None, adapter=adapter, quantized=True)
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert {*sampler._options, "max_model_len", "gpu_memory_utilization"} <= known

@@ -83,6 +83,9 @@ def test_servers_and_programs_take_nothing_and_vllm_is_named():
     assert plan.run.unplanned == (
         "sampling of contextual: vLLM loads a second copy of the model and uses all free memory",
     )
+    sample = {**SAMPLE, "server": {"base_url": "http://localhost:1/v1"}}
+    plan, phases, _ = planned(contextual(sample=sample, judge=server))
+    assert [name for name in phases if "contextual" in name] == ["train contextual"] and not plan.run.unplanned
 
 
 def test_benchmarks_that_are_not_here_count_in_their_published_sizes():

@@ -28,6 +28,7 @@ from tuna_peft.cli import (
     sample,
     schema,
     score,
+    serve,
 )
 from tuna_peft.cli.group import DATA, EXPORT, FEEDBACK, MACHINE, RESULTS, TRAIN, ErrorReportingGroup
 from tuna_peft.terminal import echo
@@ -76,6 +77,7 @@ _add(FEEDBACK, "score", score.score, "score samples.jsonl ranked.jsonl --model T
 _add(FEEDBACK, "judge", judge.judge, "judge samples.jsonl ranked.jsonl --model JUDGE", cls=judge.JudgeCommand)
 _add(RESULTS, "generate", generate.generate, 'generate runs/mine "Name a color."', cls=generate.GenerateCommand)
 _add(RESULTS, "chat", chat.chat, "chat runs/mine", cls=chat.ChatCommand)
+_add(RESULTS, "serve", serve.serve, "serve runs/mine --engine llama.cpp")
 _add(RESULTS, "evaluate", evaluate.evaluate, "evaluate runs/mine")
 _add(RESULTS, "compare", compare.compare, "compare runs/mine@base runs/mine")
 _add(RESULTS, "report", report.report, "report runs/mine")

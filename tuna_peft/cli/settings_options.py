@@ -112,9 +112,10 @@ def _options_of(settings: type[BaseModel], panel: str) -> dict[str, _Option]:
             add(name, (name,), field, panel)
             continue
         inner = dict(section.model_fields)
-        if section is ServerSettings:
+        if issubclass(section, ServerSettings):
             address = inner.pop("base_url")
-            del inner["model"]  # `--model` serves for both, see `_nested`
+            if "model" in settings.model_fields:
+                del inner["model"]  # `--model` serves for both, see `_nested`
             help = f"{address.description} `model` is then the model's name there."
             add(name, (name, "base_url"), FieldInfo(annotation=str, default=None, description=help), heading)
         else:
@@ -131,7 +132,7 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 def _option(name: str, path: tuple[str, ...], field: FieldInfo, panel: str, known: Mapping[str, Any]) -> _Option:
     kind, choices = _kind(field.annotation)
-    default = field.default
+    default = None if field.is_required() else field.default
     flag = f"--{name.replace('_', '-')}"
     if kind is bool and default:
         flag += f"/--no-{flag[2:]}"
@@ -207,7 +208,7 @@ def _nested(values: Mapping[str, Any], options: Mapping[str, _Option]) -> dict[s
             given[section][key[0]] = value
         elif name not in sections:
             given[name] = options[name].values.get(value, value)
-    if "server" in given:
+    if "server" in given and "model" not in given["server"]:
         if "model" not in given:
             raise UserError("a server needs the name of its model", where="--server", fix="Give it with --model.")
         given["server"]["model"] = given.pop("model")

@@ -18,6 +18,7 @@ from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.counts import Counts
 from tuna_peft.feedback.diversity import similarities
+from tuna_peft.feedback.server_sampler import ServerSampler
 from tuna_peft.feedback.settings import SampleSettings
 from tuna_peft.journal import Journal, content_key
 from tuna_peft.models.generation.dense import has_room_for_dense
@@ -137,7 +138,7 @@ class SampleReport(Counts):
 
 
 def sample_candidates(
-    sampler: Sampler,
+    sampler: Sampler | ServerSampler,
     prompts: Sequence[Record],
     settings: SampleSettings,
     journal: Journal,
@@ -150,7 +151,7 @@ def sample_candidates(
     sampled again at a higher temperature. After at most `trials` attempts the most diverse set is kept.
 
     Args:
-        sampler: The model.
+        sampler: The model, or a server of it.
         prompts: `{"id", "prompt", "reference", "record"}`, see `tuna_peft.data.load.load_prompts`.
         settings: Number of responses, temperature, and required diversity.
         journal: Saves the samples of each prompt and attempt; what it has is not sampled again.
@@ -165,7 +166,8 @@ def sample_candidates(
         UserError: No prompt has two different responses.
     """
     began, report = time.monotonic(), SampleReport(prompts=len(prompts))
-    sampler.settle(journal)
+    if not isinstance(sampler, ServerSampler):
+        sampler.settle(journal)
     ids = [prompt_ids(prompt["prompt"], sampler.tokenizer, prompt.get("tools")) for prompt in prompts]
     limit = sampler.context or float("inf")
     pending = [index for index, tokens in enumerate(ids) if len(tokens) < limit]
@@ -173,7 +175,8 @@ def sample_candidates(
     for trial in range(settings.trials):
         temperature = round(settings.temperature + trial * settings.hotter_by, 6)
         left = [ids[index] for index in pending]
-        attempts = _attempt_all(sampler, left, settings, temperature, f"{seed}/{trial}", journal)
+        rows = [prompts[index] for index in pending]
+        attempts = _attempt_all(sampler, rows, left, settings, temperature, f"{seed}/{trial}", journal)
         for index, attempt in zip(pending, attempts, strict=True):
             report.tokens += sum(attempt.lengths)
             attempt.number = trial + 1
@@ -216,7 +219,8 @@ class _Attempt:
 
 
 def _attempt_all(
-    sampler: Sampler,
+    sampler: Sampler | ServerSampler,
+    rows: list[Record],
     prompts: list[list[int]],
     settings: SampleSettings,
     temperature: float,
@@ -229,6 +233,10 @@ def _attempt_all(
         "top_p": settings.top_p, "max_new_tokens": settings.max_new_tokens, "seed": seed,
     }  # fmt: skip
     keys = [content_key(**question, prompt=prompt) for prompt in prompts]
+    if isinstance(sampler, ServerSampler):  # answers come in any order, from several threads
+        asked = {key: (row, ids) for key, row, ids in zip(keys, rows, prompts, strict=True)}
+        sampler.fill(journal, asked, settings, temperature=temperature, seed=seed)
+        return [_Attempt(**journal[key], temperature=temperature) for key in keys]
     done = {place for place, key in enumerate(keys) if key in journal}
     for generated in sampler.sample(prompts, settings, temperature=temperature, seed=seed, done=done):
         if keys[generated.index] not in journal:  # two rows may have the same prompt

@@ -266,11 +266,20 @@ def message_text(reply: Reply) -> tuple[str, bool]:
         BadAnswer: The reply has no such text.
     """
     [choice] = choices(reply)
+    return choice_text(choice), choice.get("finish_reason") == "length"
+
+
+def choice_text(choice: dict[str, Any]) -> str:
+    """The text of one choice of a reply to `chat` or `complete`.
+
+    Raises:
+        BadAnswer: There is none.
+    """
     message = choice.get("message")
-    text = message.get("content") if isinstance(message, dict) else None
+    text = message.get("content") if isinstance(message, dict) else choice.get("text")
     if not isinstance(text, str):
         raise BadAnswer("the answer has no text")
-    return replace_surrogates(text), choice.get("finish_reason") == "length"
+    return replace_surrogates(text)
 
 
 def replace_surrogates(text: str) -> str:

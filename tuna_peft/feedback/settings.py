@@ -95,6 +95,15 @@ class ResponseSettings(ChatSettings):
     max_new_tokens: int = Field(128, ge=1, description="Maximum length of a response, in tokens.")
 
 
+class SampleServer(ServerSettings):
+    """A server that serves the model to sample from."""
+
+    chat: bool = Field(
+        False,
+        description="Send messages, which the server's own chat template renders; false sends the rendered text.",
+    )
+
+
 class SampleSettings(Section):
     """How responses are sampled from a model. The defaults are those of Tuna's released code."""
 
@@ -117,6 +126,15 @@ class SampleSettings(Section):
     backend: Literal["transformers", "vllm"] = Field(
         "transformers", description="`vllm` is faster on a GPU with room for a second copy of the model; extra `vllm`."
     )
+    server: SampleServer | None = Field(
+        None, description="An OpenAI-compatible server that serves the same model and generates the responses."
+    )
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> SampleSettings:
+        if self.server is not None and self.backend != "transformers":
+            raise ValueError("`backend` has no effect with `server`")
+        return self
 
     @property
     def responses_at_once(self) -> int:

@@ -13,7 +13,7 @@ from tuna_peft.data.ranked import Prompt, Record
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.answering import answer_all
 from tuna_peft.feedback.scored import Scored, ScoreReport, encode_in_order, is_logprob, scored_records
-from tuna_peft.feedback.server import BadAnswer, Reply, Server, choices, replace_surrogates
+from tuna_peft.feedback.server import BadAnswer, Reply, Server, choice_text, choices
 from tuna_peft.feedback.settings import ScoreSettings
 from tuna_peft.feedback.spending import Estimate, Usage, estimate_tokens
 from tuna_peft.journal import Journal, content_key
@@ -230,21 +230,17 @@ def generated_sample(choice: dict[str, Any]) -> dict[str, Any]:
     """
     found = choice.get("logprobs")
     if "message" in choice:
-        message = choice["message"]
-        text = message.get("content") if isinstance(message, dict) else None
         content = found.get("content") if isinstance(found, dict) else None
         values = [entry.get("logprob") if isinstance(entry, dict) else None for entry in content or []]
     else:
-        text = choice.get("text")
         given = found.get("token_logprobs") if isinstance(found, dict) else None
         values = given if isinstance(given, list) else []
-    if not isinstance(text, str):
-        raise BadAnswer("the answer has no text")
+    text = choice_text(choice)
     if text and not values:
         raise BadAnswer("the answer has no log-probabilities: does the server support `logprobs`?")
     total = sum(_checked(values)) if values else 0.0
     cut = choice.get("finish_reason") == "length"
-    return {"text": replace_surrogates(text).strip(), "logprob": total, "length": len(values), "cut": cut}
+    return {"text": text.strip(), "logprob": total, "length": len(values), "cut": cut}
 
 
 def _starts(tokens: list[str], offsets: Any, text: str) -> list[int]:

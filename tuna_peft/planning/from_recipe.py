@@ -206,7 +206,7 @@ def _stage(
 def _ranking_models(source: FeedbackSource, rows: Workload, device: Device, key: str) -> dict[str, Any]:
     """The local models that sample and rank; a server or a Python function needs no memory on this machine."""
     models: dict[str, Any] = {}
-    if (sample := source.sample) is not None and sample.backend == "transformers":
+    if (sample := source.sample) is not None and sample.backend == "transformers" and not sample.server:
         models["sample"] = SampleSpec(
             sample.n, sample.max_new_tokens, sample.responses_at_once, sample.top_p < 1,
             attempts=sample.trials if sample.max_similarity <= 1 else 1, auto=sample.batch_size == "auto",

@@ -7,11 +7,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, PositiveFloat, Tag, model_validator
 
 from tuna_peft.data.config import DataSource, Section
-from tuna_peft.feedback.settings import JudgeSettings, SampleSettings, ScoreSettings
+from tuna_peft.feedback.settings import JudgeSettings, SampleServer, SampleSettings, ScoreSettings
 from tuna_peft.limits import UNPLANNED_BATCH
+
+
+class StageServer(SampleServer):
+    """A server for the model that the run exports. You start it; the run prints the command and waits."""
+
+    model: str = Field("tuna", min_length=1, description="The model's name on that server.")
+    export: Literal["merged", "combined"] = Field(
+        "merged",
+        description="What the run exports for the server: a merged model, or one adapter beside the unquantized base.",
+    )
+    engine: Literal["vllm", "sglang", "llama.cpp", "transformers"] = Field(
+        "vllm", description="Engine that the printed command starts; any other with the same interface can serve too."
+    )
+    wait_minutes: PositiveFloat = Field(
+        60.0, description="Minutes to wait for a server that answers as the run's model does."
+    )
+
+    @model_validator(mode="after")
+    def _engine_serves_the_export(self) -> StageServer:
+        if self.export == "combined" and self.engine not in ("vllm", "sglang"):
+            raise ValueError(f"`engine: {self.engine}` needs `export: merged`")
+        if self.engine == "transformers" and "model" in self.model_fields_set:
+            raise ValueError("`transformers serve` names the model after its folder: leave `model` out")
+        return self
 
 
 class StageSample(SampleSettings):
@@ -28,6 +52,7 @@ class StageSample(SampleSettings):
         alias="from",
         description="Model to sample from: an earlier stage, or `base`; null is the model that this stage trains on.",
     )
+    server: StageServer | None = Field(None, description="Sample by a server, to which the run exports its model.")
 
 
 class FeedbackSource(Section):

@@ -182,9 +182,10 @@ def _ranking(stage: ResolvedStage) -> Iterator[str]:
         return
     if (sample := source.sample) is not None:
         model = stage.samples_from[-1] if stage.samples_from else "base"
+        by = f"by the server {sample.server.base_url}" if sample.server else sample.backend
         yield (
             f"samples {sample.n} responses per prompt from {model}, at temperature {sample.temperature:g}, "
-            f"in {sample.trials} attempts at most ({sample.backend})"
+            f"in {sample.trials} attempts at most ({by})"
         )
     if (judge := source.judge) is not None:
         who = judge.function or judge.model or (judge.server and f"{judge.server.model} at {judge.server.base_url}")

@@ -21,6 +21,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.feedback.judge import Judging
 from tuna_peft.feedback.judges import make_judge
 from tuna_peft.feedback.sampling import ModelSampler, Sampler, sample_candidates
+from tuna_peft.feedback.server_sampler import ServerSampler
 from tuna_peft.feedback.teacher import score_with_model
 from tuna_peft.feedback.teacher_server import score_with_server
 from tuna_peft.files import write_jsonl
@@ -32,6 +33,7 @@ from tuna_peft.recipe.feedback_schema import FeedbackSource, StageSample
 from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.run.folder import RunDirectory
 from tuna_peft.run.inputs import RANKED, Inputs, encode_self_ranked
+from tuna_peft.run.sample_server import exported_sampler
 from tuna_peft.run.samplers import vllm_sampler
 
 logger = logging.getLogger("tuna_peft")
@@ -111,7 +113,7 @@ def _sample(
     names = list(stage.samples_from)
     logger.info("stage %s: sampling from %s", stage.name, " + ".join(names) or "the base")
     with (
-        _sampler(run, model, base, sample, names) as sampler,
+        _sampler(run, model, base, stage, sample, prompts) as sampler,
         Journal(run.stage_folder(stage.name) / "samples.journal.jsonl") as journal,
     ):
         rows, report = sample_candidates(sampler, prompts, sample, journal, seed=f"{run.recipe.seed}/{stage.name}")
@@ -123,14 +125,19 @@ def _sample(
 
 @contextmanager
 def _sampler(
-    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, sample: StageSample, names: list[str]
-) -> Iterator[Sampler]:
-    """A sampler for the base with the adapters `names`: the run's own model, or a vLLM engine."""
+    run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, stage: ResolvedStage, sample: StageSample,
+    prompts: list[Record],
+) -> Iterator[Sampler | ServerSampler]:  # fmt: skip
+    """A sampler for the stage's model: the run's own model, a server of its export, or a vLLM engine."""
+    names, settings = list(stage.samples_from), run.recipe.base
+    if sample.server is not None:
+        with active_adapters(model, names):
+            yield exported_sampler(run, model, base.tokenizer, stage, sample, sample.server, prompts)
+        return
     if sample.backend == "transformers":
         with active_adapters(model, names):
             yield ModelSampler(model, base.tokenizer, names)
         return
-    settings = run.recipe.base
     served = str(run.path / "stack") if names else settings.model
     with vllm_sampler(
         served, names[-1] if names else None, quantization=run.recipe.quantization.method, revision=settings.revision,
