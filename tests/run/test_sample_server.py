@@ -68,6 +68,8 @@ def test_the_run_exports_waits_samples_and_resumes_to_the_same_bytes(files, tmp_
     assert report["data"]["contextual"]["sample"]["kept"] > 0
     assert f"vllm serve {folder}/stages/contextual/served --served-model-name tuna" in caplog.text
     assert "4 of 4 greedy answers of the server are those of the adapters" in caplog.text
+    served = json.loads((folder / "stages/contextual/served/generation_config.json").read_text())
+    assert served["do_sample"] and served["top_k"] == 0 and served["eos_token_id"] == 2
     entries = (folder / "stages/contextual/samples.journal.jsonl").read_text().splitlines()
     assert all(set(json.loads(line)["value"]) == {"texts", "lengths", "ended"} for line in entries[1:])
 

@@ -298,6 +298,8 @@ def _unplanned(recipe: Recipe) -> Iterator[str]:
         sample = stage.feedback.sample if stage.feedback else None
         if sample is not None and sample.backend == "vllm":
             yield f"sampling of {stage.name}: vLLM loads a second copy of the model and uses all free memory"
+        if sample is not None and sample.server is not None:
+            yield f"sampling of {stage.name}: the server's memory, and the model exported for it on disk"
     if recipe.named_evaluation and recipe.named_evaluation.tasks.lm_eval:
         yield "evaluation of lm_eval: only the harness knows the number of prompts"
 

@@ -22,6 +22,7 @@ from tuna_peft.export.merge import merge_stack
 from tuna_peft.export.output import RECORD
 from tuna_peft.feedback.server_sampler import ServerSampler
 from tuna_peft.feedback.vllm_sampler import lora_rank
+from tuna_peft.files import write_json
 from tuna_peft.limits import within_context
 from tuna_peft.models.base.load import resolve_model_path
 from tuna_peft.models.generation.generate import context_of, generate_responses
@@ -95,11 +96,20 @@ def _export(run: RunDirectory, names: list[str], settings: StageServer, folder: 
                 base=merge.base, load_dtype=recipe.base.dtype, device=device, allow_lost_update=True,
                 trust_remote_code=recipe.base.trust_remote_code,
             )  # fmt: skip
+            _sample_plainly(folder)
     if names and settings.export == "combined":
         return Served(path, adapter=str(folder.absolute()), rank=lora_rank(folder), **where)
     if settings.engine == "llama.cpp":
         path = _as_gguf(path, folder.with_name("served-gguf"))
     return Served(path, **where)
+
+
+def _sample_plainly(folder: Path) -> None:
+    """Lets servers sample as the settings say: `transformers serve` takes `do_sample` and `top_k` from this file."""
+    file = folder / "generation_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    tokens = {key: value for key, value in config.items() if key.endswith("token_id")}
+    write_json(file, {**tokens, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0})
 
 
 def base_path(model: str) -> str:
