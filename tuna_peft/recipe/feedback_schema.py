@@ -17,7 +17,11 @@ from tuna_peft.limits import UNPLANNED_BATCH
 class StageServer(SampleServer):
     """A server for the model that the run exports. You start it; the run prints the command and waits."""
 
-    model: str = Field("tuna", min_length=1, description="The model's name on that server.")
+    model: str = Field(
+        "tuna",
+        min_length=1,
+        description="The model's name on that server; `engine: transformers` names it after its folder instead.",
+    )
     export: Literal["merged", "combined"] = Field(
         "merged",
         description="What the run exports for the server: a merged model, or one adapter beside the unquantized base.",
@@ -33,8 +37,6 @@ class StageServer(SampleServer):
     def _engine_serves_the_export(self) -> StageServer:
         if self.export == "combined" and self.engine not in ("vllm", "sglang"):
             raise ValueError(f"`engine: {self.engine}` needs `export: merged`")
-        if self.engine == "transformers" and "model" in self.model_fields_set:
-            raise ValueError("`transformers serve` names the model after its folder: leave `model` out")
         return self
 
 
