@@ -72,8 +72,8 @@ def choose_engine(exports: dict[Engine, Served], wanted: str | None, *, installe
         if wanted not in INSTALL:
             raise UserError(f"there is no engine {wanted!r}", where="--engine", fix=did_you_mean(wanted, INSTALL))
         if (engine := next((one for one in exports if one == wanted), None)) is None:
-            way = "export gguf" if wanted in ("llama.cpp", "ollama") else "merge"
-            raise UserError(f"{wanted} has nothing to serve here", where="--engine", fix=f"See `tuna-peft {way}`.")
+            way = "`tuna-peft export gguf`" if wanted in ("llama.cpp", "ollama") else "`tuna-peft merge`"
+            raise UserError(f"{wanted} has nothing to serve here", where="--engine", fix=f"Export it first: {way}.")
         if installed and find_program(engine) is None:
             raise UserError(f"{wanted} is not installed", where="--engine", fix=f"Install it: {INSTALL[engine]}.")
         return engine
