@@ -51,6 +51,12 @@ ABLATIONS = {
     "one-adapter-double-rate": Ablation(
         "all three in one adapter, the ranking stages at twice the rate", _ALL, stacked=False, ranking_rate=2e-3
     ),
+    "from-below-double-rate": Ablation(
+        "all three, each adapter starting from the stack below, the ranking stages at twice the rate",
+        _ALL,
+        from_below=True,
+        ranking_rate=2e-3,
+    ),
     "nf4": Ablation("all three, stacked on NF4", _ALL, quantization="nf4"),
 }
 
