@@ -56,6 +56,18 @@ def test_every_address_with_its_secret(recipe_file):
     assert unusual == ["HOME_SECRET"]
 
 
+def test_the_server_of_samples_is_among_them(recipe_file):
+    _, sent, unusual = lists(
+        recipe_file,
+        "stages.probabilistic.data={prompts: {path: ranked.jsonl}, judge: {function: 'builtin:pico'}, "
+        f"sample: {{server: {SERVER}}}}}",
+    )
+    assert sent == [
+        "sends prompts and the variable HOME_SECRET to https://evil.example/v1 (stages.1.data.sample.server)"
+    ]
+    assert unusual == ["HOME_SECRET"]
+
+
 def test_only_variables_of_api_keys_need_no_yes(recipe_file):
     for name in ("SSH_KEY", "MONKEY", "API_KEY", "MY_API_KEY_OLD", "PATH"):
         server = SERVER.replace("HOME_SECRET", name)
@@ -88,6 +100,7 @@ def test_no_new_field_is_forgotten():
         "BaseSettings.trust_remote_code", "GradedTask.grader", "JudgeSettings.function",
         "JudgeSettings.trust_remote_code", "LMEvalTask.include_path", "PushSettings.repo",
         "ScoreSettings.trust_remote_code", "ServerSettings.api_key_env", "ServerSettings.base_url",
+        "StageServer.api_key_env", "StageServer.base_url",
     }  # fmt: skip
 
 

@@ -117,7 +117,8 @@ def test_what_cannot_be_started_is_said(run, monkeypatch, options, message):
     monkeypatch.setattr(serve, "find_program", lambda engine: None)
     result = CliRunner().invoke(app, ["serve", str(run), *options])
     assert result.exit_code == 2 and message.lower() in result.stderr.lower()
-    assert "nstall" in result.stderr or options
+    if not options:
+        assert "nstall" in result.stderr
 
 
 def test_a_folder_without_exports(tmp_path):

@@ -143,7 +143,7 @@ SAMPLE = {
 
 
 def test_samples_are_drawn_with_the_settings_of_the_stage(monkeypatch, tmp_path):
-    sample = odd(StageSample, **SAMPLE)
+    sample = odd(StageSample, **SAMPLE, left=["server"])  # see test_sample_server.py
     data = {"prompts": {"path": "x.jsonl"}, "sample": SAMPLE, "judge": {"function": "builtin:pico"}}
     recipe = small(base=BASE, stages=[{"name": "one", "type": "ranking", "data": data}])
     [stage] = resolve_stages(recipe)
