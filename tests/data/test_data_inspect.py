@@ -6,9 +6,7 @@ import pytest
 from rich.console import Console
 
 from tuna_peft.data.config import DataSource, PromptConfig
-from tuna_peft.data.inspect import inspect_file, render_ranked
-from tuna_peft.data.load import load_ranked
-from tuna_peft.data.tokenize import encode_dataset
+from tuna_peft.data.inspect import inspect_file
 from tuna_peft.errors import UserError
 
 PLAIN = PromptConfig(template="{instruction}")
@@ -76,14 +74,6 @@ def test_ranked_data_in_a_supervised_stage(jsonl, tokenizer):
     assert text.count("rank 0  score") == 2
     assert "rank 1" not in text
     assert "reference" not in text
-
-
-def test_encoded_rows(jsonl, tokenizer):
-    dataset, _ = load_ranked(DataSource(path=jsonl(ROW, ROW, ROW)), PLAIN)
-    encoded, _ = encode_dataset(dataset, tokenizer, max_length=None)
-    assert show(render_ranked(encoded, tokenizer, 2)) == show(render_ranked(dataset, tokenizer, 2))
-    with pytest.raises(UserError, match="need a tokenizer"):
-        render_ranked(encoded)
 
 
 def test_a_row_that_is_left_out(jsonl, tokenizer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from tuna_peft.data.ranked import ReadReport, Record, response_text
 from tuna_peft.data.suggest import data_block
 from tuna_peft.data.texts import reads_the_clock, set_template_date, template_date
 from tuna_peft.data.tokenize import encode_ranked
-from tuna_peft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,26 +90,6 @@ def inspect_prompts(source: DataSource, prompt: PromptConfig, n: int = 3) -> Ren
     return Group(Text(summary), *(_panel(row["id"], _record_prompt(row), []) for row in prompts[:n]))
 
 
-def render_ranked(
-    records: Iterable[Record],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    n: int = 3,
-    *,
-    max_length: int | None = None,
-    overflow: Overflow = "error",
-) -> RenderableType:
-    """Renders `n` prompts with all their responses, best first.
-
-    Args:
-        records: Normalised records (or a data set of them), or rows from `encode_ranked`.
-        tokenizer: Required for encoded rows; None shows the text of records instead of tokens.
-        n: Number of prompts to show.
-        max_length, overflow: As in `encode_ranked`, for records.
-    """
-    placed = [(f"id {record['id']}", record) for record in islice(records, n)]
-    return Group(*_panels(placed, tokenizer, PromptConfig(), False, max_length, overflow))
-
-
 def _panels(
     placed: list[tuple[str, Record]],
     tokenizer: PreTrainedTokenizerBase | None,
@@ -123,16 +101,12 @@ def _panels(
     panels: list[RenderableType] = [] if tokenizer is None else [_LEGEND]
     for where, record in placed:
         record = best_alone(record) if supervised else record
-        row: dict[str, Any] | None = record
         if tokenizer is None:
-            if "prompt_ids" in record:
-                raise UserError("encoded rows need a tokenizer to be shown")
             prompt, candidates = _record_prompt(record), _record_candidates(record)
         else:
-            if "prompt_ids" not in record:
-                row = encode_ranked(
-                    record, tokenizer, max_length=max_length, overflow=overflow, prompt=settings, where=where
-                )
+            row = encode_ranked(
+                record, tokenizer, max_length=max_length, overflow=overflow, prompt=settings, where=where
+            )
             if row is None:
                 prompt, candidates = Text(f"skipped: longer than max_length {max_length}", style="yellow"), []
             else:
