@@ -12,6 +12,7 @@ DATA holds `superni/` (a checkout of allenai/natural-instructions, or `train_ins
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from benchmarks.superni.arms import ARMS
 from benchmarks.superni.prepare import Prepared, compare_teachers, prepare
 from benchmarks.superni.runs import Runs
 from benchmarks.superni.sets import deal, read_instances, write_sets
-from benchmarks.superni.sizes import CUT, Sizes
+from benchmarks.superni.sizes import SIZES
 from benchmarks.superni.tables import markdown
 from tuna_peft.errors import UserError
 from tuna_peft.models.base.load import load_config_and_tokenizer
@@ -46,11 +47,15 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (sets, first):
         command.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hub id or folder")
         command.add_argument(
-            "--cut", action="store_true", help="tiny sizes, to see that everything runs; numbers mean nothing"
+            "--size",
+            default="full",
+            choices=list(SIZES),
+            help="small: for a slow CPU; cut: only to see it run",
         )
     first.add_argument("--quantization", default="nf4", choices=["nf4", "none"])
     teachers.add_argument("--teacher", action="append", default=[], metavar="MODEL", help="another model to compare")
     teachers.add_argument("--prompts", type=int, metavar="N", help="only the first N prompts, and no lists")
+    run.add_argument("--rates", nargs="+", type=float, metavar="RATE", help="only these learning rates, with seed 0")
     run.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     options = parser.parse_args(arguments)
     datasets.disable_progress_bars()
@@ -66,12 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     if options.command == "sets":
         tokenizer = load_config_and_tokenizer(options.model)[1]
-        dealt = deal(*read_instances(options.data / "superni"), tokenizer, CUT if options.cut else Sizes())
+        dealt = deal(*read_instances(options.data / "superni"), tokenizer, SIZES[options.size])
         write_sets(dealt, options.work)
         print(", ".join(f"{name} {len(records)}" for name, records in dealt.items()))
     elif options.command == "prepare":
-        sizes = CUT if options.cut else Sizes()
-        prepared = prepare(options.work, options.data, options.model, options.quantization, sizes)
+        prepared = prepare(options.work, options.data, options.model, options.quantization, SIZES[options.size])
         print(prepared.samples)
     elif options.command == "teachers":
         found = compare_teachers(Prepared.read(options.work), options.teacher, options.prompts)
@@ -81,7 +85,11 @@ def _run(options: argparse.Namespace) -> None:
         print(f"teacher: {found['chosen'] or 'none is good enough'}; lists: {found['lists']}")
     else:
         # Without `--data`, as for tables, nothing is measured.
-        runs = Runs(Prepared.read(options.work), getattr(options, "data", options.work))
+        prepared = Prepared.read(options.work)
+        if options.command == "run" and options.rates:
+            only = {"rates": tuple(sorted(options.rates)), "lower": None, "higher": None, "seeds": 1}
+            prepared = dataclasses.replace(prepared, sizes=dataclasses.replace(prepared.sizes, **only))
+        runs = Runs(prepared, getattr(options, "data", options.work))
         if options.command == "run":
             runs.run(options.arms)
         print(markdown(runs.rows))

@@ -16,6 +16,7 @@ from benchmarks.superni.measures import Measures
 from benchmarks.superni.prepare import Prepared
 from benchmarks.superni.rows import Row, best_rate, leader, next_rate
 from benchmarks.superni.sets import CHAT
+from benchmarks.superni.sizes import SEARCH
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.load import encode_source
 from tuna_peft.files import sha256
@@ -140,9 +141,10 @@ class Runs:
         """Names everything that a run depends on; a run with another hash is another run."""
         stages = ARMS[name].stages if name != BASE else ()
         data = {"seen", "unseen", "validation", *(LISTS if stage.rounds > 1 else stage.data for stage in stages)}
+        sizes = {key: value for key, value in dataclasses.asdict(self.sizes).items() if key not in SEARCH}
         return content_key(
             stages=[dataclasses.asdict(stage) for stage in stages], rates=rates, seed=seed, common=_TRAIN,
-            lora=LORA, sizes=dataclasses.asdict(self.sizes), quantization=self.prepared.quantization,
+            lora=LORA, sizes=sizes, quantization=self.prepared.quantization,
             weights=self._fingerprint, data={one: self._data_hash(one) for one in sorted(data)},
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How large the experiment is: the protocol's numbers, and tiny ones that pass end to end in minutes."""
+"""How large the experiment is: the protocol's numbers, smaller ones for a slow CPU, tiny ones for tests."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ class Sizes:
     lmentry_per_template: int = 2
 
 
+SMALL = Sizes(
+    per_task={"seen": 2, "validation": 1, "agreement": 1, "contextual": 2, "probabilistic": 1, "sft": 1},
+    unseen_per_task=10, samples=4, epochs=1, greedy_tokens=48, divergence_prompts=24, ranked_lists=20,
+    lmentry_per_template=1,
+)  # fmt: skip
 CUT = Sizes(
     tasks=8,
     per_task={"seen": 1, "validation": 1, "agreement": 1, "contextual": 1, "probabilistic": 1, "sft": 1},
@@ -63,3 +68,7 @@ CUT = Sizes(
     greedy_tokens=8, epochs=4, batch=4, rates=(1e-3,), lower=None, higher=None, seeds=2, divergence_prompts=2,
     ranked_lists=2, ranked_tokens=128, lmentry_per_template=1,
 )  # fmt: skip
+
+SIZES = {"full": Sizes(), "small": SMALL, "cut": CUT}
+SEARCH = ("rates", "lower", "higher", "seeds")
+"""Fields that say which runs there are; no run depends on them."""

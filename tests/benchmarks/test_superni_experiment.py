@@ -64,7 +64,7 @@ def data(tmp_path_factory):
 def work(model, data, tmp_path_factory):
     """Prepared with the cut sizes, and with teachers."""
     folder = tmp_path_factory.mktemp("work")
-    options = ["--work", str(folder), "--data", str(data), "--model", model, "--quantization", "none", "--cut"]
+    options = ["--work", str(folder), "--data", str(data), "--model", model, "--quantization", "none", "--size", "cut"]
     assert command.main(["prepare", *options]) == 0
     assert command.main(["teachers", "--work", str(folder)]) == 0
     return folder
@@ -173,6 +173,8 @@ def test_runs_end_to_end_and_are_not_repeated(work, data, monkeypatch, capsys):
     assert command.main(options) == 0
     assert read(work / "rows.jsonl") == rows
     assert Runs(Prepared.read(work), data).rows == rows
+    grid = replace(Prepared.read(work), sizes=replace(CUT, rates=(1e-4, 1e-3), seeds=1))
+    assert Runs(grid, data).rows == rows  # a larger grid repeats no run
     other = replace(Prepared.read(work), sizes=replace(CUT, epochs=2))
     assert Runs(other, data).rows == []  # results of other sizes do not count
 
