@@ -29,6 +29,12 @@ def said(text, role="assistant"):
         ({"role": "tool", "content": "41", "name": "f", "tool_call_id": "c1"},
          {**said("41", "tool"), "name": "f", "tool_call_id": "c1"}),
         ({"role": "assistant", "content": "5", "reasoning_content": "sum"}, {**said("5"), "reasoning_content": "sum"}),
+        ({"role": "assistant", "content": [{"type": "reasoning", "value": "sum"}, {"type": "text", "value": "5"}]},
+         {**said("5"), "reasoning_content": "sum"}),
+        ({"role": "assistant", "content": [{"type": "thinking", "thinking": "x?"},
+                                           {"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'}]},
+         {**said(""), "reasoning_content": "x?",
+          "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}),
         ({"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1, "y": null}}'},
          {**said(""), "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}),
         ({"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
@@ -43,6 +49,8 @@ def test_spellings(raw, expected):
     ("raw", "what"),
     [
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "part of type `image_url`"),
+        ({"role": "user", "content": [{"type": "text"}]}, "part of type `text`"),
+        ({"role": "assistant", "content": [{"type": "reasoning"}, "5"]}, "reasoning has no text"),
         ({"role": "user", "content": None}, "found null"),
         ({"content": "q"}, "without a `role`"),
         ({"role": "assistant", "content": "", "tool_calls": [{"id": "c"}]}, "`tool_calls` has no function name"),
@@ -161,6 +169,22 @@ def test_transcripts_as_text(jsonl):
     assert source_format(source)[0] == "transcript"
     [row] = load_ranked(source, PromptConfig())[0]
     assert (row["prompt"], row["completions"]) == (f"{ASKED}\n\nAssistant:", [" The spruce.", " A stone."])
+
+
+def test_a_response_may_begin_with_a_marker(jsonl):
+    """As 27 of 2,312 records of hh-rlhf do: a turn begins on a line of its own."""
+    source = DataSource(
+        path=jsonl(pair(f"{ASKED}\n\nAssistant: Human: The spruce.", f"{ASKED}\n\nAssistant: A stone."))
+    )
+    [row] = load_ranked(source, PromptConfig())[0]
+    assert row["completions"] == [" Human: The spruce.", " A stone."]
+
+
+def test_pairs_of_whole_dialogues_by_llama_factory(jsonl):
+    turns = [[{**USER, "loss_weight": 0.0}, {**said(text), "loss_weight": 1.0}] for text in ("a", "b")]
+    source = DataSource(path=jsonl({"chosen_messages": turns[0], "rejected_messages": turns[1]}))
+    [row] = load_ranked(source, CHAT)[0]
+    assert (row["prompt"], row["completions"]) == ([USER], ["a", "b"])
 
 
 def test_transcripts_as_messages(jsonl):

@@ -6,6 +6,7 @@ from typing import get_args
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from tuna_peft.data.config import DataSource, FormatName, PromptConfig
 from tuna_peft.data.load import load_sft, read_ranked, source_format
@@ -229,6 +230,12 @@ def test_an_entry_of_llama_factory(jsonl, tmp_path):
         "talk": {"file_name": "kto.jsonl", "columns": {"prompt": "q", "response": "a", "history": "h"}},
         "script": {"script_url": "x.py"},
         "chats": {"file_name": "chats.jsonl", "formatting": "sharegpt"},
+        "rated": {
+            "file_name": "rated.jsonl",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages", "kto_tag": "label"},
+            "tags": {"content_tag": "content"},
+        },
         "odd": {"file_name": "chats.jsonl", "formatting": "sharegpt", "columns": {"messages": "talk"}},
     }
     path = str(tmp_path / "dataset_info.json")
@@ -243,6 +250,12 @@ def test_an_entry_of_llama_factory(jsonl, tmp_path):
     assert [message["role"] for message in dataset[0]["prompt"]] == ["system", "user"]
     jsonl({"q": "Sort.", "a": "b a", "good": False}, {"q": "Sort.", "a": "a b", "good": True}, name="kto.jsonl")
     assert read_ranked(DataSource(path=path, name="kto"), PLAIN)[0][0]["completions"] == ["a b", "b a"]
+    rated = [
+        {"messages": user("Sort.") + assistant(text), "label": good} for text, good in (("b a", False), ("a b", True))
+    ]
+    jsonl(*rated, name="rated.jsonl")
+    [record], _ = read_ranked(DataSource(path=path, name="rated"), PromptConfig(template="chat"))
+    assert (record["prompt"], record["completions"]) == (user("Sort."), ["a b", "b a"])
     wrong = {None: "which entry is meant", "pair": "no entry 'pair'", "script": "neither `file_name`",
              "odd": "whole conversations", "talk": "`history`"}  # fmt: skip
     for name, message in wrong.items():
@@ -264,3 +277,22 @@ def test_an_arena_vote_is_on_all_turns(jsonl):
     records, report = read_ranked(DataSource(path=path, on_bad_row="skip"), PLAIN)
     assert [record["completions"] for record in records] == [["Blue.", "Colour"]]
     assert report.skipped == {"several turns": 1}
+
+
+@pytest.mark.parametrize(
+    ("record", "format", "prompt"),
+    [
+        ({"instruction": "Sort.", "input": "", "output": "b a", "label": False}, "alpaca", PLAIN),
+        ({"messages": user("Sort.") + assistant("b a"), "label": False}, "messages", PromptConfig(template="chat")),
+    ],
+)
+def test_single_responses_with_a_label_are_not_imitated_unasked(jsonl, record, format, prompt):
+    """KTO's data: supervised training would imitate the bad responses as well."""
+    good = json.loads(json.dumps(record).replace("b a", "a b")) | {"label": True}
+    path = jsonl(record, good)
+    with pytest.raises(UserError, match="supervised training would imitate bad responses too") as error:
+        load_sft(DataSource(path=path), prompt)
+    settings = yaml.safe_load("{" + error.value.fix.split("`")[1] + "}")
+    [ranked], _ = read_ranked(DataSource.model_validate({"path": path, **settings}), prompt)
+    assert ranked["completions"] == ["a b", "b a"]
+    assert len(load_sft(DataSource(path=path, format=format), prompt)[0]) == 2

@@ -70,6 +70,10 @@ def _columns(entry: dict[str, Any]) -> Columns:
     if entry.get("formatting", "alpaca") == "sharegpt":
         prompt: dict[str, Any] = {"prompt": named.get("messages", "conversations")}
         content = "." + entry.get("tags", {}).get("content_tag", "value")
+        if "kto_tag" in named:  # whole dialogues with a label each, collected by their first message
+            first = {"instruction": f"{prompt['prompt']}[0]{content}"}
+            whole = {"completions": [prompt["prompt"]], "scores": [named["kto_tag"]]}
+            return Columns.model_validate(first | whole)
         if not entry.get("ranking"):
             raise UserError(
                 "a ShareGPT entry without `ranking: true` holds whole conversations",

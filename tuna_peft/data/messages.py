@@ -22,7 +22,8 @@ _ROLES = {
     "function_call": "assistant", "tool_call": "assistant",
     "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip
-_CALLS = ("function_call", "tool_call")  # as a role: the text is the call, in JSON
+_CALLS = ("function_call", "tool_call")  # as a role or as the type of a part: the text is the call, in JSON
+_REASONING = ("reasoning", "thinking")
 # What a template may read besides role and content. Other keys (time stamps, weights, ...) are not passed on.
 _EXTRAS = ("reasoning_content", "thinking", "name", "tool_call_id")
 
@@ -41,14 +42,39 @@ def clean_message(raw: Any, where: str) -> Message:
         raise BadRow(f"a message is {kind(raw)} without a `role` (or `from`)", reason="wrong type", where=where)
     spelled, role = role.lower(), _ROLES.get(role.lower(), role.lower())
     calls = raw.get("tool_calls") or ([raw["function_call"]] if raw.get("function_call") else [])
-    content = raw.get("content", raw.get("value"))
+    content, reasoning, more_calls = _divide(raw.get("content", raw.get("value")), where)
+    calls = calls or more_calls
     if spelled in _CALLS and isinstance(content, str) and not calls:
         calls, content = _parse(content, where), None
     text = "" if content is None and calls else content_text(content, where)
     message: Message = {"role": role, "content": text}
     if calls:
         message["tool_calls"] = [_clean_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
-    return message | {key: raw[key] for key in _EXTRAS if raw.get(key)}
+    return message | reasoning | {key: raw[key] for key in _EXTRAS if raw.get(key)}
+
+
+def _divide(content: Any, where: str) -> tuple[Any, dict[str, str], list[Any]]:
+    """Content in parts as its other parts, the reasoning (an entry of a message, if any) and the tool calls."""
+    if not isinstance(content, list):
+        return content, {}, []
+    left, reasoning, calls = [], [], []
+    for part in content:
+        name = part.get("type") if isinstance(part, dict) else None
+        if name in _REASONING:
+            reasoning.append(_text_of(part))
+        elif name in _CALLS:
+            calls.append(_parse(value, where) if isinstance(value := part.get("value", part), str) else value)
+        else:
+            left.append(part)
+    if not all(isinstance(text, str) for text in reasoning):
+        raise BadRow("a part with reasoning has no text", reason="wrong type", where=where)
+    found = {"reasoning_content": "".join(reasoning)} if any(reasoning) else {}
+    return (left if left or not calls else None), found, calls
+
+
+def _text_of(part: dict[str, Any]) -> Any:
+    """The text of a part of content, in the spellings of OpenAI, Anthropic and LLaMA-Factory."""
+    return next((part[key] for key in ("text", "value", "thinking") if part.get(key) is not None), None)
 
 
 def content_text(content: Any, where: str) -> str:
@@ -106,10 +132,11 @@ def _without_nulls(value: Any) -> Any:
 
 def _part_text(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text", "output_text"):
-        part = part.get("text")
+        text = _text_of(part)
+        part = part if text is None else text
     if isinstance(part, str):
         return part
-    name = part.get("type") if isinstance(part, dict) else kind(part)
+    name = part.get("type", "text") if isinstance(part, dict) else kind(part)
     raise BadRow(
         f"the content has a part of type `{name}`; only text is read",
         reason="content that is not text",

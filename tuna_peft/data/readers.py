@@ -71,6 +71,13 @@ def choose_format(
         if prompts_only:
             fitting += [reads for key, reads in (("prompt", "ranked"), ("instruction", "alpaca")) if key in present]
         name = fitting[0] if fitting else "auto"
+        if name in _ONE_RESPONSE and isinstance(first.get("label"), bool):
+            raise UserError(
+                "each record has one response and a `label`: supervised training would imitate bad responses too",
+                where=where,
+                fix="To rank the responses of a prompt, where there are several: "
+                f"`{_ONE_RESPONSE[name]}`. To train on every response all the same: `format: {name}`.",
+            )
     if name == "auto":
         raise UserError(
             f"no known format has the keys {listed(f'`{key}`' for key in first)}",
@@ -89,6 +96,15 @@ def choose_format(
     if name in SHAPES:
         return dataclasses.replace(FORMATS["columns"], name=name), SHAPES[name].apply(source)
     return FORMATS[name], source
+
+
+# Formats with one response a record, and how to rank those of a prompt by a label.
+_ONE_RESPONSE = {
+    "messages": "columns: {instruction: 'messages[0].content', completions: [messages], scores: [label]}, "
+    "group_by: 'messages[0].content'",
+    "alpaca": "columns: {instruction: instruction, input: input, completions: output, scores: label}, "
+    "group_by: [instruction, input]",
+}
 
 
 def grouped(format: Format) -> Format:
@@ -215,7 +231,7 @@ def _alpaca_responses(raw: Record, source: DataSource, template: PromptTemplate,
 
 def preference_responses(raw: Record, source: Any, template: Any, where: str) -> Record:
     """`chosen`, one or several, before `rejected`; also used by the trainer for data sets of TRL's preference type."""
-    sides = [_texts(required(raw, key, where)) for key in ("chosen", "rejected")]
+    sides = [_texts(required(raw, key, where)) for key in _pair_keys(raw)]
     ranks = [rank for rank, side in enumerate(sides) for _ in side]
     return {"completions": [*sides[0], *sides[1]], "scores": None, "ranks": ranks, "reference": None}
 
@@ -234,8 +250,14 @@ def _preference_prompt(raw: Record, source: DataSource, template: PromptTemplate
 
 def _has_replies(raw: Record) -> bool:
     """Whether a record has `chosen` and `rejected`, with a prompt before them or in them."""
-    prompted = {"prompt", "conversations", "messages"} & raw.keys() or isinstance(raw.get("chosen"), list)
-    return {"chosen", "rejected"} <= raw.keys() and bool(prompted)
+    better, worse = _pair_keys(raw)
+    prompted = {"prompt", "conversations", "messages"} & raw.keys() or isinstance(raw.get(better), list)
+    return {better, worse} <= raw.keys() and bool(prompted)
+
+
+def _pair_keys(raw: Record) -> tuple[str, str]:
+    """The keys of the better and the worse response; those of LLaMA-Factory's version 1 hold whole dialogues."""
+    return ("chosen_messages", "rejected_messages") if "chosen_messages" in raw else ("chosen", "rejected")
 
 
 # transcript: chosen, rejected (whole dialogues in plain text)

@@ -41,15 +41,16 @@ def read_transcripts(raw: Record, markers: Markers, as_messages: bool, where: st
         return None, dialogues
     common = os.path.commonprefix(texts)
     ends = [match.end() for match in _pattern(markers).finditer(common) if match.lastgroup == "assistant"]
-    responses = [text[ends[-1] :] for text in texts] if ends else []
-    if not ends or any(_split(response, markers) for response in responses):
+    # A response may begin with a marker ("Assistant: Human: ..."), which is a turn only at the start of a line.
+    if not ends or any(_pattern(markers).search(text, ends[-1]) for text in texts):
         raise BadRow(
             "the two transcripts differ before their last response",
             reason="no common prompt",
             where=where,
-            fix="Read them as messages: `prompt: {template: chat}` ranks several turns as a whole.",
+            fix="Skip such records (in a recipe: `on_bad_row: skip`), or read all of them as messages: "
+            "`prompt: {template: chat}` ranks several turns as a whole.",
         )
-    return common[: ends[-1]], responses
+    return common[: ends[-1]], [text[ends[-1] :] for text in texts]
 
 
 def _pattern(markers: Markers) -> re.Pattern[str]:
