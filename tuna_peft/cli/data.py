@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuna_peft.cli.consent import require_consent
-from tuna_peft.cli.options import Column, Format, GroupBy, Header, SkipBad, Split, Template, data_source
+from tuna_peft.cli.data_options import DataOptions, reads_data
 from tuna_peft.errors import UserError
 from tuna_peft.terminal import console, echo
 
@@ -21,8 +21,12 @@ app = typer.Typer(help="Show data as training uses it, and convert it.", no_args
 
 
 @app.command("inspect")
+@reads_data()
 def inspect(
-    target: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe (file or shipped name), or data.")],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|RUN|FILE", help="A recipe (file or shipped name), a run's folder, or data."),
+    ],
     n: Annotated[int, typer.Option("--n", min=1, help="Number of prompts to show.")] = 3,
     stage: Annotated[
         str | None, typer.Option("--stage", help="For a recipe: show only this stage.", show_default="all")
@@ -31,30 +35,27 @@ def inspect(
         str | None,
         typer.Option("--tokenizer", help="Hub id or path.", show_default="for a recipe: that of its base model"),
     ] = None,
-    format: Format = "auto",
-    column: Column = None,
-    split: Split = "train",
-    template: Template = "alpaca",
-    skip_bad_rows: SkipBad = False,
-    group_by: GroupBy = None,
-    header: Header = True,
+    *,
+    reading: DataOptions,
 ) -> None:
     """Show prompts with their responses in rank order: score, length, and which tokens have a loss."""
 
     from tuna_peft.data.inspect import inspect_file, inspect_prompts
+    from tuna_peft.recipe.resolved import resolve_stages
+    from tuna_peft.run.recipe_data import find_recipe_of_data
 
     screen = console()
-    if not _is_recipe(target):
+    found = find_recipe_of_data(target)
+    if found is None:
         if stage is not None:
             raise UserError("--stage needs a recipe; this is data", where=target)
-        source, prompt = data_source(target, format, column, split, template, skip_bad_rows, group_by, header)
+        source, prompt = reading.source(target)
         screen.print(inspect_file(source, prompt, load_tokenizer(tokenizer), n))
         return
-
-    from tuna_peft.recipe.load import load_recipe
-    from tuna_peft.recipe.resolved import resolve_stages
-
-    recipe = load_recipe(target, check=False)
+    if reading != DataOptions():
+        raise UserError("options of data have no effect on a recipe, which says how its data is read", where=target)
+    recipe, named = found
+    stage = stage or named
     require_consent(recipe.base, yes=True)  # it may say that code of the tokenizer is to be run
     names = [entry.name for entry in recipe.stages]
     if stage is not None and stage not in names:
@@ -80,32 +81,24 @@ def inspect(
 
 
 @app.command("convert")
+@reads_data()
 def convert_file(
-    file: Annotated[str, typer.Argument(help="Data in any format that can be read.")],
+    file: Annotated[
+        str, typer.Argument(help="Data in any format that can be read; or a recipe or run, or RECIPE@STAGE.")
+    ],
     out: Annotated[Path, typer.Argument(help="The .jsonl or .parquet file to write.")],
-    format: Format = "auto",
-    column: Column = None,
-    split: Split = "train",
-    template: Template = "alpaca",
-    skip_bad_rows: SkipBad = False,
-    group_by: GroupBy = None,
-    header: Header = True,
+    *,
+    reading: DataOptions,
 ) -> None:
     """Write data in the ranked format: prompt, completions, scores, ranks, reference."""
     from tuna_peft.data.convert import convert
     from tuna_peft.data.losses import describe_losses
 
-    source, prompt = data_source(file, format, column, split, template, skip_bad_rows, group_by, header)
+    source, prompt = reading.source(file)
     report = convert(source, prompt, out)
     echo(f"wrote {out}: {report.kept} of {report.read} records")
     for line in describe_losses(report.as_dict()):
         echo(f"  {line}")
-
-
-def _is_recipe(target: str) -> bool:
-    from tuna_peft.recipe.shipped import shipped_recipes
-
-    return target.endswith((".yaml", ".yml")) or (not Path(target).exists() and target in shipped_recipes())
 
 
 def load_tokenizer(name: str | None, base: BaseSettings | None = None) -> PreTrainedTokenizerBase | None:

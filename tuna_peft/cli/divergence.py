@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuna_peft.cli.data_options import DataOptions
 from tuna_peft.cli.options import BasePath, Prompts, Stack
 from tuna_peft.json_text import read_json
 from tuna_peft.terminal import console, echo
@@ -48,17 +49,20 @@ def comparison_prompts(stack: Path, data: str | None, base_model: str | None) ->
 
     from transformers import AutoTokenizer
 
-    from tuna_peft.data.config import DataSource, PromptConfig
+    from tuna_peft.data.config import PromptConfig
     from tuna_peft.data.load import load_prompts
     from tuna_peft.data.texts import prompt_ids, set_template_date
     from tuna_peft.export.base_files import locate_base
     from tuna_peft.models.stack.manifest import read_manifest
+    from tuna_peft.run.recipe_data import find_recipe_of_data
 
     manifest = read_manifest(stack)
     tokenizer = AutoTokenizer.from_pretrained(locate_base(manifest, base_model, stack))
     prompt = PromptConfig.model_validate(manifest.prompt)
     set_template_date(tokenizer, prompt.date)
-    records, _ = load_prompts(DataSource(path=data, limit=PROMPTS), prompt)
+    run = find_recipe_of_data(str(stack.parent))
+    source, _ = DataOptions().source(data, default=run and run[0])
+    records, _ = load_prompts(source.model_copy(update={"limit": PROMPTS}), prompt)
     return [prompt_ids(record["prompt"], tokenizer, record.get("tools")) for record in records]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuna_peft.cli.options import AnyModel, Device, OtherTemplate, StackBase, Upto, data_source, from_options
+from tuna_peft.cli.options import AnyModel, Device, OtherTemplate, StackBase, Upto, from_options
 from tuna_peft.cli.settings_options import SettingsCommand
 from tuna_peft.errors import UserError
 from tuna_peft.terminal import echo
@@ -107,13 +107,14 @@ def _require_fitting(
 
 def _read(file: Path, config: PromptConfig) -> list[Prompt]:
     """The prompts in a file; `.txt` has an instruction per line."""
+    from tuna_peft.data.config import DataSource
     from tuna_peft.data.load import load_prompts
     from tuna_peft.data.templates import PromptTemplate
 
     if file.suffix == ".txt":
         lines = file.read_text(encoding="utf-8").splitlines()
         return [PromptTemplate(config).render(line.strip()) for line in lines if line.strip()]
-    source, _ = data_source(str(file), "auto", None, "train", "none", skip_bad_rows=False)
+    source = from_options(DataSource, {"path": str(file)})
     return [record["prompt"] for record in load_prompts(source, config)[0]]
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tuna_peft.cli.data import load_tokenizer
-from tuna_peft.cli.options import Column, Format, GroupBy, Header, Split, from_options
+from tuna_peft.cli.data_options import DataOptions, reads_data
+from tuna_peft.cli.options import from_options
 from tuna_peft.errors import UserError, did_you_mean
 from tuna_peft.terminal import echo
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _ON_CPU, _ON_GPU = "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen3-1.7B"
 
 
+@reads_data("template")
 def init(
     file: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
     data: Annotated[
@@ -41,18 +43,14 @@ def init(
     goal: Annotated[
         str | None, typer.Option("--goal", help="rank, sft-rank, sft or sample.", show_default="asked for")
     ] = None,
-    format: Format = "auto",
-    column: Column = None,
-    split: Split = "train",
-    group_by: GroupBy = None,
-    header: Header = True,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    *,
+    reading: DataOptions,
 ) -> None:
     """Write a first recipe: asks for data, model, GPU, template and goal, and reads the data.
 
     Without a terminal, options that are not given have the default that a question would show.
     """
-    from tuna_peft.cli.options import data_source
     from tuna_peft.data.config import PromptConfig
     from tuna_peft.files import write_text
     from tuna_peft.planning.gpus import find_gpu
@@ -68,7 +66,7 @@ def init(
     if data is None and not _asks():
         raise UserError("init needs to know the data", fix="Give it with --data FILE.")
     data = data or typer.prompt("Data: a file, a folder or a Hub id")
-    source, _ = data_source(data, format, column, split, "none", False, group_by, header)
+    source, _ = reading.source(data)
     source, prompts, messages, goals = _read(source)
     model = model or _ask("Base model: a Hub id or a folder", _ON_GPU if gpu or _has_gpu() else _ON_CPU)
     gpu = gpu if gpu is not None else _ask("GPU, such as T4 (empty: this machine)", "")
@@ -91,8 +89,9 @@ def init(
             fix=f"It has what is needed for: {', '.join(goals)}.",
         )
 
-    if Path(data).exists():  # a recipe's paths are relative to its folder
-        source = source.model_copy(update={"path": os.path.relpath(data, file.absolute().parent)})
+    folder = file.absolute().parent  # a recipe's paths are relative to it
+    paths = [os.path.relpath(path, folder) if Path(path).exists() else path for path in source.paths]
+    source = source.model_copy(update={"path": paths[0] if isinstance(source.path, str) else paths})
     write_text(file, draft_recipe(file.stem, source, prompts, model, template, goal))
     recipe = load_recipe(str(file))
     echo(f"wrote {file}")

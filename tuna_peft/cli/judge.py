@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tuna_peft.cli.data_options import DataOptions, reads_data
 from tuna_peft.cli.options import (
-    Column,
     Device,
-    Format,
-    SkipBad,
-    Split,
-    Template,
     Yes,
-    data_source,
     from_options,
     require_jsonl,
 )
@@ -36,9 +31,15 @@ class JudgeCommand(SettingsCommand):
     settings, panel = "JudgeSettings", "Judge"
 
 
+@reads_data()
 def judge(
     context: typer.Context,
-    data: Annotated[str, typer.Argument(help="Prompts with several responses, in any format that can be read.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Prompts with several responses, in any format that can be read; or a recipe or run, or RECIPE@STAGE."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Argument(help="The .jsonl file to write; with --validate a .json file.", show_default=False)
     ] = None,
@@ -53,17 +54,14 @@ def judge(
     validate: Annotated[
         bool, typer.Option("--validate", help="DATA is ranked by people: measure how far the judge agrees with them.")
     ] = False,
-    format: Format = "auto",
-    column: Column = None,
-    split: Split = "train",
-    template: Template = "alpaca",
-    skip_bad_rows: SkipBad = False,
+    *,
+    reading: DataOptions,
 ) -> None:
     """Rank the responses to each prompt. If interrupted, run the same command again to resume."""
     from tuna_peft.feedback.settings import JudgeSettings
 
     settings = from_options(JudgeSettings, context.obj)
-    source, prompt = data_source(data, format, column, split, template, skip_bad_rows)
+    source, prompt = reading.source(data)
     options = {"again": again, "device": device}
     if validate:
         _validate(source, prompt, settings, out, journal, yes, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -11,59 +11,7 @@ from pydantic import BaseModel, ValidationError
 from tuna_peft.errors import UserError
 from tuna_peft.recipe.messages import expected
 
-if TYPE_CHECKING:
-    from tuna_peft.data.config import DataSource, PromptConfig
-
 Model = TypeVar("Model", bound=BaseModel)
-
-# How to read data.
-Format = Annotated[
-    str,
-    typer.Option(
-        "--format",
-        help="auto, ranked, teacher, judge, formatted, alpaca, preference, columns, or that of a public data set, "
-        "such as ultrafeedback.",
-        rich_help_panel="Data",
-    ),
-]
-Column = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column",
-        help="part=path, once for each part: --column completions=responses[].text. Two columns: completions=a,b. "
-        "A weight or a label: scores.helpfulness=0.7, winner_labels.1=0.",
-        show_default=False,
-        rich_help_panel="Data",
-    ),
-]
-GroupBy = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--group-by",
-        help="Column that rows about the same prompt share. Repeatable.",
-        show_default=False,
-        rich_help_panel="Data",
-    ),
-]
-Header = Annotated[
-    bool,
-    typer.Option(
-        "--header/--no-header", help="Whether the first line of a CSV file names the columns.", rich_help_panel="Data"
-    ),
-]
-Split = Annotated[
-    str,
-    typer.Option("--split", help="Name of the split, with an optional slice: train[:500].", rich_help_panel="Data"),
-]
-Template = Annotated[
-    str,
-    typer.Option(
-        "--template", help="alpaca, chat, none, or a text with {instruction} and {input}.", rich_help_panel="Data"
-    ),
-]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Skip and count records that cannot be used.", rich_help_panel="Data")
-]
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before spending money.")]
 
@@ -141,49 +89,6 @@ def from_options(model: type[Model], values: dict[str, Any]) -> Model:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"]) or None
         raise UserError(expected([first], first["input"]), where=where) from error
-
-
-def data_source(
-    path: str,
-    format: str,
-    columns: list[str] | None,
-    split: str,
-    template: str,
-    skip_bad_rows: bool,
-    group_by: list[str] | None = None,
-    header: bool = True,
-) -> tuple[DataSource, PromptConfig]:
-    """The data and the prompt template that the options describe; UserError for wrong values."""
-    from tuna_peft.data.config import DataSource, PromptConfig
-
-    source: dict[str, Any] = {
-        "path": path,
-        "format": "columns" if columns and format == "auto" else format,
-        "split": split,
-        "on_bad_row": "skip" if skip_bad_rows else "error",
-        "group_by": group_by or None,
-        "header": header,
-    }
-    if columns:
-        source["columns"] = _pairs(columns)
-    return from_options(DataSource, source), from_options(PromptConfig, {"template": template})
-
-
-def _pairs(columns: list[str]) -> dict[str, Any]:
-    pairs: dict[str, Any] = {}
-    for text in columns:
-        part, equals, path = text.partition("=")
-        if not equals:
-            raise UserError(
-                "expected part=path", where=f"--column {text}", fix="For example: completions=responses[].text"
-            )
-        part, dot, key = part.partition(".")
-        if dot:  # an entry of `scores` or `winner_labels`
-            pairs.setdefault(part, {})[key] = path
-            continue
-        several = part in ("completions", "scores", "ranks", "winner") and "," in path  # one column for each response
-        pairs[part] = path.split(",") if several else path
-    return pairs
 
 
 def require_jsonl(out: Path) -> None:

@@ -8,19 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuna_peft.cli.data_options import DataOptions, reads_data
 from tuna_peft.cli.options import (
     AnyModel,
-    Column,
     Device,
-    Format,
     OtherTemplate,
     Quantization,
-    SkipBad,
-    Split,
     StackBase,
     Upto,
     Yes,
-    data_source,
     from_options,
     require_jsonl,
 )
@@ -40,10 +36,13 @@ class SampleCommand(SettingsCommand):
     settings, panel = "SampleSettings", "Sampling"
 
 
+@reads_data("template")
 def sample(
     context: typer.Context,
     source_model: AnyModel,
-    prompts: Annotated[str, typer.Argument(help="Prompts, in any format that can be read.")],
+    prompts: Annotated[
+        str, typer.Argument(help="Prompts, in any format that can be read; or a recipe or run, or RECIPE@STAGE.")
+    ],
     out: Annotated[Path, typer.Argument(help="The .jsonl file to write.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the samples; each prompt has its own.")] = 0,
     upto: Upto = None,
@@ -51,11 +50,9 @@ def sample(
     quantization: Quantization = "none",
     device: Device = "auto",
     template: OtherTemplate = None,
-    format: Format = "auto",
-    column: Column = None,
-    split: Split = "train",
-    skip_bad_rows: SkipBad = False,
     yes: Yes = False,
+    *,
+    reading: DataOptions,
 ) -> None:
     """Sample several different responses to each prompt. If interrupted, run the same command again to resume.
 
@@ -72,7 +69,7 @@ def sample(
     settings = from_options(SampleSettings, context.obj)
     wanted = None if template is None else from_options(PromptConfig, {"template": template})
     require_jsonl(out)
-    source, _ = data_source(prompts, format, column, split, template or "none", skip_bad_rows)
+    source, _ = reading.source(prompts)
     if (server := settings.server) is not None:
         opened: AbstractContextManager[tuple[Sampler | ServerSampler, PromptConfig]] = remote_sampler(
             source_model, server, lambda estimate: confirm_spending(estimate, server, yes), upto=upto,

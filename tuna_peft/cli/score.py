@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuna_peft.cli.data_options import DataOptions, reads_data
 from tuna_peft.cli.options import (
-    Column,
     Device,
-    Format,
-    SkipBad,
-    Split,
-    Template,
     Yes,
-    data_source,
     from_options,
     require_jsonl,
 )
@@ -37,10 +32,15 @@ class ScoreCommand(SettingsCommand):
     settings, panel = "ScoreSettings", "Teacher"
 
 
+@reads_data()
 def score(
     context: typer.Context,
     data: Annotated[
-        str, typer.Argument(help="Prompts with responses, in any format that can be read; with --generate: prompts.")
+        str,
+        typer.Argument(
+            help="Prompts with responses, in any format that can be read, or a recipe or run, or RECIPE@STAGE; with "
+            "--generate: prompts."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The .jsonl file of ranked responses to write.")],
     device: Device = "auto",
@@ -64,11 +64,8 @@ def score(
     teacher: Annotated[
         str, typer.Option("--teacher", help="Name of the teacher in the output.", rich_help_panel=RECORDED)
     ] = "recorded",
-    format: Format = "auto",
-    column: Column = None,
-    split: Split = "train",
-    template: Template = "alpaca",
-    skip_bad_rows: SkipBad = False,
+    *,
+    reading: DataOptions,
 ) -> None:
     """Rank responses by a teacher's length-normalized log-probabilities. Run the same command again to resume."""
     from tuna_peft.data.load import load_candidates, load_prompts
@@ -86,7 +83,7 @@ def score(
     if logprobs is not None and (idle := given.keys() - {"tokenizer", "length_penalty"}):
         raise UserError(f"options without effect with --logprobs: {', '.join(sorted(idle))}")
     require_jsonl(out)
-    source, prompt = data_source(data, format, column, split, template, skip_bad_rows)
+    source, prompt = reading.source(data)
     if logprobs is not None:
         from tuna_peft.cli.data import load_tokenizer
         from tuna_peft.feedback.recorded import score_recorded
@@ -101,7 +98,7 @@ def score(
         tokenizer = load_tokenizer(given.pop("tokenizer", None))
         records, report = score_recorded(
             rows, completions=source.columns.completions, logprobs=logprobs, lengths=lengths, tokenizer=tokenizer,
-            teacher=teacher, skip_bad_rows=skip_bad_rows, **given,
+            teacher=teacher, skip_bad_rows=source.on_bad_row == "skip", **given,
         )  # fmt: skip
         return _write(out, records, report)
     settings = from_options(ScoreSettings, given)

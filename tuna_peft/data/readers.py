@@ -15,7 +15,7 @@ from tuna_peft.data.bad_row import BadRow, required, required_list
 from tuna_peft.data.config import DataSource, Markers
 from tuna_peft.data.grouping import Group, merge_responses
 from tuna_peft.data.ranked import Record
-from tuna_peft.data.shapes import SHAPES
+from tuna_peft.data.shapes import SHAPES, Shape
 from tuna_peft.data.suggest import data_block, suggest, undecided
 from tuna_peft.data.teacher_records import read_teacher_prompt, read_teacher_responses
 from tuna_peft.data.templates import PromptTemplate
@@ -105,6 +105,19 @@ _ONE_RESPONSE = {
     "alpaca": "columns: {instruction: instruction, input: input, completions: output, scores: label}, "
     "group_by: [instruction, input]",
 }
+
+
+def fits(source: DataSource, first: Record) -> bool:
+    """Whether a record has the keys that the source's format or columns name."""
+    present = {key: value for key, value in first.items() if value is not None}
+    if source.columns is not None:
+        given = source.columns.model_dump(exclude_none=True, exclude={"winner_labels", "input", "system", "reference"})
+        group = [source.group_by] if isinstance(source.group_by, str) else source.group_by or []
+        paths = [path for value in given.values() for path in ([value] if isinstance(value, str) else value)]
+        return Shape(tuple(path for path in (*paths, *group) if path != "best_first"), {}).matches(first)
+    kinds: dict[str, Format | Shape] = {**FORMATS, **SHAPES}
+    known = kinds.values() if source.format == "auto" else [kinds[source.format]]
+    return any(kind.matches(present) for kind in known)
 
 
 def grouped(format: Format) -> Format:
