@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import SimpleNamespace
 
@@ -37,14 +36,7 @@ def run(files, tmp_path):  # noqa: F811
     return begin
 
 
-def installed(name):
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed (pip install {name})")
-    return importlib.import_module(name)
-
-
 def test_tensorboard(run, monkeypatch):
-    installed("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
@@ -59,7 +51,6 @@ def test_tensorboard(run, monkeypatch):
 
 
 def test_trackio(run):
-    installed("trackio")
     from trackio.sqlite_storage import SQLiteStorage
     from trackio.utils import TRACKIO_DIR
 
