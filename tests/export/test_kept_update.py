@@ -22,6 +22,7 @@ from tuna_peft.export.gguf.model import export_gguf
 from tuna_peft.export.gguf.tensors import reorder_heads
 from tuna_peft.export.kept_update import KeptUpdate, ModuleUpdate
 from tuna_peft.export.merge import merge_stack
+from tuna_peft.export.merged_weights import QUANTIZED
 from tuna_peft.models.base.dequantise import dequantised_weight
 from tuna_peft.models.stack.files import save_stack
 
@@ -40,7 +41,7 @@ def write_scaled_stack(folder: Path, base: str, scale: float, method: str = "nf4
     return folder
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [("nf4", 30.0), ("bfloat16", 0.05), ("float16", 0.05)])
+@pytest.mark.parametrize(("dtype", "scale"), [("nf4", 30.0), ("int8", 1.0), ("bfloat16", 0.05), ("float16", 0.05)])
 def test_each_module_agrees_with_the_files(tiny: Tiny, tmp_path: Path, dtype: str, scale: float) -> None:
     stack = write_scaled_stack(tmp_path / "stack", tiny.base, scale)
     unchanged = write_scaled_stack(tmp_path / "unchanged", tiny.base, 0.0)
@@ -52,7 +53,7 @@ def test_each_module_agrees_with_the_files(tiny: Tiny, tmp_path: Path, dtype: st
     assert found.keys() == StackFactors(stack).shapes.keys()
 
     def weight(kind: str, module: str) -> torch.Tensor:
-        if dtype == "nf4" and not kind.startswith("full"):
+        if dtype in QUANTIZED and not kind.startswith("full"):
             model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
             return dequantised_weight(model.get_submodule(module)).double()
         return load_file(tmp_path / kind / "model.safetensors")[f"{module}.weight"].double()
@@ -64,7 +65,7 @@ def test_each_module_agrees_with_the_files(tiny: Tiny, tmp_path: Path, dtype: st
         share = (((weight("merged", module) - weight("base", module)) * update).sum() / update.square().sum()).item()
         # The update is the difference of fp32 weights here, so each entry is off by the rounding of a weight; in the
         # sum these errors have random signs. NF4 weights are dequantized to bf16 where they are loaded: 8 bits.
-        bound = 2**-8 if dtype == "nf4" else rounding(1, weight("full", module)) / update.norm().item()
+        bound = 2**-8 if dtype in QUANTIZED else rounding(1, weight("full", module)) / update.norm().item()
         assert sums["kept"] / sums["squared"] == pytest.approx(share, rel=0, abs=bound), module
         kept, squared = kept + sums["kept"], squared + sums["squared"]
         shares[module] = sums["kept"] / sums["squared"]

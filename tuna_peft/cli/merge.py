@@ -17,7 +17,7 @@ from tuna_peft.terminal import echo
 def merge(
     stack: Stack,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32, or nf4.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32, nf4 or int8.")] = "bfloat16",
     base: Annotated[
         str,
         typer.Option(

@@ -198,7 +198,7 @@ class ExportComparison:
         """Where a model's layers go, for `from_pretrained`."""
         config, device = AutoConfig.from_pretrained(folder, trust_remote_code=self._trust_remote_code), self._device
         if hasattr(config, "quantization_config") or device.type not in ("cuda", "cpu"):
-            return {"device_map": {"": device}}  # 4 bits fit where the stack did
+            return {"device_map": {"": device}}  # bitsandbytes offloads none; 4 bits fit where the stack did
         memory: dict[int | str, int] = {}
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)

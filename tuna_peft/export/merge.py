@@ -21,7 +21,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.base_files import companion_files, copy_companions, locate_base
 from tuna_peft.export.factors import StackFactors
 from tuna_peft.export.kept_update import KeptUpdate, ModuleUpdate
-from tuna_peft.export.merged_weights import MergedWeights
+from tuna_peft.export.merged_weights import QUANTIZED, MergedWeights
 from tuna_peft.export.output import (
     require_replaceable,
     require_space,
@@ -35,7 +35,7 @@ from tuna_peft.limits import peak_rss_bytes
 from tuna_peft.models.base.load import resolve_device, resolve_dtype
 from tuna_peft.progress import Progress
 
-MERGED_DTYPES = (*DTYPES, "nf4")
+MERGED_DTYPES = (*DTYPES, *QUANTIZED)
 UPDATES = "kept_update.json"
 
 _FIX = (
@@ -52,7 +52,7 @@ class MergeReport:
         path: The model's folder.
         adapters: Names from the bottom of the stack to its top.
         base: `dequantized` or `original`.
-        dtype: Output dtype, or `nf4`.
+        dtype: Output dtype, `nf4` or `int8`.
         tensors: Number of tensors written.
         merged: Number of modules that adapters were added to.
         kept_update: Which share of the adapters' update the weights have after rounding; None for `float32`.
@@ -102,7 +102,7 @@ def merge_stack(
     Args:
         stack_dir: The folder with `stack.json`, a run's folder, or a Hub id.
         out_dir: Written atomically; an earlier export there is replaced.
-        dtype: `bfloat16`, `float16`, `float32`, or `nf4`: quantised again, in the form that transformers loads.
+        dtype: `bfloat16`, `float16`, `float32`; `nf4` or `int8`: quantized again, in the form that transformers loads.
         base: `dequantized` adds the stack to the weights that it was trained on (for an unquantised base: in the
             dtype of training), `original` to the stored weights; `dequantised` is accepted too.
         upto: Merge the stack up to this adapter.

@@ -8,21 +8,18 @@ from typing import Any
 import torch
 
 from tuna_peft.errors import UserError
-from tuna_peft.export.base_weight import (
-    dequantise_4bit,
-    dequantised,
-    quantise_4bit,
-    quantised_modules,
-    require_linear,
-    skeleton,
-)
+from tuna_peft.export.base_weight import dequantised, quantised_modules, require_linear, skeleton
 from tuna_peft.export.factors import Factors, StackFactors
 from tuna_peft.export.kept_update import ModuleUpdate
-from tuna_peft.export.packed_weights import packed, packed_specs, quantization_config
+from tuna_peft.export.packed_weights import packed_specs, quantised, quantization_config
 from tuna_peft.export.safetensors_stream import DTYPES, FLOATS, SafetensorsReader, TensorSpec
 from tuna_peft.models.base.load import safetensors_files
 
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+# bitsandbytes' settings of the dtypes in which a merged model is quantized again.
+QUANTIZED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
 
 _ROWS = 1 << 22  # elements added up in fp32 at a time
 _MEASURED = 8  # the update's share is measured in every eighth of these parts, because that is slower than adding
@@ -35,7 +32,7 @@ class MergedWeights:
         folder: The base's folder.
         factors: The stack's factors.
         base: `dequantized` or `original`, see `merge_stack`.
-        dtype: `bfloat16`, `float16`, `float32` or `nf4`.
+        dtype: `bfloat16`, `float16`, `float32`, `nf4` or `int8`.
         load_dtype: Dtype in which the base was loaded for training.
         device: Device that quantises and adds.
 
@@ -70,8 +67,10 @@ class MergedWeights:
         require_linear(model, changed)
         self._require_weights(changed, folder)
         self._requantised: set[str] = set()
-        if dtype == "nf4":
-            self._requantised = quantised_modules(skeleton(folder, NF4, trust_remote_code=trust_remote_code))
+        self._requantization = QUANTIZED.get(dtype, {})
+        if self._requantization:
+            quantized = skeleton(folder, self._requantization, trust_remote_code=trust_remote_code)
+            self._requantised = quantised_modules(quantized)
             # All other weights are 16-bit: in training's dtype if that was 16-bit, else bfloat16.
             dtype = "float16" if load_dtype == torch.float16 else "bfloat16"
         self.dtype = dtype
@@ -82,7 +81,7 @@ class MergedWeights:
         """What differs from the base in `config.json`."""
         if not self._requantised:
             return {"dtype": self.dtype}
-        return {"dtype": self.dtype, "quantization_config": quantization_config(NF4, self.dtype)}
+        return {"dtype": self.dtype, "quantization_config": quantization_config(self._requantization, self.dtype)}
 
     def make(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of the group `name`.
@@ -108,20 +107,19 @@ class MergedWeights:
 
     def _specs(self, name: str, stored: TensorSpec) -> dict[str, TensorSpec]:
         if name.removesuffix(".weight") in self._requantised:
-            return packed_specs(name, stored.shape, NF4)
+            return packed_specs(name, stored.shape, self._requantization)
         return {name: TensorSpec(DTYPES[self.dtype] if stored.dtype in FLOATS else stored.dtype, stored.shape)}
 
     def _requantise(self, name: str, base: torch.Tensor, factors: Factors | None) -> dict[str, torch.Tensor]:
         module = name.removesuffix(".weight")
         weight = self._sum(module, base, factors, torch.float32)
-        codes, state = quantise_4bit(weight, "nf4", double_quant=True, dtype=torch.float32)
+        tensors, rounded = quantised(name, weight, self._requantization, getattr(torch, self.dtype))
         if factors is not None:
             # The base is quantized, too, so that only the update makes a difference.
-            codes_of_base = quantise_4bit(base, "nf4", double_quant=True, dtype=torch.float32)
+            _, rounded_base = quantised(name, base, self._requantization, getattr(torch, self.dtype))
             self.updates[module] = ModuleUpdate()
-            self.updates[module].add(dequantise_4bit(codes, state), dequantise_4bit(*codes_of_base), weight - base)
-        state.dtype = getattr(torch, self.dtype)
-        return packed(name, codes, state)
+            self.updates[module].add(rounded, rounded_base, weight - base)
+        return tensors
 
     def _sum(self, module: str, weight: torch.Tensor, factors: Factors | None, dtype: torch.dtype) -> torch.Tensor:
         """`weight + B A`, added up in fp32 and rounded to `dtype` once; `updates` gets the effect of the rounding.

@@ -1,4 +1,4 @@
-"""4-bit weights as bitsandbytes stores them in files, and a stack's base in that form, as it was in training."""
+"""Quantized weights as bitsandbytes stores them in files, and a stack's 4-bit base in that form, as in training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState
+from bitsandbytes.functional import QuantState, int8_vectorwise_dequant, int8_vectorwise_quant
 from transformers import BitsAndBytesConfig
 
 from tuna_peft.errors import UserError
-from tuna_peft.export.base_weight import quantise_4bit, quantised_modules, skeleton
+from tuna_peft.export.base_weight import dequantise_4bit, quantise_4bit, quantised_modules, skeleton
 from tuna_peft.export.kept_update import ModuleUpdate
 from tuna_peft.export.safetensors_stream import DTYPES, FLOATS, SafetensorsReader, TensorSpec
 from tuna_peft.limits import QUANTIZATION_BLOCK, SCALES_BLOCK
@@ -90,13 +90,18 @@ class PackedBase:
 
 def quantization_config(quantization: dict[str, Any], compute_dtype: str) -> dict[str, Any]:
     """The section of `config.json` for weights in these bitsandbytes settings."""
-    config = BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=getattr(torch, compute_dtype))
+    settings = dict(quantization)
+    if settings.get("load_in_4bit"):
+        settings["bnb_4bit_compute_dtype"] = getattr(torch, compute_dtype)
+    config = BitsAndBytesConfig(**settings)
     result: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return result
 
 
 def packed_specs(name: str, shape: tuple[int, ...], quantization: dict[str, Any]) -> dict[str, TensorSpec]:
-    """Types and shapes of what `packed` returns for a weight `(out, in)`."""
+    """Types and shapes of the tensors that `quantised` returns for a weight `(out, in)`."""
+    if quantization.get("load_in_8bit"):
+        return {name: TensorSpec("I8", shape), _row_scales_name(name): TensorSpec("F32", shape[:1])}
     blocks = -(-math.prod(shape) // QUANTIZATION_BLOCK)
     nested = quantization["bnb_4bit_use_double_quant"]
     specs = {
@@ -114,6 +119,27 @@ def packed_specs(name: str, shape: tuple[int, ...], quantization: dict[str, Any]
     return {**specs, _state_name(name, quantization["bnb_4bit_quant_type"]): TensorSpec("U8", (state,))}
 
 
+def quantised(
+    name: str, weight: torch.Tensor, quantization: dict[str, Any], dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Quantizes a weight `(out, in)`: its tensors in a file, which are to be dequantized to `dtype`, and their value.
+
+    Returns:
+        The tensors by name, and the weight that they stand for, in fp32.
+    """
+    if quantization.get("load_in_8bit"):
+        codes, row_scales, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        # bitsandbytes also writes `weight_format`, always 0, and reads files without it.
+        return {name: codes, _row_scales_name(name): row_scales}, int8_vectorwise_dequant(codes, row_scales)
+    double_quant = quantization["bnb_4bit_use_double_quant"]
+    codes, state = quantise_4bit(
+        weight, quantization["bnb_4bit_quant_type"], double_quant=double_quant, dtype=torch.float32
+    )
+    rounded = dequantise_4bit(codes, state)
+    state.dtype = dtype
+    return packed(name, codes, state), rounded
+
+
 def packed(name: str, codes: torch.Tensor, state: QuantState) -> dict[str, torch.Tensor]:
     """The result of `quantise_4bit` as bitsandbytes serializes it (`QuantState.as_dict(packed=True)`)."""
     tensors = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
@@ -125,6 +151,10 @@ def packed(name: str, codes: torch.Tensor, state: QuantState) -> dict[str, torch
     tensors[key] = torch.full((size,), ord(" "), dtype=torch.uint8)
     tensors[key][: text.numel()] = text
     return tensors
+
+
+def _row_scales_name(name: str) -> str:
+    return name.removesuffix("weight") + "SCB"
 
 
 def _state_name(name: str, quant_type: str) -> str:

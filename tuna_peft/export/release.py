@@ -53,7 +53,7 @@ class Release:
     @property
     def is_quantized(self) -> bool:
         """Whether weights in the files have fewer than 16 bits, unlike in the model that was evaluated."""
-        return self.export.get("dtype") == "nf4" or any(
+        return self.export.get("dtype") in ("nf4", "int8") or any(
             type not in ("f32", "f16", "bf16") for type in self.export.get("types", ())
         )
 
@@ -63,7 +63,7 @@ class Release:
         if self.kind == "adapters" or self.export.get("kind") == "gguf-adapter":
             return "adapter"
         # A GGUF file is a quantization of the merged model, and that is a fine-tune of the base.
-        return "quantized" if self.export.get("dtype") == "nf4" else "finetune"
+        return "quantized" if self.export.get("dtype") in ("nf4", "int8") else "finetune"
 
     @property
     def revision(self) -> str | None:

@@ -44,7 +44,7 @@ from tuna_peft.recipe.feedback_schema import FeedbackSource
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import Recipe
 
-_MERGED_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nf4": 0.6}
+_MERGED_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nf4": 0.6, "int8": 1.1}
 
 
 def plan_recipe(recipe: Recipe, devices: Sequence[Device]) -> tuple[list[Plan], str]:

@@ -184,8 +184,8 @@ class MergeSettings(Section):
     """How the adapters are merged into the base."""
 
     enabled: bool = Field(True, description="Write a merged model at the end of the run.")
-    dtype: Literal["bfloat16", "float16", "float32", "nf4"] = Field(
-        "bfloat16", description="Dtype of the merged weights; `nf4` quantizes them again."
+    dtype: Literal["bfloat16", "float16", "float32", "nf4", "int8"] = Field(
+        "bfloat16", description="Dtype of the merged weights; `nf4` and `int8` quantize them again."
     )
     base: MergeBase = Field(
         "dequantized",
@@ -240,7 +240,7 @@ class ExportSettings(Section):
 
     @model_validator(mode="after")
     def _sources_are_written(self) -> ExportSettings:
-        if self.gguf and not (self.merge.enabled and self.merge.dtype != "nf4"):
+        if self.gguf and not (self.merge.enabled and self.merge.dtype not in ("nf4", "int8")):
             raise ValueError("`gguf` converts the merged model: it needs `merge` enabled, in 16 or 32 bits")
         if self.gguf_base == "auto" and not (self.gguf and self.divergence_prompts):
             raise ValueError("`gguf_base: auto` needs types in `gguf`, and `divergence_prompts` to measure on")

@@ -92,7 +92,7 @@ def _export(run: RunDirectory, names: list[str], settings: StageServer, folder: 
         else:
             merge = recipe.export.merge
             merge_stack(
-                stack, folder, upto=names[-1], dtype="bfloat16" if merge.dtype == "nf4" else merge.dtype,
+                stack, folder, upto=names[-1], dtype="bfloat16" if merge.dtype in ("nf4", "int8") else merge.dtype,
                 base=merge.base, load_dtype=recipe.base.dtype, device=device, allow_lost_update=True,
                 trust_remote_code=recipe.base.trust_remote_code,
             )  # fmt: skip
