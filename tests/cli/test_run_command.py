@@ -111,6 +111,7 @@ def test_the_ways_to_load_give_the_base_of_training_and_come_by_their_distance(c
     places = [text.index(kind) for kind in kinds]
     assert places == sorted(places)
     assert ("bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='float16')" in text) == quantized
+    assert "PEFT (nearest, KL divergence from the trained adapters 0.0e+00 nats)" in text
     assert "2.0e-07 nats" in text and "llama.cpp (not measured)" in text
     assert "another model from the adapter: 6.4e-01 nats away; training changed the base by 8.0e-02" in text
 

@@ -117,6 +117,7 @@ def test_every_way_to_load_gives_the_base_of_training_or_states_its_distance(tin
     release = release_of(tiny, tmp_path)
     text = model_card(release, "me/mine")
     assert "which it was not trained on; not measured by the run" in text
+    assert "nearest to the trained adapters is the combined adapter on the base as in training: mean KL" in text
     measured = {"kl_max": 1.0, "top1_agreement": 0.5, "tokens": 9, "noise": 1e-3}
     release.report["exports"] = {
         "base without adapters": {"divergence": {"kl_mean": 0.08, **measured}},
@@ -129,6 +130,7 @@ def test_every_way_to_load_gives_the_base_of_training_or_states_its_distance(tin
         "which it was not trained on; mean KL divergence from the trained adapters 6.4e-01 nats, where training",
         "as a merged model; mean KL divergence from the trained adapters 2.0e-04 nats:",
         "| merged | 2.00e-04 (rounding noise) |",
+        "nearest to the trained adapters is the merged model: mean KL divergence\n2.0e-04 nats",
         'AutoTokenizer.from_pretrained("me/mine")',
     ):
         assert part in text, part

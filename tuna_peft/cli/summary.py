@@ -54,9 +54,10 @@ def _next_commands(report: dict[str, Any], folder: Path) -> list[Text]:
         talk.append(f"tuna-peft compare {shlex.quote(f'{folder}@base')} {run}")
     lines = _command("Talk to the model, ask it once, compare it with the base:", "\n  ".join(talk))
     exports = report["exports"]
-    for way in ways_to_load(folder, exports):
+    for index, way in enumerate(ways_to_load(folder, exports)):
         measured = "not measured" if way.kl is None else f"KL divergence from the trained adapters {way.kl:.1e} nats"
-        lines += _command(f"Load {way.what} ({measured}):", way.code)
+        nearest = "nearest, " if index == 0 and way.kl is not None else ""
+        lines += _command(f"Load {way.what} ({nearest}{measured}):", way.code)
     if (kl := mean_kl(exports, ON_UNQUANTIZED)) is not None:
         scale = "" if (base := mean_kl(exports, BASE)) is None else f"; training changed the base by {base:.1e}"
         what = f"{kl:.1e} nats away{scale}"

@@ -16,7 +16,7 @@ import tuna_peft
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.export.card_results import eval_results, evaluation_tables
-from tuna_peft.export.loading import BASE, ON_UNQUANTIZED, mean_kl, quantization_arguments
+from tuna_peft.export.loading import BASE, ON_UNQUANTIZED, mean_kl, nearest_export, quantization_arguments
 from tuna_peft.export.release import Release, dump_yaml, is_on_hub
 from tuna_peft.limits import VLLM_LORA_RANKS
 from tuna_peft.markup import code, render
@@ -46,6 +46,7 @@ def model_card(release: Release, repo_id: str, *, license: str | None = None, da
         quantization=release.stack["quantization"] and quantization_arguments(release.stack),
         has_tokenizer="tokenizer_config.json" in release.files,
         distances=_distances(release),
+        nearest=nearest_export(release.report.get("exports")),
         combine_rank=((release.recipe or {}).get("export") or {}).get("combine_rank"),
         vllm_rank=_vllm_rank(release) if release.kind == "adapters" else None,
         gguf_files=[(path, release.size(path)) for path in release.files if PurePosixPath(path).suffix == ".gguf"],

@@ -54,6 +54,20 @@ def mean_kl(exports: dict[str, Any] | None, name: str) -> float | None:
     return measured["kl_mean"] if measured else None
 
 
+def nearest_export(exports: dict[str, Any] | None) -> tuple[str, float] | None:
+    """The export with the smallest distance that the run measured, in words, and that distance in nats."""
+    measured = {name: kl for name in exports or {} if name != BASE and (kl := mean_kl(exports, name)) is not None}
+    if not measured:
+        return None
+    name = min(measured, key=lambda name: measured[name])
+    words = {
+        "combined": "the combined adapter on the base as in training",
+        ON_UNQUANTIZED: "the combined adapter on the base without quantization",
+        "merged": "the merged model",
+    }
+    return words.get(name, name), measured[name]
+
+
 def ways_to_load(folder: Path, exports: dict[str, Any]) -> list[Loading]:
     """The ways to load what a run wrote, the nearest first, then those that were not measured.
 
