@@ -1,4 +1,4 @@
-"""Every way to load a stack's result, on a small Qwen2 and on the real SmolLM2 where it is at hand."""
+"""Every way to load a stack's result, on a small Qwen2 and on real models where they are at hand."""
 
 from __future__ import annotations
 
@@ -71,9 +71,11 @@ def test_every_export_of_a_qwen2(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 does not name the folder of SmolLM2-135M-Instruct")
-def test_every_export_of_smollm2(tmp_path: Path) -> None:
-    base = os.environ["SMOLLM2"]
+@pytest.mark.parametrize("variable", ["SMOLLM2", "QWEN2"])
+def test_every_export_of_a_real_model(tmp_path: Path, variable: str) -> None:
+    """The variable names the folder of a model, for example of SmolLM2-135M-Instruct or Qwen2.5-0.5B."""
+    if (base := os.environ.get(variable)) is None:
+        pytest.skip(f"{variable} names no folder of a model")
     stack = write_stack(tmp_path / "stack", base, **ADAPTERS)
     prompt = AutoTokenizer.from_pretrained(base)("The capital of France is Paris, and the capital of Italy is Rome.")
     check_routes(stack, tmp_path, [prompt.input_ids])
