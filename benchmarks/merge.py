@@ -234,7 +234,9 @@ def _peft(folder: Path) -> Callable[[], object]:
         for name in ("sft", "ranking"):
             model = PeftModel.from_pretrained(model, str(folder / "stack" / name)).merge_and_unload()
         model.save_pretrained(folder / "out", max_shard_size="5GB")
-        os.sync()
+        for file in (folder / "out").iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())  # not all files of the machine, as `os.sync` would
 
     return work
 
@@ -274,7 +276,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=["tiny", "small", "7b", "8b", "13b", "70b"], default="7b")
+    parser.add_argument("--shape", choices=["tiny", "small", "1b", "7b", "8b", "13b", "70b"], default="7b")
     parser.add_argument("--layers", type=int, help="default: all of the shape")
     parser.add_argument("--arms", nargs="+", choices=ARMS + GGUF_ARMS, default=["copy", "merge", "merge-original"])
     parser.add_argument("--repetitions", type=int, default=1)

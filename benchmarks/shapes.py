@@ -21,6 +21,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_
 _SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 97),
     "small": (512, 1408, 8, 8, 8, 32_000),
+    "1b": (2048, 5632, 22, 32, 4, 32_000),
     "7b": (4096, 11_008, 32, 32, 32, 32_000),
     "8b": (4096, 14_336, 32, 32, 8, 128_256),
     "13b": (5120, 13_824, 40, 40, 40, 32_000),
@@ -30,7 +31,7 @@ SHAPES = tuple(_SHAPES)
 
 
 def config_of(shape: str) -> LlamaConfig:
-    """LLaMA-7B, Llama-3-8B, LLaMA-13B, or something that a CPU can run."""
+    """TinyLlama-1.1B, LLaMA-7B, Llama-3-8B, LLaMA-13B, or something that a CPU can run."""
     hidden, intermediate, layers, heads, kv_heads, vocabulary = _SHAPES[shape]
     return LlamaConfig(
         hidden_size=hidden,
