@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: quickstart test test-slow test-gpu test-deepspeed fuzz mutate cases verify-gguf bench bench-merge gpu gpu-bundle docs notebooks lint format clean
+.PHONY: quickstart test test-slow test-gpu test-deepspeed fuzz mutate cases verify-gguf bench bench-merge gpu gpu-bundle docs dist notebooks lint format clean
 
 quickstart: .venv/installed
 	$(BIN)/tuna-peft run recipes/quickstart.yaml --output runs/quickstart
@@ -72,6 +72,18 @@ gpu-bundle: .venv/installed-dev
 # repository: docs/make_pages.py, docs/figures/make.py and `tuna-peft schema --markdown` write them.
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Wheel and source archive, in dist/. Then what a user of the wheel gets: a new environment, an empty home, the quickstart.
+RELEASE := build/release
+dist:
+	rm -rf dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/python -m pip install --quiet $(PIP_FLAGS) build==1.6.1 twine==7.0.0
+	$(RELEASE)/tools/bin/python -m build
+	$(RELEASE)/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv $(RELEASE)/user
+	$(RELEASE)/user/bin/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt dist/*.whl
+	cd $(RELEASE) && env -u PYTHONPATH HOME=$$PWD/home HF_HUB_OFFLINE=1 user/bin/tuna-peft run quickstart --output run
 
 # All notebooks, top to bottom, on pico-LLaMA.
 notebooks: .venv/installed-dev
