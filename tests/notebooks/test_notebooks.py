@@ -3,10 +3,13 @@
 import os
 import re
 import sys
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
@@ -56,12 +59,43 @@ def test_it_opens_in_colab_and_installs_first(path):
     [address] = re.findall(r'^Repository = "(https://github.com/.*)"$', PYPROJECT, re.MULTILINE)
     colab = address.replace("https://", "https://colab.research.google.com/").replace("github.com", "github")
     assert f"]({colab}/blob/main/notebooks/{path.name})" in notebook.cells[0].source
-    assert re.search(rf'%pip install -q "tuna-peft(\[\w+\])? @ git\+{address}"$', notebook.cells[1].source)
+    assert f'"git+{address}"' in notebook.cells[1].source
     assert tagged(notebook, "install") == [1] and len(tagged(notebook, "parameters")) == 1
     source = "\n".join(cell.source for cell in notebook.cells)
     assert not re.search(r"bf16\s*=|bfloat16", source), "a T4 has none; dtypes follow the card"
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", source):
         assert (path.parent / target).exists()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("where", ["colab", "clone", "top of a clone", "zip", "elsewhere", "installed"])
+def test_the_first_cell(path, where, tmp_path, monkeypatch):
+    """What it gives to pip in Colab, in a clone, beside a zip file, outside of all, and where the package is installed."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    if "clone" in where:
+        (tmp_path / "tuna_peft").mkdir()
+        (tmp_path / "tuna_peft" / "__init__.py").touch()
+    if where == "zip":
+        (folder / "tuna_peft.zip").touch()
+    if where == "colab":
+        monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    monkeypatch.chdir(tmp_path if where == "top of a clone" else folder)
+    monkeypatch.setenv("PATH", "before")
+    found = [object()] if where == "installed" else []
+    monkeypatch.setattr("importlib.metadata.distributions", lambda *, name: found if name == "tuna-peft" else None)
+    given, calls = {}, []
+    shell = SimpleNamespace(run_line_magic=lambda name, line: calls.append(f"{name} {line}".format(**given)))
+    given["get_ipython"] = lambda: shell
+    exec(TransformerManager().transform_cell(read(path).cells[1].source), given)
+
+    address = re.search(r'^Repository = "(.*)"$', PYPROJECT, re.MULTILINE)[1]
+    clone = tmp_path.as_uri()
+    source = {"clone": clone, "top of a clone": clone, "zip": f"{folder.as_uri()}/tuna_peft.zip"}.get(where)
+    install = f'pip install -q "tuna-peft @ {source or "git+" + address}"'
+    expected = {"installed": [], "colab": [install, "pip uninstall -q -y torchao"]}.get(where, [install])
+    assert [re.sub(r"\[\w+\]|  #.*", "", call) for call in calls] == expected
+    assert os.environ["PATH"].split(os.pathsep) == [sysconfig.get_path("scripts"), "before"]
 
 
 def test_each_has_parameters_of_its_own():
