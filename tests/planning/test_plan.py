@@ -11,7 +11,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.limits import GIB
 from tuna_peft.planning.advice import advise, smallest_gpu
 from tuna_peft.planning.cpu_speed import cpu_speed
-from tuna_peft.planning.flops import forward_flops
+from tuna_peft.planning.flops import LAUNCHES_A_LAYER, SECONDS_A_LAUNCH, decode_hours, forward_flops
 from tuna_peft.planning.gpus import GPUS, Gpu, find_gpu
 from tuna_peft.planning.memory import Adapter, Precision
 from tuna_peft.planning.plan import Phase, Plan, make_plan
@@ -134,6 +134,20 @@ def test_a_timed_cpu_has_hours_in_proportion_to_its_rates():
     name = "evaluate: graded"  # generation both reads weights and multiplies
     assert slow[name] > fast[name] and slow[name] > wide[name]
     assert slow[name] == pytest.approx(fast[name] + wide[name] - hours(0.2, 40)[name])
+
+
+def test_a_decoding_step_waits_for_memory_or_for_launches():
+    run = run_of("llama-3.1-8b")
+
+    def milliseconds(gpu, rows):
+        return 3.6e6 * decode_hours(run.shape, run.precision, 1, rows, 0.0, find_gpu(gpu))
+
+    launches = 1000 * LAUNCHES_A_LAYER * SECONDS_A_LAUNCH * run.shape.layers
+    assert milliseconds("H100 80GB", 32) == pytest.approx(launches)
+    assert milliseconds("RTX 4090", 32) > launches
+    # Up to 64 and 4 sequences no weight is dequantized.
+    assert milliseconds("T4", 65) > 3 * milliseconds("T4", 64)
+    assert milliseconds("RTX 4090", 5) > milliseconds("RTX 4090", 4) == pytest.approx(launches)
 
 
 def test_the_rates_of_this_cpu_are_measured():

@@ -21,6 +21,8 @@ class Gpu:
         bf16: Whether it supports bf16 natively (compute capability 8.0 or later).
         aliases: Other names.
         measured: Whether this is a CPU, and its rates were measured, see `cpu_speed`.
+        fused_rows: Rows of a product up to which bitsandbytes 0.50 reads 4-bit weights inside the kernel, without
+            dequantizing them first: 4 everywhere, up to 64 on Turing (T4), for the layers that hold most weights.
     """
 
     name: str
@@ -30,13 +32,14 @@ class Gpu:
     bf16: bool = True
     aliases: tuple[str, ...] = ()
     measured: bool = False
+    fused_rows: int = 4
 
 
 GPUS = (
-    Gpu("T4", 14.7, 65, 320, bf16=False, aliases=("Tesla T4", "T4 16GB", "Colab")),
+    Gpu("T4", 14.7, 65, 320, bf16=False, aliases=("Tesla T4", "T4 16GB", "Colab"), fused_rows=64),
     Gpu("V100 16GB", 15.8, 125, 900, bf16=False),
     Gpu("V100 32GB", 31.7, 125, 900, bf16=False),
-    Gpu("RTX 2080 Ti", 10.7, 54, 616, bf16=False),
+    Gpu("RTX 2080 Ti", 10.7, 54, 616, bf16=False, fused_rows=64),
     Gpu("RTX 3060 12GB", 11.7, 25, 360, aliases=("RTX 3060",)),
     Gpu("RTX 3070 8GB", 7.7, 40, 448, aliases=("RTX 3070", "RTX 3070 Ti")),
     Gpu("RTX 3080 10GB", 9.7, 59, 760, aliases=("RTX 3080",)),

@@ -205,7 +205,7 @@ class Inference:
         duration = None
         if gpu := self.device.gpu:
             cached = at_once * n * (workload.prompt_tokens + new / 2)
-            duration = decode_hours(self.shape, self.precision, steps, cached, gpu, dense=dense > 0)
+            duration = decode_hours(self.shape, self.precision, steps, at_once * n, cached, gpu, dense=dense > 0)
             duration += hours(forward_flops(self.shape, prompt_tokens, count), gpu)
             if gpu.measured:  # on a GPU they take less time than reading the weights
                 duration += hours(forward_flops(self.shape, generated, generated), gpu)
