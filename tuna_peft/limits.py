@@ -29,8 +29,9 @@ LONG_ROW = 512
 BATCHES_IN_BLOCK = 4
 # Tokens of free space that a growing key-value cache allocates beyond the tokens that it must store.
 CACHE_ROOM = 64
-# Responses that are generated at once where no plan says how many fit; and tokens of a forward pass in training.
-UNPLANNED_BATCH, UNPLANNED_TOKENS = 32, 4096
+# Where no plan says how much fits: responses that are generated at once, tokens of a forward pass in training and
+# scoring, and questions that a local judge answers at once.
+UNPLANNED_BATCH, UNPLANNED_TOKENS, UNPLANNED_QUESTIONS = 32, 4096, 8
 # Weights that share a scale in 4-bit quantization, and scales that share a scale in double quantization: defaults
 # of bitsandbytes.
 QUANTIZATION_BLOCK, SCALES_BLOCK = 64, 256

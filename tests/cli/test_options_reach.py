@@ -227,3 +227,20 @@ def test_run_and_plan(called):
     assert (recipe.seed, folder) == (3, Path("runs/other"))
     (recipe, devices), _ = called("planning.from_recipe:plan_recipe", "plan", "quickstart", *overrides, "--gpu", "L4")
     assert (recipe.seed, [device.name for device in devices]) == (3, ["L4"])
+
+
+def test_sizes_of_local_teachers_and_judges_are_planned_and_stay(called, monkeypatch):
+    """By the memory of the first time: `pico-llama` is small enough for the largest sizes on a CPU."""
+    for command, work, key, largest in (
+        ("score", "feedback.teacher:score_with_model", "max_tokens_per_batch", 4096),
+        ("judge", "feedback.judge:Judging", "batch_size", 32),
+    ):
+        arguments = (command, "data.jsonl", f"{command}.jsonl", "--model", "builtin:pico-llama", "--device", "cpu")
+        assert getattr(called(work, *arguments)[0][1], key) == largest
+        with monkeypatch.context() as less:
+            less.setattr("tuna_peft.planning.from_recipe.available_ram", lambda: 0.0)
+            assert getattr(called(work, *arguments)[0][1], key) == largest
+            arguments = (command, "data.jsonl", f"{command}2.jsonl", *arguments[3:])
+            assert getattr(called(work, *arguments)[0][1], key) < largest
+        given = ("--" + key.replace("_", "-"), "5")
+        assert getattr(called(work, *arguments, *given)[0][1], key) == 5

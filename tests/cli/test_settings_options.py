@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 import typer
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PositiveInt
 from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
@@ -71,16 +71,20 @@ class Example(BaseModel):
     text: str | None = Field(None, description="Words.")
     on: bool = Field(True, description="On.")
     off: bool = Field(False, description="Off.")
+    size: PositiveInt | Literal["auto"] = Field("auto", description="Large.")
 
 
 def test_values_are_those_that_were_given(monkeypatch):
     assert parsed(monkeypatch, Example, "f") == ("f", 1, {})
     given = ["--count", "5", "--share", "1.5", "--kind", "c", "--answer", "true", "--text", "true", "--no-on", "--off"]
+    given += ["--size", "7"]
     assert parsed(monkeypatch, Example, "f", "--own", "2", *given) == (
         "f", 2,
-        {"count": 5, "share": 1.5, "kind": "c", "answer": True, "text": "true", "on": False, "off": True},
+        {"count": 5, "share": 1.5, "kind": "c", "answer": True, "text": "true", "on": False, "off": True,
+         "size": "7"},
     )  # fmt: skip
     assert parsed(monkeypatch, Example, "f", "--answer", "other")[2] == {"answer": "other"}
+    assert Example.model_validate({"size": "7"}).size == 7
     assert parsed(monkeypatch, Example, "f", "--count", "1").exit_code == 2
 
 

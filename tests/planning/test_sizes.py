@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from test_feedback_plan import PROMPTS
+from test_feedback_plan import PROMPTS, QUESTIONS, TEACHER
 from test_plan import run_of
 
 from tuna_peft.limits import GIB
 from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.plan import make_plan
 from tuna_peft.planning.sizes import MOST_SEQUENCES, MOST_TOKENS, sized, sizes_of
-from tuna_peft.planning.spec import Device, SampleSpec
+from tuna_peft.planning.spec import Device, JudgeSpec, SampleSpec, TeacherSpec
 from tuna_peft.planning.workload import Row, Workload
 
 TOKENS, SAMPLES, EVALUATION = (
@@ -59,6 +59,22 @@ def test_a_pass_holds_the_longest_row_even_where_it_does_not_fit_with_its_activa
     assert sizes("RTX 3060 12GB")[TOKENS] == 1600  # 400 + 4 x 300
     longest = Workload((Row(400, (10_000,) * 2),), 10, "by hand")
     assert sizes("RTX 3060 12GB", workload=longest)[TOKENS] == 20_400
+
+
+@pytest.mark.parametrize(
+    ("ranked_by", "key"),
+    [
+        ({"teacher": TeacherSpec(TEACHER, 4096, auto=True)}, "stages.rank.data.score.max_tokens_per_batch"),
+        ({"judge": JudgeSpec(TEACHER, QUESTIONS, 256, 8, auto=True)}, "stages.rank.data.judge.batch_size"),
+    ],
+)
+def test_a_local_teacher_or_judge_shares_the_memory_with_the_base(ranked_by, key):
+    found = [sizes(gpu, sample=None, **ranked_by)[key] for gpu in ("A100 40GB", "A100 80GB", "H200")]
+    assert found == sorted(found) and found[0] < found[-1]
+    device = Device.of(find_gpu("A100 80GB"))
+    plan = make_plan(auto_run(sample=None, **ranked_by), device)
+    [phase] = [phase for phase in plan.phases if phase.name in ("score rank", "judge rank")]
+    assert phase.peak <= device.memory and phase.needed < phase.peak
 
 
 def test_rounds_of_a_stage_share_their_sizes():

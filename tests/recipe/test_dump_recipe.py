@@ -44,7 +44,7 @@ def test_differences_are_named_with_both_values(recipe_file):
     assert "lora.r: 16 -> 8" in differences
     assert "stages.sft.train.learning_rate: 0.001 -> 1e-05" in differences
     assert "stages.sft.train.weight_decay: absent -> 0.1" in differences
-    assert "evaluation.batch_size: 32 -> absent" in differences
+    assert "evaluation.batch_size: 'auto' -> absent" in differences
     assert not any("alpha" in line for line in differences)
 
 

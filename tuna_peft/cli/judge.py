@@ -82,12 +82,14 @@ def _judge(
     from tuna_peft.feedback.judge import Judging
     from tuna_peft.files import write_jsonl
     from tuna_peft.journal import Journal
+    from tuna_peft.planning.command_sizes import sized_judging
 
     if out is None:
         raise UserError("the output file is missing", where="OUT", fix="Name a .jsonl file to write.")
     require_jsonl(out)
     rows, read = load_candidates(source, prompt)
     with Journal(journal_path or out.with_suffix(".journal.jsonl")) as journal:
+        settings = sized_judging(settings, rows, journal, options["device"])
         judging = Judging(rows, settings, journal, **options)
         if settings.function is None:
             confirm_spending(judging.estimate(), settings.server, yes)
@@ -113,11 +115,13 @@ def _validate(
     from tuna_peft.feedback.agreement import measure_agreement, read_annotated_rows, validation
     from tuna_peft.files import write_json
     from tuna_peft.journal import Journal
+    from tuna_peft.planning.command_sizes import sized_judging
 
     if out is not None and out.suffix != ".json":
         raise UserError("a report is written as JSON", where=str(out), fix="Let its name end in .json.")
     rows = read_annotated_rows(source, prompt)
     with Journal(journal_path or Path(out or "validation").with_suffix(".journal.jsonl")) as journal:
+        settings = sized_judging(settings, [one.row for one in rows], journal, options["device"])
         judging = validation(rows, settings, journal, **options)
         if settings.function is None:
             confirm_spending(judging.estimate(), settings.server, yes)

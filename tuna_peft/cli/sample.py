@@ -64,6 +64,7 @@ def sample(
     from tuna_peft.feedback.settings import SampleSettings
     from tuna_peft.files import write_jsonl
     from tuna_peft.journal import Journal
+    from tuna_peft.planning.command_sizes import sized_sampling
     from tuna_peft.run.samplers import open_sampler, remote_sampler
 
     settings = from_options(SampleSettings, context.obj)
@@ -82,6 +83,7 @@ def sample(
     with opened as (sampler, recorded):
         records, read = load_prompts(source, wanted or recorded)
         with Journal(out.with_suffix(".journal.jsonl")) as journal:
+            settings = sized_sampling(settings, source_model, quantization, records, journal, device)
             found, report = sample_candidates(sampler, records, settings, journal, seed=seed)
     write_jsonl(out, found)
     echo(f"wrote {out}: {report.responses:,} responses to {report.kept:,} of {read.read:,} prompts")

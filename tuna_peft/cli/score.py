@@ -112,7 +112,9 @@ def score(
             )
         else:
             from tuna_peft.feedback.teacher import score_with_model
+            from tuna_peft.planning.command_sizes import sized_scoring
 
+            settings = sized_scoring(settings, rows, journal, device)
             records, report = score_with_model(rows, settings, journal, device=device)
     _write(out, records, report)
 

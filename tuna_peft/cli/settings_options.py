@@ -172,7 +172,11 @@ def _kind(annotation: Any) -> tuple[type, list[str]]:
     """The type of an option, and its choices where there are some (true and false written as in YAML)."""
     if get_origin(annotation) is Literal:
         return str, [str(choice).lower() if isinstance(choice, bool) else choice for choice in get_args(annotation)]
-    [kind] = [one for one in get_args(annotation) or (annotation,) if one is not NoneType]
+    kinds = [one for one in get_args(annotation) or (annotation,) if one is not NoneType]
+    if any(get_origin(one) is Literal for one in kinds):  # a number, or a word in its place
+        words = [word for one in kinds if get_origin(one) is Literal for word in get_args(one)]
+        return str, ["number", *words]
+    [kind] = kinds
     return kind, []
 
 

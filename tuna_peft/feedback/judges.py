@@ -241,7 +241,7 @@ class LocalJudge:
             for generated in stream_responses(
                 loaded.model, loaded.tokenizer, [prompts[key] for key in left],
                 temperature=_attempt_temperature(settings, attempt), max_new_tokens=settings.max_tokens,
-                seed=f"{settings.seed}-{attempt}", batch_size=settings.batch_size,
+                seed=f"{settings.seed}-{attempt}", batch_size=settings.questions_at_once,
                 done={i for i, key in enumerate(left) if key in journal}, dense=dense,
                 description=f"{description}, attempt {attempt + 1}" if attempt else description,
             ):  # fmt: skip

@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from tuna_peft.data.config import MayBeLocal, Section
-from tuna_peft.limits import UNPLANNED_BATCH
+from tuna_peft.limits import UNPLANNED_BATCH, UNPLANNED_QUESTIONS, UNPLANNED_TOKENS
+
+Size = PositiveInt | Literal["auto"]
 
 LOCAL_ONLY = ("revision", "trust_remote_code")
 """Settings that have no effect without `model`."""
@@ -120,8 +122,9 @@ class SampleSettings(Section):
     )
     hotter_by: float = Field(0.1, ge=0, description="Increase of the temperature for each new sampling attempt.")
     trials: int = Field(3, ge=1, description="Maximum sampling attempts; the most diverse set of responses is kept.")
-    batch_size: int = Field(
-        UNPLANNED_BATCH, ge=1, description="Responses generated at once; halved when memory runs out."
+    batch_size: Size = Field(
+        "auto",
+        description="Responses generated at once, halved when memory runs out; `auto` follows the device's memory.",
     )
     backend: Literal["transformers", "vllm"] = Field(
         "transformers", description="`vllm` is faster on a GPU with room for a second copy of the model; extra `vllm`."
@@ -138,8 +141,8 @@ class SampleSettings(Section):
 
     @property
     def responses_at_once(self) -> int:
-        """The batch size; a number also where no plan has replaced a recipe's `auto`."""
-        return self.batch_size if isinstance(self.batch_size, int) else UNPLANNED_BATCH
+        """The batch size; a number also where no plan has replaced `auto`."""
+        return UNPLANNED_BATCH if self.batch_size == "auto" else self.batch_size
 
 
 class GenerateSettings(Section):
@@ -169,8 +172,10 @@ class LocalModelSettings(Section):
 class ScoreSettings(LocalModelSettings):
     """A teacher whose log-probabilities rank the responses: either `model` or `server`."""
 
-    max_tokens_per_batch: int = Field(
-        4096, ge=1, description="With `model`: maximum tokens in a forward pass; halved when memory runs out."
+    max_tokens_per_batch: Size = Field(
+        "auto",
+        description="With `model`: maximum tokens in a forward pass, halved when memory runs out; `auto` follows the "
+        "device's memory.",
     )
     server: ServerSettings | None = Field(
         None, description="A teacher behind a completions server that returns log-probabilities of the prompt."
@@ -190,6 +195,11 @@ class ScoreSettings(LocalModelSettings):
         description="With `server`: what to do about prompts without an answer once all others are answered: stop "
         "with an error, or skip and count them.",
     )
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens in a forward pass; a number also where no plan has replaced `auto`."""
+        return UNPLANNED_TOKENS if self.max_tokens_per_batch == "auto" else self.max_tokens_per_batch
 
     @model_validator(mode="after")
     def _one_teacher(self) -> ScoreSettings:
@@ -233,13 +243,20 @@ class JudgeSettings(LocalModelSettings):
     max_tokens: PositiveInt = Field(2048, description="Maximum length of the judge's answer, in tokens.")
     attempts: PositiveInt = Field(3, le=20, description="Maximum attempts until an answer can be read.")
     seed: int = Field(0, description="Seed of the order in which responses are shown.")
-    batch_size: PositiveInt = Field(8, description="With `model`: questions answered at once.")
+    batch_size: Size = Field(
+        "auto", description="With `model`: questions answered at once; `auto` follows the device's memory."
+    )
     on_no_answer: Literal["error", "skip"] = Field(
         "error",
         description="What to do about prompts for which a server gives no answer, or a function no number: `error` "
         "stops once all others are answered, `skip` skips and counts them, as Vicuna QA always does. Answers that "
         "cannot be read are skipped in any case.",
     )
+
+    @property
+    def questions_at_once(self) -> int:
+        """The batch size; a number also where no plan has replaced `auto`."""
+        return UNPLANNED_QUESTIONS if self.batch_size == "auto" else self.batch_size
 
     @model_validator(mode="after")
     def _one_judge(self) -> JudgeSettings:

@@ -75,7 +75,7 @@ def score_rows(
             except BadRow as error:
                 unusable[key] = error.reason
     report.asked = len(encoded)
-    _score(model, tokenizer, encoded, settings.max_tokens_per_batch, journal)
+    _score(model, tokenizer, encoded, settings.tokens_at_once, journal)
     answers: list[Scored | None] = []
     for key, row in zip(keys, rows, strict=True):
         if key in journal:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.settings import JudgeSettings, ScoreSettings
+from tuna_peft.feedback.settings import JudgeSettings, LocalModelSettings
 from tuna_peft.limits import available_ram, is_ampere_or_later
 from tuna_peft.models.stack.any_model import local_stack
 from tuna_peft.models.stack.files import quantization_method
@@ -211,14 +211,14 @@ def _ranking_models(source: FeedbackSource, rows: Workload, device: Device, key:
             sample.n, sample.max_new_tokens, sample.responses_at_once, sample.top_p < 1,
             attempts=sample.trials if sample.max_similarity <= 1 else 1, auto=sample.batch_size == "auto",
         )  # fmt: skip
-    if (score := source.score) is not None and (teacher := _local_model(score, device, f"{key}.score")) is not None:
-        models["teacher"] = TeacherSpec(teacher, score.max_tokens_per_batch)
+    if (score := source.score) is not None and (teacher := local_model(score, device, f"{key}.score")) is not None:
+        models["teacher"] = TeacherSpec(teacher, score.tokens_at_once, auto=score.max_tokens_per_batch == "auto")
     if source.judge is not None:
-        models["judge"] = _judge(source.judge, rows, device, f"{key}.judge")
+        models["judge"] = judge_spec(source.judge, rows, device, f"{key}.judge")
     return models
 
 
-def _local_model(settings: ScoreSettings | JudgeSettings, device: Device, key: str) -> LocalModel | None:
+def local_model(settings: LocalModelSettings, device: Device, key: str) -> LocalModel | None:
     """A local teacher or judge, from its configuration; None where a server or a Python function ranks.
 
     Args:
@@ -253,14 +253,16 @@ def _parameters(folder: Path) -> int:
     return (folder / "adapter_model.safetensors").stat().st_size // 4
 
 
-def _judge(settings: JudgeSettings, rows: Workload, device: Device, key: str) -> JudgeSpec | None:
-    model = _local_model(settings, device, key)
+def judge_spec(settings: JudgeSettings, rows: Workload, device: Device, key: str) -> JudgeSpec | None:
+    """A local judge of prompts with responses; arguments and errors as for `local_model`."""
+    model = local_model(settings, device, key)
     if model is None:
         return None
     asked = questions(rows, settings.both_orders, settings.instructions)
     # An answer that cannot be parsed is asked for again, and sampled then.
     greedy = settings.temperature == 0 and settings.attempts == 1
-    return JudgeSpec(model, asked, settings.max_tokens, settings.batch_size, greedy)
+    auto = settings.batch_size == "auto"
+    return JudgeSpec(model, asked, settings.max_tokens, settings.questions_at_once, greedy, auto)
 
 
 def _named_evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) -> EvaluationSpec | None:
@@ -281,7 +283,7 @@ def _named_evaluation(recipe: Recipe, workloads: dict[str, Workload], device: De
                 tuple(Row(row.prompt, (task.max_new_tokens,) * 2) for row in workload.rows), workload.total, ""
             )
             asked = task.judge.model_copy(update={"both_orders": True})
-            judge = _judge(asked, pairs, device, "evaluation.tasks.vicuna.judge")
+            judge = judge_spec(asked, pairs, device, "evaluation.tasks.vicuna.judge")
         tasks[name] = TaskSpec(workload, new, judge)
     return EvaluationSpec(settings.prompts_at_once, tasks, auto=settings.batch_size == "auto")
 

@@ -325,7 +325,8 @@ def _ranking_phases(run: RunSpec, index: int, device: Device) -> Iterator[Phase]
     if (teacher := stage.teacher) is not None:
         model = teacher.model
         inference = Inference(f"score {stage.name}", weights | model.parts, model.shape, model.precision, device)
-        yield inference.scoring(prompts, prompts.total, teacher.max_tokens)
+        phase = inference.scoring(prompts, prompts.total, teacher.max_tokens)
+        yield _flexible(phase, device) if teacher.auto else phase
     if stage.judge is not None:
         yield _judging(f"judge {stage.name}", weights, stage.judge, device)
 
@@ -333,7 +334,8 @@ def _ranking_phases(run: RunSpec, index: int, device: Device) -> Iterator[Phase]
 def _judging(name: str, weights: dict[str, float], judge: JudgeSpec, device: Device, times: int = 1) -> Phase:
     model, note = judge.model, f"{times} times" if times > 1 else ""
     inference = Inference(name, weights | model.parts, model.shape, model.precision, device, times, note)
-    return inference.generation(judge.questions, judge.new_tokens, judge.batch_size, greedy=judge.greedy)
+    phase = inference.generation(judge.questions, judge.new_tokens, judge.batch_size, greedy=judge.greedy)
+    return _flexible(phase, device) if judge.auto else phase
 
 
 def evaluation_phases(run: RunSpec, device: Device) -> Iterator[Phase]:

@@ -12,6 +12,7 @@ from tuna_peft.limits import ACTIVATIONS_IN_RAM, activations_on_gpu
 from tuna_peft.planning.memory import (
     CUDA_CONTEXT,
     PROCESS,
+    Precision,
     activation_bytes,
     dense_bytes,
     frozen_parts,
@@ -21,7 +22,8 @@ from tuna_peft.planning.memory import (
     trainer_parts,
     weight_parts,
 )
-from tuna_peft.planning.spec import Device, RunSpec, StageSpec
+from tuna_peft.planning.shapes import ModelShape
+from tuna_peft.planning.spec import Device, JudgeSpec, LocalModel, RunSpec, StageSpec
 from tuna_peft.planning.workload import Workload, packed_pass
 
 # Larger sizes gain nothing: a GPU is busy long before, and a CPU multiplies a few rows as fast as many.
@@ -36,16 +38,32 @@ def sized(run: RunSpec, device: Device) -> RunSpec:
     for index, stage in enumerate(run.stages):
         if stage.auto_tokens:
             stage = replace(stage, max_tokens=_tokens(run, index, device))
-        if stage.sample is not None and stage.sample.auto and stage.prompt_workload is not None:
-            size = _sequences(run, index, device, stage.prompt_workload, stage.sample.new_tokens, stage.sample.n)
-            stage = replace(stage, sample=replace(stage.sample, batch_size=size))
+        if (prompts := stage.prompt_workload) is not None:
+            own = _weights(run, index)
+            sample, teacher, judge = stage.sample, stage.teacher, stage.judge
+            if sample is not None and sample.auto:
+                size = sequences(run.shape, run.precision, own, device, prompts, sample.new_tokens, sample.n)
+                sample = replace(sample, batch_size=size)
+            if teacher is not None and teacher.auto:
+                teacher = replace(teacher, max_tokens=scored_tokens(teacher.model, own, device, prompts))
+            if judge is not None:
+                judge = sized_judge(judge, own, device)
+            stage = replace(stage, sample=sample, teacher=teacher, judge=judge)
         stages.append(stage)
     run = replace(run, stages=tuple(_shared(stages)))
-    if run.evaluation is not None and run.evaluation.auto:
-        sizes = [MOST_SEQUENCES[device.cuda]]
-        for task in run.evaluation.tasks.values():
-            sizes.append(_sequences(run, len(run.stages), device, task.workload, task.new_tokens))
-        run = replace(run, evaluation=replace(run.evaluation, batch_size=min(sizes)))
+    if (evaluation := run.evaluation) is not None:
+        own, size = _weights(run, len(run.stages)), evaluation.batch_size
+        if evaluation.auto:
+            fitting = [
+                sequences(run.shape, run.precision, own, device, task.workload, task.new_tokens)
+                for task in evaluation.tasks.values()
+            ]
+            size = min(fitting, default=MOST_SEQUENCES[device.cuda])
+        tasks = {
+            name: replace(task, judge=sized_judge(task.judge, own, device)) if task.judge else task
+            for name, task in evaluation.tasks.items()
+        }
+        run = replace(run, evaluation=replace(evaluation, batch_size=size, tasks=tasks))
     return run
 
 
@@ -57,8 +75,16 @@ def sizes_of(run: RunSpec) -> dict[str, int]:
             found[f"{stage.key}.train.max_tokens_per_batch"] = stage.max_tokens
         if stage.sample is not None and stage.sample.auto:
             found[f"{stage.key}.data.sample.batch_size"] = stage.sample.batch_size
-    if run.evaluation is not None and run.evaluation.auto:
-        found["evaluation.batch_size"] = run.evaluation.batch_size
+        if stage.teacher is not None and stage.teacher.auto:
+            found[f"{stage.key}.data.score.max_tokens_per_batch"] = stage.teacher.max_tokens
+        if stage.judge is not None and stage.judge.auto:
+            found[f"{stage.key}.data.judge.batch_size"] = stage.judge.batch_size
+    if run.evaluation is not None:
+        if run.evaluation.auto:
+            found["evaluation.batch_size"] = run.evaluation.batch_size
+        for name, task in run.evaluation.tasks.items():
+            if task.judge is not None and task.judge.auto:
+                found[f"evaluation.tasks.{name}.judge.batch_size"] = task.judge.batch_size
     return found
 
 
@@ -73,8 +99,20 @@ def _shared(stages: list[StageSpec]) -> list[StageSpec]:
         if stage.sample is not None and stage.sample.auto:
             size = min(other.sample.batch_size for other in rounds if other.sample)
             stage = replace(stage, sample=replace(stage.sample, batch_size=size))
+        if stage.teacher is not None and stage.teacher.auto:
+            tokens = min(other.teacher.max_tokens for other in rounds if other.teacher)
+            stage = replace(stage, teacher=replace(stage.teacher, max_tokens=tokens))
+        if stage.judge is not None and stage.judge.auto:
+            size = min(other.judge.batch_size for other in rounds if other.judge)
+            stage = replace(stage, judge=replace(stage.judge, batch_size=size))
         stages[number] = stage
     return stages
+
+
+def _weights(run: RunSpec, stages: int) -> float:
+    """Bytes of the base with the frozen adapters of the first `stages` stages."""
+    parts = weight_parts(run.shape, run.precision) | frozen_parts(run.stack(stages), run.precision)
+    return sum(parts.values())
 
 
 def _tokens(run: RunSpec, index: int, device: Device) -> int:
@@ -84,7 +122,7 @@ def _tokens(run: RunSpec, index: int, device: Device) -> int:
     """
     stage, below, shape = run.stages[index], run.below(index), run.shape
     fixed = weight_parts(shape, run.precision) | trainer_parts(stage.adapter, below, stage.optimizer, run.precision)
-    free = _free(device, fixed)
+    free = _free(device, sum(fixed.values()))
     budget = activations_on_gpu(stage.processes) * free if device.cuda else ACTIVATIONS_IN_RAM * free / stage.processes
     keeps = stage.activation_memory in ("auto", "full")
 
@@ -96,12 +134,20 @@ def _tokens(run: RunSpec, index: int, device: Device) -> int:
     return max(_largest(fits, _TOKEN_STEP, MOST_TOKENS[device.cuda]), stage.smallest_pass.positions)
 
 
-def _sequences(
-    run: RunSpec, stages: int, device: Device, workload: Workload, new_tokens: int | None, n: int = 1
+def sequences(
+    shape: ModelShape,
+    precision: Precision,
+    fixed: float,
+    device: Device,
+    workload: Workload,
+    new_tokens: int | None,
+    n: int = 1,
 ) -> int:
-    """Responses generated at once with the adapters of the first `stages` stages, or prompts scored at once."""
-    shape, precision = run.shape, run.precision
-    fixed = weight_parts(shape, precision) | frozen_parts(run.stack(stages), precision)
+    """Responses generated at once, or prompts scored at once if `new_tokens` is None.
+
+    Args:
+        fixed: Bytes of all weights in memory.
+    """
     # With the dense copy, whether it will be held or not: it may take half of what is free.
     free = _free(device, fixed)
     room = activations_on_gpu(2) * free - min(dense_bytes(shape, precision), free / 2)
@@ -119,8 +165,36 @@ def _sequences(
     return next((size for size in (256, 128, 64, 32, 16, 8, 4, 2) if size <= most and fits(size)), 1)
 
 
-def _free(device: Device, fixed: dict[str, float]) -> float:
-    return device.memory - (CUDA_CONTEXT if device.cuda else PROCESS) - sum(fixed.values())
+def scored_tokens(teacher: LocalModel, fixed: float, device: Device, workload: Workload) -> int:
+    """Tokens of a forward pass in which a local teacher scores responses.
+
+    Args:
+        fixed: Bytes of the other weights in memory.
+    """
+    room = activations_on_gpu(2) * _free(device, fixed + sum(teacher.parts.values()))
+
+    def fits(tokens: int) -> bool:
+        batch = packed_pass(workload.rows, workload.total, tokens)
+        return scoring_bytes(teacher.shape, batch, teacher.precision) <= room
+
+    longest = packed_pass(workload.rows, 1, None).positions
+    return max(_largest(fits, _TOKEN_STEP, MOST_TOKENS[device.cuda]), longest)
+
+
+def sized_judge(judge: JudgeSpec, fixed: float, device: Device) -> JudgeSpec:
+    """`judge` with a number of questions, if that is `auto`; `fixed` are the bytes of the other weights in memory."""
+    if not judge.auto:
+        return judge
+    model = judge.model
+    fixed += sum(model.parts.values())
+    return replace(
+        judge,
+        batch_size=sequences(model.shape, model.precision, fixed, device, judge.questions, judge.new_tokens),
+    )
+
+
+def _free(device: Device, fixed: float) -> float:
+    return device.memory - (CUDA_CONTEXT if device.cuda else PROCESS) - fixed
 
 
 def _largest(fits: Callable[[int], bool], step: int, most: int) -> int:

@@ -82,10 +82,15 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A local model that scores the responses of a stage, at most `max_tokens` tokens in a forward pass."""
+    """A local model that scores the responses of a stage, at most `max_tokens` tokens in a forward pass.
+
+    Attributes:
+        auto: Whether `max_tokens` follows the memory, see `planning.sizes`.
+    """
 
     model: LocalModel
     max_tokens: int
+    auto: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class JudgeSpec:
         new_tokens: Maximum tokens of an answer.
         batch_size: Questions in a batch.
         greedy: Whether every answer is decoded greedily, none sampled.
+        auto: Whether the batch size follows the memory, see `planning.sizes`.
     """
 
     model: LocalModel
@@ -105,6 +111,7 @@ class JudgeSpec:
     new_tokens: int
     batch_size: int
     greedy: bool = False
+    auto: bool = False
 
 
 @dataclass(frozen=True)

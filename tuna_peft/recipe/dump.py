@@ -23,9 +23,26 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
     """A line such as `stages.sft.train.learning_rate: 0.001 -> 0.002` for every key that differs."""
-    before, after = _flat(old), _flat(new)
+    before, after = (_flat(recipe.model_dump(mode="json", exclude_none=True)) for recipe in (old, new))
     changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
     return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in changed]
+
+
+def sizes_begun_with(begun: dict[str, Any], recipe: Recipe) -> dict[str, int]:
+    """The numbers that a run began with for sizes that are `auto` in `recipe`, by their keys.
+
+    `auto` was not their default in earlier versions, so the same file still means the same run. A training stage is
+    not included: its `max_tokens_per_batch` had no other default.
+
+    Args:
+        begun: The contents of the run's `recipe.yaml`.
+    """
+    old, new = _flat(begun), _flat(recipe.model_dump(mode="json", exclude_none=True))
+    return {
+        key: old[key]
+        for key, value in new.items()
+        if value == "auto" and ".train." not in key and isinstance(old.get(key), int)
+    }
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -53,11 +70,10 @@ def _shown(flat: dict[str, Any], key: str) -> str:
     return repr(flat[key]) if key in flat else "absent"
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    data = recipe.model_dump(mode="json", exclude_none=True)
-    stages = data.pop("stages")
+def _flat(data: dict[str, Any]) -> dict[str, Any]:
+    stages = data["stages"]
     return {
-        **_leaves(data, ""),
+        **_leaves({key: value for key, value in data.items() if key != "stages"}, ""),
         "order of stages": [stage["name"] for stage in stages],
         **_leaves({stage["name"]: stage for stage in stages}, "stages."),
     }

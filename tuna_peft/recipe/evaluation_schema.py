@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from tuna_peft.data.config import DataSource, MayBeLocal, Overflow, Section
-from tuna_peft.feedback.settings import JudgeSettings
+from tuna_peft.feedback.settings import JudgeSettings, Size
 from tuna_peft.limits import UNPLANNED_BATCH
 
 
@@ -136,9 +136,7 @@ class EvaluationSettings(Section):
     """What is measured before the first stage and after each stage."""
 
     tasks: TaskSettings = Field(default_factory=TaskSettings, description="The tasks, by name.")
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        UNPLANNED_BATCH, description="Number of prompts per batch; `auto` follows the device's memory."
-    )
+    batch_size: Size = Field("auto", description="Number of prompts per batch; `auto` follows the device's memory.")
 
     @property
     def prompts_at_once(self) -> int:

@@ -11,7 +11,6 @@ from pydantic import ConfigDict, Discriminator, Field, PositiveFloat, Tag, model
 
 from tuna_peft.data.config import DataSource, Section
 from tuna_peft.feedback.settings import JudgeSettings, SampleServer, SampleSettings, ScoreSettings
-from tuna_peft.limits import UNPLANNED_BATCH
 
 
 class StageServer(SampleServer):
@@ -45,10 +44,6 @@ class StageSample(SampleSettings):
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(  # type: ignore[assignment]
-        UNPLANNED_BATCH,
-        description="Responses generated at once, halved when memory runs out; `auto` follows the device's memory.",
-    )
     from_stage: str | None = Field(
         None,
         alias="from",

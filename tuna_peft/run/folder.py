@@ -20,7 +20,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import RUN_INFO
 from tuna_peft.files import remove_abandoned, take_lock, write_json, write_text
 from tuna_peft.recipe.document import read_document
-from tuna_peft.recipe.dump import diff_recipes, dump_recipe, with_values
+from tuna_peft.recipe.dump import diff_recipes, dump_recipe, sizes_begun_with, with_values
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.metrics_file import METRICS
 from tuna_peft.run.processes import Processes
@@ -68,14 +68,15 @@ def read_run_recipe(folder: Path) -> Recipe | None:
 
 
 def as_in_folder(recipe: Recipe, folder: Path) -> Recipe:
-    """`recipe`, but with `evaluation: null` if it has none and the version before began the run in `folder`.
-
-    That version measured nothing by default, so the same file still means the same run.
-    """
+    """`recipe`, but with the defaults of the version that began the run in `folder`, so that the same file still means
+    the same run: earlier ones measured nothing by default, and had numbers where sizes are `auto` now."""
     file = folder / "recipe.yaml"
-    if "evaluation" in recipe.model_fields_set or not file.is_file() or "evaluation" in read_document(file).data:
+    if not file.is_file():
         return recipe
-    return recipe.model_copy(update={"evaluation": None})
+    begun = read_document(file).data
+    if "evaluation" not in recipe.model_fields_set and "evaluation" not in begun:
+        recipe = recipe.model_copy(update={"evaluation": None})
+    return with_values(recipe, sizes) if (sizes := sizes_begun_with(begun, recipe)) else recipe
 
 
 class RunDirectory:
@@ -114,7 +115,7 @@ class RunDirectory:
             self._take()
         self.processes.wait()
         recipe, self.recipe = self.recipe, as_in_folder(self.recipe, self.path)
-        if self.recipe is not recipe and self.processes.main:
+        if self.recipe.evaluation != recipe.evaluation and self.recipe.evaluation is None and self.processes.main:
             logger.info("an earlier version began this run, without an evaluation: it is resumed without one")
         return self
 
