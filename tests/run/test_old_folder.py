@@ -16,7 +16,7 @@ from tuna_peft.recipe.dump import diff_recipes, dump_recipe
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.dry_run import describe_recipe
 from tuna_peft.run.evaluate import settings_of_run
-from tuna_peft.run.folder import RunDirectory, read_run_recipe
+from tuna_peft.run.folder import RunDirectory, as_in_folder, read_run_recipe
 from tuna_peft.run.pipeline import run_recipe
 from tuna_peft.run.processes import Processes
 
@@ -156,8 +156,11 @@ def old_folder(tmp_path):
 
 
 def test_the_recipe_in_an_old_folder_is_the_same_recipe(old_folder):
-    old = read_run_recipe(old_folder)
-    assert diff_recipes(old, same_recipe()) == [] and old == same_recipe()
+    old, same = read_run_recipe(old_folder), as_in_folder(same_recipe(), old_folder)
+    assert diff_recipes(old, same) == [] and old == same
+    # What an earlier version began with numbers keeps them, though they are `auto` now.
+    assert same_recipe().evaluation.batch_size == "auto" and same.evaluation.batch_size == 32
+    assert [recipe.stages[1].data.judge.batch_size for recipe in (same_recipe(), same)] == ["auto", 8]
     with RunDirectory(old_folder, same_recipe()) as run:
         assert run.load("stages/sft/done.json") == {}
     assert (old_folder / "recipe.yaml").read_text() == OLD

@@ -71,7 +71,7 @@ def _shown(flat: dict[str, Any], key: str) -> str:
 
 
 def _flat(data: dict[str, Any]) -> dict[str, Any]:
-    stages = data["stages"]
+    stages = data.get("stages", [])
     return {
         **_leaves({key: value for key, value in data.items() if key != "stages"}, ""),
         "order of stages": [stage["name"] for stage in stages],
