@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -22,6 +24,9 @@ class UserError(ValueError):
         self.what, self.where, self.fix = what, where, fix
         message = f"{where}: {what}" if where else what
         super().__init__(f"{message}\n  {fix}" if fix else message)
+
+    def __reduce__(self) -> Any:  # so that it can be sent to another process
+        return functools.partial(type(self), where=self.where, fix=self.fix), (self.what,)
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

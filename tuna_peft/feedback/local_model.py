@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from tuna_peft.feedback.settings import LocalModelSettings
 from tuna_peft.models.stack.any_model import load_any_model
 from tuna_peft.models.stack.files import AdapterStack
+from tuna_peft.models.workers import load_for_all
 
 
 def load_local_model(settings: LocalModelSettings, device: str) -> AdapterStack:
@@ -19,10 +22,12 @@ def load_local_model(settings: LocalModelSettings, device: str) -> AdapterStack:
         UserError: The model cannot be loaded.
     """
     assert settings.model is not None
-    return load_any_model(
+    load = partial(
+        load_any_model,
         settings.model,
         revision=settings.revision,
         quantization=settings.quantization,
         device=device,
         trust_remote_code=settings.trust_remote_code,
     )
+    return load_for_all(load)

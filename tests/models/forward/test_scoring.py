@@ -8,7 +8,7 @@ from rounding import assert_rounded, gradient_operations, logps_bound
 from tuna_peft import UserError
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.models.forward import prefix, scoring
-from tuna_peft.models.forward.scoring import response_logps, stream_logps
+from tuna_peft.models.forward.scoring import ResponseLogps, response_logps, stream_logps
 
 LONGEST = 9  # tokens of a response of `make_rows`, with EOS
 
@@ -114,13 +114,13 @@ def test_a_batch_without_memory_is_split_and_nothing_is_lost(most, monkeypatch):
     def limited(model, batch):
         if len(batch.ranks_BN) > most:
             raise torch.OutOfMemoryError
-        return batch.ranks_BN
+        return ResponseLogps(batch.ranks_BN, batch.ranks_BN)
 
     monkeypatch.setattr(scoring, "response_logps", limited)
     rows = dict(zip("abcdefg", make_rows(7), strict=True))
     found = list(stream_logps(torch.nn.Linear(1, 1), RankedCollator(0), rows, ["abcde", "fg"]))
     assert "".join("".join(names) for names, _ in found) == "abcdefg"
-    assert all(len(names) == len(ranks) <= most for names, ranks in found)
+    assert all(len(names) == len(logps.sums_BN) <= most for names, logps in found)
     with pytest.raises(UserError, match="does not fit into memory"):
         monkeypatch.setattr(
             scoring, "response_logps", lambda *_: limited(None, RankedCollator(0)(make_rows(most + 1)))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -86,12 +85,11 @@ class SoloCompute:
     """Lets the first process compute alone with a sharded model. Create it in every process.
 
     Args:
-        timeout: How long the other processes wait for the next layer of the first one.
+        group: All processes, over the CPU (gloo): a process that waits in NCCL keeps its GPU busy.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
-        # Through the CPU (gloo): a process that waits in an NCCL collective keeps its GPU busy.
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
 
     @contextlib.contextmanager
     def lead(self, model: torch.nn.Module) -> Iterator[None]:

@@ -7,8 +7,9 @@ Shape suffixes: see `tuna_peft.data.batch`; D hidden size.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from tuna_peft.data.collate import RankedCollator
 from tuna_peft.errors import UserError
 from tuna_peft.models.forward.logps import output_head, token_logps
 from tuna_peft.models.forward.prefix import model_inputs
+from tuna_peft.models.workers import split
 
 
 @dataclass
@@ -68,6 +70,8 @@ def stream_logps(
 ) -> Iterator[tuple[Sequence[Any], ResponseLogps]]:
     """Scores rows batch by batch, without gradients; a batch that runs out of memory is split into two halves.
 
+    Batches are divided among the processes of a run, see `tuna_peft.models.workers`.
+
     Args:
         model: As in `response_logps`.
         collate: Turns rows into a batch.
@@ -75,28 +79,42 @@ def stream_logps(
         batches: Names of the rows of each batch, the longest rows first, so that running out of memory shows at once.
 
     Yields:
-        The names of some rows, and the result of `response_logps` for them.
+        The names of some rows, and the result of `response_logps` for them, on the CPU.
 
     Raises:
         UserError: One row alone does not fit into memory.
     """
+    units = ([(name, rows[name]) for name in names] for names in batches)
+    yield from split(model, _scoring, units, collate=collate)
+
+
+@contextlib.contextmanager
+def _scoring(
+    model: torch.nn.Module, collate: RankedCollator
+) -> Iterator[Callable[[list[tuple[Any, dict[str, Any]]]], Iterator[tuple[Sequence[Any], ResponseLogps]]]]:
+    """See `tuna_peft.models.workers.Work`: a unit is a batch of rows with their names."""
     device = next(model.parameters()).device
-    queue = deque(batches)
-    while queue:
-        names = queue.popleft()
-        try:
-            logps = response_logps(model, collate([rows[name] for name in names]).to(device))
-        except torch.OutOfMemoryError as error:
-            if len(names) == 1:
-                tokens = len(collate.pack(rows[names[0]]).tokens)
-                raise UserError(
-                    f"a prompt with its responses ({tokens} tokens) does not fit into memory",
-                    fix="Quantize the model, or leave such prompts out.",
-                ) from error
-            half = len(names) // 2
-            queue.extendleft([names[half:], names[:half]])
-            continue
-        yield names, logps
+    model.eval()
+
+    def score(batch: list[tuple[Any, dict[str, Any]]]) -> Iterator[tuple[Sequence[Any], ResponseLogps]]:
+        queue = deque([batch])
+        while queue:
+            named = queue.popleft()
+            try:
+                logps = response_logps(model, collate([row for _, row in named]).to(device))
+            except torch.OutOfMemoryError as error:
+                if len(named) == 1:
+                    tokens = len(collate.pack(named[0][1]).tokens)
+                    raise UserError(
+                        f"a prompt with its responses ({tokens} tokens) does not fit into memory",
+                        fix="Quantize the model, or leave such prompts out.",
+                    ) from error
+                half = len(named) // 2
+                queue.extendleft([named[half:], named[:half]])
+                continue
+            yield [name for name, _ in named], ResponseLogps(logps.sums_BN.cpu(), logps.lengths_BN.cpu())
+
+    yield score
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:

@@ -8,11 +8,11 @@ Shape suffixes: P prompts, B sequences, V vocabulary, T tokens of a prompt with 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from tuna_peft.models.forward.segments import use_segments
 from tuna_peft.models.generation.choose import Chooser, chooser
 from tuna_peft.models.generation.dense import dense_weights, has_room_for_dense
 from tuna_peft.models.generation.growing_cache import GrowingLayer
+from tuna_peft.models.workers import split
 from tuna_peft.progress import Progress
 
 
@@ -89,7 +90,8 @@ def stream_responses(
     these (see `choose`), not from its batch or from earlier samples. Batches of other shapes round matrix products
     differently, which can change a sample where two tokens are almost equally likely. To avoid that too, an
     interrupted run passes the same prompts again and says which are `done`: only blocks that are done as a whole are
-    skipped, so the batches stay the same. It also passes the same `dense`.
+    skipped, so the batches stay the same. It also passes the same `dense`. Blocks are divided among the processes of a
+    run, see `tuna_peft.models.workers`.
 
     Args:
         model: Any causal LM, with or without adapters, on one device.
@@ -110,39 +112,81 @@ def stream_responses(
     Raises:
         UserError: A prompt is empty or fills the model's context, or one sequence alone does not fit into memory.
     """
-    model.eval()
-    decoder = _Decoder(model, tokenizer, chooser(temperature, top_p), max_new_tokens, watch)
-    decoder.require_room(prompts)
-    wanted = [index for index in range(len(prompts)) if index not in done]
-    finished: dict[int, dict[int, list[int]]] = {}
+    _require_room(prompts, context_of(model))
+    wanted = sum(index not in done for index in range(len(prompts)))
     tokens, started = 0, time.monotonic()
     slots = prompts_per_batch(batch_size, n) * n
-    with (
-        Progress(description, len(wanted), "prompts", off=watch is not None) as progress,
-        dense_weights(model) if dense or (dense is None and has_room_for_dense(model)) else nullcontext(),
-    ):
-        for block in _blocks(prompts, n, seed, slots, done):
-            left = dict.fromkeys(block)
-            while left:
-                try:
-                    for sequence, ids in decoder.run(prompts, list(left), slots):
-                        del left[sequence]
-                        tokens += len(ids)
-                        samples = finished.setdefault(sequence.prompt, {})
-                        samples[sequence.sample] = ids
-                        if len(samples) == n and sequence.prompt not in done:
-                            del finished[sequence.prompt]
-                            yield decoder.generated(sequence.prompt, [ids for _, ids in sorted(samples.items())])
-                            progress.update(speed=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
-                except torch.OutOfMemoryError as error:
-                    if slots == 1:
-                        length = len(prompts[next(iter(left)).prompt])
-                        raise UserError(
-                            f"a prompt of {length} tokens does not fit into memory with its response",
-                            fix="Shorten the prompt, lower max_new_tokens, or quantize the base.",
-                        ) from error
-                    slots = -(-min(slots, len(left)) // 2)  # for all that follow
-                    torch.cuda.empty_cache()
+    with Progress(description, wanted, "prompts", off=watch is not None) as progress:
+        for generated in split(
+            model, _generating, _blocks(prompts, BATCHES_IN_BLOCK * slots // n, done), tokenizer=tokenizer, n=n,
+            temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, slots=slots, watch=watch,
+            dense=has_room_for_dense(model) if dense is None else dense,
+        ):  # fmt: skip
+            if generated.index not in done:
+                tokens += sum(generated.lengths)
+                yield generated
+                progress.update(speed=f"{tokens / (time.monotonic() - started):,.0f} tokens/s")
+
+
+_Block = dict[int, Sequence[int]]
+"""Token ids of prompts by index."""
+
+
+@contextlib.contextmanager
+def _generating(
+    model: torch.nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int | str,
+    slots: int,
+    dense: bool,
+    watch: Callable[[int], object] | None,
+) -> Iterator[Callable[[_Block], Iterator[Generated]]]:
+    """See `tuna_peft.models.workers.Work`: a unit is a block of prompts."""
+    model.eval()
+    decoder = _Decoder(model, tokenizer, chooser(temperature, top_p), max_new_tokens, watch)
+
+    def generate(block: _Block) -> Iterator[Generated]:
+        nonlocal slots
+        finished: dict[int, dict[int, list[int]]] = {index: {} for index in block}
+        left = dict.fromkeys(_Sequence(i, k, _key(seed, ids, k)) for i, ids in block.items() for k in range(n))
+        while left:
+            try:
+                for sequence, ids in decoder.run(block, list(left), slots):
+                    del left[sequence]
+                    samples = finished[sequence.prompt]
+                    samples[sequence.sample] = ids
+                    if len(samples) == n:
+                        yield decoder.generated(sequence.prompt, [ids for _, ids in sorted(samples.items())])
+            except torch.OutOfMemoryError as error:
+                if slots == 1:
+                    length = len(block[next(iter(left)).prompt])
+                    raise UserError(
+                        f"a prompt of {length} tokens does not fit into memory with its response",
+                        fix="Shorten the prompt, lower max_new_tokens, or quantize the base.",
+                    ) from error
+                slots = -(-min(slots, len(left)) // 2)  # for all that follow
+                torch.cuda.empty_cache()
+
+    with dense_weights(model) if dense else contextlib.nullcontext():
+        yield generate
+
+
+def _require_room(prompts: Sequence[Sequence[int]], context: int | None) -> None:
+    """UserError for a prompt without tokens, or without room for one more."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError("the prompt has no tokens", where=f"prompt {index}")
+        if context is not None and len(prompt) >= context:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens and fills the model's context of {context}",
+                where=f"prompt {index}",
+                fix="Shorten the prompt, or leave it out.",
+            )
 
 
 def context_of(model: torch.nn.Module) -> int | None:
@@ -244,21 +288,7 @@ class _Decoder:
         ends = getattr(self.causal_lm.generation_config, "eos_token_id", None)
         self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
-    def require_room(self, prompts: Sequence[Sequence[int]]) -> None:
-        """UserError for a prompt without tokens, or without room for one more."""
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError("the prompt has no tokens", where=f"prompt {index}")
-            if self.context is not None and len(prompt) >= self.context:
-                raise UserError(
-                    f"the prompt has {len(prompt)} tokens and fills the model's context of {self.context}",
-                    where=f"prompt {index}",
-                    fix="Shorten the prompt, or leave it out.",
-                )
-
-    def run(
-        self, prompts: Sequence[Sequence[int]], waiting: Sequence[_Sequence], slots: int
-    ) -> Iterator[tuple[_Sequence, list[int]]]:
+    def run(self, prompts: _Block, waiting: Sequence[_Sequence], slots: int) -> Iterator[tuple[_Sequence, list[int]]]:
         """Generates `slots` sequences at a time and yields each with its tokens when it ends.
 
         A sequence that has ended stays in the batch until a quarter of it has: then the next ones take these places,
@@ -298,7 +328,7 @@ class _Decoder:
             elif len(batch.active) - len(rows) >= max(len(batch.active) // 4, 1):
                 batch.rebuild(rows)
 
-    def _begin(self, prompts: Sequence[Sequence[int]], sequences: Sequence[_Sequence], device: torch.device) -> _Batch:
+    def _begin(self, prompts: _Block, sequences: Sequence[_Sequence], device: torch.device) -> _Batch:
         """A batch of these sequences after their prompts. Each prompt is read once, for all its samples."""
         places = list(dict.fromkeys(sequence.prompt for sequence in sequences))
         cache, logits_PV, seen_PT = self._read([prompts[place] for place in places], device)
@@ -344,15 +374,12 @@ class _Decoder:
         return self.model(**inputs, use_cache=True, logits_to_keep=1)
 
 
-def _blocks(
-    prompts: Sequence[Sequence[int]], n: int, seed: int | str, slots: int, done: Container[int]
-) -> Iterator[list[_Sequence]]:
+def _blocks(prompts: Sequence[Sequence[int]], size: int, done: Container[int]) -> Iterator[_Block]:
     """Prompts of similar length together, the longest first, so that running out of memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    size = BATCHES_IN_BLOCK * slots // n
     for chosen in (order[start : start + size] for start in range(0, len(order), size)):
         if not all(index in done for index in chosen):
-            yield [_Sequence(i, k, _key(seed, prompts[i], k)) for i in chosen for k in range(n)]
+            yield {index: prompts[index] for index in chosen}
 
 
 def _whole_prompts(waiting: Sequence[_Sequence], room: int) -> int:
