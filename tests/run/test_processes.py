@@ -96,14 +96,20 @@ def assert_trained_alike(run, one):
             losses.append([entry["loss"] for entry in history if "loss" in entry])
         assert len(losses[1]) == 4
         assert losses[0] == pytest.approx(losses[1], rel=0, abs=4 * BOUND * max(losses[1]))
+    assert_same_adapters(run, one, TRAINED)
+    figures, expected = (json.loads((folder / "report.json").read_text())["stages"] for folder in (run, one))
+    for stage in TRAINED:
+        assert figures[stage]["tokens"] == expected[stage]["tokens"]
+
+
+def assert_same_adapters(run, one, stages):
+    """After four steps."""
+    for stage in stages:
         ours, theirs = load_file(adapter(run, stage)), load_file(adapter(one, stage))
         for key in theirs:
             # Each of the four steps adds the error of its gradient, times the learning rate over Adam's epsilon.
             bound = 4 * TRAIN["learning_rate"] * BOUND / SMOOTH["adam_epsilon"]
             torch.testing.assert_close(ours[key], theirs[key], atol=bound, rtol=0)
-    figures, expected = (json.loads((folder / "report.json").read_text())["stages"] for folder in (run, one))
-    for stage in TRAINED:
-        assert figures[stage]["tokens"] == expected[stage]["tokens"]
 
 
 def test_two_processes_train_as_one_with_the_same_prompts_a_step(two, one):

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from tuna_peft.files import remove_abandoned, take_lock, write_json, write_text
 from tuna_peft.recipe.document import read_document
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe, sizes_begun_with, with_values
 from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.machines import FolderCopies, refuse_copy
 from tuna_peft.run.metrics_file import METRICS
 from tuna_peft.run.processes import Processes
 from tuna_peft.terminal import CleanFormatter, log_handler
@@ -82,7 +84,8 @@ def as_in_folder(recipe: Recipe, folder: Path) -> Recipe:
 class RunDirectory:
     """A run's folder, locked for one run at a time; use it as a context manager.
 
-    Only the first process of a run writes. The others wait until it has locked the folder.
+    Only the first process of a run writes. The others wait until it has locked the folder. Machines that do not see
+    the folder get copies of the results that they need, see `tuna_peft.run.machines`.
 
     - `recipe.yaml`: the recipe with `extends` and overrides applied; `run.log`: the log; `metrics.jsonl`: what the
       trainers logged;
@@ -113,7 +116,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         if self.processes.main:
             self._take()
-        self.processes.wait()
+        self._copies = FolderCopies(self.path, self.processes, self._lock)
         recipe, self.recipe = self.recipe, as_in_folder(self.recipe, self.path)
         if self.recipe.evaluation != recipe.evaluation and self.recipe.evaluation is None and self.processes.main:
             logger.info("an earlier version began this run, without an evaluation: it is resumed without one")
@@ -132,6 +135,7 @@ class RunDirectory:
                 fix="Choose another --output, or change its permissions.",
             ) from error
         try:
+            refuse_copy(self.path)
             self._take_lock(self._lock)
             self._take_recipe()
         except BaseException:
@@ -210,6 +214,16 @@ class RunDirectory:
                 where=str(self.path),
                 fix="Delete what was written there since, and run the command again: it begins anew.",
             )
+
+    @contextlib.contextmanager
+    def main_first(self, model: Any = None) -> Iterator[None]:
+        """See `Processes.main_first`. What the first process has saved in the block, the others find in the folder."""
+        with self.processes.main_first(model):
+            if not self.processes.main:
+                self._copies.update()
+            yield
+        if self.processes.main:
+            self._copies.update()
 
     def stage_folder(self, name: str) -> Path:
         """The folder of a stage, `stages/<name>`; created if needed."""

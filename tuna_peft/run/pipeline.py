@@ -49,10 +49,11 @@ from tuna_peft.run.evaluate import evaluate_stage
 from tuna_peft.run.exports import export_stack, publish
 from tuna_peft.run.folder import RunDirectory
 from tuna_peft.run.inputs import Inputs, read_inputs
+from tuna_peft.run.machines import require_same_data
 from tuna_peft.run.measure import environment
 from tuna_peft.run.preflight import preflight
 from tuna_peft.run.processes import Processes
-from tuna_peft.run.rank_samples import check_feedback, is_ranked, make_rows
+from tuna_peft.run.rank_samples import check_feedback, is_ranked, rank_samples, read_ranked
 from tuna_peft.run.sharding import require_shardable
 from tuna_peft.run.trackers import track_report
 from tuna_peft.run.train_stage import train_stage
@@ -78,7 +79,7 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
     processes = Processes(on_cpu)
     if processes.sharding:
         require_shardable(recipe)
-    with RunDirectory(output, recipe, processes) as run:
+    with processes.end_together(), RunDirectory(output, recipe, processes) as run:
         _quiet_libraries()
         stages = resolve_stages(recipe)
         inputs = _check_and_read(run, stages, on_cpu)
@@ -92,8 +93,10 @@ def run_recipe(recipe: Recipe, output: str | Path) -> dict[str, Any]:
         for stage in stages:
             if stage.feedback:
                 tasks = len(inputs.tasks)
-                with processes.main_first(model):  # the first process samples and ranks, the others read its files
-                    make_rows(run, model, base, inputs, stage)
+                with active_adapters(model, stage.samples_from), run.main_first(model):
+                    if processes.main:
+                        rank_samples(run, model, base, inputs, stage)
+                read_ranked(run, base, inputs, stage)
                 run.save(RUN_INFO, _facts(run.recipe, base, inputs))  # with the counts of the new rows
                 if len(inputs.tasks) > tasks:  # a task that the base and the stages below could not have yet
                     for count, name in enumerate(("base", *stage.below)):
@@ -140,11 +143,12 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
         load_grader(graded.grader, "evaluation.tasks.graded.grader")
     config, tokenizer = check_base(recipe, stages)
     warn_of_default_template(recipe, tokenizer)
-    with processes.main_first():  # the first process downloads, the others read its cache
+    with run.main_first():  # the first process downloads, the others read its cache
         run.fix_template_date(tokenizer)
         run.fix_dtype(config)
         run.fix_sizes()
         inputs = read_inputs(recipe, tokenizer, config)
+    require_same_data(processes, run.recipe, inputs)
     if processes.sharding and recipe.evaluation == "auto":  # generation gathers the shards for every token: too slow
         inputs.tasks = [task for task in inputs.tasks if task.name != "answers"]
     for stage in stages:
@@ -154,7 +158,7 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
     sharded = processes.sharding is not None
     plan = preflight(run.recipe, inputs, config, processes.count, sharded=sharded, tokenizer=tokenizer, ranked=ranked)
     if plan:
-        with processes.main_first():  # whose memory counts
+        with run.main_first():  # whose memory counts
             run.fix_sizes(sizes_of(plan.run))
     if settings := run.recipe.named_evaluation:
         inputs.batch_size = settings.prompts_at_once
@@ -230,12 +234,12 @@ def _evaluate(
     stage: str,
     adapters: Sequence[str] | None = None,
 ) -> None:
-    """Runs the recipe's tasks on `model` in the first process; the others wait, and lend it their shards.
+    """Runs the recipe's tasks on `model` in the first process; the others compute a part, or lend it their shards.
 
     Args:
         adapters: Those that are active, if not all are.
     """
-    with run.processes.main_first(model):
+    with run.main_first(model):
         if inputs.tasks and run.processes.main:
             with Journal(run.path / JOURNAL) as journal:
                 session = Session(

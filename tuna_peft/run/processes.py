@@ -1,23 +1,27 @@
 """The processes of one run, as `accelerate launch` and `torchrun` start them.
 
 All processes train, each on its own copy of the base or, under FSDP2, on one base that they share. Only the first
-process writes to the run's folder, evaluates and exports; the others wait meanwhile. `tuna_peft.run.pipeline` creates
-one `Processes` at the start of a run.
+process writes to the run's folder and exports. Where it generates or scores, the others compute a part
+(`tuna_peft.models.workers`), or gather their shards. `tuna_peft.run.pipeline` creates one `Processes` at the start.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import PartialState
 
+from tuna_peft.errors import UserError
 from tuna_peft.models.base.shards import SoloCompute
+from tuna_peft.models.workers import Workers
 from tuna_peft.run.sharding import Sharding, requested_deepspeed, requested_sharding, world_size
 
-# The others wait while the first process evaluates or merges, longer than PyTorch's default of ten minutes.
+# The others wait while the first process merges or asks a server, longer than PyTorch's default of ten minutes.
 _TIMEOUT = timedelta(days=2)
 
 
@@ -29,7 +33,9 @@ class Processes:
 
     Attributes:
         count: Number of processes.
+        machines: Number of machines.
         main: Whether this is the first process.
+        first_of_machine: Whether this is the first process of its machine.
         sharding: How the processes share one base; None if each has its own copy.
 
     Raises:
@@ -43,31 +49,64 @@ class Processes:
         # A single process needs no process group, which would outlive the run.
         self._state = PartialState(timeout=_TIMEOUT, **options) if world_size() > 1 else None
         self.count = self._state.num_processes if self._state else 1
+        self.machines = self.count // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self.main = self._state is None or self._state.is_main_process
+        self.first_of_machine = self._state is None or self._state.is_local_main_process
         self.sharding: Sharding | None = sharding if self._state else None
-        self._solo = SoloCompute(_TIMEOUT) if self.sharding else None
+        self._helpers: SoloCompute | Workers | None = None
+        if self._state:
+            self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+            self._helpers = SoloCompute(self._group) if self.sharding else Workers(self._group)
 
     def wait(self) -> None:
         """Waits until all processes have reached this point."""
         if self._state:
             self._state.wait_for_everyone()
 
+    def of_all(self, value: Any) -> list[Any]:
+        """What each process has passed, in the order of the processes."""
+        values: list[Any] = [value] * self.count
+        if self._state:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def of_main(self, value: Any = None) -> Any:
+        """What the first process has passed."""
+        values = [value]
+        if self._state:
+            dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+    @contextlib.contextmanager
+    def end_together(self) -> Iterator[None]:
+        """Turns the error of a process that waits for one that has ended into a UserError."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or any(text in str(error) for text in ("gloo/", "NCCL"))
+            if self.count == 1 or not lost:
+                raise
+            raise UserError(
+                "another process of this run has ended, or its machine cannot be reached",
+                fix="Its own output says why. Give the same commands again on all machines to resume the run.",
+            ) from error
+
     @contextlib.contextmanager
     def main_first(self, model: Any = None) -> Iterator[None]:
         """The first process runs the block while the others wait; then they run it, and find its results.
 
         Args:
-            model: The model that the first process uses in the block. If it is sharded, the waiting processes take
-                part in gathering its weights.
+            model: The model of the run if the first process computes with it in the block: the waiting processes then
+                compute a part or, if it is sharded, take part in gathering its weights.
         """
-        solo = self._solo if model is not None else None
+        helpers = self._helpers if model is not None else None
         if self.main:
-            with solo.lead(model) if solo else contextlib.nullcontext():
+            with helpers.lead(model) if helpers else contextlib.nullcontext():
                 yield
             self.wait()
         else:
-            if solo:
-                solo.follow(model)
+            if helpers:
+                helpers.follow(model)
             self.wait()
             yield
 

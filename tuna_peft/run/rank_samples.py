@@ -1,7 +1,8 @@
 """The training data of a stage whose responses the run ranks itself: sample them, then rank by a teacher or a judge.
 
-`tuna_peft.run.pipeline` calls `check_feedback` before anything is trained and `make_rows` when the stage's turn comes.
-Each response and each ranking is saved in a journal at once, so an interrupted run resumes where it stopped.
+`tuna_peft.run.pipeline` calls `check_feedback` before anything is trained, and `rank_samples` and `read_ranked` when
+the stage's turn comes. Each response and each ranking is saved in a journal at once, so an interrupted run resumes
+where it stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
 from tuna_peft.models.base.load import Base
 from tuna_peft.models.base.memory import free_memory
-from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.recipe.feedback_schema import FeedbackSource, StageSample
 from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.run.folder import RunDirectory
@@ -78,32 +78,39 @@ def is_ranked(run: RunDirectory, stage: str) -> bool:
     return run.load(f"stages/{stage}/{REPORT}") is not None
 
 
-def make_rows(
+def rank_samples(
     run: RunDirectory, model: PreTrainedModel | PeftModel, base: Base, inputs: Inputs, stage: ResolvedStage
 ) -> None:
-    """Samples and ranks responses for `stage` unless that is done, and adds the encoded examples to `inputs`.
+    """Samples and ranks responses for `stage` unless that is done; only the first process of a run does.
 
     Writes to `stages/<name>/`: `samples.jsonl`, `ranked.jsonl`, the journals of both steps, and `feedback.json` with
     counts of what was sampled, ranked and skipped.
+
+    Args:
+        model: With the adapters active that the stage samples from.
 
     Raises:
         UserError: No prompt has responses that can be ranked, or a server does not answer.
     """
     source, folder = stage.feedback, run.stage_folder(stage.name)
     assert source is not None
-    name = f"stages/{stage.name}/{REPORT}"
-    if (report := run.load(name)) is None:
-        report, rows = {}, inputs.prompts[stage.name]
-        if source.sample is not None:
-            rows, report["sample"] = _sample(run, model, base, stage, source.sample, rows)
-            write_jsonl(folder / "samples.jsonl", rows)
-        rows, ranking = _rank(source, rows, folder / "ranking.journal.jsonl", run.recipe.base.device)
-        free_memory()  # the teacher's or judge's memory is needed for training
-        report |= ranking
-        write_jsonl(folder / RANKED, rows)
-        run.save(name, report)
-    counts = encode_self_ranked(inputs, stage, folder / RANKED, run.recipe.prompt, base.tokenizer, base.model.config)
-    inputs.counts[stage.name] |= {**report, "training": counts}
+    if is_ranked(run, stage.name):
+        return
+    report, rows = {}, inputs.prompts[stage.name]
+    if source.sample is not None:
+        rows, report["sample"] = _sample(run, model, base, stage, source.sample, rows)
+        write_jsonl(folder / "samples.jsonl", rows)
+    rows, ranking = _rank(source, rows, folder / "ranking.journal.jsonl", run.recipe.base.device)
+    free_memory()  # the teacher's or judge's memory is needed for training
+    write_jsonl(folder / RANKED, rows)
+    run.save(f"stages/{stage.name}/{REPORT}", {**report, **ranking})
+
+
+def read_ranked(run: RunDirectory, base: Base, inputs: Inputs, stage: ResolvedStage) -> None:
+    """Adds to `inputs` the encoded examples that `rank_samples` has written."""
+    file = run.stage_folder(stage.name) / RANKED
+    counts = encode_self_ranked(inputs, stage, file, run.recipe.prompt, base.tokenizer, base.model.config)
+    inputs.counts[stage.name] |= {**run.load(f"stages/{stage.name}/{REPORT}"), "training": counts}
 
 
 def _sample(
@@ -131,12 +138,10 @@ def _sampler(
     """A sampler for the stage's model: the run's own model, a server of its export, or a vLLM engine."""
     names, settings = list(stage.samples_from), run.recipe.base
     if sample.server is not None:
-        with active_adapters(model, names):
-            yield exported_sampler(run, model, base.tokenizer, stage, sample, sample.server, prompts)
+        yield exported_sampler(run, model, base.tokenizer, stage, sample, sample.server, prompts)
         return
     if sample.backend == "transformers":
-        with active_adapters(model, names):
-            yield ModelSampler(model, base.tokenizer, names)
+        yield ModelSampler(model, base.tokenizer, names)
         return
     served = str(run.path / "stack") if names else settings.model
     with vllm_sampler(
