@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from itertools import combinations
+
 import pytest
+from rouge_score.rouge_scorer import _score_lcs
 from spies import spy
 from tiny_llama import load_tiny, write_base
 
@@ -202,6 +206,14 @@ def test_the_file_is_read_as_candidates(base, journal, tmp_path):
     write_jsonl(tmp_path / "samples.jsonl", records)
     [read], _ = load_candidates(DataSource(path=str(tmp_path / "samples.jsonl")), PromptConfig())
     assert read == {key: records[0][key] for key in read}
+
+
+def test_similarities_are_those_of_rouge_score():
+    draw, words = random.Random(0), ["abc", "de", "fg", "hi", "jk", "lm", "no", "pq"]
+    for _ in range(200):
+        texts = [" ".join(draw.choices(words, k=draw.randrange(1, 40))) for _ in range(3)]
+        expected = [_score_lcs(*map(str.split, pair)).fmeasure for pair in combinations(texts, 2)]
+        assert similarities(texts) == expected
 
 
 def test_rouge_l_of_any_script():
