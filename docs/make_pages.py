@@ -1,6 +1,7 @@
 """Writes the generated pages: `python docs/make_pages.py`. The same bytes each time; a test compares.
 
 - `docs/cli-reference.md` from the options of the commands,
+- `docs/recipes.md` from the comments at the top of the shipped recipes,
 - `docs/models.md` from the families that tests, planner and GGUF export know,
 - `docs/llms.txt` from the menu in `mkdocs.yml` (https://llmstxt.org).
 """
@@ -34,14 +35,20 @@ EXAMPLES = {
     "hyperclovax": "HyperCLOVA X SEED",
 }
 
+# Family -> its recipe in recipes/family.
+FAMILY_RECIPES = {
+    "llama": "llama3", "mistral": "mistral", "qwen2": "qwen2.5", "qwen3": "qwen3", "gemma3_text": "gemma3",
+    "phi3": "phi4",
+}  # fmt: skip
+
 MODELS = """\
 # Supported models
 
 By the `model_type` in a model's `config.json`. The table is generated from the lists that the tests, the planner and
 the GGUF export use (`python docs/make_pages.py`).
 
-| `model_type` | for example | train | plan | GGUF |
-|---|---|---|---|---|
+| `model_type` | for example | train | plan | GGUF | [recipe](recipes.md) |
+|---|---|---|---|---|---|
 {rows}
 
 - **train:** *tested* means that tests compare log-probabilities of packed sequences with those of
@@ -136,19 +143,66 @@ def models() -> str:
 
     from tuna_peft.export.gguf.architecture import ARCHITECTURES
     from tuna_peft.planning.shapes import FAMILIES as PLANNED
+    from tuna_peft.recipe.shipped import shipped_recipes
 
     trained = {getattr(transformers, name).model_type for name, _ in (FAMILIES | CHANGED_LOGITS).values()}
     files = {config.model_type for config, *_ in FAMILY.values()} & set(ARCHITECTURES)
     known = trained | files | set(PLANNED)
     if missing := known - set(EXAMPLES):
         raise SystemExit(f"EXAMPLES has no {', '.join(sorted(missing))}")
+    recipes = {family: f"`family/{name}`" for family, name in FAMILY_RECIPES.items()}
+    if {f"`{name}`" for name in shipped_recipes() if name.startswith("family/")} != set(recipes.values()):
+        raise SystemExit("FAMILY_RECIPES does not name the recipes in recipes/family")
     rows = [
         f"| `{name}` | {example} | {'tested' if name in trained else 'not tested'} "
-        f"| {'yes' if name in PLANNED else '–'} | {'yes' if name in files else '–'} |"
+        f"| {'yes' if name in PLANNED else '–'} | {'yes' if name in files else '–'} "
+        f"| {recipes.get(name, '–')} |"
         for name, example in EXAMPLES.items()
         if name in known
     ]
     return MODELS.format(rows="\n".join(rows))
+
+
+RECIPES = """\
+# Shipped recipes
+
+Generated from the comments at the top of the recipes (`python docs/make_pages.py`). `tuna-peft recipes list` prints
+them too; `tuna-peft recipes copy NAME mine.yaml` copies one to change, and a recipe of your own may begin with
+`extends: NAME`. Memory is planned ([other GPUs, hours](planning.md#recipes-by-gpu)), that of the quickstart measured.
+`tuna-peft init` writes a recipe for your own data.
+"""
+
+# Headings of the folders of recipes; the first is for those in none.
+GROUPS = {
+    "": "By purpose and by GPU",
+    "family": "By model family",
+    "paper": "As trained in a paper",
+}
+
+
+def recipes() -> str:
+    """`docs/recipes.md`."""
+    from tuna_peft.recipe.shipped import shipped_recipes, summary
+
+    lines = [RECIPES]
+    for folder, heading in GROUPS.items():
+        lines += [f"## {heading}\n", "| recipe | | minimum memory |", "|---|---|---|"]
+        for name, file in shipped_recipes().items():
+            if name.rpartition("/")[0] == folder:
+                head = file.read_text(encoding="utf-8").partition("\n\n")[0]
+                paper = re.search(r"arXiv (\d{4}\.\d{5})", head)
+                about = summary(file) + (f" [Paper](https://arxiv.org/abs/{paper[1]})" if paper else "")
+                peak = re.search(r"Expected peak: ([\d.]+ GiB)", head)
+                lines.append(f"| `{name}` | {about} | {peak[1] if peak else '–'} |")
+        lines.append("")
+    return "\n".join(lines) + PAPERS
+
+
+PAPERS = """
+The recipe of a paper names the source of each setting and what differs from it: LoRA on a 4-bit base instead of all
+weights, at ten times the learning rate, in all of them. None has been trained here. Other losses for
+ranked lists: [choose settings](choosing.md#loss).
+"""
 
 
 def llms_txt() -> str:
@@ -174,7 +228,7 @@ def _link(title: str, page: str) -> str:
     return f"- [{title}]({place}): {sentence}"
 
 
-PAGES = {"cli-reference.md": commands, "models.md": models, "llms.txt": llms_txt}
+PAGES = {"cli-reference.md": commands, "recipes.md": recipes, "models.md": models, "llms.txt": llms_txt}
 
 if __name__ == "__main__":
     for page, write in PAGES.items():  # the last one reads the others
