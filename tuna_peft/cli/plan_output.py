@@ -33,7 +33,7 @@ def describe(plan: Plan, source: str) -> RenderableType:
             lines.append(Text(f"{title}: {gib(whole)}", style="bold"))
             lines += [Text(f"  {gib(size):>11}  {name}") for name, size in parts.items()]
     lines += [Text(f"not planned: {words}", style="yellow") for words in run.unplanned]
-    lines += [Text(f"export: {words}", style="yellow") for words in run.export_notes]
+    lines += [Text(f"export: {words}") for words in run.export_notes]
     if plan.hours is not None:
         source = _utilization(plan).source
         lines.append(Text(f"hours: assumes that every response has the maximum length; {source}", style="dim"))
