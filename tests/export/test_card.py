@@ -38,7 +38,12 @@ RECIPE = {
     "lora": {"r": 4, "alpha": 8},
     "stages": [
         {"name": "sft", "type": "sft", "data": {"path": "tatsu-lab/alpaca"}},
-        {"name": "ranking", "type": "ranking", "data": {"path": "/home/me/judged.jsonl"}, "lora": {"r": 2}},
+        {
+            "name": "ranking",
+            "type": "ranking",
+            "data": {"path": "/home/me/judged.jsonl"},
+            "lora": {"r": 2, "use_rslora": True},
+        },
     ],
     "evaluation": {"tasks": {"ranking": {"path": "someone/held-out"}}},
 }
@@ -100,6 +105,7 @@ def test_the_text_has_what_a_stranger_needs(tiny: Tiny, tmp_path: Path) -> None:
         "- ranking: 2, the line is no JSON",
         "NVIDIA T4",
         "| `ranking` | 120 | 36.2 | 0.9 |",
+        "judged.jsonl | 2 | 8 (rsLoRA) |",
         "![sft](training/sft.png)",
         "vllm serve someone/tiny --enable-lora --max-lora-rank 16 --lora-modules tuna=me/mine",
         "### Instruction:\n{instruction}\n\n### Response:",

@@ -109,7 +109,7 @@ def _stages(release: Release) -> list[dict[str, Any]]:
                 "type": stage.get("type", ""),
                 "data": stage.get("data", {}).get("path", ""),
                 "rank": lora.get("r", ""),
-                "alpha": lora.get("alpha", ""),
+                "alpha": f"{lora.get('alpha', '')}{' (rsLoRA)' if lora.get('use_rslora') else ''}",
             }
         )
     return rows
