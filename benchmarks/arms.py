@@ -29,6 +29,7 @@ class Arm:
         gpu_bytes: Memory of a GPU that it fills with kept activations, `auto` for that of the device; None for
             gradient checkpointing in all layers.
         fused: Whether LoRA layers compute all adapters in one product; else PEFT's layers are used.
+        compiled: Whether the decoder layers are compiled; on a GPU only.
     """
 
     batch: Callable[[list[Group]], dict[str, Any] | PackedBatch]
@@ -37,6 +38,7 @@ class Arm:
     checkpointing: bool = True
     gpu_bytes: float | Literal["auto"] | None = None
     fused: bool = True
+    compiled: bool = False
 
 
 def _plain(loss: Callable[..., torch.Tensor]) -> Callable[[Any, str], Loss]:
@@ -56,6 +58,7 @@ ARMS = {
     "ours-no-checkpointing": Arm(ours.batch_of, _plain(ours.loss_of), checkpointing=False),
     "ours-auto": Arm(ours.batch_of, _plain(ours.loss_of), gpu_bytes="auto"),
     "ours-24gb": Arm(ours.batch_of, _plain(ours.loss_of), gpu_bytes=24 * GIB),
+    "ours-compiled": Arm(ours.batch_of, _plain(ours.loss_of), gpu_bytes="auto", compiled=True),
     "ours-dense-mask": Arm(ours.batch_of, _plain(ours.loss_with_dense_mask)),
     "ours-peft-lora": Arm(ours.batch_of, _plain(ours.loss_of), fused=False),
     "ours-share-prompt-only": Arm(partial(ours.batch_of, share_responses=False), _plain(ours.loss_of)),

@@ -20,6 +20,7 @@ from benchmarks.shapes import set_checkpointing, set_fused
 from benchmarks.workloads import Group
 from tuna_peft.data.batch import PackedBatch
 from tuna_peft.limits import GIB
+from tuna_peft.models.forward.compiled import compile_layers
 from tuna_peft.training.activation_memory import ActivationMemory
 
 SPARE = 2 * GIB  # GPU memory that is left free for the CUDA context, workspaces and fragmentation
@@ -71,6 +72,7 @@ class Runner:
         self.checkpointing, self.equal_lengths = checkpointing, equal_lengths
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._activations: ActivationMemory | None = None
+        self._restore: Callable[[], None] | None = None
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         for parameter in self.parameters:  # allocated now, so that the first step does not differ from others
             parameter.grad = torch.zeros_like(parameter)
@@ -110,6 +112,9 @@ class Runner:
         self.model.get_base_model().set_attn_implementation("sdpa")  # ours registers its own in the first pass
         set_checkpointing(self.model, checkpointing)
         set_fused(self.model, arm.fused)
+        if self._restore is not None:
+            self._restore()
+        self._restore = compile_layers(self.model) if arm.compiled and self.device == "cuda" else None
         batches = [to_device(arm.batch(groups), self.device) for groups in self.micro_batches]
         loss = arm.loss(self.model, self.device)
         if arm.gpu_bytes == "auto" and checkpointing:

@@ -25,12 +25,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import bitsandbytes.functional as bnb
 import numpy
 import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from families import make_model, make_rows
+from launches import Launches
 from peft import LoraConfig
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -39,7 +39,6 @@ from tuna_peft import TunaConfig, TunaTrainer
 from tuna_peft.data.batch import PackedBatch
 from tuna_peft.data.collate import RankedCollator
 from tuna_peft.evaluation.ranking import _scored
-from tuna_peft.models.base import dequantise
 from tuna_peft.models.forward import prefix, segments
 from tuna_peft.models.forward import verify as verify_module
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
@@ -90,16 +89,10 @@ def simulated_gpu(name: str) -> Iterator[torch.dtype]:
         patch("torch.cuda.get_device_capability", lambda device=None: capability),
         patch("torch.cuda.is_bf16_supported", lambda *_: dtype is torch.bfloat16),
         patch("torch.backends.cuda.is_flash_attention_available", lambda: True),
-        patch.object(dequantise, "dequantize_module_weight", _dequantised),
         patch.object(FakeTensor, "tolist", lambda tensor: numpy.full(tensor.shape, 5).tolist()),
         Fake(),
     ):
         yield dtype
-
-
-def _dequantised(layer: Any) -> torch.Tensor:
-    """PEFT recognizes a 4-bit weight by its class, which a fake tensor cannot have."""
-    return bnb.dequantize_4bit(layer.weight, layer.weight.quant_state)
 
 
 def like(tensor: torch.Tensor, dtype: torch.dtype | None = None, device: str = "cpu") -> torch.Tensor:
@@ -110,9 +103,9 @@ def like(tensor: torch.Tensor, dtype: torch.dtype | None = None, device: str = "
 on_gpu = partial(like, device=GPU)
 
 
-def stack(family: str = "llama") -> torch.nn.Module:
+def stack(family: str = "llama", **sizes: int) -> torch.nn.Module:
     """Two adapters on a tiny NF4 model with grouped-query attention; on the CPU, in fp32."""
-    model = make_model(family)
+    model = make_model(family, **sizes)
     for module in list(model.model.layers.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.Linear):
@@ -190,10 +183,37 @@ def train_back(name: str, by_segment: bool) -> None:
         require(str(parameter.grad.device) == STAND_IN, f"a gradient is on {parameter.grad.device}")
 
 
+# Operations of an NF4 layer with a frozen and a trained adapter on each of its seven linear layers, forward and
+# backward, in the second pass of a step: the first one concatenates the factors. A real GPU has 14 fewer backward,
+# whose products of adapter gradients come out in fp32.
+LAYER_LAUNCHES = 54, 163
+
+
+def launches() -> None:
+    """What one more layer adds to a step, with the variable-length kernel and without gradient checkpointing."""
+    two, three = (_launches(layers) for layers in (2, 3))
+    found = three[0] - two[0], three[1] - two[1]
+    require(found == LAYER_LAUNCHES, f"a layer starts {found} kernels, not {LAYER_LAUNCHES}")
+
+
+def _launches(layers: int) -> tuple[int, int]:
+    supports_varlen = patch.object(segments, "_supports_varlen", lambda *_: True)
+    with step("A100", True, num_hidden_layers=layers) as (trainer, model, batch, counts, dtype), supports_varlen:
+        checkpoint_activations(model, False)
+        inputs = batch.map(partial(like, device=STAND_IN))
+        moved(model, dtype, STAND_IN).train()
+        for _ in range(2):
+            with Launches() as forward:
+                loss = trainer.compute_loss(model, inputs, num_items_in_batch=counts)
+            with Launches() as backward:
+                loss.backward()
+    return forward.count, backward.count
+
+
 @contextmanager
-def step(name: str, by_segment: bool, family: str = "llama") -> Iterator[Any]:
+def step(name: str, by_segment: bool, family: str = "llama", **sizes: int) -> Iterator[Any]:
     """Yields a trainer, its model, a batch, the counts of its loss and the dtype; within it the GPU is simulated."""
-    model, rows = stack(family), make_rows(3)
+    model, rows = stack(family, **sizes), make_rows(3)
     with tempfile.TemporaryDirectory() as folder:
         data, args = Dataset.from_list(rows), TunaConfig(folder, use_cpu=True, report_to="none")
         trainer = TunaTrainer(model, args, train_dataset=data, processing_class=Tokens())
@@ -288,6 +308,7 @@ CASES |= {
 CASES |= {
     f"train {family} on {name}": partial(train, name, True, family) for family in ("qwen2", "gemma3") for name in GPUS
 }
+CASES["launches"] = launches
 MISTAKES = {
     "FakeTensorDeviceMismatchError": partial(train, "T4", False, mistake=mask_on_cpu),
     "DataDependentOutputException": partial(train, "T4", False, mistake=reads_from_gpu),

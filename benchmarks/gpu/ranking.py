@@ -12,7 +12,7 @@ from benchmarks.shapes import build
 # Name and groups a pass, by importance.
 ORDER = (
     ("ours-auto", 1), ("reference", 1), ("trl-cpo", 1), ("ours-auto", 6), ("trl-dpo", 1), ("trl-tree", 1), ("ours", 1),
-    ("ours-peft-lora", 1), ("trl-tree", 6), ("ours", 6),
+    ("ours-compiled", 6), ("ours-compiled", 1), ("ours-peft-lora", 1), ("trl-tree", 6), ("ours", 6),
 )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def test_what_a_base_lacks_is_said(base):
         ("sft", "lr_scheduler_type: warmup_stable_decay", "num_decay_steps"),
         ("sft", "lr_scheduler_kwargs: {nope: 1}", "nope"),
         ("sft", "optim_args: x", "optim adamw_torch"),
-        ("probabilistic", "torch_compile: true", "packed sequences have a new shape in every forward pass"),
+        ("probabilistic", "torch_compile: true", "`compile` compiles each layer for any number of tokens"),
         ("probabilistic", "report_to: nope", "report_to: nope is not supported"),
     ],
 )

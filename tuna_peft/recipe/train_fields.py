@@ -51,6 +51,7 @@ SET_ELSEWHERE = {
 # Fields with a narrower annotation in the dataclass, because argument parsers accept only one type.
 _WIDER: dict[str, Any] = {
     "activation_memory": str | float,
+    "compile": bool | typing.Literal["auto"],
     "learning_rate": float | typing.Literal["auto"],
     "margin": float | typing.Literal["auto"],
     "max_tokens_per_batch": int | typing.Literal["auto"] | None,

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuna_peft.limits import ACTIVATIONS_IN_RAM, GIB, activation_policy, activations_on_gpu, available_ram
 from tuna_peft.models.base.memory import free_bytes
-from tuna_peft.models.forward.scoring import unwrap
+from tuna_peft.models.forward.compiled import decoder_layers
 
 logger = logging.getLogger("tuna_peft")
 
@@ -76,7 +76,7 @@ class ActivationMemory(TrainerCallback):
     def attach(self, model: Any) -> None:
         """Controls the checkpointing flags of the model's layers from now on."""
         self.detach()
-        self._layers = [module for module in unwrap(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._layers = decoder_layers(model)
         if self._layers and self.setting not in ("none", "full"):
             self._hook = self._layers[0].register_forward_pre_hook(self._choose, with_kwargs=True)
         for layer in self._layers:

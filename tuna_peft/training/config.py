@@ -124,6 +124,14 @@ class TunaConfig(TrainingArguments):
             "device, 'full' keeps all, 'none' recomputes every layer.",
         },
     )
+    # Declared as `str` because argument parsers support one type only; booleans are accepted too.
+    compile: str = field(
+        default="auto",
+        metadata={
+            "help": "Compile each decoder layer with torch.compile, for any number of tokens. 'auto' compiles none, "
+            "because the gain has not been measured on a GPU yet.",
+        },
+    )
     loss_type: LossType = field(
         default="hinge",
         metadata={
@@ -213,6 +221,9 @@ class TunaConfig(TrainingArguments):
             raise ValueError(f"margin={self.margin!r}: use a number or 'auto'")
         if isinstance(self.max_tokens_per_batch, str) and self.max_tokens_per_batch != "auto":
             raise ValueError(f"max_tokens_per_batch={self.max_tokens_per_batch!r}: use a number, or auto")
+        if str(self.compile).lower() not in ("auto", "true", "false"):
+            raise ValueError(f"compile={self.compile!r}: use true, false or auto")
+        self.compile = str(self.compile).lower() == "true"  # type: ignore[assignment]
         if excluded := conflict(self):
             raise ValueError(excluded)
         self.activation_memory = self._checked_activation_memory()  # type: ignore[assignment]

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-_COMPILED = "packed sequences have a new shape in every forward pass, so compiling would be repeated again and again"
+_COMPILED = "`compile` compiles each layer for any number of tokens; the whole model would be compiled for every shape"
 _FULL_EVAL = "it casts the trained adapters, which have to stay in fp32, for good"
 
 # Option -> why any value but the default is rejected.
@@ -19,7 +19,7 @@ REFUSED = {
     "torch_compile": _COMPILED,
     "torch_compile_backend": _COMPILED,
     "torch_compile_mode": _COMPILED,
-    "use_liger_kernel": "log-probabilities are computed chunk by chunk already, without its fused loss",
+    "use_liger_kernel": "`compile` fuses the same operations, and log-probabilities need no fused loss",
     "liger_kernel_config": "there is no `use_liger_kernel`",
     "use_cache": "training needs no key-value cache",
     "average_tokens_across_devices": "the loss is averaged over the prompts and tokens of all processes, always",

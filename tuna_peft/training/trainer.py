@@ -48,6 +48,7 @@ from tuna_peft.training.activation_memory import ActivationMemory
 from tuna_peft.training.auto_margin import initial_margin
 from tuna_peft.training.card import trainer_card
 from tuna_peft.training.checkpoint import StackCheckpoints, require_trainable
+from tuna_peft.training.compiled_layers import CompiledLayers
 from tuna_peft.training.config import TunaConfig
 from tuna_peft.training.evaluation import RankedEvaluation
 from tuna_peft.training.finite import SkippedSteps, require_finite_loss
@@ -202,7 +203,7 @@ class TunaTrainer(RankedEvaluation, StackCheckpoints, Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             compute_metrics=compute_metrics,
-            callbacks=[*(callbacks or []), self._activations, SkippedSteps()],
+            callbacks=[*(callbacks or []), self._activations, SkippedSteps(), CompiledLayers()],
             optimizers=optimizers,
         )
 

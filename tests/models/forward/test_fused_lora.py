@@ -3,10 +3,10 @@
 import bitsandbytes
 import pytest
 import torch
+from launches import Launches
 from peft import LoraConfig
 from rounding import assert_rounded, gradient_operations, operations_of, rounding
 from tiny_llama import PROMPTS, RANKING, SFT, load_tiny, stack_on, write_base
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
 from tuna_peft.models.forward.fused_lora import StackedLinear, StackedLinear4bit
@@ -138,16 +138,6 @@ def test_follows_changes_that_leave_no_trace_outside_of_training(base):
                 parameter.data *= 2
         after = model(input_ids=ids).logits
     assert not torch.equal(before, after)
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that would start a kernel on a GPU: no views, no uninitialized tensors."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not (function.is_view or "empty" in function.name() or "detach" in function.name())
-        return function(*args, **(kwargs or {}))
 
 
 def test_the_factors_are_joined_once_for_all_passes_of_a_step(base):

@@ -9,7 +9,7 @@ from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from peft.utils.integrations import dequantize_module_weight
 
@@ -25,10 +25,15 @@ def dequantised_weight(layer: torch.nn.Module) -> torch.Tensor:
     """
     if isinstance(layer, Linear4bit):
         fix_4bit_weight_quant_state_from_module(layer)  # a weight gathered by FSDP2 has lost its state
+    if isinstance(layer, Linear8bitLt):
+        return dequantize_module_weight(layer).detach()
+    # Not by PEFT's function, which `torch.compile` cannot trace: it replaces `layer.weight` on the way.
     state = getattr(layer.weight, "quant_state", None)
-    if state is not None and getattr(state, "packing_format_for_cpu", False):
+    if state is None:
+        return layer.weight.detach()
+    if getattr(state, "packing_format_for_cpu", False):
         _unpack(layer.weight, state)
-    return dequantize_module_weight(layer).detach()
+    return bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def keep_quantised_layout(model: torch.nn.Module) -> None:

@@ -116,16 +116,21 @@ class _Stacked(lora.LoraLayer):
         With `keep` they are cached until a weight changes or is replaced.
         """
         factors = [(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in names]
+        if torch.compiler.is_compiling():  # a compiled layer joins them in two kernels, and cannot read versions
+            return _join(factors, x, self.in_features, self.out_features)
         # `_version` counts in-place changes of a tensor, such as loading other weights into it.
         weights = ((a.data_ptr(), a._version, b.data_ptr(), b._version, scale) for a, b, scale in factors)
         state = (x.dtype, x.device, _steps_of_optimizers, *weights)
         if not keep or self._factors is None or self._factors[0] != state:
-            with torch.no_grad():
-                down_RI = torch.cat([x.new_empty(0, self.in_features), *(a.to(x.dtype) for a, _, _ in factors)])
-                ups = [(b * scale).to(x.dtype) for _, b, scale in factors]
-                up_OR = torch.cat([x.new_empty(self.out_features, 0), *ups], dim=1)
-            self._factors = state, down_RI, up_OR
+            self._factors = state, *_join(factors, x, self.in_features, self.out_features)
         return self._factors[1:]
+
+
+@torch.no_grad()
+def _join(factors: list[tuple[torch.Tensor, torch.Tensor, float]], x: torch.Tensor, inputs: int, outputs: int):
+    down_RI = torch.cat([x.new_empty(0, inputs), *(a.to(x.dtype) for a, _, _ in factors)])
+    up_OR = torch.cat([x.new_empty(outputs, 0), *((b * scale).to(x.dtype) for _, b, scale in factors)], dim=1)
+    return down_RI, up_OR
 
 
 class StackedLinear(_Stacked, lora.Linear):

@@ -67,8 +67,16 @@ class Segments:
 
 def use_segments(model: Any) -> None:
     """Makes a model that runs on SDPA accept `segments=`; calls without it still run plain SDPA."""
-    if model.config.get_text_config()._attn_implementation == "sdpa":
+    config = model.config.get_text_config()
+    if config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
+    if config._attn_implementation == NAME and not hasattr(model, "segment_window"):
+        windows, kinds = layer_windows(config), getattr(config, "layer_types", None)
+        for module in model.modules():
+            # Stored: a compiled layer that looks its own number up would be compiled for each number.
+            index = getattr(module, "layer_idx", None)
+            kind = kinds[index] if kinds and index is not None else next(iter(windows))
+            module.segment_window = windows[kind]
 
 
 def placeholder_mask(device: torch.device) -> torch.Tensor:
@@ -134,13 +142,11 @@ def segment_attention(
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     # `index_select`, not `[...]`: its backward pass adds up without sorting the indices first.
     keys, values = (states.index_select(0, segments.keys_K) for states in (keys, values))
-    layer_types = getattr(module.config, "layer_types", None)
-    windows = layer_windows(module.config)
-    window = windows[layer_types[module.layer_idx]] if layer_types else next(iter(windows.values()))
     attend = _attend_in_one_call if _supports_varlen(query, dropout) else _attend_by_segment
-    return attend(module, queries, keys, values, segments, window, dropout, scaling)[None], None
+    return attend(module, queries, keys, values, segments, module.segment_window, dropout, scaling)[None], None
 
 
+@torch.compiler.assume_constant_result
 def has_flash(device: torch.device) -> bool:
     """Whether PyTorch's FlashAttention is there: a GPU from Ampere on, and not Windows, whose wheels lack it."""
     return (
@@ -150,6 +156,7 @@ def has_flash(device: torch.device) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
 def has_varlen_attention(device: torch.device) -> bool:
     """Whether FlashAttention's variable-length kernel can be used: its scale and window came with PyTorch 2.11."""
     return has_flash(device) and {"scale", "window_size"} <= varlen_options()
@@ -191,8 +198,7 @@ def _sdpa(module, query, key, value, mask, *settings, **kwargs):
 def _attend_in_one_call(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # PyTorch 2.11 has no `enable_gqa` and takes grouped heads as they are.
-    grouped = {"enable_gqa": True} if query.shape[1] > key.shape[1] and "enable_gqa" in varlen_options() else {}
+    grouped = {"enable_gqa": True} if query.shape[1] > key.shape[1] and _has_enable_gqa() else {}
     return varlen_attn(
         query, key, value, segments.q_offsets, segments.k_offsets, segments.longest, segments.longest,
         scale=scaling,
@@ -201,6 +207,13 @@ def _attend_in_one_call(module, query, key, value, segments: Segments, window, d
     )  # fmt: skip
 
 
+@torch.compiler.assume_constant_result
+def _has_enable_gqa() -> bool:
+    """Whether grouped heads have to be announced. PyTorch 2.11 has no such option, and takes them as they are."""
+    return "enable_gqa" in varlen_options()
+
+
+@torch.compiler.disable  # its number of calls is that of the segments
 def _attend_by_segment(module, query, key, value, segments: Segments, window, dropout, scaling) -> torch.Tensor:
     q_lengths, k_lengths = segments.lengths
     outputs = []
