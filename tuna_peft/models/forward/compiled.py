@@ -21,7 +21,7 @@ from tuna_peft.models.forward.segments import has_varlen_attention
 _IN_FORWARD = "__call__" not in GradientCheckpointingLayer.__dict__
 
 
-def decoder_layers(model: Any) -> list[GradientCheckpointingLayer]:
+def decoder_layers(model: Any) -> list[Any]:
     """The layers of `model` that can recompute their activations, in order."""
     return [module for module in unwrap(model).modules() if isinstance(module, GradientCheckpointingLayer)]
 

@@ -127,7 +127,10 @@ class _Stacked(lora.LoraLayer):
 
 
 @torch.no_grad()
-def _join(factors: list[tuple[torch.Tensor, torch.Tensor, float]], x: torch.Tensor, inputs: int, outputs: int):
+def _join(
+    factors: list[tuple[torch.Tensor, torch.Tensor, float]], x: torch.Tensor, inputs: int, outputs: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `_Stacked._joined`; `factors` are A, B and s of each adapter."""
     down_RI = torch.cat([x.new_empty(0, inputs), *(a.to(x.dtype) for a, _, _ in factors)])
     up_OR = torch.cat([x.new_empty(outputs, 0), *((b * scale).to(x.dtype) for _, b, scale in factors)], dim=1)
     return down_RI, up_OR
