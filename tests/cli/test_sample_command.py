@@ -46,6 +46,7 @@ def test_samples_of_a_run(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--batch-size", "0"], "batch_size: expected a number greater than 0 or 'auto', found '0'"),
         (["--top-p", "0"], "top_p: expected a number greater than 0"),
         (["--backend", "ollama"], "backend: expected 'transformers' or 'vllm'"),
         (["--template", "x"], "has no {instruction} in it"),

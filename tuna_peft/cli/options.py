@@ -86,9 +86,14 @@ def from_options(model: type[Model], values: dict[str, Any]) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(key) for key in first["loc"]) or None
-        raise UserError(expected([first], first["input"]), where=where) from error
+        errors = error.errors()
+        where, value = _keys(errors[0]), errors[0]["input"]
+        raise UserError(expected([one for one in errors if _keys(one) == where], value), where=where) from error
+
+
+def _keys(error: Any) -> str | None:
+    """Where an error is, without the alternatives of a union, which pydantic adds: `batch_size.constrained-int`."""
+    return ".".join(str(key) for key in error["loc"] if isinstance(key, int) or key.isidentifier()) or None
 
 
 def require_jsonl(out: Path) -> None:
