@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Beginning of the keys of choices, see `Journal.settle`; other keys are hexadecimal.
 _CHOICE = "choice:"
+_LONGEST = 1 << 40  # bytes, more than any line has
 SYNC_SECONDS = 1.0
 """Seconds between flushes to disk: the most that is lost when the machine fails. A killed process loses nothing."""
 
@@ -61,7 +62,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         self._guard = threading.Lock()
-        self._places: dict[str, tuple[int, int]] = {}  # key -> (offset, length) of its line
+        self._places: dict[str, int] = {}  # key -> offset * _LONGEST + length of its line; a tuple takes more
         self._end, self._synced = 0, time.monotonic()
         try:
             busy, fix = "the journal is in use by another process", "Wait for it to end, or choose another journal."
@@ -90,7 +91,7 @@ class Journal:
 
     def __getitem__(self, key: str) -> Any:
         """The value for `key`, a new copy each time; KeyError if there is none."""
-        offset, length = self._places[key]
+        offset, length = divmod(self._places[key], _LONGEST)
         return json.loads(os.pread(self._file, length, offset))["value"]
 
     def add(self, key: str, value: Any) -> None:
@@ -109,7 +110,7 @@ class Journal:
             if key in self._places:
                 raise KeyError(f"{self.path} has a value for {key} already")
             self._append(line)
-            self._places[key] = (self._end, len(line))
+            self._places[key] = self._end * _LONGEST + len(line)
             self._end += len(line)
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self._sync()
@@ -159,7 +160,7 @@ class Journal:
             for number, line in enumerate(source, 1):
                 key = _key_of(line)
                 if key is not None:
-                    self._places.setdefault(key, (self._end, len(line)))
+                    self._places.setdefault(key, self._end * _LONGEST + len(line))
                 elif line.endswith(b"\n"):
                     bad.append(number)
                 else:
