@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from datasets import Dataset, concatenate_datasets
 from test_pipeline import files, recipe  # noqa: F401 - files is a fixture
 from test_processes import SMOOTH, accelerate_launch, adapter, assert_same_adapters
 from test_rank_samples import SAMPLE, made
@@ -23,6 +24,7 @@ from tuna_peft.recipe.dump import dump_recipe
 from tuna_peft.recipe.shipped import find_accelerate_config
 from tuna_peft.run import rank_samples
 from tuna_peft.run.folder import RunDirectory
+from tuna_peft.run.machines import _digest
 from tuna_peft.run.pipeline import run_recipe
 from tuna_peft.training.resume import checkpoints
 
@@ -215,3 +217,12 @@ def test_a_copy_of_a_runs_folder_is_not_resumed(files, tmp_path):  # noqa: F811
     (tmp_path / "run" / ".copy").touch()
     with pytest.raises(UserError, match="the copy of a run's folder"), RunDirectory(tmp_path / "run", recipe(files)):
         pass
+
+
+def test_the_digest_of_data_depends_on_every_token_and_not_on_how_the_rows_are_stored():
+    rows = [{"prompt_ids": [i, 2], "completions_ids": [[i], [3, 4]]} for i in range(1500)]
+    whole = Dataset.from_list([{"prompt_ids": [9], "completions_ids": []}, *rows])
+    parts = concatenate_datasets([Dataset.from_list(rows[:7]), Dataset.from_list(rows[7:])])
+    assert _digest(whole.select(range(1, 1501))) == _digest(parts) == _digest(Dataset.from_list(rows))
+    rows[1400]["completions_ids"][1] = [3, 5]
+    assert _digest(Dataset.from_list(rows)) != _digest(parts)
