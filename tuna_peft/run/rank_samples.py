@@ -108,9 +108,10 @@ def rank_samples(
 
 def read_ranked(run: RunDirectory, base: Base, inputs: Inputs, stage: ResolvedStage) -> None:
     """Adds to `inputs` the encoded examples that `rank_samples` has written."""
-    file = run.stage_folder(stage.name) / RANKED
+    file, report = run.stage_folder(stage.name) / RANKED, run.load(f"stages/{stage.name}/{REPORT}")
+    assert report is not None
     counts = encode_self_ranked(inputs, stage, file, run.recipe.prompt, base.tokenizer, base.model.config)
-    inputs.counts[stage.name] |= {**run.load(f"stages/{stage.name}/{REPORT}"), "training": counts}
+    inputs.counts[stage.name] |= {**report, "training": counts}
 
 
 def _sample(
