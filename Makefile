@@ -41,10 +41,12 @@ mutate: .venv/installed-dev
 cases: .venv/installed-dev
 	$(BIN)/python -m benchmarks.cases $(DIR)
 
-# llama.cpp itself on GGUF files, beside transformers and PEFT; needs Node.js 20. Prints the table of docs/gguf.md.
+# llama.cpp itself on GGUF files, beside transformers and PEFT, and the commands of model cards; needs Node.js 20. Prints
+# the table of docs/gguf.md.
 verify-gguf: .venv/installed-dev
 	npm install --silent --no-save --ignore-scripts --prefix build/llama-cpp node-llama-cpp@3.22.1
 	$(BIN)/python -m pytest -q -m slow tests/export/gguf/test_llama_cpp.py
+	$(BIN)/python -m pytest -q -m slow tests/export/test_hub.py
 
 # Minutes on meta tensors, about twenty on the CPU; nothing else should run meanwhile.
 BENCH := $(BIN)/python -m benchmarks.ranking_step --json benchmarks/results/local.json

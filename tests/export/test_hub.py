@@ -15,6 +15,7 @@ import pytest
 import torch
 from hub_server import READ_TOKEN, WRITE_TOKEN, Hub, client_of_its_own
 from huggingface_hub import ModelCard
+from node_llama_cpp import IS_INSTALLED, ask
 from peft import PeftModel
 from rounding import assert_rounded, operations_of
 from tiny_llama import PROMPTS, RANKING, SFT, Tiny, load_tiny, stack_on
@@ -25,6 +26,7 @@ from tuna_peft.cli.app import app
 from tuna_peft.errors import UserError
 from tuna_peft.export import hub as hub_module
 from tuna_peft.export.divergence import iter_logits
+from tuna_peft.export.gguf.model import export_gguf
 from tuna_peft.export.hub import push
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.export.release import Kind, collect_release
@@ -107,19 +109,22 @@ def test_what_is_published_loads_back_to_the_same_logits(tiny: Tiny, hub: Hub, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adapters", "merged"])
+@pytest.mark.parametrize("kind", ["adapters", "merged", "gguf"])
 def test_the_snippets_of_the_card_run_as_they_stand(hub: Hub, tmp_path: Path, kind: Kind) -> None:
-    """All but vLLM, Ollama and llama.cpp itself (see test_llama_cpp.py)."""
+    """All but vLLM and Ollama; in place of `llama-cli` the library of llama.cpp, where it is installed."""
     base = load_tiny("builtin:pico-llama")
     save_stack(stack_on(base, sft=SFT, ranking=RANKING), tmp_path / "stack", {"template": "alpaca"})
     source = tmp_path / "stack"
-    if kind == "merged":
-        merge_stack(source, tmp_path / "merged")
-        source = tmp_path / "merged"
+    if kind != "adapters":
+        merge_stack(source, tmp_path / "trained")
+        source = tmp_path / "trained"
+    if kind == "gguf":
+        export_gguf(source, tmp_path / "files", types=["q8_0"])
+        source = tmp_path / "files"
     push(source, "me/pico")
     card = hub.repositories["me/pico"].files()["README.md"].decode()
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(blocks) == (2 if kind == "adapters" else 1)
+    assert len(blocks) == {"adapters": 2, "merged": 1, "gguf": 0}[kind]
     for block in blocks:
         as_a_stranger(hub, ["-c", block], tmp_path)
     programs = {"hf": "huggingface_hub.cli.hf", "tuna-peft": "tuna_peft"}
@@ -129,7 +134,13 @@ def test_the_snippets_of_the_card_run_as_they_stand(hub: Hub, tmp_path: Path, ki
             as_a_stranger(hub, ["-m", programs[program], *arguments], tmp_path)
     runs = [arguments for program, *arguments in lines if program == "llama-cli"]
     assert len(runs) == (2 if kind == "adapters" else 1)
-    assert {(tmp_path / file).is_file() for run in runs for file in run if file.endswith(".gguf")} == {True}
+    for run in runs:
+        given = dict(zip(run[::2], run[1::2], strict=True))
+        model, lora = tmp_path / given.pop("-m"), given.pop("--lora", None)
+        assert not given and model.is_file() and (lora is None or (tmp_path / lora).is_file())
+        if IS_INSTALLED:
+            [logits] = ask(model, [[1, 2, 3]], lora=lora and tmp_path / lora).logits
+            assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("base_is_there", [True, False])

@@ -6,10 +6,7 @@ llama.cpp comes prebuilt in the npm package `node-llama-cpp`; without it in `bui
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 import torch
 from chat_templates import PUBLISHED
 from llama_family import FAMILY, ROPE_LINEAR, ROPE_LLAMA3, ROPE_YARN, TEXTS_FOR_LLAMA_CPP, write_model
+from node_llama_cpp import IS_INSTALLED, LLAMA_CPP, NEW_TOKENS, ask
 from ollama import render, template_of
 from peft import PeftModel
 from test_modelfile import SYSTEM, TALK, tokenizer_with
@@ -34,17 +32,12 @@ from tuna_peft.models.base.load import resolve_model_path
 from tuna_peft.models.stack.files import save_stack
 
 ROOT = Path(__file__).parents[3]
-LLAMA_CPP = Path(os.environ.get("LLAMA_CPP", ROOT / "build" / "llama-cpp"))
 LLAMA2 = ROOT.parent / "shared" / "data" / "tokenizers" / "llama2-7b"
 STORIES = ROOT.parent / "shared" / "data" / "checkpoints" / "stories260K"
-NEW_TOKENS = 24
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not (LLAMA_CPP / "node_modules" / "node-llama-cpp").is_dir() or shutil.which("node") is None,
-        reason=f"no llama.cpp in {LLAMA_CPP}: run `make verify-gguf`",
-    ),
+    pytest.mark.skipif(not IS_INSTALLED, reason=f"no llama.cpp in {LLAMA_CPP}: run `make verify-gguf`"),
 ]
 
 SOURCES = {
@@ -57,38 +50,6 @@ SOURCES = {
     ),
     "stories260K": (str(STORIES), ["Once upon a time, there was a little girl", "The dog ran to the big tree. It"]),
 }
-
-
-@dataclass
-class Answer:
-    """What llama.cpp says: `tokens` of the texts, `logits` per prompt `(seq, vocabulary)`, greedy continuations."""
-
-    tokens: list[list[int]]
-    adds_bos: bool
-    logits: list[torch.Tensor]
-    continuations: list[list[int]]
-
-
-def ask(model: Path, prompts: list[list[int]], *, texts: list[str] | None = None, lora: Path | None = None) -> Answer:
-    """Runs llama.cpp on a file, in a context of 256 tokens or what the file says if that is less."""
-    fields = gguf.GGUFReader(model).fields
-    [longest] = [field.contents() for key, field in fields.items() if key.endswith(".context_length")]
-    request = {
-        "model": str(model), "lora": str(lora) if lora else None, "texts": texts or [], "prompts": prompts,
-        "newTokens": NEW_TOKENS, "contextSize": min(256, longest),
-    }  # fmt: skip
-    script = Path(__file__).with_name("llama_cpp.mjs")
-    done = subprocess.run(
-        ["node", str(script), str(LLAMA_CPP)], input=json.dumps(request), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Answer(
-        found["tokens"],
-        found["addsBos"],
-        [torch.tensor(rows, dtype=torch.float64) for rows in found["logits"]],
-        found["continuations"],
-    )
 
 
 @torch.no_grad()

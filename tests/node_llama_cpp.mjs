@@ -3,7 +3,7 @@
 //   request: {model, lora, texts, prompts, newTokens, contextSize}    prompts: token ids of each
 //   answer:  {tokens, addsBos, logits, continuations}    logits: of every position of every prompt, by token id
 //
-// Argument: the folder that holds node_modules. Called by test_llama_cpp.py.
+// Argument: the folder that holds node_modules. Called by node_llama_cpp.py.
 
 import {createRequire} from "node:module";
 import {pathToFileURL} from "node:url";
