@@ -40,7 +40,7 @@ def test_installed_with_the_versions_that_the_tests_ran_with(steps):
     installs = [rest for name, rest in steps if name == "RUN" and "pip install" in rest]
     assert len(installs) == 2 and all("-c constraints.txt" in line and "--no-cache-dir" in line for line in installs)
     [extras] = re.findall(r'"\.\[(.*?)\]"', installs[-1])
-    assert all(re.search(rf"^{extra} = \[", PROJECT, re.MULTILINE) for extra in extras.split(","))
+    assert set(extras.split(",")) <= set(re.findall(r"^([\w-]+) = \[", PROJECT, re.MULTILINE))
     [version] = [rest for name, rest in steps if name == "FROM"]
     tested = re.search(r"Python (\d\.\d+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"))[1]
     assert version.startswith(f"python:{tested}-")
