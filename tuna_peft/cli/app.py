@@ -8,6 +8,7 @@ import typer
 
 import tuna_peft
 from tuna_peft.cli import (
+    benchmarks,
     chat,
     combine,
     compare,
@@ -72,6 +73,7 @@ _add(TRAIN, "schema", schema.schema, "schema --field stages.train.margin")
 _add(TRAIN, "plan", plan.plan, "plan mine.yaml --gpu T4 lora.r=32")
 _add(TRAIN, "run", run.run, "run mine.yaml --output runs/mine")
 _add(DATA, "data", data.app, "data inspect ratings.csv")
+_add(DATA, "benchmarks", benchmarks.app, "benchmarks fetch lmentry")
 _add(FEEDBACK, "sample", sample.sample, "sample runs/mine prompts.jsonl samples.jsonl", cls=sample.SampleCommand)
 _add(FEEDBACK, "score", score.score, "score samples.jsonl ranked.jsonl --model TEACHER", cls=score.ScoreCommand)
 _add(FEEDBACK, "judge", judge.judge, "judge samples.jsonl ranked.jsonl --model JUDGE", cls=judge.JudgeCommand)

@@ -66,3 +66,14 @@ def read_lines(file: Path, skipped: Skipped) -> list[dict[str, Any]]:
         else:
             skipped.add("the line is no JSON object", name)
     return records
+
+
+def require_benchmark(path: Path, name: str) -> None:
+    """UserError if there is nothing at `path`; says how to get the benchmark called `name`."""
+    if not path.exists():
+        raise UserError("there is no such file or folder", where=str(path), fix=how_to_fetch(name))
+
+
+def how_to_fetch(name: str) -> str:
+    """A sentence with the command."""
+    return f"`tuna-peft benchmarks fetch {name}` downloads this benchmark."

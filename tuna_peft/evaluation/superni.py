@@ -17,7 +17,7 @@ from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric
-from tuna_peft.evaluation.files import Skipped, read_lines, read_object
+from tuna_peft.evaluation.files import Skipped, read_lines, read_object, require_benchmark
 from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
 from tuna_peft.evaluation.session import Question, Session
 
@@ -44,17 +44,14 @@ def read_superni(
     Raises:
         UserError: There is no usable instance.
     """
+    require_benchmark(path, "natural-instructions")
     skipped = Skipped()
     if path.is_dir():
         by_task = _read_folder(path, tasks, skipped)
-    elif path.is_file():
+    else:
         by_task = defaultdict(list)
         for record in read_lines(path, skipped):
             by_task[str(record.get("task"))].append(record)
-    else:
-        raise UserError(
-            "there is no such file or folder", where=str(path), fix="Give a checkout of allenai/natural-instructions."
-        )
     instances = []
     for task in by_task if tasks is None else tasks:
         found = by_task.get(task, [])

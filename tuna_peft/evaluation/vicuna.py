@@ -13,7 +13,7 @@ from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric
-from tuna_peft.evaluation.files import Skipped, read_lines
+from tuna_peft.evaluation.files import Skipped, read_lines, require_benchmark
 from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
 from tuna_peft.evaluation.session import Question, Session
 
@@ -31,6 +31,7 @@ def read_vicuna_questions(path: Path, template: PromptTemplate) -> tuple[list[Qu
     Raises:
         UserError: No question can be used.
     """
+    require_benchmark(path, "vicuna")
     skipped, questions = Skipped(), []
     for record in read_lines(path, skipped):
         name, text = str(record.get("question_id")), record.get("text")

@@ -10,10 +10,12 @@ from pydantic import BaseModel
 from tuna_peft.data.config import MayBeLocal
 from tuna_peft.data.shards import COMPRESSED, SUFFIXES, is_hub_id, is_pattern, match_pattern
 from tuna_peft.errors import did_you_mean
+from tuna_peft.evaluation.files import how_to_fetch
 from tuna_peft.recipe.document import KeyPath
 from tuna_peft.recipe.resolved import stage_names
 from tuna_peft.recipe.schema import Recipe
 
+_FETCHED: dict[str | int, str] = {"superni": "natural-instructions", "lmentry": "lmentry", "vicuna": "vicuna"}
 _DATA_SUFFIXES = (*SUFFIXES, *COMPRESSED, ".txt")
 
 
@@ -41,7 +43,10 @@ def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[Key
             if (kind.required or _must_be_local(text)) and not _exists(Path(text).expanduser()):
                 beside = ", ".join(map(str, folders))
                 what = f"there is no file or folder {text!r} here or next to the recipe ({beside})."
-                yield path, what, _nearby(text, folders)
+                fix = _nearby(text, folders)
+                if path[:2] == ("evaluation", "tasks") and path[2] in _FETCHED:
+                    fix += f" {how_to_fetch(_FETCHED[path[2]])}"
+                yield path, what, fix
 
 
 def sections(section: BaseModel, path: KeyPath = ()) -> Iterator[tuple[KeyPath, BaseModel]]:

@@ -10,7 +10,7 @@ from typing import Any
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric
-from tuna_peft.evaluation.files import Skipped, read_object
+from tuna_peft.evaluation.files import Skipped, read_object, require_benchmark
 from tuna_peft.evaluation.lmentry.patterns import normalise
 from tuna_peft.evaluation.lmentry.rules import RULES
 from tuna_peft.evaluation.lmentry.scores import VARIANTS, Scored, robustness
@@ -46,6 +46,7 @@ def read_lmentry(
     """
     if unknown := sorted(set(tasks or ()) - set(TASKS)):
         raise UserError(f"LMentry has no task {', '.join(unknown)}", fix=f"Its tasks are {', '.join(TASKS)}.")
+    require_benchmark(folder, "lmentry")
     folder = folder / "data" if (folder / "data").is_dir() else folder
     questions: list[Question] = []
     skipped = Skipped()
