@@ -36,6 +36,30 @@ SHAPES = {
         {"question": "Name a color.", "answer_a": "Red.", "answer_b": "Dog.", "score_a": 5, "score_b": 1},
         "rank",
     ),
+    "letters": ({"q": "Name a color.", "a": "Red.", "b": "Dog.", "sa": 5, "sb": 1}, "rank"),
+    "table with a text": (
+        {
+            "question": "Name a color.",
+            "text": "No blue.",
+            "answer_a": "Red.",
+            "answer_b": "Dog.",
+            "score_a": 5,
+            "score_b": 1,
+            "model": "m",
+        },
+        "rank",
+    ),
+    "verdicts": (
+        {
+            "key": 1,
+            "question": "2 + 2?",
+            "gold": "4",
+            "answers": [{"text": "4", "ok": True}, {"text": "5", "ok": False}],
+        },
+        "rank",
+    ),
+    "questions and answers": ({"id": 1, "question": "Name a color.", "answer": "Red."}, "sft"),
+    "questions": ({"id": "1", "question": "Name a color."}, "sample"),
     "helpsteer2": (None, "rank"),
     "alpaca": ({"instruction": "Name a color.", "input": "", "output": "Red."}, "sft"),
     "messages": ({"messages": TURN + ANSWER}, "sft"),
@@ -97,6 +121,36 @@ def test_a_terminal_is_asked_with_defaults(tmp_path, monkeypatch):
     recipe = load_recipe("mine.yaml")
     assert (recipe.base.model, recipe.prompt.template, recipe.stages[0].type) == ("builtin:pico-llama", "none", "sft")
     assert "sft-rank  fine-tune on the best responses" in made.output and "Planned for T4" in made.output
+
+
+def test_a_terminal_is_asked_about_columns_that_have_no_known_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_asks", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    with open("frage.csv", "w", newline="") as file:
+        rows = [["Frage", "Antwort 1", "Antwort 2", "Note x", "Note y"], ["Eine Farbe?", "Rot.", "Hund", "5", "1"]]
+        csv.writer(file).writerows(rows + [rows[1]])
+    asked = ["Frage", "", "Antwort 1, Antwort 2", "Note x, Note y", "builtin:pico-llama", "", "none", "rank"]
+    made = init("mine.yaml", "--data", "frage.csv", input="\n".join(asked) + "\n")
+    assert made.exit_code == 0, made.output
+    assert load_recipe("mine.yaml").stages[0].source.columns.model_dump(exclude_none=True) == {
+        "instruction": "Frage", "completions": ["Antwort 1", "Antwort 2"], "scores": ["Note x", "Note y"],
+    }  # fmt: skip
+    assert "columns: instruction = Frage" in made.output
+
+
+def test_what_is_used_and_what_is_not_is_printed(tmp_path):
+    write(tmp_path / "data.jsonl.gz", "table with a text")
+    made = init(tmp_path / "mine.yaml", "--data", tmp_path / "data.jsonl.gz", "--model", "builtin:pico-llama")
+    assert "input = text" in made.output and "not used: model" in made.output
+    assert load_recipe(str(tmp_path / "mine.yaml")).stages[0].source.columns.input == "text"
+
+
+def test_a_recipe_in_place_of_data_gives_its_data(tmp_path):
+    write(tmp_path / "data.jsonl.gz", "ranked")
+    first = ["--data", tmp_path / "data.jsonl.gz", "--model", "builtin:pico-llama"]
+    assert init(tmp_path / "one.yaml", *first).exit_code == 0
+    assert init(tmp_path / "new" / "two.yaml", "--data", tmp_path / "one.yaml", *first[2:]).exit_code == 0
+    assert "path: ../data.jsonl.gz" in (tmp_path / "new" / "two.yaml").read_text()
 
 
 def test_the_path_of_the_data_is_relative_to_the_recipe(tmp_path, monkeypatch):

@@ -21,12 +21,16 @@ RECORDS = {
     "columns": {"question": "q", "answer_a": "y", "answer_b": "x", "score_a": 1, "score_b": 2},
     "numbers": {"instruction": "q", "input": "", "response1": "y", "response2": "x", "rating1": 1, "rating2": 5},
     "winner": {"prompt": "q", "response_a": "y", "response_b": "x", "winner": "model_b"},
+    "letters": {"q": "q", "a": "y", "b": "x", "sa": 1, "sb": 2},
+    "text": {"text": "q", "model": "m", "answer_a": "y", "answer_b": "x", "score_a": 1, "score_b": 2},
+    "verdicts": {"question": "q", "answers": [{"text": "y", "ok": False}, {"text": "x", "ok": True}]},
 }
 
 
 @pytest.mark.parametrize(
     ("name", "table"),
-    [(name, False) for name in RECORDS] + [(name, True) for name in ("columns", "numbers", "winner")],
+    [(name, False) for name in RECORDS]
+    + [(name, True) for name in ("columns", "numbers", "winner", "letters", "text")],
 )
 def test_the_suggested_block_reads_the_file(jsonl, tmp_path, name, table):
     record, path = RECORDS[name], str(tmp_path / "data.csv")
@@ -50,6 +54,20 @@ def test_one_response_a_row_is_grouped():
         "columns": {"instruction": "prompt", "completions": "response", "scores": "rating"}, "group_by": "prompt"
     }  # fmt: skip
     assert not missing
+
+
+@pytest.mark.parametrize("name", ["text", "context", "Input", "passage"])
+def test_a_text_beside_the_question_is_its_input(name):
+    settings, missing = suggest({"question": "q", name: None, "answer": "x", "score": "4", "gold": "g", "model": "m"})
+    assert settings["columns"] == {
+        "instruction": "question", "completions": "answer", "scores": "score", "input": name, "reference": "gold"
+    }  # fmt: skip
+    assert not missing
+
+
+def test_a_text_alone_is_the_response():
+    assert suggest({"question": "q", "text": "x", "score": 1})[0]["columns"]["completions"] == "text"
+    assert "instruction" not in suggest({"text": "x", "score": 1})[0]["columns"]
 
 
 def test_missing_decisions_are_named(jsonl):

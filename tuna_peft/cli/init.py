@@ -127,7 +127,7 @@ def _read(source: DataSource) -> tuple[DataSource, int, bool, list[Goal]]:
     from tuna_peft.data.load import load_prompts, load_ranked, load_sft, source_format
     from tuna_peft.data.losses import describe_losses
     from tuna_peft.data.sources import read_records
-    from tuna_peft.data.suggest import suggest
+    from tuna_peft.data.suggest import suggest, unused
 
     # The default template, alpaca, suits every record; which one the recipe gets is decided later.
     prompt = PromptConfig()
@@ -138,10 +138,15 @@ def _read(source: DataSource) -> tuple[DataSource, int, bool, list[Goal]]:
         failure = unknown
         _, first = next(read_records(source.model_copy(update={"limit": 1})))
         settings, missing = suggest(first)
-        if not missing:
+        if missing and _asks():
+            settings, missing = _ask_columns(first, settings["columns"]), []
+        if not missing or _is_enough(first, settings["columns"]):
             given = source.model_dump(exclude_defaults=True)
             source = from_options(DataSource, given | {"format": "columns"} | settings)
             failure = None
+            echo(f"columns: {', '.join(f'{part} = {_shown(path)}' for part, path in settings['columns'].items())}")
+            if rest := unused(first, settings["columns"]):
+                echo(f"not used: {', '.join(rest)} (--column PART=COLUMN for each part says otherwise)")
     tolerant = source.model_copy(update={"on_bad_row": "skip"})
     readers: list[tuple[Callable[..., Any], list[Goal]]] = [
         (load_ranked, ["rank", "sft-rank", "sft", "sample"]),
@@ -160,6 +165,39 @@ def _read(source: DataSource) -> tuple[DataSource, int, bool, list[Goal]]:
         return tolerant if report.skipped else source, report.kept, isinstance(rows[0]["prompt"], list), goals
     assert failure is not None
     raise failure
+
+
+def _ask_columns(record: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `DataSource` from what the user says about the columns; what was guessed is the default."""
+    echo(f"The columns are {', '.join(record)}.")
+    several = "several with commas, empty: none"
+    questions = {"instruction": "Column of the prompt", "input": "Column of an input for the prompt (empty: none)",
+                 "completions": f"Column of the responses ({several})"}  # fmt: skip
+    if not columns.keys() & {"ranks", "winner", "strength"}:
+        questions["scores"] = f"Column of their scores, higher is better ({several})"
+    for part, question in questions.items():
+        answer = typer.prompt(question, default=_shown(columns.pop(part, "")))
+        if answer.strip():
+            paths = [path.strip() for path in answer.split(",")]
+            columns[part] = paths if len(paths) > 1 else paths[0]
+    one_a_row = isinstance(columns.get("completions"), str) and isinstance(record.get(columns["completions"]), str)
+    grouped = one_a_row and "scores" in columns
+    return {"columns": columns, **({"group_by": columns["instruction"]} if grouped else {})}
+
+
+def _is_enough(record: dict[str, Any], columns: dict[str, Any]) -> bool:
+    """Whether the columns that were found allow a goal, and nothing is left that may be responses."""
+    from tuna_peft.data.suggest import unused
+
+    if "instruction" not in columns:
+        return False
+    if "completions" in columns:
+        return isinstance(columns["completions"], str) and isinstance(record.get(columns["completions"]), str)
+    return not any(isinstance(record[key], str | list | dict) for key in unused(record, columns) if key != "id")
+
+
+def _shown(path: str | list[str]) -> str:
+    return path if isinstance(path, str) else ", ".join(path)
 
 
 def _fits(recipe: Recipe, gpu: str) -> str:

@@ -16,6 +16,8 @@ _PROMPTS = ("instruction", "prompt", "question", "query", "context", "history", 
 _RESPONSES = ("response", "completion", "answer", "output", "reply", "generation", "generated", "candidate", "text")
 _SCORES = ("score", "rating", "reward", "grade", "helpful", "quality", "correct", "label", "stars", "points")
 _RANKS = ("rank", "place", "position")
+_INPUTS = ("input", "context", "text", "passage", "document", "article", "paragraph", "code")  # whole names
+_REFERENCES = ("reference", "gold", "ground_truth", "reference_answer")  # whole names
 _WINNERS = ("winner", "preference", "preferred", "choice", "vote", "better")
 
 
@@ -35,11 +37,11 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
     }
     texts = {key: value for key, value in record.items() if isinstance(value, str) and not _is_number(value)}
     lists = {key: value for key, value in record.items() if isinstance(value, list) and len(value) > 1}
-    prompt = _best(_PROMPTS, texts)
+    prompt = _best(_PROMPTS, texts) or _named(("q", "text"), texts)
+    if prompt == "text" and not (_siblings(texts) or lists or _best(_RESPONSES[:-1], texts)):
+        prompt = None  # it may as well be the response
     if prompt:
         columns["instruction"] = prompt
-        if prompt == "instruction" and "input" in record:
-            columns["input"] = "input"
         if isinstance(record.get("system"), str):
             columns["system"] = "system"
     texts.pop(prompt or "", None)
@@ -52,7 +54,9 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         text = _best(_RESPONSES, {key: value for key, value in first.items() if isinstance(value, str)})
         if text:
             columns["completions"] = f"{nested}[].{text}"
-        columns |= {part: f"{nested}[].{key}" for part, key in _order(first).items()}
+        verdicts = [key for key, value in first.items() if isinstance(value, bool)]
+        order = _order(first) or ({"scores": verdicts[0]} if len(verdicts) == 1 else {})
+        columns |= {part: f"{nested}[].{key}" for part, key in order.items()}
     elif several := _best(
         _RESPONSES, {key: value for key, value in lists.items() if all(isinstance(one, str) for one in value)}
     ):
@@ -70,6 +74,10 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         columns |= order
         if order and prompt:
             settings["group_by"] = prompt
+    rest = {key: record[key] for key in unused(record, columns) if isinstance(record[key], str | None)}
+    for part, names in (("input", _INPUTS), ("reference", _REFERENCES)):
+        if prompt and (name := _named(names, rest)):
+            columns[part] = name
     several_responses = "completions" in columns and columns["completions"] not in list(texts)
     answers = set(wide)
     labels = {key: value for key, value in record.items() if key not in answers and not isinstance(value, dict | list)}
@@ -86,6 +94,12 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         if not found
     ]
     return settings, missing
+
+
+def unused(record: Record, columns: dict[str, Any]) -> list[str]:
+    """The keys of a record that no path in `columns` begins with."""
+    paths = [path for value in columns.values() for path in ([value] if isinstance(value, str) else value)]
+    return [key for key in record if not any(re.match(rf"{re.escape(key)}($|[.\[])", path) for path in paths)]
 
 
 _ORDERS = {"scores", "ranks", "winner", "strength"}
@@ -115,6 +129,11 @@ def _best(words: tuple[str, ...], record: Record) -> str | None:
     return next((key for word in words for key in record if word in key.lower()), None)
 
 
+def _named(names: tuple[str, ...], record: Record) -> str | None:
+    """The first key that is one of the names, in any case."""
+    return next((key for name in names for key in record if key.lower() == name), None)
+
+
 def _order(record: Record) -> dict[str, str]:
     """The key of the score, or of the rank, of a response."""
     numbers = {key: value for key, value in record.items() if _is_number(value)}
@@ -132,6 +151,7 @@ def _siblings(record: Record, count: int | None = None) -> list[str]:
         match = re.fullmatch(r"(.*?[a-z])[_ -]?(?:(?<=[_ -])[a-fA-F]|[A-F]|\d+)", key) or re.fullmatch(
             r"\w+?[_ -]([a-z]+)", key
         )
+        match = match or re.fullmatch(r"(\w?)[a-f]", key)  # `a` and `b`, `sa` and `sb`
         if match:
             stems.setdefault(match[1].lower(), []).append(key)
     fitting = [keys for keys in stems.values() if (len(keys) == count if count else len(keys) > 1)]
