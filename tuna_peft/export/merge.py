@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from tuna_peft.errors import UserError
@@ -145,7 +144,7 @@ def merge_stack(
     with resumable_directory(out_dir, plan) as aside:
         copy_companions(folder, aside, weights.config_changes(), manifest.prompt, trust_remote_code=trust_remote_code)
         with Progress("merging", total, "B") as progress:
-            files = write_shards(aside, weights, max_shard_size, progress.update)
+            files = _write_measured(aside, weights, max_shard_size, progress.update)
         kept = KeptUpdate.over(weights.updates)
         if kept is not None:
             kept.check(f"{dtype} weights", _FIX, allow_lost_update=allow_lost_update)
@@ -165,25 +164,35 @@ def merge_stack(
     )
 
 
-def write_shards(
-    folder: Path,
-    weights: MergedWeights | PackedBase,
-    max_shard_size: str | int = "5GB",
-    report: Callable[[int], object] = lambda nbytes: None,
+def _write_measured(
+    folder: Path, weights: MergedWeights, max_shard_size: str | int, report: Callable[[int], object]
 ) -> list[Path]:
-    """Writes the weights as transformers names them, one file or shards with an index; skips shards that are there."""
+    """Writes the weights, and `kept_update.json` after every file: once a module would take longer than merging it."""
     updates = folder / UPDATES
     if updates.is_file():
         measured = json.loads(updates.read_text(encoding="utf-8"))
         weights.updates.update({module: ModuleUpdate(**sums) for module, sums in measured.items()})
 
-    def make(group: str) -> dict[str, torch.Tensor]:
-        before = len(weights.updates)
-        made = weights.make(group)
-        if len(weights.updates) > before:
-            write_json(updates, {module: asdict(sums) for module, sums in weights.updates.items()})
-        return made
+    def save() -> None:
+        if weights.updates:
+            write_json(updates, {module: asdict(weights.updates[module]) for module in sorted(weights.updates)})
 
+    files = write_shards(folder, weights, max_shard_size, report, save)
+    if missing := weights.not_measured():  # written before an interruption, in the file that it left incomplete
+        for group in missing:
+            weights.make(group)
+        save()
+    return files
+
+
+def write_shards(
+    folder: Path,
+    weights: MergedWeights | PackedBase,
+    max_shard_size: str | int = "5GB",
+    report: Callable[[int], object] = lambda nbytes: None,
+    after_file: Callable[[], object] = lambda: None,
+) -> list[Path]:
+    """Writes the weights as transformers names them, one file or shards with an index; skips shards that are there."""
     sizes = {group: sum(spec.nbytes for spec in specs.values()) for group, specs in weights.groups.items()}
     split = split_state_dict_into_shards_factory(
         sizes,
@@ -195,7 +204,8 @@ def write_shards(
         if (folder / file).is_file():
             report(sum(sizes[name] for name in names))
         else:
-            write_safetensors(folder / file, {name: weights.groups[name] for name in names}, make, report)
+            write_safetensors(folder / file, {name: weights.groups[name] for name in names}, weights.make, report)
+            after_file()
     if split.is_sharded:
         weight_map = {
             tensor: file for group, file in split.tensor_to_filename.items() for tensor in weights.groups[group]

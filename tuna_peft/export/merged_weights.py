@@ -83,6 +83,11 @@ class MergedWeights:
             return {"dtype": self.dtype}
         return {"dtype": self.dtype, "quantization_config": quantization_config(self._requantization, self.dtype)}
 
+    def not_measured(self) -> list[str]:
+        """The groups of `updates` that are not computed yet."""
+        is_measured = self.dtype != "float32"
+        return [f"{module}.weight" for module in self._factors.shapes if is_measured and module not in self.updates]
+
     def make(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of the group `name`.
 

@@ -13,7 +13,6 @@ from transformers import BitsAndBytesConfig
 
 from tuna_peft.errors import UserError
 from tuna_peft.export.base_weight import dequantise_4bit, quantise_4bit, quantised_modules, skeleton
-from tuna_peft.export.kept_update import ModuleUpdate
 from tuna_peft.export.safetensors_stream import DTYPES, FLOATS, SafetensorsReader, TensorSpec
 from tuna_peft.limits import QUANTIZATION_BLOCK, SCALES_BLOCK
 from tuna_peft.models.base.load import safetensors_files
@@ -32,14 +31,12 @@ class PackedBase:
 
     Attributes:
         groups: Types and shapes of all tensors, by the stored weight from which they are computed.
-        updates: Empty: nothing is changed.
 
     Raises:
         UserError: The base was not quantized to 4 bits.
     """
 
     groups: dict[str, dict[str, TensorSpec]]
-    updates: dict[str, ModuleUpdate]
 
     def __init__(
         self,
@@ -63,7 +60,6 @@ class PackedBase:
             else {name: TensorSpec(DTYPES[load_dtype] if spec.dtype in FLOATS else spec.dtype, spec.shape)}
             for name, spec in self._source.specs.items()
         }
-        self.updates = {}
 
     def config_changes(self) -> dict[str, Any]:
         """What differs from the base in `config.json`."""
