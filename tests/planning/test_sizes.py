@@ -69,7 +69,7 @@ def test_a_pass_holds_the_longest_row_even_where_it_does_not_fit_with_its_activa
     ],
 )
 def test_a_local_teacher_or_judge_shares_the_memory_with_the_base(ranked_by, key):
-    found = [sizes(gpu, sample=None, **ranked_by)[key] for gpu in ("A100 40GB", "A100 80GB", "H200")]
+    found = [sizes(gpu, sample=None, **ranked_by)[key] for gpu in ("RTX 5090", "A100 40GB", "H200")]
     assert found == sorted(found) and found[0] < found[-1]
     device = Device.of(find_gpu("A100 80GB"))
     plan = make_plan(auto_run(sample=None, **ranked_by), device)
