@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 from test_pipeline import Crash, _with
@@ -15,6 +16,7 @@ import tuna_peft.run.train_stage as train_stage_module
 from tuna_peft.models.forward import scoring
 from tuna_peft.models.generation import generate
 from tuna_peft.recipe.load import load_recipe
+from tuna_peft.run import processes
 from tuna_peft.run.pipeline import run_recipe
 
 if __name__ == "__main__":
@@ -33,5 +35,7 @@ if __name__ == "__main__":
 
     generate._Decoder.run = counted("generated", generate._Decoder.run)
     scoring.response_logps = counted("scored", scoring.response_logps)
+    if seconds := os.environ.get("CONNECT_SECONDS"):
+        processes._CONNECT = timedelta(seconds=int(seconds))
     run_recipe(load_recipe(recipe), output)
     Path(f"{output}.{os.environ['RANK']}").write_text(json.dumps(computed))

@@ -194,21 +194,22 @@ def test_when_a_machine_is_killed_the_other_ends_and_the_same_commands_resume(fi
 
 
 @pytest.mark.slow
-def test_a_machine_with_other_data_or_none_says_so_before_training(files, tmp_path):  # noqa: F811
+def test_a_machine_with_other_data_or_none_says_so_before_training(files, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("CONNECT_SECONDS", "120")
     other = sampled(files, 2).model_dump()
     other["stages"][0]["data"]["prompts"]["path"] = "prompts.jsonl"
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe(files, **other)))
     command = [HERE / "in_processes.py", tmp_path / "recipe.yaml", "run"]
     lines = (files / "ranked.jsonl").read_text().splitlines(keepends=True)
-    for folder in ("machine0", "machine1"):
+    for folder, count in (("machine0", 32), ("machine1", 31)):
         (tmp_path / folder).mkdir()
-    (tmp_path / "machine0" / "prompts.jsonl").write_text("".join(lines))
-    codes, errors = Machines(tmp_path, command).wait()
-    assert 0 not in codes and "prompts.jsonl" in errors[1]
-    assert "another process of this run has ended" in errors[0]
-    (tmp_path / "machine1" / "prompts.jsonl").write_text("".join(lines[:-1]))
+        (tmp_path / folder / "prompts.jsonl").write_text("".join(lines[:count]))
     codes, errors = Machines(tmp_path, command).wait()
     assert 0 not in codes and all("have read different prompts for the stage contextual" in error for error in errors)
+    (tmp_path / "machine1" / "prompts.jsonl").unlink()
+    codes, errors = Machines(tmp_path, command).wait()
+    assert 0 not in codes and "there is no file or folder 'prompts.jsonl'" in errors[1]
+    assert "not all 2 processes have connected within 0:02:00" in errors[0]
     assert not (tmp_path / "machine0" / "run" / "evaluation").exists()
 
 

@@ -16,13 +16,15 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import PartialState
 
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, first_line
 from tuna_peft.models.base.shards import SoloCompute
 from tuna_peft.models.workers import Workers
 from tuna_peft.run.sharding import Sharding, requested_deepspeed, requested_sharding, world_size
 
 # The others wait while the first process merges or asks a server, longer than PyTorch's default of ten minutes.
 _TIMEOUT = timedelta(days=2)
+# Until all processes are there, and for a step of training: a machine whose command has failed never comes.
+_CONNECT = timedelta(minutes=30)
 
 
 class Processes:
@@ -39,7 +41,8 @@ class Processes:
         sharding: How the processes share one base; None if each has its own copy.
 
     Raises:
-        UserError: The launcher's configuration requests sharding that a run does not support.
+        UserError: The launcher's configuration requests sharding that a run does not support, or some processes have
+            not connected within half an hour.
     """
 
     def __init__(self, on_cpu: bool = False) -> None:
@@ -47,7 +50,13 @@ class Processes:
         # Accelerate 1.15 ignores DeepSpeed if it is told to use the CPU: it is told which backend to use instead.
         options: dict[str, Any] = {"backend": "gloo"} if requested_deepspeed(on_cpu) and on_cpu else {"cpu": on_cpu}
         # A single process needs no process group, which would outlive the run.
-        self._state = PartialState(timeout=_TIMEOUT, **options) if world_size() > 1 else None
+        try:
+            self._state = PartialState(timeout=_CONNECT, **options) if world_size() > 1 else None
+        except dist.DistError as error:
+            raise UserError(
+                f"not all {world_size()} processes have connected within {_CONNECT}: {first_line(error)}",
+                fix="See the output of the other machines; give them the same command, address and port.",
+            ) from error
         self.count = self._state.num_processes if self._state else 1
         self.machines = self.count // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
         self.main = self._state is None or self._state.is_main_process
@@ -61,7 +70,7 @@ class Processes:
     def wait(self) -> None:
         """Waits until all processes have reached this point."""
         if self._state:
-            self._state.wait_for_everyone()
+            dist.barrier(group=self._group)
 
     def of_all(self, value: Any) -> list[Any]:
         """What each process has passed, in the order of the processes."""
