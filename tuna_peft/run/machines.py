@@ -142,7 +142,9 @@ def require_same_data(processes: Processes, recipe: Recipe, inputs: Inputs) -> N
     """Raises UserError if the machines of a run have read different recipes or different data."""
     if processes.machines == 1:
         return
-    mine = {"recipes": content_key(recipe=recipe.model_dump(mode="json"))}
+    # Without paths, which may differ between machines.
+    left_out = {"base": {"model"}, "evaluation": True, "export": True, "stages": {"__all__": {"data"}}}
+    mine = {"recipes": content_key(recipe=recipe.model_dump(mode="json", exclude=left_out))}
     for name, rows in inputs.stages.items():
         mine[f"data for the stage {name}"] = _digest(rows)
     for name, prompts in inputs.prompts.items():
