@@ -70,10 +70,10 @@ gpu: .venv/installed-dev
 gpu-bundle: .venv/installed-dev
 	$(BIN)/python -m benchmarks.gpu.bundle build/gpu-bundle.tar
 
-# The site, into build/site; a broken link or an unknown name is an error. Generated pages and figures are files of the
-# repository: docs/make_pages.py, docs/figures/make.py and `tuna-peft schema --markdown` write them.
+# The site, into build/site (Python 3.11 or newer); a broken link or an unknown name is an error. Generated pages and
+# figures are files of the repository: docs/make_pages.py, docs/figures/make.py and `tuna-peft schema --markdown` write them.
 docs: .venv/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict
 
 # Wheel and source archive, in dist/. Then what a user of the wheel gets: a new environment, an empty home, the quickstart.
 RELEASE := build/release
