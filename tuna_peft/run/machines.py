@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
@@ -143,7 +144,7 @@ def require_same_data(processes: Processes, recipe: Recipe, inputs: Inputs) -> N
     if processes.machines == 1:
         return
     # Without paths, which may differ between machines.
-    left_out = {"base": {"model"}, "evaluation": True, "export": True, "stages": {"__all__": {"data"}}}
+    left_out: Any = {"base": {"model"}, "evaluation": True, "export": True, "stages": {"__all__": {"data"}}}
     mine = {"recipes": content_key(recipe=recipe.model_dump(mode="json", exclude=left_out))}
     for name, rows in inputs.stages.items():
         mine[f"data for the stage {name}"] = _digest(rows)
