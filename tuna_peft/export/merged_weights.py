@@ -16,7 +16,7 @@ from tuna_peft.export.safetensors_stream import DTYPES, FLOATS, SafetensorsReade
 from tuna_peft.models.base.load import safetensors_files
 
 # bitsandbytes' settings of the dtypes in which a merged model is quantized again.
-QUANTIZED = {
+QUANTIZED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
