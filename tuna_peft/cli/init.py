@@ -145,8 +145,8 @@ def _read(source: DataSource) -> tuple[DataSource, int, bool, list[Goal]]:
             source = from_options(DataSource, given | {"format": "columns"} | settings)
             failure = None
             echo(f"columns: {', '.join(f'{part} = {_shown(path)}' for part, path in settings['columns'].items())}")
-            if rest := unused(first, settings["columns"]):
-                echo(f"not used: {', '.join(rest)} (--column PART=COLUMN for each part says otherwise)")
+        if rest := unused(first, settings["columns"]):
+            echo(f"not used: {', '.join(rest)} (--column PART=COLUMN for each part says otherwise)")
     tolerant = source.model_copy(update={"on_bad_row": "skip"})
     readers: list[tuple[Callable[..., Any], list[Goal]]] = [
         (load_ranked, ["rank", "sft-rank", "sft", "sample"]),

@@ -166,8 +166,9 @@ class DataSource(Section):
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)],
         MayBeLocal(),
     ] = Field(
-        description="A .json, .jsonl, .csv, .tsv or .parquet file (also with .gz or .zst), a folder of such files or "
-        "a pattern (`data/*.parquet`), a directory from `datasets.save_to_disk`, a Hub data set id, or "
+        description="A .json, .jsonl, .csv, .tsv or .parquet file (also with .gz or .zst), the first sheet of an "
+        ".xlsx or .ods file, a folder of such files or a pattern (`data/*.parquet`), a directory from "
+        "`datasets.save_to_disk`, a Hub data set id, or "
         "`builtin:pico-llama/<file>` for the data inside the package; or a list of them, read one after the other.",
     )
     weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(

@@ -33,7 +33,20 @@ def csv_rows(path: Path, *, header: bool = True) -> Iterator[tuple[int, Any]]:
         UserError: The file is empty or not UTF-8, has no usable header, or a row has another number of
             cells.
     """
-    rows = _cells(path)
+    return named_rows(_cells(path), path, header=header)
+
+
+def named_rows(
+    rows: Iterator[tuple[int, list[str]]], path: Path, *, header: bool, kind: str = "line"
+) -> Iterator[tuple[int, Any]]:
+    """The rows of a table as records, for `csv_rows` and for spreadsheets; their errors.
+
+    Args:
+        rows: The number of a row and its cells; the first row is the header if there is one.
+        path: The file, for messages.
+        header: See `csv_rows`.
+        kind: What the number counts.
+    """
     first = next(rows, None)
     if first is None:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
@@ -46,14 +59,14 @@ def csv_rows(path: Path, *, header: bool = True) -> Iterator[tuple[int, Any]]:
     if twice := sorted({name or "(empty)" for name in names if not name or counts[name] > 1}):
         raise UserError(
             f"each column of the header needs a different name; missing or repeated: {', '.join(twice[:10])}",
-            where=f"{path}: line 1",
+            where=f"{path}: {kind} 1",
             fix="Name the columns; if this line is data already, write `header: false` and number them from 1.",
         )
     for number, cells in rows:
         if len(cells) != len(names):
             raise UserError(
                 f"{len(cells)} cells, but the {'header' if header else 'first row'} has {len(names)}",
-                where=f"{path}: line {number}",
+                where=f"{path}: {kind} {number}",
                 fix="Put cells that contain a comma or a line break in double quotes.",
             )
         yield number, {name: cell if cell.strip() else None for name, cell in zip(names, cells, strict=True)}

@@ -17,9 +17,11 @@ from typing import Any, NoReturn
 
 from tuna_peft.data.csv_files import csv_rows
 from tuna_peft.data.json_files import json_units, parse_line
+from tuna_peft.data.spreadsheets import sheet_rows
 from tuna_peft.errors import UserError, first_line
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+SPREADSHEETS = (".xlsx", ".ods")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *SPREADSHEETS)
 COMPRESSED = (".gz", ".zst")
 _BATCH = 1024  # rows of a Parquet file in memory at a time
 
@@ -158,6 +160,14 @@ def _read_csv(path: Path, header: bool, start: int, stop: int | None) -> Iterato
     return ((f"line {number}", row) for number, row in itertools.islice(csv_rows(path, header=header), start, stop))
 
 
+def _count_sheet(path: Path, header: bool) -> int:
+    return sum(1 for _ in sheet_rows(path, header=header))
+
+
+def _read_sheet(path: Path, header: bool, start: int, stop: int | None) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in itertools.islice(sheet_rows(path, header=header), start, stop))
+
+
 def _count_parquet(path: Path, header: bool) -> int:
     import pyarrow
     import pyarrow.parquet
@@ -194,6 +204,7 @@ _KINDS = {
     ".csv": (_count_csv, _read_csv),
     ".tsv": (_count_csv, _read_csv),
     ".parquet": (_count_parquet, _read_parquet),
+    **dict.fromkeys(SPREADSHEETS, (_count_sheet, _read_sheet)),
 }
 
 

@@ -80,7 +80,12 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
             columns[part] = name
     several_responses = "completions" in columns and columns["completions"] not in list(texts)
     answers = set(wide)
-    labels = {key: value for key, value in record.items() if key not in answers and not isinstance(value, dict | list)}
+    labels = {
+        key: value
+        for key, value in record.items()
+        if key not in answers and not isinstance(value, dict | list)
+        and not (_is_number(value) and "winner" not in key.lower())  # such as a signed preference
+    }  # fmt: skip
     if several_responses and not columns.keys() & _ORDERS and (winner := _best(_WINNERS, labels)):
         columns["winner"] = winner
     keys = listed(f"`{key}`" for key in record)
