@@ -207,7 +207,7 @@ def test_an_unknown_gpu_gets_the_nearest_and_the_list():
     with pytest.raises(UserError) as error:
         find_gpu("RTX 4095")
     assert "unknown GPU 'RTX 4095'" in str(error.value) and "Did you mean 'RTX 4090'?" in str(error.value)
-    assert "A100 40GB" in str(error.value)
+    assert "A100 40GB" in str(error.value) and "Without --gpu: this machine." in str(error.value)
 
 
 def test_names_of_gpus_are_unique():

@@ -75,9 +75,8 @@ def find_gpu(name: str) -> Gpu:
         return by_name[wanted]
     near = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.6)
     guess = f"Did you mean {by_name[near[0]].name!r}? " if near else ""
-    raise UserError(
-        f"unknown GPU {name!r}", where="--gpu", fix=f"{guess}Known: {', '.join(gpu.name for gpu in GPUS)}."
-    )
+    known = ", ".join(gpu.name for gpu in GPUS)
+    raise UserError(f"unknown GPU {name!r}", where="--gpu", fix=f"{guess}Known: {known}. Without --gpu: this machine.")
 
 
 def _plain(name: str) -> str:

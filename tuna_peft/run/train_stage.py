@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig
 
 from tuna_peft.errors import UserError
-from tuna_peft.evaluation.report.curves import save_curves
 from tuna_peft.files import write_json
 from tuna_peft.models.base.shards import keep_from_ddp
 from tuna_peft.models.forward.checkpointing import checkpoint_activations
@@ -97,6 +96,9 @@ def train_stage(
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = [finite(entry) for entry in trainer.state.log_history]
     if trainer.is_world_process_zero():
+        # Not at the top: matplotlib builds a cache of fonts on first use, which plans and dry runs need not wait for.
+        from tuna_peft.evaluation.report.curves import save_curves
+
         write_json(folder / "log_history.json", history)
         save_curves(history, folder / "curves.png", title=f"{recipe.name}: {stage.name}")
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
