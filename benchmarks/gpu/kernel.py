@@ -38,8 +38,7 @@ def compare(setting: Setting, dtype: torch.dtype, size: int, key_heads: int, win
     batch = batch_of(setting.workload.groups(2, 97)).to(device)
     segments = Segments(batch.q_offsets, batch.k_offsets, batch.keys_K, batch.input_ids_BT.shape[1])
     mask = shared_prefix_mask(batch.segment_ids_BT, batch.position_ids_BT, batch.limits_BSS, window)
-    config = SimpleNamespace(num_attention_heads=HEADS, sliding_window=window, layer_types=None, model_type="llama")
-    layer = SimpleNamespace(config=config, layer_idx=0, num_key_value_groups=HEADS // key_heads, is_causal=True)
+    layer = SimpleNamespace(num_key_value_groups=HEADS // key_heads, is_causal=True, segment_window=window)
     generator = torch.Generator(device).manual_seed(0)
     tokens, shape = batch.tokens_U, batch.input_ids_BT.shape
     states, grad = (

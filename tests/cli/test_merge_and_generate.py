@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tuna_peft.cli.app import app
 from tuna_peft.cli.generate import _instructions
 
-DTYPES = ("bfloat16", "float16", "float32", "nf4")
+DTYPES = ("bfloat16", "float16", "float32", "nf4", "int8")
 GGUF = ("GGUF f16", "GGUF q8_0", "GGUF q4_0")
 
 

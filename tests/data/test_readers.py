@@ -310,8 +310,8 @@ def test_bad_columns(jsonl, columns, what):
 
 def test_auto_names_the_keys_found_and_the_formats_known(jsonl):
     with pytest.raises(UserError) as caught:
-        load(jsonl(NESTED))
-    assert "`meta`, `q`, `ctx`, `responses`" in caught.value.what
+        load(jsonl({"meta": 1, "q": "Sort."}))
+    assert "`meta`, `q`" in caught.value.what
     for name in ("ranked", "teacher", "judge", "formatted", "preference", "alpaca", "`columns: {", "--column"):
         assert name in caught.value.fix
 

@@ -109,7 +109,7 @@ BAD_FILES = {
     "list of texts": ("e.json", b'["a", "b"]', "expected an object with keys, found str", "JSON object"),
     "deep nesting": ("e.json", b"[" * 100_000, "nested too deeply", None),
     "not Parquet": ("e.parquet", b"PAR1 nonsense", "not a readable Parquet file", "incomplete"),
-    "unknown ending": ("e.xlsx", b"a,b\n", "unknown kind of file: .xlsx", ".json, .jsonl, .ndjson, .csv"),
+    "unknown ending": ("e.docx", b"a,b\n", "unknown kind of file: .docx", ".json, .jsonl, .ndjson, .csv"),
 }
 
 

@@ -97,8 +97,9 @@ ROWS = {
 ELSEWHERE = (
     "a data set on the Hub",
     "one that is larger than the disk",
+    "a spreadsheet",
     "something else",
-)  # test_sources, test_suggest
+)  # test_sources, test_spreadsheets, test_suggest
 
 
 def read(source):

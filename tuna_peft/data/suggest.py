@@ -84,7 +84,7 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         key: value
         for key, value in record.items()
         if key not in answers and not isinstance(value, dict | list)
-        and not (_is_number(value) and "winner" not in key.lower())  # such as a signed preference
+        and not (_is_number(value) and "prefer" in key.lower())  # a strength with a sign
     }  # fmt: skip
     if several_responses and not columns.keys() & _ORDERS and (winner := _best(_WINNERS, labels)):
         columns["winner"] = winner
