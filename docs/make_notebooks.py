@@ -28,6 +28,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_BAR = re.compile(r"\d%\|")
 
 
 def tagged(notebook: Any, tag: str) -> int:
@@ -50,9 +51,10 @@ def execute(path: Path, folder: Path) -> Any:
 
 
 def text_of(output: Any) -> str:
-    """What a terminal shows in the end: no control sequences, no line that was overwritten, no repeated progress."""
+    """What a terminal shows in the end: no control sequences, no line that was overwritten, no bars."""
     text = output.get("text") or output.get("data", {}).get("text/plain", "")
     lines = [line.rstrip().rsplit("\r", 1)[-1].rstrip() for line in _CONTROL.sub("", text).split("\n")]
+    lines = [line for line in lines if not _BAR.search(line)]
     return "\n".join(lines).strip("\n")
 
 
@@ -70,7 +72,7 @@ def page(notebook: Any, path: Path) -> str:
                 name = f"{path.stem}-{pictures}.png"
                 (DOCS / "notebooks" / name).write_bytes(base64.b64decode(output["data"]["image/png"]))
                 parts.append(f"![What this cell draws]({name})")
-            elif text := text_of(output):
+            elif output.get("name") != "stderr" and (text := text_of(output)):  # no warnings
                 parts.append(f"```text\n{text}\n```")
     title, _, rest = "\n\n".join(parts).partition("\n")
     return f"{title}\n\n*`notebooks/{path.name}`, executed on a CPU by `python docs/make_notebooks.py`.*\n{rest}\n"
