@@ -101,7 +101,7 @@ def _sizes() -> str:
         tokens = sizes["stages.probabilistic.train.max_tokens_per_batch"]
         lines.append(
             f"| {model.rpartition('/')[2]} | {gpu} | {tokens:,} | {kept} "
-            f"| {sizes['stages.contextual.data.sample.batch_size']} | {sizes['evaluation.batch_size']} "
+            f"| {sizes['stages.contextual.data.sample.batch_size']} | {plan.run.evaluation['ranking'].batch_size} "
             f"| {plan.peak / GIB:.1f} of {plan.device.memory / GIB:.1f} |"
         )
     return "\n".join(lines)

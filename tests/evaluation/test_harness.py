@@ -78,7 +78,9 @@ def test_every_setting_reaches_the_harness(monkeypatch):
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, f"lm_eval{name}", module)
     monkeypatch.setattr(harness, "table_as_result", lambda found: "result")
-    session = types.SimpleNamespace(model="m", tokenizer="t", batch_size=3)
+    monkeypatch.setattr(harness, "context_of", {"m": 512}.get)
+    sizes = {("lm_eval", (511, (1,))): 3}  # by the longest text that the harness leaves
+    session = types.SimpleNamespace(model="m", tokenizer="t", size=lambda task, rows: sizes[task, rows[0]])
     options = {"tasks": ["arc"], "include_path": "mine", "num_fewshot": 2, "limit": 4}
     assert harness.evaluate_harness(session, **options) == "result"
     assert calls["TaskManager"] == {"include_path": "mine"}

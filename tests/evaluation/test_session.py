@@ -59,6 +59,26 @@ def test_equal_prompts_are_generated_once_and_known_answers_never(ask):
     assert ask.generated == [3, 2, 1]
 
 
+def test_a_size_is_found_once_for_each_task(tmp_path):
+    asked = []
+
+    def size(rows, new_tokens):
+        asked.append((rows, new_tokens))
+        return 100 - len(asked)
+
+    def session(journal, batch_size=size):
+        return Session(tmp_path, "sft", {}, None, None, journal, batch_size)
+
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        assert session(journal, 5).size("graded", [(3, (0,))], 7) == 5
+        assert session(journal).size("graded", [(3, (0,))], 7) == 99
+        assert session(journal).size("ranking", [(3, (4, 2))]) == 98
+        assert asked == [([(3, (0,))], 7), ([(3, (4, 2))], None)]
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        assert session(journal).size("graded", [(3, (0,))], 7, begun=True) == 99
+        assert session(journal).size("superni", [(3, (0,))], 7, begun=True) == 32  # begun before sizes were recorded
+
+
 @pytest.mark.parametrize(
     "other",
     [{"new": 5}, {"dtype": torch.bfloat16}, {"base": "other"}, {"quantization": "nf4"}, {"adapters": {"sft": "new"}},

@@ -124,7 +124,7 @@ def test_a_merged_model_that_does_not_fit_on_the_gpu_may_be_offloaded_to_disk():
 
 
 def test_a_comparison_that_decides_is_left_out():
-    run = dataclasses.replace(run_of("llama-3.1-8b", batch_size=1), compared=(60_000,), evaluation=None)
+    run = dataclasses.replace(run_of("llama-3.1-8b", batch_size=1), compared=(60_000,), evaluation={})
     plan = make_plan(run, Device.of(find_gpu("RTX 4080")))
     assert plan.largest.name == "compare exports" and not plan.fits
     assert advise(plan)[-1].fits and advise(plan)[0].overrides == ("export.divergence_prompts=0",)

@@ -93,7 +93,7 @@ def test_servers_and_programs_take_nothing_and_vllm_is_named():
 
 def test_benchmarks_that_are_not_here_count_in_their_published_sizes():
     plan, phases, _ = planned(recipe="paper/tuna-llama-7b")
-    tasks = plan.run.evaluation.tasks
+    tasks = plan.run.evaluation
     assert {name: task.workload.total for name, task in tasks.items()} == {
         "ranking": 200, "superni-0shot": 11_900, "superni-2shot": 11_900, "lmentry": 110_700,
     }  # fmt: skip
@@ -110,7 +110,7 @@ def test_benchmarks_that_are_here_are_counted():
         f"evaluation.tasks.vicuna={{path: {DATA}/vicuna80/question.jsonl, judge: {{model: {PICO}}}}}",
     ]
     plan, phases, _ = planned(*paths, "evaluation.tasks.lm_eval={tasks: [arc_easy]}")
-    tasks = plan.run.evaluation.tasks
+    tasks = plan.run.evaluation
     assert tasks["superni-0shot"].workload.total == 75 and tasks["lmentry"].workload.total == 41 * 3
     assert tasks["vicuna"].workload.total == 80 and tasks["vicuna"].judge.questions.total == 160
     assert "judge vicuna" in phases and "lm_eval" in plan.run.unplanned[0]
@@ -173,8 +173,8 @@ def test_the_prompts_that_auto_holds_back_are_planned():
     ]
     plan, phases, _ = planned(f"stages={json.dumps(stages)}", "evaluation=auto")
     # 5 % of 400 once, and 10 % of 100.
-    assert plan.run.evaluation.tasks["ranking"].workload.total == 30
-    assert plan.run.evaluation.tasks["answers"].workload.total == 20
+    assert plan.run.evaluation["ranking"].workload.total == 30
+    assert plan.run.evaluation["answers"].workload.total == 20
     assert phases["evaluate: ranking"].tokens > 0 and phases["evaluate: answers"].note == "4 times"
     assert "evaluate: ranking" not in planned(f"stages={json.dumps(stages)}", "evaluation=null")[1]
 
@@ -184,9 +184,9 @@ def test_auto_plans_the_batches_that_fit(monkeypatch):
     stage = {"name": "one", "type": "ranking", "data": ranked, "train": {"per_device_train_batch_size": 1}}
     overrides = [f"stages={json.dumps([stage])}", "evaluation=auto"]
     plan, phases, _ = planned(*overrides)
-    assert plan.run.evaluation.batch_size == 8
-    evaluation = max(phase.needed for name, phase in phases.items() if name.startswith("evaluate"))
-    small = Device("small", evaluation - 1, bf16=False)
+    peak = max(phase.peak for name, phase in phases.items() if name.startswith("evaluate"))
+    small = Device("small", peak - 1, bf16=False)
     [tight], _ = plan_recipe(load_recipe("quickstart", overrides, check=False), [small])
-    assert tight.run.evaluation.batch_size < 8
-    assert max(phase.needed for phase in tight.phases if phase.name.startswith("evaluate")) < evaluation
+    sizes = [sum(task.batch_size for task in one.run.evaluation.values()) for one in (tight, plan)]
+    assert sizes[0] < sizes[1]
+    assert max(phase.peak for phase in tight.phases if phase.name.startswith("evaluate")) < peak

@@ -16,7 +16,7 @@ from tuna_peft.planning.gpus import GPUS, Gpu, find_gpu
 from tuna_peft.planning.memory import Adapter, Precision
 from tuna_peft.planning.plan import Phase, Plan, make_plan
 from tuna_peft.planning.shapes import KNOWN, ModelShape
-from tuna_peft.planning.spec import Device, EvaluationSpec, MergeSpec, RunSpec, StageSpec, TaskSpec
+from tuna_peft.planning.spec import Device, MergeSpec, RunSpec, StageSpec, TaskSpec
 from tuna_peft.planning.workload import Row, Workload, packed_pass, padded_pass
 
 ROWS = Workload((Row(100, (200, 50)), Row(40, (10, 20, 30))), 1000, "by hand")
@@ -30,7 +30,7 @@ def run_of(model="llama-2-7b", **changes):
         "activation_memory": "full", "optimizer": "adamw_torch", "epochs": 2, "max_steps": -1, **changes,
     }  # fmt: skip
     stages = tuple(StageSpec(name, kind, **values) for name, kind in (("sft", "sft"), ("rank", "ranking")))
-    evaluation = EvaluationSpec(16, {"ranking": TaskSpec(ROWS), "graded": TaskSpec(ROWS, 64)})
+    evaluation = {"ranking": TaskSpec(ROWS, batch_size=16), "graded": TaskSpec(ROWS, 64, batch_size=16)}
     return RunSpec(model, shape, Precision("nf4", True, 2), stages, evaluation, MergeSpec())
 
 

@@ -10,16 +10,14 @@ from test_plan import run_of
 
 from tuna_peft.limits import GIB
 from tuna_peft.planning.gpus import find_gpu
+from tuna_peft.planning.memory import CUDA_CONTEXT, Precision, dense_bytes
 from tuna_peft.planning.plan import make_plan
-from tuna_peft.planning.sizes import MOST_SEQUENCES, MOST_TOKENS, sized, sizes_of
-from tuna_peft.planning.spec import Device, JudgeSpec, SampleSpec, TeacherSpec
+from tuna_peft.planning.shapes import KNOWN
+from tuna_peft.planning.sizes import MOST_SEQUENCES, MOST_TOKENS, sequences, sized, sizes_of
+from tuna_peft.planning.spec import Device, JudgeSpec, SampleSpec, TaskSpec, TeacherSpec
 from tuna_peft.planning.workload import Row, Workload
 
-TOKENS, SAMPLES, EVALUATION = (
-    "stages.rank.train.max_tokens_per_batch",
-    "stages.rank.data.sample.batch_size",
-    "evaluation.batch_size",
-)
+TOKENS, SAMPLES = "stages.rank.train.max_tokens_per_batch", "stages.rank.data.sample.batch_size"
 LONG = Workload((Row(400, (300,) * 4), Row(100, (50, 60))), 1000, "by hand")
 
 
@@ -28,7 +26,8 @@ def auto_run(model="llama-3.1-8b", **changes):
     sample = SampleSpec(4, 256, 32, auto=True)
     sft, rank = run.stages
     rank = dataclasses.replace(rank, **{"auto_tokens": True, "sample": sample, "prompt_workload": PROMPTS, **changes})
-    return dataclasses.replace(run, stages=(sft, rank), evaluation=dataclasses.replace(run.evaluation, auto=True))
+    tasks = {name: dataclasses.replace(task, auto=True) for name, task in run.evaluation.items()}
+    return dataclasses.replace(run, stages=(sft, rank), evaluation=tasks)
 
 
 def sizes(gpu, **changes):
@@ -37,8 +36,8 @@ def sizes(gpu, **changes):
 
 def test_they_grow_with_memory_up_to_what_is_useful():
     found = [sizes(gpu) for gpu in ("RTX 3060 12GB", "RTX 4090", "A100 40GB", "H200")]
-    assert [set(one) for one in found] == [{TOKENS, SAMPLES, EVALUATION}] * 4
-    for key in (TOKENS, SAMPLES, EVALUATION):
+    assert [set(one) for one in found] == [{TOKENS, SAMPLES}] * 4
+    for key in (TOKENS, SAMPLES):
         values = [one[key] for one in found]
         assert values == sorted(values) and values[0] < values[-1]
     assert found[-1][SAMPLES] == MOST_SEQUENCES[True] and found[-1][TOKENS] <= MOST_TOKENS[True]
@@ -100,6 +99,30 @@ def test_what_is_needed_does_not_grow_with_the_device():
 def test_a_cpu_takes_sizes_of_its_own():
     found = sizes_of(sized(auto_run(), Device("CPU", 500 * GIB, cuda=False, bf16=False)))
     assert found[TOKENS] == MOST_TOKENS[False] and found[SAMPLES] == MOST_SEQUENCES[False]
+
+
+def test_a_task_of_short_prompts_is_not_held_back_by_one_of_long_prompts():
+    short, long = (Workload.of_prompts(500, length, length, "by hand") for length in (60, 3600))
+    tasks = {"short": TaskSpec(short, 50, auto=True), "long": TaskSpec(long, 128, auto=True)}
+    for gpu in ("T4", "RTX 4090", "A100 40GB"):
+        run = dataclasses.replace(run_of("llama-2-7b"), evaluation=tasks)
+        found = sized(run, Device.of(find_gpu(gpu))).evaluation
+        assert found["short"].batch_size >= 8 * found["long"].batch_size
+        plan = make_plan(run, Device.of(find_gpu(gpu)))
+        peaks = [phase.peak for phase in plan.phases if phase.name.startswith("evaluate")]
+        assert max(peaks) <= plan.device.memory
+
+
+def test_memory_for_a_dense_copy_is_left_only_where_one_will_be_held():
+    """As `has_room_for_dense` decides: below half of what is free."""
+    shape, precision = KNOWN["llama-2-7b"], Precision("nf4", True, 2)
+    prompts, dense = Workload.of_prompts(10, 1000, 1000, "by hand"), dense_bytes(KNOWN["llama-2-7b"], precision)
+
+    def size(free):
+        return sequences(shape, precision, 0, Device("GPU", free + CUDA_CONTEXT, bf16=True), prompts, 100)
+
+    without, held = size(1.7 * dense), size(2.1 * dense)
+    assert without > held > 1  # 1.7 copies without a copy are more than 2.1 with one
 
 
 def test_numbers_of_the_recipe_stay():

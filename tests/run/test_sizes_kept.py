@@ -9,7 +9,7 @@ from tuna_peft.recipe.resolved import resolve_stages
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.folder import SIZES, RunDirectory
 
-TOKENS, SAMPLES, EVALUATION = (
+TOKENS, SAMPLES, EVALUATION = (  # the last was among them before each task had its own
     "stages.rank.train.max_tokens_per_batch",
     "stages.rank.data.sample.batch_size",
     "evaluation.batch_size",
@@ -35,7 +35,7 @@ def numbers(run):
     return {
         TOKENS: stage.train["max_tokens_per_batch"],
         SAMPLES: stage.feedback.sample.responses_at_once,
-        EVALUATION: run.recipe.named_evaluation.prompts_at_once,
+        EVALUATION: run.recipe.named_evaluation.batch_size,
     }
 
 
@@ -62,10 +62,10 @@ def test_a_run_that_stopped_at_its_inputs_begins_anew(recipe, tmp_path):
         with RunDirectory(tmp_path / "run", recipe) as run:
             run.fix_sizes()
             run.fix_sizes({EVALUATION: size})
-            assert run.recipe.named_evaluation.prompts_at_once == size  # nothing was computed with the other
+            assert run.recipe.named_evaluation.batch_size == size  # nothing was computed with the other
 
 
 def test_without_a_plan_there_are_numbers_too(recipe, tmp_path):
     with RunDirectory(tmp_path / "run", recipe) as run:
         run.fix_sizes(None)
-        assert numbers(run) == {TOKENS: "auto", SAMPLES: 32, EVALUATION: 32}  # the trainer replaces its own
+        assert numbers(run) == {TOKENS: "auto", SAMPLES: 32, EVALUATION: "auto"}  # replaced where it is used

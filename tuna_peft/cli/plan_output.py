@@ -14,6 +14,7 @@ from tuna_peft.planning.advice import advise, smallest_gpu
 from tuna_peft.planning.flops import ON_CPU, TRAINING, Utilization
 from tuna_peft.planning.plan import Phase, Plan
 from tuna_peft.planning.sizes import sizes_of
+from tuna_peft.planning.spec import RunSpec
 
 
 def describe(plan: Plan, source: str) -> RenderableType:
@@ -22,7 +23,7 @@ def describe(plan: Plan, source: str) -> RenderableType:
     lines: list[RenderableType] = [
         Text(f"{run.model} on {device.name} ({gib(device.memory)}); sizes from {source}", style="bold"),
         Text(f"  computes in {run.precision.compute * 8} bits{_reason(plan)}"),
-        *(Text(f"  {key}: {size:,}") for key, size in sizes_of(run).items()),
+        *(Text(f"  {key}: {size:,}") for key, size in _sizes(run).items()),
         *(Text(f"  {name}: {source}") for name, source in _sources(plan).items()),
         _phases(plan),
         _parts(plan.largest, device.cuda),
@@ -66,7 +67,7 @@ def as_dict(plan: Plan, source: str) -> dict[str, Any]:
         "needed_bytes": round(plan.needed),
         "peak_bytes": round(plan.peak),
         "hours": plan.hours,
-        "sizes": sizes_of(plan.run),
+        "sizes": _sizes(plan.run),
         "utilisation": {"share": _utilization(plan).share, "source": _utilization(plan).source},
         "data": _sources(plan),
         "unplanned": list(plan.run.unplanned),
@@ -119,11 +120,16 @@ def _utilization(plan: Plan) -> Utilization:
     return ON_CPU if plan.device.gpu and plan.device.gpu.measured else TRAINING
 
 
+def _sizes(run: RunSpec) -> dict[str, int]:
+    """The sizes that are `auto`, those of the tasks of the evaluation among them."""
+    tasks = {f"evaluation.{name}.batch_size": task.batch_size for name, task in run.evaluation.items() if task.auto}
+    return sizes_of(run) | tasks
+
+
 def _sources(plan: Plan) -> dict[str, str]:
     """Where the lengths of data come from, by stage and task."""
-    tasks = plan.run.evaluation.tasks if plan.run.evaluation else {}
     found = {stage.name: stage.workload.source for stage in plan.run.stages}
-    return found | {f"evaluation.{name}": task.workload.source for name, task in tasks.items()}
+    return found | {f"evaluation.{name}": task.workload.source for name, task in plan.run.evaluation.items()}
 
 
 def _phases(plan: Plan) -> Table:

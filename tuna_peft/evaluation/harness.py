@@ -11,7 +11,9 @@ from typing import Any
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import Exclusion, Metric, PromptResult, TaskResult
 from tuna_peft.evaluation.session import Session
+from tuna_peft.models.generation.generate import context_of
 
+_MAX_LENGTH = 2048  # to which the harness truncates by default
 _Z95 = 1.959964  # the harness gives standard errors; this many of them are half a 95 % interval
 
 
@@ -61,7 +63,9 @@ def evaluate_harness(
             where="evaluation.tasks.lm_eval.tasks",
             fix="`lm-eval ls tasks` lists them; `include_path` adds your own.",
         )
-    model = HFLM(pretrained=session.model, tokenizer=session.tokenizer, batch_size=session.batch_size)
+    longest = min(context_of(session.model) or _MAX_LENGTH, _MAX_LENGTH)
+    size = session.size("lm_eval", [(longest - 1, (1,))])
+    model = HFLM(pretrained=session.model, tokenizer=session.tokenizer, batch_size=size)
     found = simple_evaluate(
         model=model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
         bootstrap_iters=1000, verbosity="WARNING",

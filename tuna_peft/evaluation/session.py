@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,19 @@ from tuna_peft.data.ranked import Prompt
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.evaluation.results import Exclusion
 from tuna_peft.journal import Journal, content_key
+from tuna_peft.limits import UNPLANNED_BATCH
 from tuna_peft.models.generation.dense import has_room_for_dense
 from tuna_peft.models.generation.generate import context_of, stream_responses
 
 JOURNAL = "evaluation/journal.jsonl"
 """The file in which a run caches the answers of its stages."""
+
+BatchSize = Callable[[Sequence[tuple[int, Sequence[int]]], int | None], int]
+"""Number of prompts in a batch that fits into memory.
+
+Takes for each prompt its tokens and those of its responses, and the number of new tokens; it is None where responses
+are only scored.
+"""
 
 
 @dataclass
@@ -74,7 +82,7 @@ class Session:
         model: The model with exactly these adapters active.
         tokenizer: Its tokenizer.
         journal: Cache of the generated answers.
-        batch_size: Number of prompts in a batch.
+        batch_size: Number of prompts in a batch, or a function that finds it for each task.
     """
 
     folder: Path
@@ -83,7 +91,7 @@ class Session:
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     journal: Journal
-    batch_size: int = 32
+    batch_size: int | BatchSize = UNPLANNED_BATCH
 
     def answers(
         self, questions: Sequence[Question], max_new_tokens: int, task: str
@@ -102,10 +110,11 @@ class Session:
         first = {key: index for index, key in reversed(keys.items())}  # equal prompts are generated once
         asked = sorted(first.values())
         done = {place for place, index in enumerate(asked) if keys[index] in self.journal}
+        size = self.size(task, [(len(prompts[index]), (0,)) for index in asked], max_new_tokens, begun=bool(done))
         dense = self.journal.settle("dense", has_room_for_dense(self.model), before=False)
         for generated in stream_responses(
             self.model, self.tokenizer, [prompts[index] for index in asked], max_new_tokens=max_new_tokens,
-            batch_size=self.batch_size, done=done, dense=dense, description=f"{task} ({self.stage})",
+            batch_size=size, done=done, dense=dense, description=f"{task} ({self.stage})",
         ):  # fmt: skip
             value = {"text": generated.texts[0], "ended": generated.ended[0]}
             self.journal.add(keys[asked[generated.index]], value)
@@ -113,6 +122,27 @@ class Session:
         without = [question.id for index, question in enumerate(questions) if index not in keys]
         reason = f"the prompt leaves no room for {max_new_tokens} new tokens in the model's context"
         return answers, [Exclusion.of(reason, without)] if without else []
+
+    def size(
+        self,
+        task: str,
+        rows: Sequence[tuple[int, Sequence[int]]],
+        new_tokens: int | None = None,
+        *,
+        begun: bool = False,
+    ) -> int:
+        """Number of prompts in a batch of a task: the same for all stages, and after an interruption.
+
+        Args:
+            task: Name of the task.
+            rows: Tokens of each prompt and of its responses.
+            new_tokens: Number of new tokens; None where responses are only scored.
+            begun: Whether there are answers already; a version that did not record the size took `UNPLANNED_BATCH`.
+        """
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        size = UNPLANNED_BATCH if begun or not rows else self.batch_size(rows, new_tokens)
+        return int(self.journal.settle(f"batch_size of {task}", size, before=size))
 
     @cached_property
     def _weights(self) -> str:

@@ -9,7 +9,7 @@ from functools import partial
 from tuna_peft.planning.gpus import GPUS
 from tuna_peft.planning.memory import optimizer_bytes
 from tuna_peft.planning.plan import Plan, make_plan
-from tuna_peft.planning.spec import Device, JudgeSpec, RunSpec, StageSpec
+from tuna_peft.planning.spec import Device, JudgeSpec, RunSpec, StageSpec, TaskSpec
 from tuna_peft.planning.workload import Row, Workload
 
 
@@ -92,11 +92,11 @@ def _candidates(run: RunSpec, device: Device) -> Iterator[tuple[str, _Changed]]:
 
 def _smaller_batches(run: RunSpec, device: Device) -> Iterator[tuple[str, _Changed]]:
     """Smaller batches in generation and scoring; each as large as its phases allow."""
-    if (evaluation := run.evaluation) is not None and not evaluation.adapts:
+    if sizes := [task.batch_size for task in run.evaluation.values() if not task.auto]:
         yield "slower evaluation, the same results", _largest(
-            device, "evaluate", evaluation.batch_size,
+            device, "evaluate", max(sizes),
             lambda size: ((f"evaluation.batch_size={size}",),
-                          replace(run, evaluation=replace(evaluation, batch_size=size))),
+                          _in_tasks(run, lambda task: task if task.auto else replace(task, batch_size=size))),
         )  # fmt: skip
     if samples := [stage.sample for stage in run.stages if stage.sample]:
         yield "slower sampling, the same distribution", _largest(
@@ -215,8 +215,7 @@ def _in_stages(run: RunSpec, change: Callable[[StageSpec], _ChangedStage]) -> _C
 def _judges(run: RunSpec) -> dict[str, JudgeSpec]:
     """The local judges, by their key in the recipe."""
     found = {f"{stage.key}.data.judge": stage.judge for stage in run.stages}
-    tasks = run.evaluation.tasks if run.evaluation else {}
-    found |= {f"evaluation.tasks.{name}.judge": task.judge for name, task in tasks.items()}
+    found |= {f"evaluation.tasks.{name}.judge": task.judge for name, task in run.evaluation.items()}
     return {key: judge for key, judge in found.items() if judge}
 
 
@@ -224,10 +223,9 @@ def _in_judges(run: RunSpec, setting: str, change: Callable[[JudgeSpec], JudgeSp
     """A change of every local judge that it applies to."""
     overrides = tuple(f"{key}.{setting}" for key, judge in _judges(run).items() if change(judge) != judge)
     stages = tuple(replace(stage, judge=stage.judge and change(stage.judge)) for stage in run.stages)
-    evaluation = run.evaluation
-    if evaluation is not None:
-        tasks = {
-            name: replace(task, judge=task.judge and change(task.judge)) for name, task in evaluation.tasks.items()
-        }
-        evaluation = replace(evaluation, tasks=tasks)
-    return overrides, replace(run, stages=stages, evaluation=evaluation)
+    changed = _in_tasks(run, lambda task: replace(task, judge=task.judge and change(task.judge)))
+    return overrides, replace(changed, stages=stages)
+
+
+def _in_tasks(run: RunSpec, change: Callable[[TaskSpec], TaskSpec]) -> RunSpec:
+    return replace(run, evaluation={name: change(task) for name, task in run.evaluation.items()})

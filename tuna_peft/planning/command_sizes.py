@@ -1,25 +1,62 @@
-"""What `auto` means in `tuna-peft sample`, `score` and `judge`: sizes by the formulas of the plan, as in a run.
+"""What `auto` means in evaluations and in `tuna-peft sample`, `score` and `judge`: sizes by the formulas of the plan.
 
-A size is fixed in the command's journal, because batches of other sizes round differently: a command that is resumed
-with more or less free memory computes as it began.
+A size is fixed in the journal, because batches of other sizes round differently: what is resumed with more or less
+free memory computes as it began.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from tuna_peft.data.ranked import Record
 from tuna_peft.errors import UserError
-from tuna_peft.feedback.settings import JudgeSettings, LocalModelSettings, SampleSettings, ScoreSettings
+from tuna_peft.feedback.settings import JudgeSettings, LocalModelSettings, SampleSettings, ScoreSettings, Size
 from tuna_peft.journal import Journal
 from tuna_peft.limits import UNPLANNED_BATCH, UNPLANNED_QUESTIONS, UNPLANNED_TOKENS
 from tuna_peft.planning.from_recipe import judge_spec, local_model, this_device
 from tuna_peft.planning.lengths import records_workload
+from tuna_peft.planning.memory import Precision
+from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.sizes import scored_tokens, sequences, sized_judge
-from tuna_peft.planning.workload import Workload
+from tuna_peft.planning.workload import Row, Workload
+
+if TYPE_CHECKING:
+    import torch
+
+    from tuna_peft.evaluation.session import BatchSize
 
 logger = logging.getLogger("tuna_peft")
+
+
+def batch_size(setting: Size, model: torch.nn.Module) -> int | BatchSize:
+    """Number of prompts in a batch of an evaluation of the loaded `model`; for `auto`, how each task finds its own."""
+    import torch
+
+    from tuna_peft.models.base.shards import is_sharded
+    from tuna_peft.models.forward.scoring import without_peft
+    from tuna_peft.models.stack.files import quantization_method, quantization_of
+
+    if setting != "auto":
+        return setting
+    plain = without_peft(model)
+
+    def size(rows: Sequence[tuple[int, Sequence[int]]], new_tokens: int | None) -> int:
+        if is_sharded(model):  # its weights gather for each layer, which no plan counts
+            return UNPLANNED_BATCH
+        try:
+            shape = ModelShape.from_config(plain.config.to_dict(), plain.name_or_path)
+            precision = Precision(quantization_method(quantization_of(plain)), False, plain.dtype.itemsize)
+        except UserError as error:
+            logger.debug("no plan of the batch size: %s", error.what)
+            return UNPLANNED_BATCH
+        here = this_device(str(plain.device))
+        fixed = torch.cuda.memory_allocated(plain.device) if here.cuda else 0.0
+        workload = Workload(tuple(Row(prompt, tuple(responses)) for prompt, responses in rows), len(rows), "")
+        return sequences(shape, precision, fixed, here, workload, new_tokens)
+
+    return size
 
 
 def sized_sampling(

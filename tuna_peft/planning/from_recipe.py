@@ -9,7 +9,7 @@ from typing import Any
 
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.settings import JudgeSettings, LocalModelSettings
-from tuna_peft.limits import available_ram, is_ampere_or_later
+from tuna_peft.limits import UNPLANNED_BATCH, available_ram, is_ampere_or_later
 from tuna_peft.models.stack.any_model import local_stack
 from tuna_peft.models.stack.files import quantization_method
 from tuna_peft.models.stack.manifest import read_manifest
@@ -17,11 +17,10 @@ from tuna_peft.planning.gpus import find_gpu
 from tuna_peft.planning.hub_config import is_on_disk, read_shape
 from tuna_peft.planning.lengths import questions, ranked_workload, read_workloads
 from tuna_peft.planning.memory import CUDA_CONTEXT, Adapter, Precision
-from tuna_peft.planning.plan import Plan, evaluation_phases, make_plan
+from tuna_peft.planning.plan import Plan, make_plan
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.spec import (
     Device,
-    EvaluationSpec,
     JudgeSpec,
     LocalModel,
     MergeSpec,
@@ -34,7 +33,6 @@ from tuna_peft.planning.spec import (
 from tuna_peft.planning.workload import Row, Workload
 from tuna_peft.recipe.evaluation_schema import (
     AUTO_ANSWERS,
-    AUTO_BATCH_SIZE,
     AUTO_NEW_TOKENS,
     VicunaTask,
     held_out_size,
@@ -138,14 +136,13 @@ def run_spec(
         unplanned=tuple(_unplanned(recipe)),
         export_notes=tuple(export_notes(recipe)),
     )
-    return _with_auto_evaluation(run, resolve_stages(recipe), device) if recipe.evaluation == "auto" else run
+    if recipe.evaluation == "auto":
+        return dataclasses.replace(run, evaluation=_auto_evaluation(run, resolve_stages(recipe)))
+    return run
 
 
-def _with_auto_evaluation(run: RunSpec, stages: Sequence[ResolvedStage], device: Device) -> RunSpec:
-    """With the tasks of `evaluation: auto`; their batches are halved, as the run does, until they fit.
-
-    Stages on the same data hold the same prompts back, which count once.
-    """
+def _auto_evaluation(run: RunSpec, stages: Sequence[ResolvedStage]) -> dict[str, TaskSpec]:
+    """The tasks of `evaluation: auto`. Stages on the same data hold the same prompts back, which count once."""
     measured: dict[str, tuple[Workload, int]] = {}
     for stage, planned in zip(stages, run.stages, strict=True):
         if stage.type == "ranking":
@@ -155,17 +152,12 @@ def _with_auto_evaluation(run: RunSpec, stages: Sequence[ResolvedStage], device:
             )
     total = sum(count for _, count in measured.values())
     if not total:
-        return run
+        return {}
     rows = tuple(row for workload, count in measured.values() if count for row in workload.rows)
     ranked = Workload(rows, total, f"{total:,} prompts held back")
     asked = dataclasses.replace(ranked, total=min(total, AUTO_ANSWERS))
     new_tokens = min(AUTO_NEW_TOKENS, (run.shape.context or AUTO_NEW_TOKENS * 2) // 2)
-    tasks = {"ranking": TaskSpec(ranked), "answers": TaskSpec(asked, new_tokens)}
-    for size in (AUTO_BATCH_SIZE, 4, 2, 1):
-        run = dataclasses.replace(run, evaluation=EvaluationSpec(size, tasks, adapts=True))
-        if all(phase.needed <= device.memory for phase in evaluation_phases(run, device)):
-            break
-    return run
+    return {"ranking": TaskSpec(ranked, auto=True), "answers": TaskSpec(asked, new_tokens, auto=True)}
 
 
 def _stage(
@@ -265,11 +257,11 @@ def judge_spec(settings: JudgeSettings, rows: Workload, device: Device, key: str
     return JudgeSpec(model, asked, settings.max_tokens, settings.questions_at_once, greedy, auto)
 
 
-def _named_evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) -> EvaluationSpec | None:
+def _named_evaluation(recipe: Recipe, workloads: dict[str, Workload], device: Device) -> dict[str, TaskSpec]:
     """The tasks whose lengths are known; Super-NI is one task for each number of shots."""
     settings = recipe.named_evaluation
     if settings is None:
-        return None
+        return {}
     given, tasks = settings.tasks.given(), {}
     for key, workload in workloads.items():
         section, _, name = key.partition(".")
@@ -284,8 +276,9 @@ def _named_evaluation(recipe: Recipe, workloads: dict[str, Workload], device: De
             )
             asked = task.judge.model_copy(update={"both_orders": True})
             judge = judge_spec(asked, pairs, device, "evaluation.tasks.vicuna.judge")
-        tasks[name] = TaskSpec(workload, new, judge)
-    return EvaluationSpec(settings.prompts_at_once, tasks, auto=settings.batch_size == "auto")
+        size = UNPLANNED_BATCH if settings.batch_size == "auto" else settings.batch_size
+        tasks[name] = TaskSpec(workload, new, judge, size, auto=settings.batch_size == "auto")
+    return tasks
 
 
 def _longest(workload: Workload, count: int) -> tuple[int, ...]:

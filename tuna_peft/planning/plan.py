@@ -300,7 +300,7 @@ def make_plan(run: RunSpec, device: Device) -> Plan:
     phases: list[Phase] = []
     for index in range(len(run.stages)):
         phases += [*_ranking_phases(run, index, device), training(run, index, device)]
-    phases += [*evaluation_phases(run, device), *_comparison(run, device)]
+    phases += [*_evaluation_phases(run, device), *_comparison(run, device)]
     return Plan(run, device, phases, main_memory(run, device), disk(run, device))
 
 
@@ -338,19 +338,16 @@ def _judging(name: str, weights: dict[str, float], judge: JudgeSpec, device: Dev
     return _flexible(phase, device) if judge.auto else phase
 
 
-def evaluation_phases(run: RunSpec, device: Device) -> Iterator[Phase]:
+def _evaluation_phases(run: RunSpec, device: Device) -> Iterator[Phase]:
     """The phases of all tasks, each for the base and every stage."""
-    settings, times = run.evaluation, len(run.stages) + 1
-    if settings is None:
-        return
-    weights = _weights(run, len(run.stages))
-    for name, task in settings.tasks.items():
+    times, weights = len(run.stages) + 1, _weights(run, len(run.stages))
+    for name, task in run.evaluation.items():
         inference = Inference(f"evaluate: {name}", weights, run.shape, run.precision, device, times, f"{times} times")
         if task.new_tokens is None:
-            phase = inference.scoring(task.workload, settings.batch_size)
+            phase = inference.scoring(task.workload, task.batch_size)
         else:
-            phase = inference.generation(task.workload, task.new_tokens, settings.batch_size)
-        yield _flexible(phase, device) if settings.auto else phase
+            phase = inference.generation(task.workload, task.new_tokens, task.batch_size)
+        yield _flexible(phase, device) if task.auto else phase
         if task.judge is not None:
             yield _judging(f"judge {name}", weights, task.judge, device, times)
 

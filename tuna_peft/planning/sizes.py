@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tuna_peft.limits import ACTIVATIONS_IN_RAM, activations_on_gpu
+from tuna_peft.limits import ACTIVATIONS_IN_RAM, DENSE_COPY, activations_on_gpu
 from tuna_peft.planning.memory import (
     CUDA_CONTEXT,
     PROCESS,
@@ -51,24 +51,20 @@ def sized(run: RunSpec, device: Device) -> RunSpec:
             stage = replace(stage, sample=sample, teacher=teacher, judge=judge)
         stages.append(stage)
     run = replace(run, stages=tuple(_shared(stages)))
-    if (evaluation := run.evaluation) is not None:
-        own, size = _weights(run, len(run.stages)), evaluation.batch_size
-        if evaluation.auto:
-            fitting = [
-                sequences(run.shape, run.precision, own, device, task.workload, task.new_tokens)
-                for task in evaluation.tasks.values()
-            ]
-            size = min(fitting, default=MOST_SEQUENCES[device.cuda])
-        tasks = {
-            name: replace(task, judge=sized_judge(task.judge, own, device)) if task.judge else task
-            for name, task in evaluation.tasks.items()
-        }
-        run = replace(run, evaluation=replace(evaluation, batch_size=size, tasks=tasks))
-    return run
+    own, evaluation = _weights(run, len(run.stages)), {}
+    for name, task in run.evaluation.items():
+        if task.auto:
+            size = sequences(run.shape, run.precision, own, device, task.workload, task.new_tokens)
+            task = replace(task, batch_size=size)
+        evaluation[name] = replace(task, judge=task.judge and sized_judge(task.judge, own, device))
+    return replace(run, evaluation=evaluation)
 
 
 def sizes_of(run: RunSpec) -> dict[str, int]:
-    """The sizes of a run that are `auto` in its recipe, by their keys there."""
+    """The sizes of a run that are `auto` in its recipe, by their keys there.
+
+    Not those of evaluation: each task has its own, which is found when its prompts are known (`command_sizes`).
+    """
     found: dict[str, int] = {}
     for stage in run.stages:
         if stage.auto_tokens and stage.max_tokens is not None:
@@ -79,12 +75,9 @@ def sizes_of(run: RunSpec) -> dict[str, int]:
             found[f"{stage.key}.data.score.max_tokens_per_batch"] = stage.teacher.max_tokens
         if stage.judge is not None and stage.judge.auto:
             found[f"{stage.key}.data.judge.batch_size"] = stage.judge.batch_size
-    if run.evaluation is not None:
-        if run.evaluation.auto:
-            found["evaluation.batch_size"] = run.evaluation.batch_size
-        for name, task in run.evaluation.tasks.items():
-            if task.judge is not None and task.judge.auto:
-                found[f"evaluation.tasks.{name}.judge.batch_size"] = task.judge.batch_size
+    for name, task in run.evaluation.items():
+        if task.judge is not None and task.judge.auto:
+            found[f"evaluation.tasks.{name}.judge.batch_size"] = task.judge.batch_size
     return found
 
 
@@ -148,9 +141,10 @@ def sequences(
     Args:
         fixed: Bytes of all weights in memory.
     """
-    # With the dense copy, whether it will be held or not: it may take half of what is free.
-    free = _free(device, fixed)
-    room = activations_on_gpu(2) * free - min(dense_bytes(shape, precision), free / 2)
+    free, dense = _free(device, fixed), dense_bytes(shape, precision)
+    # `has_room_for_dense` measures what is free, which is not exactly what is planned here: a tenth of margin.
+    held = dense if dense <= 1.1 * DENSE_COPY * free else 0.0
+    room = activations_on_gpu(2) * free - held
     longest = max(row.prompt for row in workload.rows)
 
     def fits(size: int) -> bool:

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from tuna_peft.limits import GIB, SMALL_MODEL, prompts_per_batch
+from tuna_peft.limits import GIB, SMALL_MODEL, UNPLANNED_BATCH, prompts_per_batch
 from tuna_peft.planning.gpus import Gpu
 from tuna_peft.planning.memory import Adapter, Precision, weight_parts
 from tuna_peft.planning.shapes import ModelShape
@@ -197,25 +197,17 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """An evaluation task: it scores responses, or generates `new_tokens` for each prompt and may have them judged."""
+    """An evaluation task: it scores responses, or generates `new_tokens` for each prompt and may have them judged.
+
+    Attributes:
+        batch_size: Number of prompts in a batch.
+        auto: The batch size follows the memory, see `planning.sizes`.
+    """
 
     workload: Workload
     new_tokens: int | None = None
     judge: JudgeSpec | None = None
-
-
-@dataclass(frozen=True)
-class EvaluationSpec:
-    """The evaluation of the base and of every stage.
-
-    Attributes:
-        adapts: The recipe has no batch size that could be lowered: `evaluation: auto`.
-        auto: The batch size follows the memory, see `planning.sizes`.
-    """
-
-    batch_size: int
-    tasks: dict[str, TaskSpec]
-    adapts: bool = False
+    batch_size: int = UNPLANNED_BATCH
     auto: bool = False
 
 
@@ -241,7 +233,7 @@ class RunSpec:
         shape: Its sizes.
         precision: How it is stored.
         stages: The training stages, in order; the rounds of a stage count as stages.
-        evaluation: The evaluation, if any.
+        evaluation: The tasks on which the base and every stage are evaluated, by name.
         merge: The merged model, if one is exported.
         compared: Tokens of each text on which exports are compared with the unmerged adapters.
         downloads: Whether the base must be downloaded first.
@@ -253,7 +245,7 @@ class RunSpec:
     shape: ModelShape
     precision: Precision
     stages: tuple[StageSpec, ...]
-    evaluation: EvaluationSpec | None = None
+    evaluation: dict[str, TaskSpec] = field(default_factory=dict)
     merge: MergeSpec | None = None
     compared: tuple[int, ...] = ()
     downloads: bool = True
@@ -277,8 +269,7 @@ class RunSpec:
     def helpers(self) -> list[LocalModel]:
         """All local teachers and judges, each once."""
         found = [one.model for stage in self.stages for one in (stage.teacher, stage.judge) if one]
-        if self.evaluation is not None:
-            found += [task.judge.model for task in self.evaluation.tasks.values() if task.judge]
+        found += [task.judge.model for task in self.evaluation.values() if task.judge]
         return list(dict.fromkeys(found))
 
 

@@ -12,7 +12,6 @@ from pydantic import Discriminator, Field, Tag
 
 from tuna_peft.data.config import DataSource, MayBeLocal, Overflow, Section
 from tuna_peft.feedback.settings import JudgeSettings, Size
-from tuna_peft.limits import UNPLANNED_BATCH
 
 
 class RankingTask(DataSource):
@@ -136,12 +135,11 @@ class EvaluationSettings(Section):
     """What is measured before the first stage and after each stage."""
 
     tasks: TaskSettings = Field(default_factory=TaskSettings, description="The tasks, by name.")
-    batch_size: Size = Field("auto", description="Number of prompts per batch; `auto` follows the device's memory.")
-
-    @property
-    def prompts_at_once(self) -> int:
-        """The batch size; a number also where no plan has replaced `auto`."""
-        return UNPLANNED_BATCH if self.batch_size == "auto" else self.batch_size
+    batch_size: Size = Field(
+        "auto",
+        description="Number of prompts per batch, halved when memory runs out; `auto` follows each task's lengths and "
+        "the device's memory.",
+    )
 
 
 # Tags of the two kinds, see `recipe/feedback_schema.py`.
@@ -156,9 +154,6 @@ Evaluation = Annotated[
     Annotated[Literal["auto"], Tag(AUTOMATIC)] | Annotated[EvaluationSettings, Tag(NAMED)], Discriminator(_kind)
 ]
 """The key `evaluation`: the user's own tasks, or `auto`, for which `run/held_out.py` holds prompts back."""
-
-AUTO_BATCH_SIZE = 8
-"""Prompts per batch with `auto`; batches that run out of memory are split."""
 
 AUTO_ANSWERS, AUTO_NEW_TOKENS = 20, 128
 """With `auto`: maximum number of prompts that the model answers, and maximum length of an answer in tokens."""

@@ -24,6 +24,7 @@ from tuna_peft.journal import Journal
 from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.models.stack.any_model import load_any_model, local_stack, model_digest, usual_prompt
 from tuna_peft.models.stack.files import quantization_method
+from tuna_peft.planning.command_sizes import batch_size
 from tuna_peft.recipe.evaluation_schema import EvaluationSettings
 from tuna_peft.recipe.resolved import resolve_stages
 from tuna_peft.run.folder import read_run_recipe
@@ -126,7 +127,6 @@ def evaluate_target(
             if one.feedback and (ranked := Path(target) / "stages" / one.name / RANKED).is_file():
                 encode_self_ranked(inputs, one, ranked, recipe.prompt, loaded.tokenizer, loaded.model.config)
         data = TaskData(inputs.tasks)
-        settings = settings.model_copy(update={"batch_size": inputs.batch_size})
     else:
         data = read_tasks(settings.tasks, template, loaded.tokenizer, loaded.model.config, known)
     digest = model_digest(loaded.model)
@@ -139,9 +139,8 @@ def evaluate_target(
             adapters = loaded.names[: known.index(stage)]
             stage_digest = {**digest, "adapters": {name: digest["adapters"][name] for name in adapters}}
             with active_adapters(loaded.model, adapters):
-                session = Session(
-                    output, stage, stage_digest, loaded.model, loaded.tokenizer, journal, settings.prompts_at_once
-                )
+                size = batch_size(settings.batch_size, loaded.model)
+                session = Session(output, stage, stage_digest, loaded.model, loaded.tokenizer, journal, size)
                 results[stage] = evaluate_stage(session, data.tasks)
     return {stage: results[stage] for stage in known if stage in results}
 

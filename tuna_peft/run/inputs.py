@@ -28,7 +28,6 @@ from tuna_peft.data.load import (
 from tuna_peft.data.losses import report_losses
 from tuna_peft.data.ranked import ReadReport, Record
 from tuna_peft.limits import context_length
-from tuna_peft.recipe.evaluation_schema import AUTO_BATCH_SIZE
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
 from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.held_out import HeldOut, held_out_tasks, hold_out, self_ranked_task
@@ -48,7 +47,6 @@ class Inputs:
         prompts: For those stages, by name: the prompts, with responses if the run does not sample them.
         ranked: Encoded held-out examples for the task `ranking` that the recipe names; None without it.
         tasks: The tasks of the evaluation.
-        batch_size: Number of prompts per batch in the evaluation.
         held_out: The prompts that `evaluation: auto` holds back.
         counts: What happened to records and examples in reading and tokenizing, by stage name and under
             `evaluation.<task>`.
@@ -58,7 +56,6 @@ class Inputs:
     prompts: dict[str, list[Record]] = field(default_factory=dict)
     ranked: Dataset | None = None
     tasks: list[Task] = field(default_factory=list)
-    batch_size: int = 1
     held_out: HeldOut = field(default_factory=HeldOut)
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -103,11 +100,10 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
             return _encode(stage, stage.source, recipe.prompt, tokenizer, config, partial(held_out.measured, stage))[0]
 
         inputs.tasks = held_out_tasks(held_out, stages, recipe.prompt, context_length(config), encode)
-        inputs.batch_size = AUTO_BATCH_SIZE
         inputs.counts["evaluation"] = {"held_out": {name: len(records) for name, records in held_out.records.items()}}
     elif settings := recipe.named_evaluation:
         read_data = read_tasks(settings.tasks, recipe.prompt, tokenizer, config, stage_names(recipe))
-        inputs.ranked, inputs.tasks, inputs.batch_size = read_data.ranked, read_data.tasks, settings.prompts_at_once
+        inputs.ranked, inputs.tasks = read_data.ranked, read_data.tasks
         inputs.counts |= {f"evaluation.{task}": counts for task, counts in read_data.counts.items()}
     return inputs
 

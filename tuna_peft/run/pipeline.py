@@ -40,6 +40,7 @@ from tuna_peft.models.stack.adapters import active_adapters, drop_adapter, finge
 from tuna_peft.models.stack.any_model import model_digest
 from tuna_peft.models.stack.files import extend_stack
 from tuna_peft.models.stack.manifest import read_manifest
+from tuna_peft.planning.command_sizes import batch_size
 from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.planning.sizes import sizes_of
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages, stage_names
@@ -160,8 +161,6 @@ def _check_and_read(run: RunDirectory, stages: list[ResolvedStage], on_cpu: bool
     if plan:
         with run.main_first():  # whose memory counts
             run.fix_sizes(sizes_of(plan.run))
-    if settings := run.recipe.named_evaluation:
-        inputs.batch_size = settings.prompts_at_once
     return inputs
 
 
@@ -242,9 +241,9 @@ def _evaluate(
     with run.main_first(model):
         if inputs.tasks and run.processes.main:
             with Journal(run.path / JOURNAL) as journal:
-                session = Session(
-                    run.path, stage, model_digest(model, adapters), model, base.tokenizer, journal, inputs.batch_size
-                )
+                named = run.recipe.named_evaluation
+                size = batch_size(named.batch_size if named else "auto", model)
+                session = Session(run.path, stage, model_digest(model, adapters), model, base.tokenizer, journal, size)
                 evaluate_stage(session, inputs.tasks)
 
 

@@ -129,11 +129,12 @@ def ranking_task(rows: Dataset, margin: float, name: str = "ranking") -> Task:
 
     def run(session: Session) -> TaskResult:
         result = evaluate_ranking(
-            session.model, session.tokenizer, rows, batch_size=session.batch_size, margin=margin,
+            session.model, session.tokenizer, rows, batch_size=session.size(name, lengths), margin=margin,
             description=f"ranking ({session.stage})",
         )  # fmt: skip
         return replace(result, task=name)
 
+    lengths = [(len(row["prompt_ids"]), [*map(len, row["completions_ids"])]) for row in rows]
     digest = content_key(rows=[[row["prompt_ids"], row["completions_ids"], row["ranks"]] for row in rows])
     return Task(name, run, {"margin": margin, "data": digest})
 
