@@ -39,6 +39,16 @@ def test_each_kind_has_a_line(counts):
     ]
 
 
+def test_a_row_that_the_tokenizer_or_template_refuses_is_not_called_too_long(counts, tokenizer):
+    typed, long = {**GOOD, "completions": [f"a{tokenizer.eos_token}b", "b"]}, {**GOOD, "prompt": "x" * 30}
+    _, found = counts(*[GOOD] * 3, typed, long, max_length=20)
+    assert describe_losses(found) == [
+        "1 of 5 rows are skipped: special token in a response (20.0%); "
+        "to keep them, correct them; `on_bad_row: error` names the first one",
+        "1 of 5 rows are skipped as too long (20.0%); to keep them, raise `train.max_length`, or set `overflow: cut`",
+    ]
+
+
 def test_more_than_a_tenth_is_a_warning_with_the_key(counts, caplog):
     long = {**GOOD, "prompt": "x" * 30}
     source, found = counts(*[GOOD] * 4, long, max_length=10)
@@ -46,7 +56,7 @@ def test_more_than_a_tenth_is_a_warning_with_the_key(counts, caplog):
         report_losses(source, found)
     [record] = caplog.records
     assert record.levelname == "WARNING"
-    assert "1 of 5 rows are skipped after tokenizing" in record.message and "(20.0%)" in record.message
+    assert "1 of 5 rows are skipped as too long" in record.message and "(20.0%)" in record.message
     assert "`train.max_length`" in record.message
     caplog.clear()
     source, found = counts(*[GOOD] * 19, long, max_length=10)

@@ -54,9 +54,13 @@ def _losses(counts: dict[str, Any]) -> list[tuple[str, float, str]]:
          "correct them in the data"),
     ):  # fmt: skip
         found.append((counts[key], whole, f"{counts[key]:,} of {whole:,} {what}", keep))
-    tokens = counts.get("tokens", dict.fromkeys(("rows", "rows_dropped", "responses"), 0))
+    tokens = {"rows": 0, "responses": 0, "rows_dropped": 0, "skipped": {}, **counts.get("tokens", {})}
+    rows = tokens["rows"]
+    for reason, count in tokens["skipped"].items():
+        found.append((count, rows, f"{count:,} of {rows:,} rows are skipped: {reason}", _keep(reason)))
+    too_long = tokens["rows_dropped"] - sum(tokens["skipped"].values())
+    found.append((too_long, rows, f"{too_long:,} of {rows:,} rows are skipped as too long", _LONGER))
     for key, whole, what, keep in (
-        ("rows_dropped", "rows", "rows are skipped after tokenizing, most often as too long", _LONGER),
         ("responses_dropped", "responses", "responses are too long and are skipped", _LONGER),
         ("responses_merged", "responses", "responses have the tokens of a better one of their row and are merged",
          "make their texts differ after the chat template"),
