@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tuna_peft.errors import UserError
-from tuna_peft.terminal import echo
+from tuna_peft.terminal import console, echo
 
 app = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
 
@@ -21,9 +23,10 @@ def list_recipes() -> None:
     from tuna_peft.recipe.shipped import shipped_recipes, summary
 
     known = shipped_recipes()
-    width = max(map(len, known), default=0)
+    indent = " " * (max(map(len, known), default=0) + 2)
+    columns = console().width if sys.stdout.isatty() else sys.maxsize  # one line each for `grep`
     for name, file in known.items():
-        echo(f"{name:<{width}}  {summary(file)}")
+        echo(textwrap.fill(f"{name:<{len(indent)}}{summary(file)}", columns, subsequent_indent=indent))
 
 
 @app.command("show")
