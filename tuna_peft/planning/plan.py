@@ -17,19 +17,14 @@ from tuna_peft.limits import (
 )
 from tuna_peft.planning.flops import decode_hours, forward_flops, hours, ranking_flops, sft_flops
 from tuna_peft.planning.memory import (
-    CUDA_CONTEXT,
     FRAGMENTATION,
-    PROCESS,
     Precision,
     activation_bytes,
     dense_bytes,
-    frozen_parts,
     generation_bytes,
     layer_bytes,
     logits_bytes,
     scoring_bytes,
-    trainer_parts,
-    weight_parts,
 )
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.sizes import sized
@@ -80,7 +75,7 @@ class Phase:
 def training(run: RunSpec, index: int, device: Device) -> Phase:
     """The training of stage `index`."""
     stage, below, shape = run.stages[index], run.below(index), run.shape
-    fixed = weight_parts(shape, run.precision) | trainer_parts(stage.adapter, below, stage.optimizer, run.precision)
+    fixed = run.trained_weights(index)
     batch = stage.largest_pass
 
     def activations(batch: ForwardPass, kept: int) -> float:
@@ -129,9 +124,9 @@ def _kept_layers(run: RunSpec, index: int, device: Device, fixed: float) -> int:
         budget = float(setting) * GIB
     elif device.cuda:
         recomputing = activation_bytes(run.shape, batch, run.precision, stage.adapter, below)
-        budget = activations_on_gpu(stage.processes) * (device.memory - CUDA_CONTEXT - fixed) - recomputing
+        budget = activations_on_gpu(stage.processes) * device.free(fixed) - recomputing
     else:
-        budget = ACTIVATIONS_IN_RAM * (device.memory - PROCESS - fixed) / stage.processes
+        budget = ACTIVATIONS_IN_RAM * device.free(fixed) / stage.processes
     layer = layer_bytes(run.shape, batch, run.precision, stage.adapter, below)
     return max(min(int(budget / layer), layers), 0)
 
@@ -148,6 +143,7 @@ class Inference:
         device: Where it computes.
         times: Number of times that the work is done, for example once for each stage.
         note: A remark for the reader.
+        auto: Whether the batch size follows the memory: less of it would have given a smaller one.
     """
 
     name: str
@@ -157,6 +153,7 @@ class Inference:
     device: Device
     times: int = 1
     note: str = ""
+    auto: bool = False
 
     def scoring(self, workload: Workload, batch_size: int, max_tokens: int | None = None) -> Phase:
         """Log-probabilities of responses, `batch_size` packed sequences and at most `max_tokens` tokens at a time."""
@@ -193,8 +190,7 @@ class Inference:
 
         # As `has_room_for_dense` decides; the copy is not needed, so the run fits without it.
         dense = dense_bytes(self.shape, self.precision)
-        free = self.device.memory - (CUDA_CONTEXT if self.device.cuda else PROCESS) - sum(self.fixed.values())
-        if dense > DENSE_COPY * free:
+        if dense > DENSE_COPY * self.device.free(sum(self.fixed.values())):
             dense = 0.0
         at_once = min(prompts, workload.total)
         count = workload.total * self.times
@@ -233,20 +229,17 @@ class Inference:
         """The phase with these bytes beyond the weights; with the smallest batch they are `one`."""
         fixed, peak = sum(self.fixed.values()), sum(temporary.values())
         margin = _margin(self.device, peak)
+        needed = fixed + peak + margin
+        if self.auto:
+            needed = min(needed, fixed + one + _margin(self.device, 0))
         return Phase(
-            self.name, {**self.fixed, **temporary}, margin, needed=fixed + peak + margin, smallest=fixed + one,
+            self.name, {**self.fixed, **temporary}, margin, needed=needed, smallest=fixed + one,
             tokens=tokens, flops=flops, hours=duration, note=self.note,
         )  # fmt: skip
 
 
-def _flexible(phase: Phase, device: Device) -> Phase:
-    """The phase with a batch size of `auto`: less memory would have given a smaller one."""
-    phase.needed = min(phase.needed, phase.smallest + _margin(device, 0))
-    return phase
-
-
 def _margin(device: Device, temporary: float) -> float:
-    return (CUDA_CONTEXT if device.cuda else PROCESS) + FRAGMENTATION * temporary
+    return device.overhead + FRAGMENTATION * temporary
 
 
 @dataclass
@@ -304,50 +297,44 @@ def make_plan(run: RunSpec, device: Device) -> Plan:
     return Plan(run, device, phases, main_memory(run, device), disk(run, device))
 
 
-def _weights(run: RunSpec, stages: int) -> dict[str, float]:
-    """Bytes of the base with the frozen adapters of the first `stages` stages, by part."""
-    return weight_parts(run.shape, run.precision) | frozen_parts(run.stack(stages), run.precision)
-
-
 def _ranking_phases(run: RunSpec, index: int, device: Device) -> Iterator[Phase]:
     """Sampling and ranking of a stage's training data; a teacher or judge is loaded beside the run's own model."""
-    stage, weights = run.stages[index], _weights(run, index)
+    stage, weights = run.stages[index], run.weights(index)
     prompts = stage.prompt_workload
     if prompts is None:
         return
     if (sample := stage.sample) is not None:
         note = f"up to {sample.attempts} attempts" if sample.attempts > 1 else ""
-        inference = Inference(f"sample {stage.name}", weights, run.shape, run.precision, device, note=note)
-        phase = inference.generation(
+        name = f"sample {stage.name}"
+        inference = Inference(name, weights, run.shape, run.precision, device, note=note, auto=sample.auto)
+        yield inference.generation(
             prompts, sample.new_tokens, sample.prompts_at_once, sample.n, greedy=False, top_p=sample.top_p
         )
-        yield _flexible(phase, device) if sample.auto else phase
     if (teacher := stage.teacher) is not None:
-        model = teacher.model
-        inference = Inference(f"score {stage.name}", weights | model.parts, model.shape, model.precision, device)
-        phase = inference.scoring(prompts, prompts.total, teacher.max_tokens)
-        yield _flexible(phase, device) if teacher.auto else phase
+        name, model = f"score {stage.name}", teacher.model
+        inference = Inference(name, weights | model.parts, model.shape, model.precision, device, auto=teacher.auto)
+        yield inference.scoring(prompts, prompts.total, teacher.max_tokens)
     if stage.judge is not None:
         yield _judging(f"judge {stage.name}", weights, stage.judge, device)
 
 
 def _judging(name: str, weights: dict[str, float], judge: JudgeSpec, device: Device, times: int = 1) -> Phase:
     model, note = judge.model, f"{times} times" if times > 1 else ""
-    inference = Inference(name, weights | model.parts, model.shape, model.precision, device, times, note)
-    phase = inference.generation(judge.questions, judge.new_tokens, judge.batch_size, greedy=judge.greedy)
-    return _flexible(phase, device) if judge.auto else phase
+    inference = Inference(name, weights | model.parts, model.shape, model.precision, device, times, note, judge.auto)
+    return inference.generation(judge.questions, judge.new_tokens, judge.batch_size, greedy=judge.greedy)
 
 
 def _evaluation_phases(run: RunSpec, device: Device) -> Iterator[Phase]:
     """The phases of all tasks, each for the base and every stage."""
-    times, weights = len(run.stages) + 1, _weights(run, len(run.stages))
+    times, weights = len(run.stages) + 1, run.weights(len(run.stages))
     for name, task in run.evaluation.items():
-        inference = Inference(f"evaluate: {name}", weights, run.shape, run.precision, device, times, f"{times} times")
+        inference = Inference(
+            f"evaluate: {name}", weights, run.shape, run.precision, device, times, f"{times} times", task.auto
+        )
         if task.new_tokens is None:
-            phase = inference.scoring(task.workload, task.batch_size)
+            yield inference.scoring(task.workload, task.batch_size)
         else:
-            phase = inference.generation(task.workload, task.new_tokens, task.batch_size)
-        yield _flexible(phase, device) if task.auto else phase
+            yield inference.generation(task.workload, task.new_tokens, task.batch_size)
         if task.judge is not None:
             yield _judging(f"judge {name}", weights, task.judge, device, times)
 
@@ -356,5 +343,5 @@ def _comparison(run: RunSpec, device: Device) -> Iterator[Phase]:
     """Logits of the unmerged adapters, with which exports are compared. The merged model uses what memory is free, see
     `storage`."""
     if run.compared:
-        weights = _weights(run, len(run.stages))
+        weights = run.weights(len(run.stages))
         yield Inference("compare exports", weights, run.shape, run.precision, device).logits(run.compared)

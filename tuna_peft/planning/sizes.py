@@ -10,17 +10,12 @@ from dataclasses import replace
 
 from tuna_peft.limits import ACTIVATIONS_IN_RAM, DENSE_COPY, activations_on_gpu
 from tuna_peft.planning.memory import (
-    CUDA_CONTEXT,
-    PROCESS,
     Precision,
     activation_bytes,
     dense_bytes,
-    frozen_parts,
     generation_bytes,
     layer_bytes,
     scoring_bytes,
-    trainer_parts,
-    weight_parts,
 )
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.spec import Device, JudgeSpec, LocalModel, RunSpec, StageSpec
@@ -30,6 +25,12 @@ from tuna_peft.planning.workload import Workload, packed_pass
 MOST_TOKENS = {True: 32_768, False: 4096}
 MOST_SEQUENCES = {True: 256, False: 32}
 _TOKEN_STEP = 512
+# The models that make a stage's training data: attribute of the stage, attribute with its size, key of that size.
+_SIZES = (
+    ("sample", "batch_size", "data.sample.batch_size"),
+    ("teacher", "max_tokens", "data.score.max_tokens_per_batch"),
+    ("judge", "batch_size", "data.judge.batch_size"),
+)
 
 
 def sized(run: RunSpec, device: Device) -> RunSpec:
@@ -39,7 +40,7 @@ def sized(run: RunSpec, device: Device) -> RunSpec:
         if stage.auto_tokens:
             stage = replace(stage, max_tokens=_tokens(run, index, device))
         if (prompts := stage.prompt_workload) is not None:
-            own = _weights(run, index)
+            own = sum(run.weights(index).values())
             sample, teacher, judge = stage.sample, stage.teacher, stage.judge
             if sample is not None and sample.auto:
                 size = sequences(run.shape, run.precision, own, device, prompts, sample.new_tokens, sample.n)
@@ -51,7 +52,7 @@ def sized(run: RunSpec, device: Device) -> RunSpec:
             stage = replace(stage, sample=sample, teacher=teacher, judge=judge)
         stages.append(stage)
     run = replace(run, stages=tuple(_shared(stages)))
-    own, evaluation = _weights(run, len(run.stages)), {}
+    own, evaluation = sum(run.weights(len(run.stages)).values()), {}
     for name, task in run.evaluation.items():
         if task.auto:
             size = sequences(run.shape, run.precision, own, device, task.workload, task.new_tokens)
@@ -69,12 +70,9 @@ def sizes_of(run: RunSpec) -> dict[str, int]:
     for stage in run.stages:
         if stage.auto_tokens and stage.max_tokens is not None:
             found[f"{stage.key}.train.max_tokens_per_batch"] = stage.max_tokens
-        if stage.sample is not None and stage.sample.auto:
-            found[f"{stage.key}.data.sample.batch_size"] = stage.sample.batch_size
-        if stage.teacher is not None and stage.teacher.auto:
-            found[f"{stage.key}.data.score.max_tokens_per_batch"] = stage.teacher.max_tokens
-        if stage.judge is not None and stage.judge.auto:
-            found[f"{stage.key}.data.judge.batch_size"] = stage.judge.batch_size
+        for name, size, key in _SIZES:
+            if (model := getattr(stage, name)) is not None and model.auto:
+                found[f"{stage.key}.{key}"] = getattr(model, size)
     for name, task in run.evaluation.items():
         if task.judge is not None and task.judge.auto:
             found[f"evaluation.tasks.{name}.judge.batch_size"] = task.judge.batch_size
@@ -89,23 +87,12 @@ def _shared(stages: list[StageSpec]) -> list[StageSpec]:
             least = min(other.max_tokens or 0 for other in rounds)
             longest = max(other.smallest_pass.positions for other in rounds)
             stage = replace(stage, max_tokens=max(least, longest))
-        if stage.sample is not None and stage.sample.auto:
-            size = min(other.sample.batch_size for other in rounds if other.sample)
-            stage = replace(stage, sample=replace(stage.sample, batch_size=size))
-        if stage.teacher is not None and stage.teacher.auto:
-            tokens = min(other.teacher.max_tokens for other in rounds if other.teacher)
-            stage = replace(stage, teacher=replace(stage.teacher, max_tokens=tokens))
-        if stage.judge is not None and stage.judge.auto:
-            size = min(other.judge.batch_size for other in rounds if other.judge)
-            stage = replace(stage, judge=replace(stage.judge, batch_size=size))
+        for name, size, _ in _SIZES:
+            if (model := getattr(stage, name)) is not None and model.auto:
+                least = min(getattr(other, size) for one in rounds if (other := getattr(one, name)))
+                stage = replace(stage, **{name: replace(model, **{size: least})})
         stages[number] = stage
     return stages
-
-
-def _weights(run: RunSpec, stages: int) -> float:
-    """Bytes of the base with the frozen adapters of the first `stages` stages."""
-    parts = weight_parts(run.shape, run.precision) | frozen_parts(run.stack(stages), run.precision)
-    return sum(parts.values())
 
 
 def _tokens(run: RunSpec, index: int, device: Device) -> int:
@@ -114,8 +101,7 @@ def _tokens(run: RunSpec, index: int, device: Device) -> int:
     Recomputing costs a third more; a second prompt in a pass saves less than that.
     """
     stage, below, shape = run.stages[index], run.below(index), run.shape
-    fixed = weight_parts(shape, run.precision) | trainer_parts(stage.adapter, below, stage.optimizer, run.precision)
-    free = _free(device, sum(fixed.values()))
+    free = device.free(sum(run.trained_weights(index).values()))
     budget = activations_on_gpu(stage.processes) * free if device.cuda else ACTIVATIONS_IN_RAM * free / stage.processes
     keeps = stage.activation_memory in ("auto", "full")
 
@@ -141,7 +127,7 @@ def sequences(
     Args:
         fixed: Bytes of all weights in memory.
     """
-    free, dense = _free(device, fixed), dense_bytes(shape, precision)
+    free, dense = device.free(fixed), dense_bytes(shape, precision)
     # `has_room_for_dense` measures what is free, which is not exactly what is planned here: a tenth of margin.
     held = dense if dense <= 1.1 * DENSE_COPY * free else 0.0
     room = activations_on_gpu(2) * free - held
@@ -165,7 +151,7 @@ def scored_tokens(teacher: LocalModel, fixed: float, device: Device, workload: W
     Args:
         fixed: Bytes of the other weights in memory.
     """
-    room = activations_on_gpu(2) * _free(device, fixed + sum(teacher.parts.values()))
+    room = activations_on_gpu(2) * device.free(fixed + sum(teacher.parts.values()))
 
     def fits(tokens: int) -> bool:
         batch = packed_pass(workload.rows, workload.total, tokens)
@@ -185,10 +171,6 @@ def sized_judge(judge: JudgeSpec, fixed: float, device: Device) -> JudgeSpec:
         judge,
         batch_size=sequences(model.shape, model.precision, fixed, device, judge.questions, judge.new_tokens),
     )
-
-
-def _free(device: Device, fixed: float) -> float:
-    return device.memory - (CUDA_CONTEXT if device.cuda else PROCESS) - fixed
 
 
 def _largest(fits: Callable[[int], bool], step: int, most: int) -> int:

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 
 from tuna_peft.limits import GIB, SMALL_MODEL, UNPLANNED_BATCH, prompts_per_batch
 from tuna_peft.planning.gpus import Gpu
-from tuna_peft.planning.memory import Adapter, Precision, weight_parts
+from tuna_peft.planning.memory import (
+    CUDA_CONTEXT,
+    PROCESS,
+    Adapter,
+    Precision,
+    frozen_parts,
+    trainer_parts,
+    weight_parts,
+)
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ForwardPass, Workload, packed_pass, padded_pass
 from tuna_peft.recipe.resolved import steps_per_epoch, total_steps
@@ -265,6 +273,16 @@ class RunSpec:
             adapters.append(stage.adapter)
         return adapters
 
+    def weights(self, count: int) -> dict[str, float]:
+        """Bytes of the base with the frozen adapters of the first `count` stages, by part."""
+        return weight_parts(self.shape, self.precision) | frozen_parts(self.stack(count), self.precision)
+
+    def trained_weights(self, index: int) -> dict[str, float]:
+        """Bytes of weights, adapters, gradients and optimizer states while stage `index` trains, by part."""
+        stage = self.stages[index]
+        trained = trainer_parts(stage.adapter, self.below(index), stage.optimizer, self.precision)
+        return weight_parts(self.shape, self.precision) | trained
+
     @property
     def helpers(self) -> list[LocalModel]:
         """All local teachers and judges, each once."""
@@ -292,6 +310,15 @@ class Device:
     cuda: bool = True
     bf16: bool = True
     why: str = ""
+
+    @property
+    def overhead(self) -> float:
+        """Bytes that are taken before any tensor: by CUDA, or by a Python process."""
+        return CUDA_CONTEXT if self.cuda else PROCESS
+
+    def free(self, fixed: float) -> float:
+        """Bytes that are left beside `fixed` bytes of weights."""
+        return self.memory - self.overhead - fixed
 
     def compute_bytes(self, shape: ModelShape) -> int:
         """Bytes of a number in the dtype that `auto` means for a model."""
