@@ -57,9 +57,9 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     assert 88 <= covered <= 99
 
 
-def test_weights_missing_scores_and_scale():
-    metric = mean_metric([1.0, 0.0, None, 0.5], [3, 1, 5, 0], scale=100)
-    assert (metric.value, metric.count) == (75.0, 4)
+def test_weights_and_missing_scores():
+    metric = mean_metric([1.0, 0.0, None, 0.5], [3, 1, 5, 0])
+    assert (metric.value, metric.count) == (0.75, 4)
     assert mean_metric([None, None]) == Metric(None)
     assert mean_metric([1.0, 1.0]) == Metric(1.0, 1.0, 1.0, 2)
 

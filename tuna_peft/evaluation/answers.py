@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tuna_peft.evaluation.bootstrap import mean_metric
-from tuna_peft.evaluation.results import PromptResult, TaskResult
+from tuna_peft.evaluation.results import TaskResult
 from tuna_peft.evaluation.session import Question, Session
 
 MAIN = "characters"
@@ -22,12 +22,6 @@ def evaluate_answers(session: Session, questions: Sequence[Question], *, max_new
         max_new_tokens: Length at which an answer is truncated.
     """
     answers, excluded = session.answers(questions, max_new_tokens, "answers")
-    prompts = [
-        PromptResult(
-            answer.question.id, answer.question.text, answer.text, {}, references=answer.question.references,
-            details={"ended": answer.ended},
-        )
-        for answer in answers
-    ]  # fmt: skip
+    prompts = [answer.scored({}) for answer in answers]
     metrics = {MAIN: mean_metric([float(len(prompt.response)) for prompt in prompts])}
     return TaskResult("answers", MAIN, metrics, prompts, excluded=excluded)

@@ -17,23 +17,20 @@ LEVEL = 0.95
 _AT_ONCE = 4_000_000  # random numbers at a time: 32 MB
 
 
-def mean_metric(
-    scores: Sequence[float | None], weights: Sequence[float] | None = None, *, scale: float = 1.0
-) -> Metric:
+def mean_metric(scores: Sequence[float | None], weights: Sequence[float] | None = None) -> Metric:
     """The (weighted) mean over prompts with its interval; prompts without a score, or with weight 0, do not count.
 
     Args:
         scores: One for each prompt; None for a prompt without a score.
         weights: One for each prompt: a prompt with 6 pairs weighs 6 in the accuracy over pairs.
-        scale: 100 for percent.
     """
     given = [1.0] * len(scores) if weights is None else weights
     pairs = [(score, weight) for score, weight in zip(scores, given, strict=True) if score is not None and weight]
     if not pairs:
         return Metric(None)
     values, counts = np.array(pairs, dtype=float).T
-    value = float(scale * (values @ counts) / counts.sum())
-    low, high = percentiles(scale * _means(values, counts))
+    value = float((values @ counts) / counts.sum())
+    low, high = percentiles(_means(values, counts))
     return Metric(value, low, high, round(counts.sum()))
 
 

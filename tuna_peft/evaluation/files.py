@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.json_files import json_units, parse_line
+from tuna_peft.data.ranked import Prompt
+from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.results import Exclusion
 
@@ -23,6 +26,14 @@ class Skipped:
         found.count += count
         if len(found.names) < Exclusion.MOST_NAMES:
             found.names.append(name)
+
+    def rendered(self, template: PromptTemplate, text: str, name: str) -> Prompt | None:
+        """The prompt of a question; None, and `name` is skipped, where the template does not take it."""
+        try:
+            return template.render(text)
+        except BadRow as error:
+            self.add(error.what, name)
+            return None
 
     def exclusions(self) -> list[Exclusion]:
         """One entry for each reason."""

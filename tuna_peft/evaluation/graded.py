@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric
-from tuna_peft.evaluation.results import PromptResult, TaskResult
+from tuna_peft.evaluation.results import TaskResult
 from tuna_peft.evaluation.session import Question, Session
 from tuna_peft.graders import Grader
 
@@ -40,10 +40,6 @@ def evaluate_graded(
             raise UserError(
                 f"the grader gave {value!r}, and a grade is a number between 0 and 1", where=f"prompt {question.id}"
             )
-        prompts.append(
-            PromptResult(
-                question.id, question.text, answer.text, {MAIN: float(value)}, details={"ended": answer.ended}
-            )
-        )
+        prompts.append(answer.scored({MAIN: float(value)}))
     metrics = {MAIN: mean_metric([prompt.scores[MAIN] for prompt in prompts])}
     return TaskResult("graded", MAIN, metrics, prompts, excluded=excluded)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tuna_peft.data.ranked import Prompt
 from tuna_peft.data.texts import prompt_ids
-from tuna_peft.evaluation.results import Exclusion
+from tuna_peft.evaluation.results import Exclusion, PromptResult
 from tuna_peft.journal import Journal, content_key
 from tuna_peft.limits import UNPLANNED_BATCH
 from tuna_peft.models.generation.dense import has_room_for_dense
@@ -68,6 +68,14 @@ class Answer:
     question: Question
     text: str
     ended: bool
+
+    def scored(self, scores: dict[str, float | None], **details: Any) -> PromptResult:
+        """The result of the question; for `scores` and `details` see `PromptResult`."""
+        asked = self.question
+        return PromptResult(
+            asked.id, asked.text, self.text, scores, references=asked.references, group=asked.group,
+            details={**details, "ended": self.ended},
+        )  # fmt: skip
 
 
 @dataclass

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric
@@ -78,10 +77,7 @@ def superni_questions(
             skipped.add(f"the task has fewer than {shots} positive examples", instance["id"])
             continue
         text = encode(instance, examples[:shots])
-        try:
-            prompt = template.render(text)
-        except BadRow as error:
-            skipped.add(error.what, instance["id"])
+        if (prompt := skipped.rendered(template, text, instance["id"])) is None:
             continue
         record = {"category": instance["category"]}
         questions.append(Question(instance["id"], text, prompt, instance["output"], instance["task"], record))
@@ -111,12 +107,10 @@ def evaluate_superni(
     task = f"superni-{shots}shot"
     answers, too_long = session.answers(questions, max_new_tokens, task)
     prompts = [
-        PromptResult(
-            answer.question.id, answer.question.text, answer.text,
+        answer.scored(
             {MAIN: rouge_l(answer.text, answer.question.references),
              "exact_match": exact_match(answer.text, answer.question.references)},
-            references=answer.question.references, group=answer.question.group,
-            details={"category": answer.question.record["category"], "ended": answer.ended},
+            category=answer.question.record["category"],
         )
         for answer in answers
     ]  # fmt: skip

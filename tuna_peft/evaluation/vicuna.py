@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.errors import UserError
 from tuna_peft.evaluation.bootstrap import mean_metric
@@ -38,10 +37,7 @@ def read_vicuna_questions(path: Path, template: PromptTemplate) -> tuple[list[Qu
         if "question_id" not in record or not isinstance(text, str) or not text.strip():
             skipped.add("the question has no id or no text", name)
             continue
-        try:
-            prompt = template.render(text)
-        except BadRow as error:
-            skipped.add(error.what, name)
+        if (prompt := skipped.rendered(template, text, name)) is None:
             continue
         questions.append(Question(name, text, prompt, group=record.get("category"), record=record))
     if not questions:
@@ -103,14 +99,9 @@ def evaluate_vicuna(
                 skipped.add("the judge gave no verdict", answer.question.id)
     prompts = []
     for answer in answers:
-        question, verdict = answer.question, verdicts.get(answer.question.id)
+        verdict, other = verdicts.get(answer.question.id), (against or {}).get(answer.question.id)
         score = None if verdict is None else (1 + verdict) / 2
-        details: dict[str, Any] = {"verdict": verdict, "ended": answer.ended}
-        if (other := (against or {}).get(question.id)) is not None:
-            details["against"] = other
-        prompts.append(
-            PromptResult(question.id, question.text, answer.text, {MAIN: score}, group=question.group, details=details)
-        )
+        prompts.append(answer.scored({MAIN: score}, verdict=verdict, **({} if other is None else {"against": other})))
     given = [prompt.details["verdict"] for prompt in prompts]
     metrics = {MAIN: _win_rate(prompts)} | {
         name: mean_metric([None if verdict is None else float(verdict == value) for verdict in given])

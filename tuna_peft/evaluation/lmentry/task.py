@@ -109,11 +109,7 @@ def evaluate_lmentry(
             skipped.add("the example lacks what its rule needs", question.id)
             continue
         template, place = question.record["template_id"], question.record.get("answer_index")
-        details = {"template": template, "place": place, "ended": answer.ended}
-        by_task[question.group].append(
-            PromptResult(question.id, question.text, answer.text, {MAIN: 100.0 * right}, group=question.group,
-                         references=question.references, details=details)
-        )  # fmt: skip
+        by_task[question.group].append(answer.scored({MAIN: 100.0 * right}, template=template, place=place))
     _weigh(by_task)
     prompts = [prompt for of_task in by_task.values() for prompt in of_task]
     groups = {f"task: {task}": {MAIN: mean_metric(_scores(of_task))} for task, of_task in by_task.items()}
