@@ -231,7 +231,8 @@ def test_codes_and_scales_are_bitsandbytes_own(quant_type: str, dtype: torch.dty
     levels = bnb.get_4bit_type(quant_type, device="cpu").sort().values
     weight[0, :31] = torch.cat([levels, (levels[1:] + levels[:-1]) / 2]).to(dtype)  # on the levels and between
     weight[1:3] = 0
-    codes, state = quantise_4bit(weight, quant_type, double_quant=double_quant, dtype=dtype)
+    settings = {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double_quant}
+    codes, state = quantise_4bit(weight, settings, dtype)
     expected, theirs = bnb.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double_quant)
     assert torch.equal(codes[: expected.numel()], expected.view(-1))
     ours, theirs = state.as_dict(packed=True), theirs.as_dict(packed=True)

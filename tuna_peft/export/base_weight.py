@@ -69,30 +69,24 @@ def dequantised(weight: torch.Tensor, quantization: dict[str, Any], load_dtype: 
     if quantization.get("load_in_8bit"):
         codes, row_scales, _ = bnb.int8_vectorwise_quant(weight.to(load_dtype).to(torch.float16).contiguous())
         return bnb.int8_vectorwise_dequant(codes, row_scales)
-    return dequantise_4bit(
-        *quantise_4bit(
-            weight,
-            quantization["bnb_4bit_quant_type"],
-            double_quant=quantization["bnb_4bit_use_double_quant"],
-            dtype=load_dtype,
-        )
-    )
+    return dequantise_4bit(*quantise_4bit(weight, quantization, load_dtype))
 
 
 def quantise_4bit(
-    weight: torch.Tensor, quant_type: str, *, double_quant: bool, dtype: torch.dtype
+    weight: torch.Tensor, quantization: dict[str, Any], dtype: torch.dtype
 ) -> tuple[torch.Tensor, bnb.QuantState]:
     """Codes and scales of a weight, bit by bit those of `bnb.quantize_4bit`, with a tenth of its memory.
 
     Args:
         weight: `(out, in)`; codes are made from it in `dtype`.
-        quant_type: `nf4` or `fp4`.
-        double_quant: Keep the scales to 8 bits, around their mean.
+        quantization: bitsandbytes' settings: `nf4` or `fp4`; with double quantization the scales are kept to 8 bits,
+            around their mean.
         dtype: What the codes will be dequantised to.
 
     Returns:
         The codes, two a byte, the last block filled up with zeros, and bitsandbytes' description of them.
     """
+    quant_type: str = quantization["bnb_4bit_quant_type"]
     # As rows of one block: blocks run over the whole weight, and some CPU kernels miscount them in other rows (see
     # `require_exact_dequantisation`). Zeros that fill the last block change neither its scale nor its codes.
     flat, missing = weight.reshape(-1), -weight.numel() % QUANTIZATION_BLOCK
@@ -110,7 +104,7 @@ def quantise_4bit(
         quant_type=quant_type,
         dtype=dtype,
     )
-    if double_quant:
+    if quantization["bnb_4bit_use_double_quant"]:
         state.nested, state.offset = True, scales.mean()
         state.absmax, state.state2 = bnb.quantize_blockwise(scales - state.offset, blocksize=SCALES_BLOCK)
     return codes, state

@@ -38,12 +38,7 @@ def check_exports(
     stack_dir: str | os.PathLike[str],
     exports: Iterable[str | os.PathLike[str]],
     prompts: Sequence[Sequence[int]],
-    *,
-    upto: str | None = None,
-    base_model: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
+    **loading: Any,
 ) -> dict[str, Divergence]:
     """The KL divergence of combined adapters, merged models and GGUF files from the stack, by export path.
 
@@ -60,8 +55,7 @@ def check_exports(
         stack_dir: The folder with `stack.json`.
         exports: Folders of `combine_stack` and `merge_stack`; GGUF files, or folders of them, each file measured.
         prompts: Token ids of each prompt.
-        dtype: In which the base is loaded for the stack; `auto` is the dtype of training, from the manifest.
-        upto, base_model, device, trust_remote_code: As in `AdapterStack.from_pretrained`.
+        loading: Keyword arguments of `ExportComparison`.
 
     Raises:
         UserError: A broken stack, no prompts, or a GGUF file that transformers cannot read.
@@ -69,15 +63,7 @@ def check_exports(
     given = [Path(export) for export in exports]
     folders = [path for export in given for path in gguf_files(export) or [export]]
     adapters = [folder for folder in folders if is_adapter(folder)]
-    comparison = ExportComparison(
-        stack_dir,
-        prompts,
-        upto=upto,
-        base_model=base_model,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    comparison = ExportComparison(stack_dir, prompts, **loading)
     results = {BASE: comparison.base()}
     results |= {str(folder): comparison.adapter(folder) for folder in adapters}
     if comparison.is_quantized:
@@ -95,7 +81,9 @@ class ExportComparison:
     """Compares exports with the logits of the unmerged adapters on some prompts: first adapters, then models.
 
     Args:
-        stack_dir, prompts, upto, base_model, device, dtype, trust_remote_code: As in `check_exports`.
+        stack_dir, prompts: As in `check_exports`.
+        dtype: In which the base is loaded for the stack; `auto` is the dtype of training, from the manifest.
+        upto, base_model, device, trust_remote_code: As in `AdapterStack.from_pretrained`.
 
     Attributes:
         is_quantized: Whether the stack was trained on a quantized base.

@@ -44,7 +44,6 @@ class PackedBase:
         quantization: dict[str, Any] | None,
         load_dtype: str,
         device: torch.device,
-        trust_remote_code: bool = False,
     ):
         if not (quantization and quantization.get("load_in_4bit")):
             raise UserError(
@@ -52,7 +51,7 @@ class PackedBase:
             )
         self._quantization, self._load_dtype, self._device = quantization, load_dtype, device
         self._source = SafetensorsReader(safetensors_files(str(folder)))
-        self._modules = quantised_modules(skeleton(folder, quantization, trust_remote_code=trust_remote_code))
+        self._modules = quantised_modules(skeleton(folder, quantization))
         self.groups = {
             name: packed_specs(name, spec.shape, quantization)
             if self._is_packed(name)
@@ -72,13 +71,7 @@ class PackedBase:
         dtype: torch.dtype = getattr(torch, self._load_dtype)
         if not self._is_packed(name):
             return {name: weight.to(dtype) if weight.is_floating_point() else weight}
-        codes, state = quantise_4bit(
-            weight,
-            self._quantization["bnb_4bit_quant_type"],
-            double_quant=self._quantization["bnb_4bit_use_double_quant"],
-            dtype=dtype,
-        )
-        return packed(name, codes, state)
+        return packed(name, *quantise_4bit(weight, self._quantization, dtype))
 
     def _is_packed(self, name: str) -> bool:
         return name.removesuffix(".weight") in self._modules
@@ -127,10 +120,7 @@ def quantised(
         codes, row_scales, _ = int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         # bitsandbytes also writes `weight_format`, always 0, and reads files without it.
         return {name: codes, _row_scales_name(name): row_scales}, int8_vectorwise_dequant(codes, row_scales)
-    double_quant = quantization["bnb_4bit_use_double_quant"]
-    codes, state = quantise_4bit(
-        weight, quantization["bnb_4bit_quant_type"], double_quant=double_quant, dtype=torch.float32
-    )
+    codes, state = quantise_4bit(weight, quantization, torch.float32)
     rounded = dequantise_4bit(codes, state)
     state.dtype = dtype
     return packed(name, codes, state), rounded
