@@ -58,7 +58,9 @@ def init(
     from tuna_peft.recipe.load import load_recipe
 
     if file.suffix not in (".yaml", ".yml"):
-        raise UserError("a recipe is a .yaml file", where=str(file), fix=f"For example {file.with_suffix('.yaml')}.")
+        as_data = f" --data {file}" if data is None and file.exists() else ""
+        fix = f"For example `tuna-peft init {file.with_suffix('.yaml')}{as_data}`."
+        raise UserError("a recipe is a .yaml file", where=str(file), fix=fix)
     if file.exists() and not force:
         raise UserError(
             "the file exists already", where=str(file), fix="Give another name, or --force to overwrite it."

@@ -106,7 +106,7 @@ _RANKING = (
 """
     + _TRAIN.format(rate="1.0e-4")
     + """\
-      max_tokens_per_batch: 2048    # a step is split into passes of this size, so it fits into memory
+      max_tokens_per_batch: auto    # a step is split into passes that fit into memory
       max_length: 1024
       margin: 0.1        # required lead per step in rank, in nats per token
       mle_weight: 1.0    # weight of the SFT loss beside the ranking loss
