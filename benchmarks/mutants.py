@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,11 @@ def run_tests(copy: Path, tests: Sequence[str], seconds: float = SECONDS) -> tup
     return "failed", failures[0]
 
 
+def failing_test(failure: str) -> str:
+    """The test of a line `FAILED tests/a.py::b[an id] - message`; an id may contain spaces."""
+    return re.sub(r"^(FAILED|ERROR) (tests/)?", "", failure).partition(" - ")[0].strip()
+
+
 def _run_pytest(copy: Path, tests: Sequence[str], log: Path) -> None:
     """What the forked process does; it never returns."""
     code = 70
@@ -180,7 +186,7 @@ def main() -> int:
             began = time.monotonic()
             with planted(mutant, copy):
                 outcome, detail = run_tests(copy, mutant.tests)
-            if outcome == "failed" and (by := detail.split()[1].removeprefix("tests/")) not in sound:
+            if outcome == "failed" and (by := failing_test(detail)) not in sound:
                 if run_tests(copy, [by])[0] != "passed":
                     print(f"skipped, since {by} fails without it: {mutant}", flush=True)
                     continue

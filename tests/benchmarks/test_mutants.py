@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from benchmarks.mutants import ROOT, Mutant, planted, read_mutants, run_tests
+from benchmarks.mutants import ROOT, Mutant, failing_test, planted, read_mutants, run_tests
 
 MUTANTS = read_mutants()
 FOLDERS = {"cli", "data", "evaluation", "export", "feedback", "models", "planning", "recipe", "run", "training"}
@@ -70,3 +70,11 @@ def test_a_result_holds_until_the_code_or_a_test_changes(copy, monkeypatch):
             changed.write("\n")
         keys.append(mutant.key())
     assert len(set(keys)) == 3 and keys[0] == keys[1]
+
+
+def test_the_test_of_a_failure_may_have_spaces_in_its_id():
+    assert (
+        name_of("FAILED tests/a/test_b.py::test_c[122-the disk] - AssertionError: x")
+        == "a/test_b.py::test_c[122-the disk]"
+    )
+    assert name_of("ERROR tests/test_b.py") == "test_b.py"

@@ -190,3 +190,10 @@ def test_auto_plans_the_batches_that_fit(monkeypatch):
     sizes = [sum(task.batch_size for task in one.run.evaluation.values()) for one in (tight, plan)]
     assert sizes[0] < sizes[1]
     assert max(phase.peak for phase in tight.phases if phase.name.startswith("evaluate")) < peak
+
+
+def test_responses_that_may_be_similar_are_sampled_once():
+    key = "stages.contextual.data.sample"
+    for similarity, note in ((0.8, "up to 3 attempts"), (1.1, "")):
+        _, phases, _ = planned(f"{key}.trials=3", f"{key}.max_similarity={similarity}")
+        assert phases["sample contextual"].note == note
