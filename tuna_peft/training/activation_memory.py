@@ -119,7 +119,8 @@ class ActivationMemory(TrainerCallback):
             each.gradient_checkpointing = index < len(self._layers) - kept
         if tokens > self._logged and (self._pass_bytes_per_token is not None or budget):
             self._logged = tokens
-            logger.info(
+            logger.log(
+                logging.DEBUG if kept == len(self._layers) else logging.INFO,  # the usual case is no news
                 "activation memory: %d of %d layers keep their activations at %d tokens a forward pass, "
                 "%.2f GiB of %.2f GiB",
                 kept, len(self._layers), tokens, kept * self._bytes_per_token * tokens / GIB, budget / GIB,
