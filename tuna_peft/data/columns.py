@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 from typing import Any
 
 from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import Columns
 from tuna_peft.data.grouping import rank_by_votes, votes_for, winner_index
+from tuna_peft.data.in_text import parsed
 from tuna_peft.data.messages import content_text
 from tuna_peft.data.ranked import Prompt, Record, number, replies_alone
 from tuna_peft.data.templates import PromptTemplate
@@ -171,7 +170,7 @@ def _follow(raw: Record, path: str, where: str) -> tuple[list[Any], bool]:
 
 
 def _key(value: Any, name: str, place: str, path: str, where: str) -> Any:
-    value = _parsed(value, "{")
+    value = parsed(value, "{")
     if isinstance(value, dict) and name in value:
         return value[name]
     holder = place or "the record"
@@ -192,16 +191,8 @@ def _entry(value: Any, index: int, place: str, path: str, where: str) -> Any:
         raise BadRow(what, reason="missing field", where=where, fix=_FIX) from None
 
 
-def _parsed(value: Any, opening: str) -> Any:
-    """A cell of a table may hold a list or an object as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith(opening):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(value)
-    return value
-
-
 def _list(value: Any, place: str, path: str, where: str) -> list[Any]:
-    value = _parsed(value, "[")
+    value = parsed(value, "[")
     if isinstance(value, list):
         return value
     what = f"`{path}`: {place or 'the record'} is {type(value).__name__}, not a list"

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tuna_peft.data.bad_row import FIX_ROW, BadRow, check_unicode, kind
+from tuna_peft.data.in_text import refuse_messages
 from tuna_peft.data.messages import Message, clean_message, clean_tools, content_text, message_text
 
 Prompt = str | list[Message]
@@ -168,6 +169,7 @@ def clean_prompt(prompt: Any, where: str) -> Prompt:
     """The prompt as text or as messages; BadRow if it is missing, blank or of another type."""
     if isinstance(prompt, str):
         if prompt.strip():
+            refuse_messages(prompt, f"{where}, prompt")
             return content_text(prompt, f"{where}, prompt")
     elif isinstance(prompt, Sequence) and prompt:
         return [clean_message(message, f"{where}, prompt") for message in prompt]

@@ -14,6 +14,7 @@ from tuna_peft.data import columns
 from tuna_peft.data.bad_row import BadRow, required, required_list
 from tuna_peft.data.config import DataSource, Markers
 from tuna_peft.data.grouping import Group, merge_responses
+from tuna_peft.data.in_text import parsed, refuse_messages
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.shapes import SHAPES, Shape
 from tuna_peft.data.suggest import data_block, suggest, undecided
@@ -173,7 +174,12 @@ def _full_prompt(key: str) -> Callable[[Record, DataSource, PromptTemplate, str]
 
 
 def _ranked_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
-    return {key: raw.get(key) for key in ("completions", "scores", "ranks", "reference")}
+    """Lists may be text, and so may numbers: a table has nothing else."""
+    lists = {key: parsed(raw.get(key), "[") for key in ("completions", "scores", "ranks")}
+    for key in ("scores", "ranks"):
+        if isinstance(lists[key], list):
+            lists[key] = [columns.as_number(value) for value in lists[key]]
+    return {**lists, "reference": raw.get("reference")}
 
 
 # judge: instruct, generation [N], rank or ranks (indices, best first), response_N (the judge's own), gpt_eval, id
@@ -244,13 +250,14 @@ def _alpaca_responses(raw: Record, source: DataSource, template: PromptTemplate,
 
 def preference_responses(raw: Record, source: Any, template: Any, where: str) -> Record:
     """`chosen`, one or several, before `rejected`; also used by the trainer for data sets of TRL's preference type."""
-    sides = [_texts(required(raw, key, where)) for key in _pair_keys(raw)]
+    sides = [_texts(required(raw, key, where), f"{where}, `{key}`") for key in _pair_keys(raw)]
     ranks = [rank for rank, side in enumerate(sides) for _ in side]
     return {"completions": [*sides[0], *sides[1]], "scores": None, "ranks": ranks, "reference": None}
 
 
-def _texts(value: Any) -> list[Any]:
+def _texts(value: Any, where: str) -> list[Any]:
     """Several chosen or rejected texts (RewardBench 2), or the only one."""
+    refuse_messages(value, where)
     several = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
     return value if several else [value]
 

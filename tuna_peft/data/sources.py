@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuna_peft.data.config import DataSource
+from tuna_peft.data.in_text import with_messages
 from tuna_peft.data.shards import (
     SUFFIXES,
     data_suffix,
@@ -95,7 +96,7 @@ def _read_path(text: str, source: DataSource) -> RawRecords:
                 where=where,
                 fix='Each record is a JSON object, such as {"instruction": ..., "output": ...}.',
             )
-        yield where, record
+        yield where, with_messages(record)
     if none:
         raise UserError(f"split `{source.split}` selects no records", where=text, fix="Use another `split`.")
 
