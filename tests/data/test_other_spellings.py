@@ -7,7 +7,8 @@ import yaml
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.grouping import winner_index
-from tuna_peft.data.load import load_candidates, read_ranked, source_format
+from tuna_peft.data.load import load_candidates, load_prompts, read_ranked, source_format
+from tuna_peft.data.messages import message_text
 from tuna_peft.data.suggest import suggest
 from tuna_peft.errors import UserError
 
@@ -164,3 +165,60 @@ def test_a_file_that_is_not_compressed_as_its_name_says(tmp_path):
     path.write_text(json.dumps({"prompt": "Q?", "completions": ["x", "y"], "scores": [1, 0]}))
     with pytest.raises(UserError, match="compressed as its name says"):
         read(DataSource(path=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"messages": [USER, *said("x")], "rejected_response": "y"}, [USER]),
+        ({"messages": [USER, *said("x")], "rejected_messages": [USER, *said("y")]}, [USER]),
+        ({"trajectory": [{"from": "user", "value": "Q?"}], "chosen": "x", "rejected": "y"}, [USER]),
+        ({"conversation": [USER], "chosen": said("x"), "rejected": said("y")}, [USER]),
+    ],
+    ids=["ms-swift", "ms-swift, dialogues", "UltraInteract", "conversation"],
+)
+def test_pairs_of_other_trainers(jsonl, record, prompt):
+    [found] = read_ranked(DataSource(path=jsonl(record)), CHAT)[0]
+    assert (found["prompt"], found["completions"], found["ranks"]) == (prompt, ["x", "y"], [0, 1])
+
+
+ANTHROPIC = [
+    {"role": "user", "content": [{"type": "text", "text": "Q?"}]},
+    {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 1}}]},
+    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"text": "4"}]}]},
+    *said("x"),
+]
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}, "id": "t1"}
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"conversation": [USER, *said("x")]}, [USER]),
+        ({"messages": [{"role": "User", "content": "Q?"}, {"role": "Chatbot", "content": "x"}]}, [USER]),
+        ({"messages": ANTHROPIC}, [USER, {**said("")[0], "tool_calls": [CALL]},
+                                   {"role": "tool", "content": "4", "tool_call_id": "t1"}]),
+        ({"systemInstruction": {"parts": [{"text": "S"}]},
+          "contents": [{"role": "user", "parts": [{"text": "Q?"}]}, {"role": "model", "parts": [{"text": "x"}]}]},
+         [{"role": "system", "content": "S"}, USER]),
+    ],
+    ids=["WildChat", "Cohere", "Anthropic", "Gemini"],
+)  # fmt: skip
+def test_dialogues_of_other_services(jsonl, record, prompt):
+    [found] = read_ranked(DataSource(path=jsonl(record)), CHAT, pairs=False)[0]
+    assert (found["prompt"], found["completions"]) == (prompt, ["x"])
+
+
+def test_a_dialogue_without_a_last_reply_is_a_prompt_and_no_answer(jsonl):
+    source = DataSource(path=jsonl({"messages": [USER, *said("x"), USER]}))
+    assert load_prompts(source, CHAT)[0][0]["prompt"] == [USER, *said("x"), USER]
+    dialogues = {"chosen": [USER, *said("x"), USER], "rejected": [USER, *said("y"), USER]}
+    pair = DataSource(path=jsonl(dialogues, name="pair.jsonl"))
+    for one in (source, pair):
+        with pytest.raises(UserError, match="ends with a message of the user"):
+            read_ranked(one, CHAT, pairs=False)
+
+
+def test_a_judge_sees_the_reasoning_in_any_spelling():
+    for key in ("thinking", "reasoning_content"):
+        assert message_text({**said("x")[0], key: "hm"}) == "hm\nx"

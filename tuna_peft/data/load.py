@@ -339,7 +339,8 @@ def _system(raw: Record, format: Format, source: DataSource, where: str) -> Any:
     if source.columns is not None:
         return None if source.columns.system is None else one(raw, source.columns.system, where)
     beside = format.name in ("preference", "messages") and not isinstance(raw.get("prompt"), str)
-    return raw.get("system") if beside else None
+    given = raw.get("system", raw.get("systemInstruction")) if beside else None
+    return given.get("parts") if isinstance(given, dict) else given  # Gemini's
 
 
 def _read_one(

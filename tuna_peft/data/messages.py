@@ -18,11 +18,14 @@ Message = dict[str, Any]
 _ROLES = {
     "human": "user", "prompter": "user", "instruction": "user",
     "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
-    "bing": "assistant", "bard": "assistant",
+    "bing": "assistant", "bard": "assistant", "chatbot": "assistant",
     "function_call": "assistant", "tool_call": "assistant",
     "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
+    "tool_result": "tool", "tool_results": "tool", "ipython": "tool",
 }  # fmt: skip
-_CALLS = ("function_call", "tool_call")  # as a role or as the type of a part: the text is the call, in JSON
+# As a role or as the type of a part: the text is the call, in JSON. Anthropic's `tool_use` is an object.
+_CALLS = ("function_call", "tool_call", "tool_use")
+_CONTENTS = ("content", "value", "text", "parts")  # OpenAI's, ShareGPT's, OpenAssistant's and Gemini's
 _REASONING = ("reasoning", "thinking")
 # What a template may read besides role and content. Other keys (time stamps, weights, ...) are not passed on.
 _EXTRAS = ("reasoning_content", "thinking", "name", "tool_call_id")
@@ -40,9 +43,11 @@ def clean_message(raw: Any, where: str) -> Message:
     role = raw.get("role", raw.get("from")) if isinstance(raw, dict) else None
     if not isinstance(role, str):
         raise BadRow(f"a message is {kind(raw)} without a `role` (or `from`)", reason="wrong type", where=where)
+    raw = _result_of_tool(raw)
+    role = raw.get("role", role)
     spelled, role = role.lower(), _ROLES.get(role.lower(), role.lower())
     calls = raw.get("tool_calls") or ([raw["function_call"]] if raw.get("function_call") else [])
-    content, reasoning, more_calls = _divide(raw.get("content", raw.get("value")), where)
+    content, reasoning, more_calls = _divide(_first(raw, *_CONTENTS), where)
     calls = calls or more_calls
     if spelled in _CALLS and isinstance(content, str) and not calls:
         calls, content = _parse(content, where), None
@@ -74,7 +79,23 @@ def _divide(content: Any, where: str) -> tuple[Any, dict[str, str], list[Any]]:
 
 def _text_of(part: dict[str, Any]) -> Any:
     """The text of a part of content, in the spellings of OpenAI, Anthropic and LLaMA-Factory."""
-    return next((part[key] for key in ("text", "value", "thinking") if part.get(key) is not None), None)
+    return _first(part, "text", "value", "thinking")
+
+
+def _first(found: dict[str, Any], *keys: str) -> Any:
+    """The first value that is not null."""
+    return next((found[key] for key in keys if found.get(key) is not None), None)
+
+
+def _result_of_tool(raw: Any) -> Any:
+    """Anthropic's result of a tool, a part of a message of the user, as a message of the tool; others unchanged."""
+    parts = raw.get("content")
+    if not isinstance(parts, list) or len(parts) != 1 or not isinstance(parts[0], dict):
+        return raw
+    [part] = parts
+    if part.get("type") != "tool_result":
+        return raw
+    return {"role": "tool", "content": part.get("content"), "tool_call_id": part.get("tool_use_id")}
 
 
 def content_text(content: Any, where: str) -> str:
@@ -94,7 +115,8 @@ def content_text(content: Any, where: str) -> str:
 def message_text(message: Message) -> str:
     """A message for people and judges: its reasoning, its text and its tool calls in JSON."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
-    return "\n".join(filter(None, [message.get("reasoning_content"), message["content"], *calls]))
+    reasoning = message.get("reasoning_content") or message.get("thinking")
+    return "\n".join(filter(None, [reasoning, message["content"], *calls]))
 
 
 def clean_tools(tools: Any, where: str) -> list[Any] | None:
@@ -115,7 +137,7 @@ def _clean_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("an entry of `tool_calls` has no function name", reason="wrong type", where=where)
-    arguments = function.get("arguments", function.get("parameters")) or {}
+    arguments = _first(function, "arguments", "parameters", "input") or {}
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError):  # what is no JSON reaches the template as text
             arguments = json.loads(arguments)

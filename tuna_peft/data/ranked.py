@@ -243,7 +243,10 @@ def split_dialogues(prompt: Any, responses: Any, where: str) -> tuple[Any, Any]:
         [clean_message(message, f"{where}, candidate {index}") for message in response]
         for index, response in enumerate(responses)
     ]
-    if any(dialogue[0]["role"] == "assistant" or dialogue[-1]["role"] != "assistant" for dialogue in dialogues):
+    last = next((dialogue[-1]["role"] for dialogue in dialogues if dialogue[-1]["role"] != "assistant"), None)
+    if last and not prompt and dialogues[0][0]["role"] != "assistant":
+        raise unanswered(last, where)
+    if last or any(dialogue[0]["role"] == "assistant" for dialogue in dialogues):
         return prompt, responses
     common = min(map(len, dialogues)) - 1
     common = next((i for i in range(common) if any(one[i] != dialogues[0][i] for one in dialogues)), common)
@@ -263,6 +266,13 @@ def split_dialogues(prompt: Any, responses: Any, where: str) -> tuple[Any, Any]:
             what = "the responses are dialogues that do not begin with the messages of the prompt"
             raise BadRow(what, reason="no common prompt", where=where)
     return shared, [dialogue[common:] for dialogue in dialogues]
+
+
+def unanswered(role: str, where: str) -> BadRow:
+    """The error for a dialogue that ends with a message of another role than the assistant."""
+    what = f"the dialogue ends with a message of the {role}, not with a reply of the assistant"
+    fix = "Remove what follows the last reply, or skip such records (in a recipe: `on_bad_row: skip`)."
+    return BadRow(what, reason="no reply", where=where, fix=fix)
 
 
 def replies_alone(responses: Any, where: str) -> Any:

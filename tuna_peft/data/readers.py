@@ -11,10 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 from tuna_peft.data import columns
-from tuna_peft.data.bad_row import BadRow, required, required_list
+from tuna_peft.data.bad_row import BadRow, required_list
 from tuna_peft.data.config import DataSource, Markers
 from tuna_peft.data.grouping import Group, merge_responses
-from tuna_peft.data.in_text import parsed, refuse_messages
+from tuna_peft.data.dialogues import (
+    dialogue_prompt,
+    dialogue_responses,
+    has_replies,
+    is_dialogue,
+    preference_prompt,
+    preference_responses,
+)
+from tuna_peft.data.in_text import parsed
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.shapes import SHAPES, Shape
 from tuna_peft.data.suggest import data_block, suggest, undecided
@@ -245,41 +253,6 @@ def _alpaca_responses(raw: Record, source: DataSource, template: PromptTemplate,
     return {"completions": [raw.get("output")], "scores": None, "ranks": [0], "reference": None}
 
 
-# preference: prompt, chosen, rejected (texts or messages, as in TRL)
-
-
-def preference_responses(raw: Record, source: Any, template: Any, where: str) -> Record:
-    """`chosen`, one or several, before `rejected`; also used by the trainer for data sets of TRL's preference type."""
-    sides = [_texts(required(raw, key, where), f"{where}, `{key}`") for key in _pair_keys(raw)]
-    ranks = [rank for rank, side in enumerate(sides) for _ in side]
-    return {"completions": [*sides[0], *sides[1]], "scores": None, "ranks": ranks, "reference": None}
-
-
-def _texts(value: Any, where: str) -> list[Any]:
-    """Several chosen or rejected texts (RewardBench 2), or the only one."""
-    refuse_messages(value, where)
-    several = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
-    return value if several else [value]
-
-
-def _preference_prompt(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> tuple[Any, Any]:
-    """The prompt, or the dialogue before the two replies (ShareGPT); None where the two are whole dialogues."""
-    prompts = (raw[key] for key in ("prompt", "conversations", "messages") if raw.get(key) is not None)
-    return raw.get("id"), next(prompts, None)
-
-
-def _has_replies(raw: Record) -> bool:
-    """Whether a record has `chosen` and `rejected`, with a prompt before them or in them."""
-    better, worse = _pair_keys(raw)
-    prompted = {"prompt", "conversations", "messages"} & raw.keys() or isinstance(raw.get(better), list)
-    return {better, worse} <= raw.keys() and bool(prompted)
-
-
-def _pair_keys(raw: Record) -> tuple[str, str]:
-    """The keys of the better and the worse response; those of LLaMA-Factory's version 1 hold whole dialogues."""
-    return ("chosen_messages", "rejected_messages") if "chosen_messages" in raw else ("chosen", "rejected")
-
-
 # transcript: chosen, rejected (whole dialogues in plain text)
 
 
@@ -290,22 +263,6 @@ def _transcript_prompt(raw: Record, source: DataSource, template: PromptTemplate
 def _transcript_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
     responses = read_transcripts(raw, source.markers or Markers(), template.name == "chat", where)[1]
     return {"completions": responses, "scores": None, "ranks": [0, 1], "reference": None}
-
-
-# messages: messages or conversations (one dialogue; its last message is the response)
-
-
-def _is_dialogue(raw: Record) -> bool:
-    turns = raw.get("messages", raw.get("conversations"))
-    return isinstance(turns, list) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
-
-
-def _dialogue(raw: Record, where: str) -> list[Any]:
-    return required_list(raw, "messages" if raw.get("messages") is not None else "conversations", where)
-
-
-def _dialogue_responses(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> Record:
-    return {"completions": [_dialogue(raw, where)], "scores": None, "ranks": [0], "reference": None}
 
 
 FORMATS: dict[str, Format] = {
@@ -341,10 +298,10 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "preference",
-            "chosen, rejected, and prompt, conversations or messages before them or in them",
-            _has_replies,
-            _preference_prompt,
-            preference_responses,
+            "chosen, rejected, and prompt, conversations or messages before them or in them; messages and rejected_response",
+            has_replies,
+            lambda raw, source, template, where: (raw.get("id"), preference_prompt(raw)),
+            lambda raw, source, template, where: preference_responses(raw, where),
         ),
         Format(
             "transcript",
@@ -356,9 +313,9 @@ FORMATS: dict[str, Format] = {
         Format(
             "messages",
             "messages or conversations",
-            _is_dialogue,
-            lambda raw, source, template, where: (raw.get("id"), None),
-            _dialogue_responses,
+            is_dialogue,
+            lambda raw, source, template, where: (raw.get("id"), dialogue_prompt(raw, where)),
+            lambda raw, source, template, where: dialogue_responses(raw, where),
         ),
         Format(
             "alpaca",

@@ -14,9 +14,9 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuna_peft.data.config import Overflow, PromptConfig
+from tuna_peft.data.dialogues import preference_responses
 from tuna_peft.data.encoder import Encoder, Options, TokenReport, loss_tokens
 from tuna_peft.data.ranked import Record, clean_prompt, clean_response, normalise_ranked
-from tuna_peft.data.readers import preference_responses
 from tuna_peft.data.rows_on_disk import write_rows
 from tuna_peft.errors import UserError
 from tuna_peft.progress import tracked
@@ -233,7 +233,7 @@ def require_scores(encoded: datasets.Dataset) -> None:
 
 def _as_ranked(row: Record, where: str) -> Record:
     if "completions" not in row:
-        row = {**row, **preference_responses(row, None, None, where)}
+        row = {**row, **preference_responses(row, where)}
     return normalise_ranked(row, where)
 
 
