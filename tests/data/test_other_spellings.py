@@ -100,6 +100,37 @@ def test_a_system_message_beside_the_others(jsonl, record):
             read(source)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Q?", "chosen": "x", "rejected": "y"},
+        {"prompt": "Q?", "completions": ["x", "y"], "scores": [1, 0]},
+        {"instruction": "Q?", "input": "", "output": "x"},
+        {"prompt": "Q?", "completion": "x"},
+    ],
+)
+def test_a_system_message_beside_text_is_not_lost(jsonl, record):
+    read_ranked(DataSource(path=jsonl({**record, "system": " "})), PLAIN, pairs=False)
+    with pytest.raises(UserError, match="a system message, and the prompt is text"):
+        read_ranked(DataSource(path=jsonl({**record, "system": "Be brief."})), PLAIN, pairs=False)
+
+
+def test_the_columns_that_the_error_names_keep_it_or_leave_it_out(jsonl):
+    path = jsonl({"prompt": "Q?", "chosen": "x", "rejected": "y", "system": "Be brief."})
+    columns = {"instruction": "prompt", "completions": ["chosen", "rejected"], "ranks": "best_first"}
+    kept = read_ranked(DataSource(path=path, columns=columns | {"system": "system"}), CHAT)[0][0]
+    assert kept["prompt"] == [{"role": "system", "content": "Be brief."}, USER]
+    assert read_ranked(DataSource(path=path, columns=columns), CHAT)[0][0]["prompt"] == [USER]
+
+
+def test_earlier_turns_beside_an_instruction_are_not_lost(jsonl):
+    record = {"instruction": "Q?", "input": "", "output": "x", "system": "Be brief.", "history": []}
+    [found] = read_ranked(DataSource(path=jsonl(record)), CHAT, pairs=False)[0]
+    assert found["prompt"] == [{"role": "system", "content": "Be brief."}, USER]
+    with pytest.raises(UserError, match="history"):
+        read_ranked(DataSource(path=jsonl({**record, "history": [["a", "b"]]})), CHAT, pairs=False)
+
+
 def test_a_system_message_is_not_given_twice(jsonl):
     own = [{"role": "system", "content": "Own."}, USER]
     record = {"system": "Be brief.", "messages": own, "chosen": said("x"), "rejected": said("y")}

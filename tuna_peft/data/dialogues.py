@@ -62,7 +62,7 @@ def preference_responses(raw: Record, where: str) -> Record:
 
 
 def _as_pair(raw: Record) -> Record:
-    """ms-swift's pairs as two dialogues: its `messages` end with the better reply, and the worse one is beside them."""
+    """ms-swift's pairs as two dialogues: `messages` end with the better reply, the worse is beside them."""
     turns, worse = raw.get("messages"), raw.get("rejected_messages", raw.get("rejected_response"))
     if worse is None or not isinstance(turns, list) or {"chosen", "chosen_messages"} & raw.keys():
         return raw

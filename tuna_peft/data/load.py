@@ -335,12 +335,11 @@ def _with_responses(raw: Record, where: str, format: Format, found: Record, prom
 
 
 def _system(raw: Record, format: Format, source: DataSource, where: str) -> Any:
-    """The system message beside the messages of a record, as ShareGPT has it."""
-    if source.columns is not None:
+    """The system message of a record, beside its prompt; of Gemini's, its parts."""
+    if source.columns is not None and (format.name == "columns" or source.columns.system is not None):
         return None if source.columns.system is None else one(raw, source.columns.system, where)
-    beside = format.name in ("preference", "messages") and not isinstance(raw.get("prompt"), str)
-    given = raw.get("system", raw.get("systemInstruction")) if beside else None
-    return given.get("parts") if isinstance(given, dict) else given  # Gemini's
+    given = raw.get("system", raw.get("systemInstruction"))
+    return given.get("parts") if isinstance(given, dict) else given
 
 
 def _read_one(

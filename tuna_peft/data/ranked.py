@@ -187,8 +187,13 @@ def with_system(prompt: Prompt, system: Any, where: str) -> Prompt:
     if system is None or isinstance(system, str) and not system.strip():
         return prompt
     if isinstance(prompt, str):
-        what, fix = "the record has a system message, and the prompt is text", "Use `prompt: {template: chat}`."
-        raise BadRow(what, reason="system message beside text", where=where, fix=fix)
+        raise BadRow(
+            "the record has a system message, and the prompt is text",
+            reason="system message beside text",
+            where=where,
+            fix="Use `prompt: {template: chat}`; for text under `prompt` also `columns: {instruction: prompt, system: "
+            "system, ...}` with the other parts, or without `system` to leave it out.",
+        )
     own = any(message["role"] == "system" for message in prompt)
     return prompt if own else [clean_message({"role": "system", "content": system}, f"{where}, system"), *prompt]
 

@@ -13,7 +13,6 @@ from typing import Any
 from tuna_peft.data import columns
 from tuna_peft.data.bad_row import BadRow, required_list
 from tuna_peft.data.config import DataSource, Markers
-from tuna_peft.data.grouping import Group, merge_responses
 from tuna_peft.data.dialogues import (
     dialogue_prompt,
     dialogue_responses,
@@ -22,6 +21,7 @@ from tuna_peft.data.dialogues import (
     preference_prompt,
     preference_responses,
 )
+from tuna_peft.data.grouping import Group, merge_responses
 from tuna_peft.data.in_text import parsed
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.shapes import SHAPES, Shape
@@ -246,6 +246,9 @@ def _formatted_responses(raw: Record, source: DataSource, template: PromptTempla
 
 
 def _alpaca_prompt(raw: Record, source: DataSource, template: PromptTemplate, where: str) -> tuple[Any, Any]:
+    if raw.get("history"):  # LLaMA-Factory's
+        what = "the record has `history` (earlier turns), which would be lost"
+        raise BadRow(what, reason="history", where=where, fix="Write all turns as `messages`.")
     return raw.get("id"), columns.render(template, raw.get("instruction"), raw.get("input"), where)
 
 
@@ -298,7 +301,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             "preference",
-            "chosen, rejected, and prompt, conversations or messages before them or in them; messages and rejected_response",
+            "chosen, rejected, and prompt, conversations or messages before them or in them",
             has_replies,
             lambda raw, source, template, where: (raw.get("id"), preference_prompt(raw)),
             lambda raw, source, template, where: preference_responses(raw, where),
