@@ -184,11 +184,29 @@ def test_a_row_that_cannot_be_used_does_not_spoil_its_prompt(jsonl):
           "scores": ["score_0", "score_1"]}),
         ({"info": {"post": "q"}, "summaries": [{"text": "x"}, {"text": "y"}], "choice": 1},
          {"instruction": "info.post", "completions": "summaries[].text", "winner": "choice"}),
+        ({"question": {"dataset": "d", "full_text": "q"},
+          "answer_0": "x", "answer_1": "y", "score_0": 1, "score_1": -1},
+         {"instruction": "question.full_text", "completions": ["answer_0", "answer_1"],
+          "scores": ["score_0", "score_1"]}),
+        ({"prompt": {"message_id": "t", "text": "q", "replies": [{"text": "x", "rank": 1}, {"text": "y", "rank": 0}]}},
+         {"instruction": "prompt.text", "completions": "prompt.replies[].text", "ranks": "prompt.replies[].rank"}),
+        ({"prompt": "q", "response_1": "x", "response_2": "y", "preference_strength": 2, "preference_statement": "s"},
+         {"instruction": "prompt", "completions": ["response_1", "response_2"], "strength": "preference_strength"}),
+        ({"question": "q", "response_A": "x", "response_B": "y", "label": "A>B"},
+         {"instruction": "question", "completions": ["response_A", "response_B"], "winner": "label"}),
     ],
 )  # fmt: skip
 def test_suggestions(record, expected):
     settings, missing = suggest(record)
     assert settings["columns"] == expected and not missing
+
+
+@pytest.mark.parametrize("more", [{"preference": 2}, {"label": 1}, {"preference_statement": "x is brief"},
+                                  {"ratings": {"x": 1, "y": 2}}])  # fmt: skip
+def test_what_is_not_clear_is_not_suggested(more):
+    settings, missing = suggest({"question": "q", "answer_a": "x", "answer_b": "y", **more})
+    assert not settings["columns"].keys() & {"winner", "strength", "scores"}
+    assert missing[0].startswith("what orders the responses")
 
 
 def test_a_file_that_is_not_compressed_as_its_name_says(tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
 import yaml
 
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.columns import as_number
 from tuna_peft.data.config import DataSource
+from tuna_peft.data.grouping import winner_index
 from tuna_peft.data.ranked import Record
 from tuna_peft.errors import UserError, listed
 
@@ -18,7 +21,8 @@ _SCORES = ("score", "rating", "reward", "grade", "helpful", "quality", "correct"
 _RANKS = ("rank", "place", "position")
 _INPUTS = ("input", "context", "text", "passage", "document", "article", "paragraph", "code")  # whole names
 _REFERENCES = ("reference", "gold", "ground_truth", "reference_answer")  # whole names
-_WINNERS = ("winner", "preference", "preferred", "choice", "vote", "better")
+_WINNERS = ("winner", "preference", "preferred", "choice", "vote", "better", "label", "verdict", "decision")
+_NESTED = (*_PROMPTS, *_RESPONSES, "content", "value")  # names of texts in an object
 
 
 def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
@@ -34,6 +38,7 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         for key, value in record.items()
         if isinstance(value, dict)
         for name, entry in value.items()
+        if not isinstance(entry, str) or _best(_NESTED, {name: entry})  # no ids and names of models
     }
     texts = {key: value for key, value in record.items() if isinstance(value, str) and not _is_number(value)}
     lists = {key: value for key, value in record.items() if isinstance(value, list) and len(value) > 1}
@@ -79,15 +84,12 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
         if prompt and (name := _named(names, rest)):
             columns[part] = name
     several_responses = "completions" in columns and columns["completions"] not in list(texts)
-    answers = set(wide)
-    labels = {
-        key: value
-        for key, value in record.items()
-        if key not in answers and not isinstance(value, dict | list)
-        and not (_is_number(value) and "prefer" in key.lower())  # a strength with a sign
-    }  # fmt: skip
-    if several_responses and not columns.keys() & _ORDERS and (winner := _best(_WINNERS, labels)):
-        columns["winner"] = winner
+    if several_responses and not columns.keys() & _ORDERS:
+        rest = {key: value for key, value in record.items() if key not in wide and not isinstance(value, dict | list)}
+        if strength := next((key for key, value in rest.items() if _is_strength(key, value)), None):
+            columns["strength"] = strength
+        elif winner := _best(_WINNERS, {key: value for key, value in rest.items() if _is_label(key, value)}):
+            columns["winner"] = winner
     keys = listed(f"`{key}`" for key in record)
     missing = [
         f"{what} ({keys})"
@@ -127,6 +129,22 @@ def data_block(source: DataSource, settings: dict[str, Any] | None = None) -> st
 
 def _is_number(value: Any) -> bool:
     return isinstance(as_number(value), int | float)
+
+
+def _is_strength(key: str, value: Any) -> bool:
+    """Whether a number is a signed preference for sure; a positive one may as well say which response is better."""
+    number = as_number(value)
+    return isinstance(number, float | int) and ("strength" in key.lower() or "prefer" in key.lower() and number < 0)
+
+
+def _is_label(key: str, value: Any) -> bool:
+    """Whether a value may say which response is better: a number or a word, no sentence and no strength."""
+    if _is_number(value):
+        return "prefer" not in key.lower() and "label" not in key.lower()
+    with contextlib.suppress(BadRow):
+        winner_index(value, [None, None], None, "")
+        return True
+    return False
 
 
 def _best(words: tuple[str, ...], record: Record) -> str | None:
