@@ -1,6 +1,8 @@
 """Opening sources: places, splits, and every kind of bad file."""
 
+import gzip
 import json
+import os
 
 import datasets
 import pyarrow
@@ -106,7 +108,7 @@ BAD_FILES = {
     "utf 16": ("e.json", '[{"a": 1}]'.encode("utf-16"), "not UTF-8 text: byte 0xff at byte 0", "UTF-16"),
     "one object": ("e.json", b'{"data": [], "version": 1}', "one object with the keys `data`, `version`", "list"),
     "a text": ("e.json", b'"hello"', "a single value", "list of objects"),
-    "list of texts": ("e.json", b'["a", "b"]', "expected an object with keys, found str", "JSON object"),
+    "list of texts": ("e.json", b'["a", "b"]', "expected an object with keys, found text", "JSON object"),
     "deep nesting": ("e.json", b"[" * 100_000, "nested too deeply", None),
     "not Parquet": ("e.parquet", b"PAR1 nonsense", "not a readable Parquet file", "incomplete"),
     "unknown ending": ("e.docx", b"a,b\n", "unknown kind of file: .docx", ".json, .jsonl, .ndjson, .csv"),
@@ -123,6 +125,49 @@ def test_bad_files(tmp_path, case):
     assert caught.value.where.startswith(str(path))
     assert what in caught.value.what
     assert (fix or "") in (caught.value.fix or "")
+
+
+# A file that is something else than its name says: name, content, what it is, what to do.
+DISGUISED = [
+    ("e.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "LFS", "git lfs pull"),
+    ("e.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "Git LFS", "git lfs"),
+    ("e.csv", b"<!doctype html><html>", "a web page", "`resolve`"),
+    ("e.jsonl", gzip.compress(GOOD), "compressed by gzip", "Add .gz"),
+    ("e.json", b"PK\x03\x04...", "an archive", ".xlsx"),
+    ("e.csv", b"PAR1...PAR1", "a Parquet file", ".parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "what", "fix"), DISGUISED)
+def test_files_in_disguise(tmp_path, name, content, what, fix):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=what) as caught:
+        read(tmp_path / name)
+    assert caught.value.where == str(tmp_path / name) and fix in caught.value.fix
+
+
+def test_extensions_in_capitals(tmp_path):
+    (tmp_path / "a.JSONL").write_bytes(GOOD)
+    (tmp_path / "b.JSONL.GZ").write_bytes(gzip.compress(GOOD))
+    (tmp_path / "c.CSV").write_bytes(b"a\nx\n")
+    assert [read(tmp_path / name)[0][1] for name in ("a.JSONL", "b.JSONL.GZ", "c.CSV")] == [{"a": "x"}] * 3
+
+
+def test_links_pipes_and_addresses_are_named(tmp_path):
+    (tmp_path / "gone.jsonl").symlink_to("elsewhere.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name, what in (("gone", "a link to elsewhere.jsonl"), ("loop", "links back"), ("pipe", "no regular file")):
+        with pytest.raises(UserError, match=what):
+            read(tmp_path / f"{name}.jsonl")
+    for address, fix in (
+        ("https://huggingface.co/datasets/owner/name/resolve/main/a.jsonl", "`path: owner/name`"),
+        ("hf://datasets/owner/name", "`path: owner/name`"),
+        ("s3://bucket/a.jsonl", "Download it"),
+    ):
+        with pytest.raises(UserError, match="this is an address") as caught:
+            read(address)
+        assert fix in caught.value.fix
 
 
 def test_bad_lines_name_their_line(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from tuna_peft.errors import UserError
 from tuna_peft.json_text import Decoder, Rejected, parse_json
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _WINDOW = 1 << 20  # characters of a list that are decoded at a time
 _CUT_FIX = "The file is incomplete, perhaps after an interrupted copy: get it again, or delete the incomplete record."
 
@@ -37,7 +38,7 @@ def json_units(path: Path) -> tuple[str, Iterator[tuple[int, Any, bool]]]:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
     if beginning.startswith("["):
         return "record", _marked(_records(path))
-    if not {".jsonl", ".ndjson"} & set(path.suffixes):
+    if not {".jsonl", ".ndjson"} & {suffix.lower() for suffix in path.suffixes}:
         _refuse_one_object(path)
     return "line", _marked(_lines(path))
 
@@ -125,7 +126,7 @@ def open_text(path: Path, newline: str = "\n") -> Iterator[TextIO]:
         read_text(path)  # raises, with the place
         raise
     except OSError as error:
-        fix = "Is it complete, and compressed as its name says?" if path.suffix in (".gz", ".zst") else None
+        fix = "Is it complete, and compressed as its name says?" if path.suffix.lower() in COMPRESSIONS else None
         raise UserError(f"cannot read the file: {error.strerror or error}", where=str(path), fix=fix) from error
 
 
@@ -152,11 +153,12 @@ def read_text(path: Path) -> str:
 
 
 def _open_bytes(path: Path) -> Any:
-    if path.suffix not in (".gz", ".zst"):
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
         return open(path, "rb")
     import pyarrow
 
-    return pyarrow.input_stream(str(path), compression="detect")
+    return pyarrow.input_stream(str(path), compression=compression)
 
 
 def _refuse_one_object(path: Path) -> None:
@@ -177,7 +179,8 @@ def _refuse_one_object(path: Path) -> None:
     raise UserError(
         f"the file holds {found}, not a list of records",
         where=str(path),
-        fix="Write a list of objects ([{...}, {...}]), or one object per line in a .jsonl file.",
+        fix="Write a list of objects ([{...}, {...}]), or one object per line in a .jsonl file; with pandas: "
+        '`to_json(..., orient="records", lines=True)`.',
     )
 
 

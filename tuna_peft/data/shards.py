@@ -6,6 +6,7 @@ chosen are not parsed.
 
 from __future__ import annotations
 
+import contextlib
 import decimal
 import glob
 import itertools
@@ -16,13 +17,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tuna_peft.data.csv_files import csv_rows
-from tuna_peft.data.json_files import json_units, parse_line
+from tuna_peft.data.json_files import COMPRESSIONS, json_units, parse_line
 from tuna_peft.data.spreadsheets import sheet_rows
 from tuna_peft.errors import UserError, first_line
 
 SPREADSHEETS = (".xlsx", ".ods")
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *SPREADSHEETS)
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = tuple(COMPRESSIONS)
 _BATCH = 1024  # rows of a Parquet file in memory at a time
 
 # Files that describe a data set, in folders of the Hub and of `datasets`.
@@ -54,7 +55,8 @@ def is_hub_id(text: str) -> bool:
 
 def data_suffix(path: Path) -> str:
     """The extension that tells the kind of a data file: `.jsonl` for `a.jsonl.gz`."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    suffix = path.suffix.lower()  # Windows writes .CSV
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def is_pattern(text: str) -> bool:
@@ -127,6 +129,7 @@ def open_shard(path: Path, *, header: bool = True) -> Shard:
         return count(path, header) or _no_records(path)
 
     def read(start: int, stop: int | None) -> Iterator[tuple[str, Any]]:
+        _refuse_other_content(path)
         found = rows(path, header, start, stop)
         first = next(found, None)
         if first is not None:
@@ -136,6 +139,30 @@ def open_shard(path: Path, *, header: bool = True) -> Shard:
         yield from found
 
     return Shard(size, read)
+
+
+# How files begin that often bear the name of another kind, what they are, and what to do.
+_CONTENTS = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the data", "Get the data: `git lfs pull` in the clone."),
+    (b"<!", "a web page", "Download the file itself: on the Hub its address has `resolve`, not `blob`."),
+    (b"\x1f\x8b", "compressed by gzip", "Add .gz to its name."),
+    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", "Add .zst to its name."),
+    (b"PK\x03\x04", "an archive (zip or .xlsx)", "Unpack it, or call it .xlsx if it is a spreadsheet."),
+    (b"PAR1", "a Parquet file", "Call it .parquet."),
+)
+_OWN = {".parquet": b"PAR1", ".xlsx": b"PK", ".ods": b"PK", ".gz": b"\x1f\x8b", ".zst": b"\x28\xb5"}
+
+
+def _refuse_other_content(path: Path) -> None:
+    """Raises UserError for a file that is something else than its name says, and for one that cannot be read twice."""
+    if not path.is_file():
+        raise UserError("this is no regular file", where=str(path), fix="Write the data to a file first.")
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        begin = stream.read(32)
+        own = _OWN.get(path.suffix.lower(), b"\0")
+        for magic, what, fix in _CONTENTS:
+            if begin.startswith(magic) and not magic.startswith(own):
+                raise UserError(f"this is {what}", where=str(path), fix=fix)
 
 
 def _no_records(path: Path) -> NoReturn:

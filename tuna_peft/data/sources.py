@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from tuna_peft.data.bad_row import kind
 from tuna_peft.data.config import DataSource
 from tuna_peft.data.in_text import with_messages
 from tuna_peft.data.shards import (
@@ -74,6 +75,10 @@ def is_here(path: str | list[str]) -> bool:
 
 
 def _read_path(text: str, source: DataSource) -> RawRecords:
+    if "://" in text:
+        on_hub = re.search(r"huggingface\.co/datasets/([\w.-]+/[\w.-]+)|^hf://datasets/([\w.-]+/[\w.-]+)", text)
+        fix = f"Write `path: {on_hub[1] or on_hub[2]}`." if on_hub else "Download it, and give the file as `path`."
+        raise UserError("this is an address, not a path or the id of a Hub data set", where=text, fix=fix)
     builtin = text.startswith("builtin:")
     path = _builtin(text) if builtin else Path(text).expanduser()
     if not builtin and not path.exists() and not is_pattern(text) and _may_be_hub_id(text):
@@ -92,7 +97,7 @@ def _read_path(text: str, source: DataSource) -> RawRecords:
         none = False
         if not isinstance(record, dict):
             raise UserError(
-                f"expected an object with keys, found {type(record).__name__}: {str(record)[:40]!r}",
+                f"expected an object with keys, found {kind(record)}: {str(record)[:40]!r}",
                 where=where,
                 fix='Each record is a JSON object, such as {"instruction": ..., "output": ...}.',
             )
@@ -244,6 +249,9 @@ def _may_be_hub_id(text: str) -> bool:
 
 def _missing(path: Path) -> UserError:
     folder = path.parent
+    if path.is_symlink():
+        what = f"this is a link to {path.readlink()}, which does not exist or links back to it"
+        return UserError(what, where=str(path), fix="Correct the link, or give the file itself as `path`.")
     if not folder.is_dir():
         return UserError(
             f"the directory {folder} does not exist",
