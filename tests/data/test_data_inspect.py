@@ -76,6 +76,22 @@ def test_ranked_data_in_a_supervised_stage(jsonl, tokenizer):
     assert "reference" not in text
 
 
+@pytest.mark.parametrize(
+    ("record", "settings", "expected"),
+    [
+        ({**ROW, "model": "m", "tools": []}, {}, "Not read: `model` "),
+        ({"prompt": "q", "initial_steps": "s", "chosen": "x", "rejected": "y"}, {}, "Not read: `initial_steps` "),
+        ({"q": "q", "a": ["x", "y"], "who": "m", "g": 1},
+         {"columns": {"instruction": 1, "completions": "a", "ranks": "best_first"}, "group_by": "g"},
+         "Not read: `who` "),
+        (ROW, {}, None),
+    ],
+)  # fmt: skip
+def test_keys_that_are_not_read_are_named(jsonl, record, settings, expected):
+    text = " ".join(show(inspect_file(DataSource(path=jsonl(record), **settings), PLAIN)).split())
+    assert "Not read" not in text if expected is None else expected in text
+
+
 def test_a_row_that_is_left_out(jsonl, tokenizer):
     source = DataSource(path=jsonl(ROW))
     assert "longer than max_length 3" in show(inspect_file(source, PLAIN, tokenizer, max_length=3, overflow="skip"))

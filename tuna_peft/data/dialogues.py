@@ -10,7 +10,8 @@ from tuna_peft.data.messages import clean_message
 from tuna_peft.data.ranked import Record, unanswered
 
 # Keys of dialogues: OpenAI's, ShareGPT's, that of WildChat and LMSYS, Gemini's, UltraInteract's.
-_DIALOGUES = ("messages", "conversations", "conversation", "contents", "trajectory")
+DIALOGUE_KEYS = ("messages", "conversations", "conversation", "contents", "trajectory")
+PAIR_KEYS = ("prompt", "chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response")
 
 
 def is_dialogue(raw: Record) -> bool:
@@ -85,7 +86,7 @@ def _texts(value: Any, where: str) -> list[Any]:
 
 def _key(raw: Record) -> str | None:
     """The key of the dialogue; None if there is none."""
-    for key in _DIALOGUES:
+    for key in DIALOGUE_KEYS:
         turns = raw.get(key)
         if isinstance(turns, list) and turns and isinstance(turns[0], dict) and {"role", "from"} & turns[0].keys():
             return key
@@ -99,7 +100,7 @@ def _last_role(turns: list[Any], where: str) -> str:
 def _dialogue(raw: Record, where: str) -> list[Any]:
     key = _key(raw)
     if key is None:
-        found = next((key for key in _DIALOGUES if key in raw), _DIALOGUES[0])
+        found = next((key for key in DIALOGUE_KEYS if key in raw), DIALOGUE_KEYS[0])
         what = f"`{found}` is {kind(raw.get(found))}, not a list of messages"
         raise BadRow(what, reason="wrong type", where=where)
     return list(raw[key])

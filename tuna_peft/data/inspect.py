@@ -16,9 +16,12 @@ from tuna_peft.data.load import best_alone, iterate_ranked, load_prompts, source
 from tuna_peft.data.losses import describe_losses
 from tuna_peft.data.messages import message_text
 from tuna_peft.data.ranked import ReadReport, Record, response_text
-from tuna_peft.data.suggest import data_block
+from tuna_peft.data.readers import FORMATS
+from tuna_peft.data.sources import is_here, read_records
+from tuna_peft.data.suggest import data_block, unused
 from tuna_peft.data.texts import reads_the_clock, set_template_date, template_date
 from tuna_peft.data.tokenize import encode_ranked
+from tuna_peft.errors import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +69,8 @@ def inspect_file(
     deque(records, maxlen=0)  # counts the others
     lines = [f"{source.title} ({format}): {report.read} records read, {report.kept} kept"]
     lines += describe_losses(report.as_dict())
+    if is_here(read_as.path) and (keys := _not_read(read_as)):
+        lines.append(f"Not read: {listed(f'`{key}`' for key in keys)}")
     if tokenizer is not None and reads_the_clock(tokenizer):
         set_template_date(tokenizer, prompt.date)
         lines.append(
@@ -74,6 +79,18 @@ def inspect_file(
         )
     panels = _panels(placed, tokenizer, prompt, supervised, max_length, overflow)
     return Group(Text("\n  ".join(lines)), *panels, Text(f"\nIn a recipe:\n\n{data_block(read_as)}"))
+
+
+def _not_read(source: DataSource) -> list[str]:
+    """The keys of the first record that reading makes no use of."""
+    _, first = next(read_records(source.model_copy(update={"limit": 1})))
+    if source.columns is None:
+        return [key for key in first if key not in FORMATS[source.format].reads | {"id", "system", "tools"}]
+    named = source.columns.model_dump(exclude_none=True, exclude={"winner_labels"})
+    named["group_by"] = source.group_by or []
+    numbered = {str(number): key for number, key in enumerate(first, 1)}
+    paths = [path for value in named.values() for path in ([value] if isinstance(value, str) else value)]
+    return unused(first, {"read": ["tools", *(numbered.get(path, path) for path in paths)]})
 
 
 def inspect_prompts(source: DataSource, prompt: PromptConfig, n: int = 3) -> RenderableType:

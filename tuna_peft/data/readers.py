@@ -14,6 +14,8 @@ from tuna_peft.data import columns
 from tuna_peft.data.bad_row import BadRow, required_list
 from tuna_peft.data.config import DataSource, Markers
 from tuna_peft.data.dialogues import (
+    DIALOGUE_KEYS,
+    PAIR_KEYS,
     dialogue_prompt,
     dialogue_responses,
     has_replies,
@@ -40,6 +42,7 @@ class Format:
     Args:
         name: Its name in recipes.
         keys: The keys of its records, for error messages.
+        reads: All keys of a record that are read, but `id`, `system` and `tools`.
         matches: Whether a record (without its null values) has this format.
         prompt: (raw, source, template, where) -> (id or None, prompt).
         responses: (raw, source, template, where) -> completions, scores, ranks, reference, in the order of the file.
@@ -47,6 +50,7 @@ class Format:
 
     name: str
     keys: str
+    reads: frozenset[str]
     matches: Callable[[Record], bool]
     prompt: Callable[[Record, DataSource, PromptTemplate, str], tuple[Any, Any]]
     responses: Callable[[Record, DataSource, PromptTemplate, str], Record]
@@ -268,12 +272,17 @@ def _transcript_responses(raw: Record, source: DataSource, template: PromptTempl
     return {"completions": responses, "scores": None, "ranks": [0, 1], "reference": None}
 
 
+def _keys(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
         Format(
             "ranked",
             "prompt, completions, scores or ranks",
+            _keys("prompt completions scores ranks reference"),
             lambda raw: {"prompt", "completions"} <= raw.keys() and ("scores" in raw or "ranks" in raw),
             _full_prompt("prompt"),
             _ranked_responses,
@@ -281,6 +290,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "teacher",
             "orig, text, logprob or avg_token_prob, length",
+            _keys("orig text logprob avg_token_prob length"),
             lambda raw: {"orig", "text"} <= raw.keys() and ("logprob" in raw or "avg_token_prob" in raw),
             read_teacher_prompt,
             read_teacher_responses,
@@ -288,6 +298,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "judge",
             "instruct, generation, rank or ranks",
+            _keys("instruct generation rank ranks gpt_eval") | {f"response_{count}" for count in range(100)},
             lambda raw: {"instruct", "generation"} <= raw.keys() and ("rank" in raw or "ranks" in raw),
             _full_prompt("instruct"),
             _judge_responses,
@@ -295,6 +306,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "formatted",
             "instruction, output and score as lists",
+            _keys("instruction output score"),
             lambda raw: {"instruction", "score"} <= raw.keys() and isinstance(raw.get("output"), list),
             _full_prompt("instruction"),
             _formatted_responses,
@@ -302,6 +314,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "preference",
             "chosen, rejected, and prompt, conversations or messages before them or in them",
+            frozenset((*PAIR_KEYS, *DIALOGUE_KEYS)),
             has_replies,
             lambda raw, source, template, where: (raw.get("id"), preference_prompt(raw)),
             lambda raw, source, template, where: preference_responses(raw, where),
@@ -309,6 +322,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "transcript",
             "chosen, rejected as texts with turns marked by Human: and Assistant:",
+            _keys("chosen rejected"),
             looks_like_transcripts,
             _transcript_prompt,
             _transcript_responses,
@@ -316,6 +330,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "messages",
             "messages or conversations",
+            frozenset((*DIALOGUE_KEYS, "systemInstruction")),
             is_dialogue,
             lambda raw, source, template, where: (raw.get("id"), dialogue_prompt(raw, where)),
             lambda raw, source, template, where: dialogue_responses(raw, where),
@@ -323,6 +338,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "alpaca",
             "instruction, input, output",
+            _keys("instruction input output history"),
             lambda raw: "instruction" in raw and isinstance(raw.get("output"), str),
             _alpaca_prompt,
             _alpaca_responses,
@@ -330,6 +346,7 @@ FORMATS: dict[str, Format] = {
         Format(
             "columns",
             "any, with `columns`",
+            frozenset(),
             lambda raw: False,
             lambda raw, source, template, where: columns.read_prompt(raw, source.columns, template, where),
             lambda raw, source, template, where: columns.read_responses(raw, source.columns, template, where),

@@ -53,6 +53,9 @@ _TURNS_FIX = (
 )
 
 
+_TURN_FIX = "Use a model whose template supports it, or skip such records (in a recipe: `on_bad_row: skip`)."
+
+
 @dataclass
 class Joint:
     """A prompt with one response as text.
@@ -201,7 +204,7 @@ class Renderer:
                 what = f"the chat template drops a part of the response: {part[:80]!r}"
                 if part in _call_names(turn):
                     what = f"the chat template drops `tool_calls` of the response ({part})"
-                self._report(CHANGED, what, name)
+                self._report(CHANGED, what, name, _TURN_FIX)
                 return
 
     def _check_prompt(self, prompt: list[Message], tools: Any, start: str, where: str) -> None:
