@@ -74,7 +74,7 @@ def test_a_result_holds_until_the_code_or_a_test_changes(copy, monkeypatch):
 
 def test_the_test_of_a_failure_may_have_spaces_in_its_id():
     assert (
-        name_of("FAILED tests/a/test_b.py::test_c[122-the disk] - AssertionError: x")
+        failing_test("FAILED tests/a/test_b.py::test_c[122-the disk] - AssertionError: x")
         == "a/test_b.py::test_c[122-the disk]"
     )
-    assert name_of("ERROR tests/test_b.py") == "test_b.py"
+    assert failing_test("ERROR tests/test_b.py") == "test_b.py"

@@ -2,15 +2,16 @@
 
 import copy
 
+import datasets
 import pytest
 
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.encoder import TokenReport
 from tuna_peft.data.load import encode_source
-from tuna_peft.data.ranked import normalise_ranked
+from tuna_peft.data.ranked import normalise
 from tuna_peft.data.rendering import SPECIAL, WHITESPACE, Renderer
 from tuna_peft.data.texts import prompt_ids, prompt_text, reads_the_clock, set_template_date
-from tuna_peft.data.tokenize import encode_dataset, encode_ranked, encode_sft
+from tuna_peft.data.tokenize import encode_dataset, encode_ranked
 from tuna_peft.errors import UserError
 
 CHATML = (
@@ -75,7 +76,7 @@ def templated():
 
 def encode(tokenizer, responses, messages=USER, prompt=None, tools=None, **options):
     row = {"prompt": messages, "completions": responses, "ranks": list(range(len(responses))), "tools": tools}
-    return encode_ranked(normalise_ranked(row, "x.jsonl: line 7"), tokenizer, max_length=None, prompt=prompt,
+    return encode_ranked(normalise(row, "x.jsonl: line 7").record, tokenizer, max_length=None, prompt=prompt,
                          where="x.jsonl: line 7", **options)  # fmt: skip
 
 
@@ -161,8 +162,8 @@ def test_reasoning_without_loss(templated, template, prompt):
     assert row["prompt_ids"] + row["completions_ids"][0] == (
         (full := encode(tokenizer, THOUGHTS, prompt=prompt))["prompt_ids"] + full["completions_ids"][0]
     )
-    sft = {"prompt": "Q:", "completion": "<think>a</think> b"}
-    encoded = encode_sft(sft, tokenizer, max_length=None, prompt=quiet)
+    sft = datasets.Dataset.from_list([{"prompt": "Q:", "completion": "<think>a</think> b"}])
+    [encoded], _ = encode_dataset(sft, tokenizer, max_length=None, prompt=quiet)
     kept = [label for label in encoded["labels"] if label != -100]
     assert tokenizer.decode(kept) in ("b</s>", " b</s>")
 
@@ -259,8 +260,8 @@ def test_templates_that_join_arguments_as_text(templated):
     """DeepSeek-R1's adds them to a text, where others want an object."""
     tokenizer = templated(TOOLS.replace("(c['function']['arguments'] | tojson)", "c['function']['arguments']"))
     called = [*USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, *USER]
-    assert '<call>get_depth{"lake": "Brenno"}' in prompt_text(normalise_ranked(
-        {"prompt": called, "completions": ["a", "b"], "ranks": [0, 1]}, "x")["prompt"], tokenizer)  # fmt: skip
+    assert '<call>get_depth{"lake": "Brenno"}' in prompt_text(normalise(
+        {"prompt": called, "completions": ["a", "b"], "ranks": [0, 1]}, "x").record["prompt"], tokenizer)  # fmt: skip
 
 
 def test_several_turns_carry_loss_on_the_assistants_alone(templated):
@@ -272,7 +273,8 @@ def test_several_turns_carry_loss_on_the_assistants_alone(templated):
     assert with_loss(tokenizer, row, 1) == "6</s>"
     whole = tokenizer.decode(row["prompt_ids"] + row["completions_ids"][0])
     assert whole == "<|user|>2 + 3?</s>\n<|assistant|>Which?</s>\n<|user|>Any.</s>\n<|assistant|>5</s>"
-    sft = encode_sft({"prompt": USER, "completion": turns}, tokenizer, max_length=None)
+    rows = datasets.Dataset.from_list([{"prompt": USER, "completion": turns}])
+    [sft], _ = encode_dataset(rows, tokenizer, max_length=None)
     assert tokenizer.decode([label for label in sft["labels"] if label != -100]) == "Which?</s>5</s>"
     assert [int(label != -100) for label in sft["labels"]] == sft["completion_mask"]
 

@@ -6,7 +6,7 @@ from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_candidates, load_prompts, load_ranked, load_sft, source_format
 from tuna_peft.data.messages import clean_message
-from tuna_peft.data.ranked import normalise, normalise_ranked, response_text
+from tuna_peft.data.ranked import normalise, response_text
 from tuna_peft.errors import UserError
 
 CHAT = PromptConfig(template="chat")
@@ -81,14 +81,14 @@ def test_the_common_beginning_is_the_prompt(jsonl, prompt):
 
 def test_dialogues_that_part_early_are_ranked_as_a_whole():
     turns = [said("a"), said("more", "user"), said("b")]
-    row = normalise_ranked({"completions": [[USER, *turns], [USER, said("c")]], "scores": [2, 1]}, "x")
+    row = normalise({"completions": [[USER, *turns], [USER, said("c")]], "scores": [2, 1]}, "x").record
     assert (row["prompt"], row["completions"]) == ([USER], [turns, "c"])
     assert response_text(turns) == "assistant: a\n\nuser: more\n\nassistant: b"
     again = normalise(row, "x")
     assert again.record == row
     # The users' turns differ: what they answer is the last turn that both share with the assistant's next.
     other = [USER, said("a"), said("other", "user"), said("b")]
-    row = normalise_ranked({"completions": [[USER, *turns], other], "scores": [2, 1]}, "x")
+    row = normalise({"completions": [[USER, *turns], other], "scores": [2, 1]}, "x").record
     assert row["prompt"] == [USER]
 
 
@@ -106,7 +106,7 @@ def test_dialogues_that_part_early_are_ranked_as_a_whole():
 )
 def test_dialogues_that_cannot_be_split(record, what):
     with pytest.raises(BadRow, match=what):
-        normalise_ranked({**record, "scores": [2, 1]}, "x")
+        normalise({**record, "scores": [2, 1]}, "x")
 
 
 def test_equal_tool_calls_are_merged():

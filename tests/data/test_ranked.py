@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tuna_peft.data.bad_row import BadRow
-from tuna_peft.data.ranked import ReadReport, add_reference, dense_ranks, normalise, normalise_ranked
+from tuna_peft.data.ranked import ReadReport, add_reference, dense_ranks, normalise
 
 NAN, INF = float("nan"), float("inf")
 
@@ -15,7 +15,7 @@ def record(completions, scores=None, ranks=None, **more):
 
 
 def test_best_first_with_ties():
-    assert normalise_ranked(record(["a", "b", "c", "d"], [0.5, 2, 0.5, True]), "row 1") == {
+    assert normalise(record(["a", "b", "c", "d"], [0.5, 2, 0.5, True]), "row 1").record == {
         "id": "1",
         "prompt": "p",
         "completions": ["b", "d", "a", "c"],
@@ -26,7 +26,7 @@ def test_best_first_with_ties():
 
 
 def test_ranks_alone_become_dense():
-    row = normalise_ranked(record(["a", "b", "c"], ranks=[7, 3, 7], reference="r"), "row 1")
+    row = normalise(record(["a", "b", "c"], ranks=[7, 3, 7], reference="r"), "row 1").record
     assert (row["completions"], row["ranks"], row["scores"]) == (["b", "a", "c"], [0, 1, 1], None)
     assert row["reference"] == "r"
 
@@ -46,15 +46,15 @@ def test_unranked_twins_are_merged_and_the_others_left_out():
 def test_messages():
     row = record([[{"role": "assistant", "content": "a"}], "b"], [0, 1])
     row["prompt"] = [{"role": "user", "content": "hi", "name": None}]
-    row = normalise_ranked(row, "row 1")
+    row = normalise(row, "row 1").record
     assert row["prompt"] == [{"role": "user", "content": "hi"}]
     assert row["completions"] == ["b", "a"]
 
 
 def test_id_and_blank_reference():
-    row = normalise_ranked(record(["a", "b"], [0, 1], id=None, reference=" \n"), "x.jsonl: line 12")
+    row = normalise(record(["a", "b"], [0, 1], id=None, reference=" \n"), "x.jsonl: line 12").record
     assert (row["id"], row["reference"]) == ("line-12", None)
-    assert normalise_ranked(record(["a", "b"], [0, 1], id=7), "row 1")["id"] == "7"
+    assert normalise(record(["a", "b"], [0, 1], id=7), "row 1").record["id"] == "7"
 
 
 def test_normalising_twice_changes_nothing():
@@ -69,7 +69,7 @@ def test_normalising_twice_changes_nothing():
         except BadRow as error:
             assert error.reason in ("all tied", "one response")
             continue
-        assert normalise_ranked(once.record, "elsewhere") == once.record
+        assert normalise(once.record, "elsewhere").record == once.record
         assert once.merged == n - len(set(texts))
         assert once.record["ranks"] == sorted(once.record["ranks"])
         assert set(once.record["ranks"]) == set(range(once.record["ranks"][-1] + 1))
@@ -122,7 +122,7 @@ BAD = {
 def test_bad_records_name_what_where_and_fix(case):
     row, where, what = BAD[case]
     with pytest.raises(BadRow) as caught:
-        normalise_ranked(row, "x: line 2")
+        normalise(row, "x: line 2")
     assert caught.value.where == where
     assert what in caught.value.what
     assert caught.value.fix
@@ -130,17 +130,17 @@ def test_bad_records_name_what_where_and_fix(case):
 
 
 def test_add_reference():
-    row = normalise_ranked(record(["a", "b"], [0.25, 0.5], reference="r"), "row 1")
-    best = normalise_ranked(add_reference(row, "best", "row 1"), "row 1")
+    row = normalise(record(["a", "b"], [0.25, 0.5], reference="r"), "row 1").record
+    best = normalise(add_reference(row, "best", "row 1"), "row 1").record
     assert (best["completions"], best["scores"], best["ranks"]) == (["r", "b", "a"], [1.5, 0.5, 0.25], [0, 1, 2])
-    worst = normalise_ranked(add_reference(row, "worst", "row 1"), "row 1")
+    worst = normalise(add_reference(row, "worst", "row 1"), "row 1").record
     assert (worst["completions"], worst["scores"]) == (["b", "a", "r"], [0.5, 0.25, -0.75])
-    unscored = normalise_ranked(record(["a", "b"], ranks=[0, 1], reference="b"), "row 1")
-    assert normalise_ranked(add_reference(unscored, "best", "row 1"), "row 1")["completions"] == ["b", "a"]
+    unscored = normalise(record(["a", "b"], ranks=[0, 1], reference="b"), "row 1").record
+    assert normalise(add_reference(unscored, "best", "row 1"), "row 1").record["completions"] == ["b", "a"]
     # A candidate that equals the reference keeps the better of its two ranks.
-    assert normalise_ranked(add_reference(unscored, "worst", "row 1"), "row 1")["completions"] == ["a", "b"]
+    assert normalise(add_reference(unscored, "worst", "row 1"), "row 1").record["completions"] == ["a", "b"]
     with pytest.raises(BadRow, match="no reference response"):
-        add_reference(normalise_ranked(record(["a", "b"], [0, 1]), "row 1"), "best", "row 1")
+        add_reference(normalise(record(["a", "b"], [0, 1]), "row 1").record, "best", "row 1")
 
 
 def test_report_as_dict():

@@ -10,25 +10,27 @@ import pytest
 
 from tuna_peft.data.config import PromptConfig
 from tuna_peft.data.encoder import TokenReport
-from tuna_peft.data.ranked import normalise_ranked
+from tuna_peft.data.ranked import normalise
 from tuna_peft.data.texts import prompt_ids, prompt_text
-from tuna_peft.data.tokenize import (
-    encode_dataset,
-    encode_ranked,
-    encode_sft,
-)
+from tuna_peft.data.tokenize import encode_dataset, encode_ranked
 from tuna_peft.errors import UserError
 
 
 def record(prompt, completions, reference=None, ranks=None):
     ranks = list(range(len(completions))) if ranks is None else ranks
     row = {"id": "1", "prompt": prompt, "completions": completions, "ranks": ranks, "reference": reference}
-    return normalise_ranked(row, "row 0")
+    return normalise(row, "row 0").record
 
 
 def encode(tokenizer, *args, max_length=None, **options):
     row = record(*args, **{key: options.pop(key) for key in ("reference", "ranks") if key in options})
     return encode_ranked(row, tokenizer, max_length=max_length, where="row 0", **options)
+
+
+def encode_sft(tokenizer, prompt, completion, max_length=None, **options):
+    rows = datasets.Dataset.from_list([{"prompt": prompt, "completion": completion}])
+    [row], _ = encode_dataset(rows, tokenizer, max_length=max_length, **options)
+    return row
 
 
 def test_plain(tokenizer):
@@ -173,7 +175,7 @@ def test_skip(tokenizer):
 
 
 def test_scores_follow_their_candidates(tokenizer):
-    row = normalise_ranked({"prompt": "x", "completions": ["c", "ddd", "b"], "scores": [1, 2, 3]}, "row 0")
+    row = normalise({"prompt": "x", "completions": ["c", "ddd", "b"], "scores": [1, 2, 3]}, "row 0").record
     encoded = encode_ranked(row, tokenizer, max_length=4, overflow="skip")
     assert (encoded["completions_ids"], encoded["scores"]) == ([[4, 1], [5, 1]], [3.0, 1.0])
 
@@ -184,25 +186,25 @@ def test_needed_reference(tokenizer):
 
 
 def test_sft(tokenizer):
-    row = encode_sft({"prompt": "xa", "completion": "cd"}, tokenizer, max_length=None)
-    assert row == {
-        "id": "row",
+    assert encode_sft(tokenizer, "xa", "cd") == {
+        "id": "row 0",
         "input_ids": [0, 7, 3, 11, 1],
         "completion_mask": [0, 0, 0, 1, 1],
         "labels": [-100, -100, -100, 11, 1],
     }
-    merged = encode_sft({"prompt": "xa", "completion": "b"}, tokenizer, max_length=None)
+    merged = encode_sft(tokenizer, "xa", "b")
     assert (merged["input_ids"], merged["completion_mask"]) == ([0, 7, 10, 1], [0, 0, 1, 1])
-    cut = encode_sft({"prompt": "x", "completion": "ddd"}, tokenizer, max_length=4, overflow="cut")
+    cut = encode_sft(tokenizer, "x", "ddd", max_length=4, overflow="cut")
     assert (cut["input_ids"], cut["labels"]) == ([0, 7, 6, 6], [-100, -100, 6, 6])
-    assert encode_sft({"prompt": "x", "completion": "ddd"}, tokenizer, max_length=4, overflow="skip") is None
-    with pytest.raises(UserError, match="row 4, candidate 0: the response is empty"):
-        encode_sft({"prompt": "x", "completion": ""}, tokenizer, max_length=None, where="row 4")
+    with pytest.raises(UserError, match="none of the 1 rows fits"):
+        encode_sft(tokenizer, "x", "ddd", max_length=4, overflow="skip")
+    with pytest.raises(UserError, match="row 0, candidate 0: the response is empty"):
+        encode_sft(tokenizer, "x", "")
 
 
 def test_sft_messages(chat_tokenizer):
-    row = {"prompt": [{"role": "user", "content": "c"}], "completion": [{"role": "assistant", "content": "ab"}]}
-    encoded = encode_sft(row, chat_tokenizer, max_length=None)
+    prompt, completion = [{"role": "user", "content": "c"}], [{"role": "assistant", "content": "ab"}]
+    encoded = encode_sft(chat_tokenizer, prompt, completion)
     assert encoded["input_ids"] == [0, 7, 5, 9, 8, 10, 1]
     assert encoded["completion_mask"] == [0, 0, 0, 0, 0, 1, 1]
 
@@ -223,7 +225,7 @@ def test_dataset_equals_row_by_row(tokenizer):
     encoded, report = encode_dataset(dataset, tokenizer, max_length=8, overflow="skip")
     one_by_one = TokenReport()
     expected = [
-        encode_ranked(normalise_ranked(row, "r"), tokenizer, max_length=8, overflow="skip", report=one_by_one)
+        encode_ranked(normalise(row, "r").record, tokenizer, max_length=8, overflow="skip", report=one_by_one)
         for row in rows
     ]
     assert list(encoded) == [row for row in expected if row is not None]

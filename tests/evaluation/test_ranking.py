@@ -8,7 +8,7 @@ from rounding import logps_bound
 from tiny_llama import load_tiny, write_base
 
 from tuna_peft.data.as_dataset import ranked_dataset
-from tuna_peft.data.ranked import normalise_ranked
+from tuna_peft.data.ranked import normalise
 from tuna_peft.data.tokenize import encode_dataset
 from tuna_peft.evaluation.ranking import evaluate_ranking
 from tuna_peft.evaluation.ranking_metrics import kendall_tau_b, ndcg, pairs_of, reciprocal_rank, top1_hit
@@ -67,7 +67,7 @@ def rows(base):
         for i, scores in enumerate([[3, 2, 1], [1, 2, 2], [1, 3, 2], [2, 1, 3]])
     ]
     records.append({"id": "two", "prompt": "w4 w8 ", "completions": ["w5 w6", "w9"], "scores": [1, 0]})
-    normal = [normalise_ranked(record, record["id"]) for record in records]
+    normal = [normalise(record, record["id"]).record for record in records]
     return encode_dataset(ranked_dataset(normal), base.tokenizer, max_length=None)[0]
 
 

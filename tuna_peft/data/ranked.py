@@ -71,7 +71,7 @@ class Normalised:
     comparisons: int = 0
 
 
-def normalise_ranked(record: Record, where: str) -> Record:
+def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
     """Checks a ranked record and converts it to the ranked type; idempotent.
 
     Args:
@@ -79,18 +79,14 @@ def normalise_ranked(record: Record, where: str) -> Record:
             `ranks` (lower is better; None where a response is not ranked), optional `reference`, `tools` and `id`.
             Completions may be whole dialogues, see `split_dialogues`.
         where: The record's place, for errors.
+        pairs: False accepts one response, or only tied ones.
 
     Returns:
-        A new record of the ranked type, best first, exact duplicates merged under the best of their ranks.
+        A new record of the ranked type, best first, exact duplicates merged under the best of their ranks; and counts.
 
     Raises:
         BadRow: The record is invalid; the message names the place and the candidate.
     """
-    return normalise(record, where).record
-
-
-def normalise(record: Record, where: str, *, pairs: bool = True) -> Normalised:
-    """Like `normalise_ranked`, with counts; `pairs=False` accepts one response, or only tied ones."""
     prompt, completions = split_dialogues(record.get("prompt"), record.get("completions"), where)
     prompt = with_system(clean_prompt(prompt, where), record.get("system"), where)
     if completions is not None and (isinstance(completions, str) or not isinstance(completions, Sequence)):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tuna_peft.data import columns
 from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.columns import many
 from tuna_peft.data.config import Columns, DataSource
 from tuna_peft.data.ranked import Record
 
@@ -20,31 +20,29 @@ class Shape:
 
     Args:
         keys: Paths that a record of this shape has.
-        settings: Keys of `DataSource` with their values.
+        columns: What `columns` in a recipe would say.
+        group_by: What rows about the same prompt share, if they are collected.
         without: A key that a record of this shape does not have.
     """
 
     keys: tuple[str, ...]
-    settings: dict[str, Any]
+    columns: dict[str, Any]
+    group_by: str | None = None
     without: str | None = None
 
     def matches(self, record: Record) -> bool:
         """Whether a record (without its null values) has this shape."""
         try:
             for path in self.keys:
-                columns.many(record, path, "")
+                many(record, path, "")
         except BadRow:
             return False
         return self.without not in record
 
     def apply(self, source: DataSource) -> DataSource:
         """The source with the settings of this shape; what it says itself about grouping stays."""
-        settings = {**self.settings, "columns": Columns.model_validate(self.settings["columns"])}
-        return source.model_copy(update={"group_by": None, **settings} | _given(source))
-
-
-def _given(source: DataSource) -> dict[str, Any]:
-    return {} if source.group_by is None else {"group_by": source.group_by}
+        group_by = self.group_by if source.group_by is None else source.group_by
+        return source.model_copy(update={"columns": Columns.model_validate(self.columns), "group_by": group_by})
 
 
 SHAPES: dict[str, Shape] = {
@@ -52,119 +50,96 @@ SHAPES: dict[str, Shape] = {
     "ultrafeedback": Shape(
         ("instruction", "completions[].response", "completions[].overall_score"),
         {
-            "columns": {
-                "instruction": "instruction",
-                "completions": "completions[].response",
-                "scores": "completions[].overall_score",
-            }
+            "instruction": "instruction",
+            "completions": "completions[].response",
+            "scores": "completions[].overall_score",
         },
     ),
     # NDCG-alignment/ListUltraFeedback
     "list-ultrafeedback": Shape(
         ("prompt", "all_responses", "overall_scores"),
-        {"columns": {"instruction": "prompt", "completions": "all_responses", "scores": "overall_scores"}},
+        {"instruction": "prompt", "completions": "all_responses", "scores": "overall_scores"},
     ),
     # princeton-nlp/llama3-ultrafeedback-armorm and its siblings
     "scored-lists": Shape(
         ("prompt", "all_generated_responses", "all_rm_scores"),
-        {"columns": {"instruction": "prompt", "completions": "all_generated_responses", "scores": "all_rm_scores"}},
+        {"instruction": "prompt", "completions": "all_generated_responses", "scores": "all_rm_scores"},
     ),
     # berkeley-nest/Nectar; its prompts are whole transcripts
     "nectar": Shape(
         ("prompt", "answers[].answer", "answers[].rank"),
-        {"columns": {"prompt": "prompt", "completions": "answers[].answer", "ranks": "answers[].rank"}},
+        {"prompt": "prompt", "completions": "answers[].answer", "ranks": "answers[].rank"},
     ),
     # nvidia/HelpSteer and HelpSteer2
     "helpsteer2": Shape(
         ("prompt", "response", "helpfulness", "correctness", "coherence", "complexity", "verbosity"),
-        {
-            "columns": {"instruction": "prompt", "completions": "response", "scores": "helpfulness"},
-            "group_by": "prompt",
-        },
+        {"instruction": "prompt", "completions": "response", "scores": "helpfulness"},
+        group_by="prompt",
     ),
     # nvidia/HelpSteer3, preference; from -3 (the first is much better) to 3
     "helpsteer3": Shape(
         ("context", "response1", "response2", "overall_preference"),
-        {
-            "columns": {
-                "prompt": "context",
-                "completions": ["response1", "response2"],
-                "strength": "overall_preference",
-            },
-            "group_by": "context",
-        },
+        {"prompt": "context", "completions": ["response1", "response2"], "strength": "overall_preference"},
+        group_by="context",
     ),
     # stanfordnlp/SHP; the label respects the time of the comments, their votes do not
     "shp": Shape(
         ("history", "human_ref_A", "human_ref_B", "labels"),
         {
-            "columns": {
-                "instruction": "history",
-                "completions": ["human_ref_A", "human_ref_B"],
-                "winner": "labels",
-                "winner_labels": {"1": 0, "0": 1},
-            },
-            "group_by": "history",
+            "instruction": "history",
+            "completions": ["human_ref_A", "human_ref_B"],
+            "winner": "labels",
+            "winner_labels": {"1": 0, "0": 1},
         },
+        group_by="history",
     ),
     # lmsys/chatbot_arena_conversations; the vote is on all turns
     "arena": Shape(
         ("conversation_a[].content", "conversation_b[].content", "winner"),
         {
-            "columns": {
-                "instruction": "conversation_a[0].content",
-                "completions": ["conversation_a", "conversation_b"],
-                "winner": "winner",
-            },
+            "instruction": "conversation_a[0].content",
+            "completions": ["conversation_a", "conversation_b"],
+            "winner": "winner",
         },
     ),
     # WeOpenML/PandaLM, the test set; 0 is a tie
     "pandalm": Shape(
         ("instruction", "input", "response1", "response2", "annotator1", "annotator2", "annotator3"),
         {
-            "columns": {
-                "instruction": "instruction",
-                "input": "input",
-                "completions": ["response1", "response2"],
-                "winner": ["annotator1", "annotator2", "annotator3"],
-                "winner_labels": {"1": 0, "2": 1, "0": "tie"},
-            },
+            "instruction": "instruction",
+            "input": "input",
+            "completions": ["response1", "response2"],
+            "winner": ["annotator1", "annotator2", "annotator3"],
+            "winner_labels": {"1": 0, "2": 1, "0": "tie"},
         },
     ),
     # NVIDIA NeMo-RL
     "nemo-rl": Shape(
         ("context", "completions[].completion", "completions[].rank"),
-        {
-            "columns": {
-                "prompt": "context",
-                "completions": "completions[].completion",
-                "ranks": "completions[].rank",
-            }
-        },
+        {"prompt": "context", "completions": "completions[].completion", "ranks": "completions[].rank"},
     ),
     # OpenAI's preference fine-tuning
     "openai-preference": Shape(
         ("input.messages", "preferred_output", "non_preferred_output"),
         {
-            "columns": {
-                "prompt": "input.messages",
-                "completions": ["preferred_output", "non_preferred_output"],
-                "ranks": "best_first",
-            }
+            "prompt": "input.messages",
+            "completions": ["preferred_output", "non_preferred_output"],
+            "ranks": "best_first",
         },
     ),
     # TRL's unpaired preference (KTO)
     "unpaired": Shape(
         ("prompt", "completion", "label"),
-        {"columns": {"prompt": "prompt", "completions": "completion", "scores": "label"}, "group_by": "prompt"},
+        {"prompt": "prompt", "completions": "completion", "scores": "label"},
+        group_by="prompt",
     ),
     # Several responses with a label each. TRL's stepwise supervision has the same keys: steps of one response.
     "labels": Shape(
         ("prompt", "completions", "labels"),
-        {"columns": {"prompt": "prompt", "completions": "completions", "scores": "labels"}},
+        {"prompt": "prompt", "completions": "completions", "scores": "labels"},
     ),
     # TRL's prompt-completion, for supervised stages
     "prompt-completion": Shape(
-        ("prompt", "completion"), {"columns": {"prompt": "prompt", "completions": "completion"}}, without="label"
+        ("prompt", "completion"), {"prompt": "prompt", "completions": "completion"}, without="label"
     ),
 }

@@ -34,6 +34,10 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
 )
 
 
+Count = Callable[[Path, bool], int]
+Read = Callable[[Path, bool, int, int | None], Iterator[tuple[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Shard:
     """A data file.
@@ -179,20 +183,14 @@ def _read_json(path: Path, header: bool, start: int, stop: int | None) -> Iterat
         yield f"{kind} {number}", parse_line(path, number, unit, last=last) if kind == "line" else unit
 
 
-def _count_csv(path: Path, header: bool) -> int:
-    return sum(1 for _ in csv_rows(path, header=header))
+def _table(rows: Callable[..., Iterator[tuple[int, Any]]], unit: str) -> tuple[Count, Read]:
+    """For `csv_rows` and `sheet_rows`; `unit` is what they number."""
 
+    def read(path: Path, header: bool, start: int, stop: int | None) -> Iterator[tuple[str, Any]]:
+        chosen = itertools.islice(rows(path, header=header), start, stop)
+        return ((f"{unit} {number}", row) for number, row in chosen)
 
-def _read_csv(path: Path, header: bool, start: int, stop: int | None) -> Iterator[tuple[str, Any]]:
-    return ((f"line {number}", row) for number, row in itertools.islice(csv_rows(path, header=header), start, stop))
-
-
-def _count_sheet(path: Path, header: bool) -> int:
-    return sum(1 for _ in sheet_rows(path, header=header))
-
-
-def _read_sheet(path: Path, header: bool, start: int, stop: int | None) -> Iterator[tuple[str, Any]]:
-    return ((f"row {number}", row) for number, row in itertools.islice(sheet_rows(path, header=header), start, stop))
+    return lambda path, header: sum(1 for _ in rows(path, header=header)), read
 
 
 def _count_parquet(path: Path, header: bool) -> int:
@@ -228,10 +226,9 @@ def _read_parquet(path: Path, header: bool, start: int, stop: int | None) -> Ite
 
 # How to count and to read the records of a kind of file; all others are JSON.
 _KINDS = {
-    ".csv": (_count_csv, _read_csv),
-    ".tsv": (_count_csv, _read_csv),
+    **dict.fromkeys((".csv", ".tsv"), _table(csv_rows, "line")),
     ".parquet": (_count_parquet, _read_parquet),
-    **dict.fromkeys(SPREADSHEETS, (_count_sheet, _read_sheet)),
+    **dict.fromkeys(SPREADSHEETS, _table(sheet_rows, "row")),
 }
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tuna_peft.data.config import Overflow, PromptConfig
 from tuna_peft.data.dialogues import preference_responses
 from tuna_peft.data.encoder import Encoder, Options, TokenReport, loss_tokens
-from tuna_peft.data.ranked import Record, clean_prompt, clean_response, normalise_ranked
+from tuna_peft.data.ranked import Record, clean_prompt, clean_response, normalise
 from tuna_peft.data.rows_on_disk import write_rows
 from tuna_peft.errors import UserError
 from tuna_peft.progress import tracked
@@ -43,7 +43,7 @@ def encode_ranked(
     """Tokenizes one normalised record.
 
     Args:
-        record: A record of the ranked type, see `normalise_ranked`.
+        record: A record of the ranked type, see `tuna_peft.data.ranked.normalise`.
         tokenizer: It must have an EOS token, which ends every response.
         max_length: Maximum length of the prompt with one response in tokens, including EOS; None: no limit.
         overflow: What to do with longer ones: `error`; `cut` truncates the response, including its EOS; `skip` skips
@@ -73,30 +73,6 @@ def encode_ranked(
     return row
 
 
-def encode_sft(
-    record: Record,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
-    overflow: Overflow = "error",
-    prompt: PromptConfig | None = None,
-    where: str = "row",
-    report: TokenReport | None = None,
-) -> dict[str, Any] | None:
-    """Tokenizes one record of TRL's prompt-completion type; for arguments and errors see `encode_ranked`.
-
-    Returns:
-        None for a skipped row, otherwise `id`; `input_ids`; `completion_mask`, 1 on the response and its EOS; and
-        `labels`, -100 on the prompt. TRL's `SFTTrainer` uses `labels` unchanged; for tokenized data it applies the
-        mask only with `completion_only_loss=True`, which is not its default.
-    """
-    ranked = _sft_as_ranked(record, where)
-    row = encode_ranked(
-        ranked, tokenizer, max_length=max_length, overflow=overflow, prompt=prompt, where=where, report=report
-    )
-    return None if row is None else _as_sft(row)
-
-
 def encode_dataset(
     dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,7 +92,10 @@ def encode_dataset(
         on_bad_row: `skip` skips a row that would be an error, and counts it.
 
     Returns:
-        A data set with the rows of `encode_ranked` or `encode_sft`, and the counts.
+        A data set with the rows of `encode_ranked`, or supervised ones, and the counts. Those have `id`, `input_ids`,
+        `completion_mask`, 1 on the response and its EOS, and `labels`, -100 on the prompt. TRL's `SFTTrainer` uses
+        `labels` unchanged; for tokenized data it applies the mask only with `completion_only_loss=True`, which is not
+        its default.
 
     Raises:
         UserError: A row is invalid, or none is left.
@@ -158,7 +137,7 @@ def encode_records(
     Args:
         records: Place and record; supervised ones have one response.
         total: Their number; None if they are read while they are encoded.
-        sft: Return rows of `encode_sft`.
+        sft: Return supervised rows.
     """
     report = TokenReport()
     options = Options(max_length, overflow, needs_reference, prompt or PromptConfig())
@@ -234,7 +213,7 @@ def require_scores(encoded: datasets.Dataset) -> None:
 def _as_ranked(row: Record, where: str) -> Record:
     if "completions" not in row:
         row = {**row, **preference_responses(row, where)}
-    return normalise_ranked(row, where)
+    return normalise(row, where).record
 
 
 def _sft_as_ranked(row: Record, where: str) -> Record:
