@@ -77,7 +77,7 @@ def test_commands():
         "vllm", "serve", "m", "--served-model-name", "tuna", "--generation-config", "vllm", "--max-model-len", "64",
         "--host", "127.0.0.1", "--port", "9",
     ]  # fmt: skip
-    assert merged.command("llama.cpp")[:7] == ["llama-server", "-m", "m", "--alias", "tuna", "-c", "64"]
+    assert merged.command("llama.cpp")[:7] == ["llama-server", "-m", "m", "--alias", "tuna", "-c", "512"]
     assert merged.command("transformers")[-1] == "m" and "--context-length" in merged.command("sglang")
     combined = Served("base", "tuna", adapter="c", rank=32).command("vllm")
     assert "tuna=c" in combined and combined[combined.index("--max-lora-rank") + 1] == "32"

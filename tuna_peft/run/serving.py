@@ -32,6 +32,8 @@ INSTALL: dict[Engine, str] = {
 
 CHECKED_TOKENS = 16
 """Tokens of each greedy answer that is compared."""
+_SLOTS = 8
+"""Responses that llama.cpp's server generates at once."""
 _EVERY = 30.0
 """Seconds between two messages while waiting."""
 _PAUSE = 2.0
@@ -79,7 +81,9 @@ class Served:
                 *self._context("--context-length"), *where,
             ]  # fmt: skip
         if engine == "llama.cpp":
-            return ["llama-server", "-m", self.model, "--alias", self.name, *self._context("-c"), *where]
+            # Its slots, each of which answers one response, divide `-c` among them.
+            slots = [] if self.context is None else ["-c", str(self.context * _SLOTS), "-np", str(_SLOTS)]
+            return ["llama-server", "-m", self.model, "--alias", self.name, *slots, *where]
         if engine == "transformers":
             return ["transformers", "serve", *where, self.model]
         return ["ollama", "serve"]
