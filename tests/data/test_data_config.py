@@ -45,6 +45,7 @@ def test_refused_sources(values, message):
         ({"template": "Q: {input}"}, "no {instruction} in it"),
         ({"template_no_input": "{instruction}"}, "no effect with `template: alpaca`"),
         ({"template": "{instruction}{input}", "template_no_input": "{input}{instruction}"}, "no {input}"),
+        ({"date": "2026-02-30"}, "day is out of range"),
     ],
 )
 def test_refused_prompts(values, message):

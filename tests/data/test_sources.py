@@ -161,8 +161,8 @@ def test_links_pipes_and_addresses_are_named(tmp_path):
         with pytest.raises(UserError, match=what):
             read(tmp_path / f"{name}.jsonl")
     for address, fix in (
-        ("https://huggingface.co/datasets/owner/name/resolve/main/a.jsonl", "`path: owner/name`"),
-        ("hf://datasets/owner/name", "`path: owner/name`"),
+        ("https://huggingface.co/datasets/owner/name/resolve/main/a.jsonl", "Write `owner/name`"),
+        ("hf://datasets/owner/name", "Write `owner/name`"),
         ("s3://bucket/a.jsonl", "Download it"),
     ):
         with pytest.raises(UserError, match="this is an address") as caught:

@@ -141,6 +141,8 @@ def test_a_lone_mistake_says_what_where_and_how_to_mend_it(recipe_file):
         ("stages.sft.data.path='!!python/object:os.system'", "there is no file or folder '!!python/object:os.system'"),
         ("stages.sft.data={path: x/y, format: ranked, columns: {prompt: a}}", "`columns` has no effect"),
         ("prompt.template=Question", "has no {instruction} in it"),
+        ("base.model=https://huggingface.co/owner/model", "Write `owner/model`."),
+        ("base={model: 'builtin:pico-llama', revision: main}", "base.revision: this is for models on the Hub"),
     ],
 )
 def test_wrong_values(recipe_file, override, message):

@@ -5,6 +5,7 @@ Imports only pydantic, so that a recipe is checked in milliseconds.
 
 from __future__ import annotations
 
+import datetime
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -275,6 +276,13 @@ class PromptConfig(Section):
         description="The date that a chat template with a date in it shows, as YYYY-MM-DD. null: the day on which the "
         "run started; the run and its stack keep it.",
     )
+
+    @field_validator("date")
+    @classmethod
+    def _is_in_the_calendar(cls, value: str | None) -> str | None:
+        if value is not None:
+            datetime.date.fromisoformat(value)
+        return value
 
     @model_validator(mode="after")
     def _templates_have_their_fields(self) -> PromptConfig:

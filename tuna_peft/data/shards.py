@@ -57,6 +57,14 @@ def is_hub_id(text: str) -> bool:
     return len(text) <= 96 and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text, re.ASCII) is not None
 
 
+def address_fix(text: str) -> str | None:
+    """What to write in the place of an address such as `https://...`; None for anything else."""
+    if "://" not in text:
+        return None
+    on_hub = re.search(r"(?:huggingface\.co|hf\.co|^hf:/)/(?:datasets/)?([\w.-]+(?:/[\w.-]+)?)", text)
+    return f"Write `{on_hub[1]}`." if on_hub else "Download it, and give the path of the file or folder."
+
+
 def data_suffix(path: Path) -> str:
     """The extension that tells the kind of a data file: `.jsonl` for `a.jsonl.gz`."""
     suffix = path.suffix.lower()  # Windows writes .CSV

@@ -15,6 +15,7 @@ from tuna_peft.data.config import DataSource
 from tuna_peft.data.in_text import with_messages
 from tuna_peft.data.shards import (
     SUFFIXES,
+    address_fix,
     data_suffix,
     find_shards,
     is_hub_id,
@@ -75,9 +76,7 @@ def is_here(path: str | list[str]) -> bool:
 
 
 def _read_path(text: str, source: DataSource) -> RawRecords:
-    if "://" in text:
-        on_hub = re.search(r"huggingface\.co/datasets/([\w.-]+/[\w.-]+)|^hf://datasets/([\w.-]+/[\w.-]+)", text)
-        fix = f"Write `path: {on_hub[1] or on_hub[2]}`." if on_hub else "Download it, and give the file as `path`."
+    if fix := address_fix(text):
         raise UserError("this is an address, not a path or the id of a Hub data set", where=text, fix=fix)
     builtin = text.startswith("builtin:")
     path = _builtin(text) if builtin else Path(text).expanduser()

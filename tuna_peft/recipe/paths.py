@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from tuna_peft.data.config import MayBeLocal
-from tuna_peft.data.shards import COMPRESSED, SUFFIXES, is_hub_id, is_pattern, match_pattern
+from tuna_peft.data.shards import COMPRESSED, SUFFIXES, address_fix, is_hub_id, is_pattern, match_pattern
 from tuna_peft.errors import did_you_mean
 from tuna_peft.evaluation.files import how_to_fetch
 from tuna_peft.recipe.document import KeyPath
@@ -33,7 +33,14 @@ def resolve_paths(recipe: Recipe, folders: Sequence[Path]) -> None:
 
 
 def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[KeyPath, str, str]]:
-    """`(path of keys, what, fix)` for every value that can only be a local path, or a stage, and does not exist."""
+    """`(path of keys, what, fix)` for every value that can only be a local path, or a stage, and does not exist.
+
+    Also for the revision of a model that is a local path.
+    """
+    for path, section in sections(recipe):
+        model = getattr(section, "model", None)
+        if isinstance(model, str) and getattr(section, "revision", None) and _is_local(model):
+            yield (*path, "revision"), "this is for models on the Hub, and the model is a folder.", "Remove it."
     for path, section, name, kind in _named(recipe):
         value = getattr(section, name)
         stages = stage_names(recipe) if kind.only_file else []
@@ -43,7 +50,7 @@ def missing_paths(recipe: Recipe, folders: Sequence[Path]) -> Iterator[tuple[Key
             if (kind.required or _must_be_local(text)) and not _exists(Path(text).expanduser()):
                 beside = ", ".join(map(str, folders))
                 what = f"there is no file or folder {text!r} here or next to the recipe ({beside})."
-                fix = _nearby(text, folders)
+                fix = address_fix(text) or _nearby(text, folders)
                 if path[:2] == ("evaluation", "tasks") and path[2] in _FETCHED:
                     fix += f" {how_to_fetch(_FETCHED[path[2]])}"
                 yield path, what, fix
@@ -84,10 +91,15 @@ def _exists(path: Path) -> bool:
     return path.exists() or (is_pattern(str(path)) and bool(match_pattern(str(path))))
 
 
+def _is_local(model: str) -> bool:
+    """Whether a model is in the package or in a folder."""
+    return model.startswith("builtin:") or Path(model).expanduser().is_dir()
+
+
 def _must_be_local(text: str) -> bool:
     if text.startswith("builtin:"):
         return False
-    return text.startswith(".") or not is_hub_id(text) or text.endswith(_DATA_SUFFIXES)
+    return text.startswith(".") or not is_hub_id(text) or text.lower().endswith(_DATA_SUFFIXES)
 
 
 def _nearby(text: str, folders: Sequence[Path]) -> str:
