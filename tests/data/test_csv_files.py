@@ -2,6 +2,7 @@
 
 import csv
 
+import pandas
 import pytest
 
 from tuna_peft.data.config import Columns, DataSource, PromptConfig
@@ -78,6 +79,7 @@ def test_delimiters_and_line_ends(tmp_path, content):
         ("a,b\n1\n", "line 2: 1 cells"),
         ("a,a\n1,2\n", "line 1: each column of the header needs a different name; missing or repeated: a"),
         ("a,\n1,2\n", r"missing or repeated: \(empty\)"),
+        (",a\n1,2\n", r"missing or repeated: \(empty\)"),
         ('a,b\n1,2\n3,"x" y\n', "line 3: not valid CSV"),
         ('a,b\n1,"x\n', "line 2: not valid CSV: unexpected end of data"),
         ("a,b\n1,\xe4\n".encode("latin-1"), "not UTF-8 text: byte 0xe4 at byte 6, line 2"),
@@ -86,6 +88,23 @@ def test_delimiters_and_line_ends(tmp_path, content):
 def test_bad_files_say_where(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         rows(tmp_path, content)
+
+
+def test_the_index_that_pandas_writes_is_a_column(tmp_path):
+    frame = pandas.DataFrame([{"a": "x", "b": "y"}, {"a": "z", "b": "w"}])
+    frame.to_csv(tmp_path / "index.csv")
+    found = read_records(DataSource(path=str(tmp_path / "index.csv")))
+    assert [row["a"] for _, row in found] == ["x", "z"]
+
+
+@pytest.mark.parametrize("content", ['"a, b, c";d\n1;2\n', "sep=;\na, b, c;d\n1;2\n"])
+def test_a_name_may_hold_delimiters(tmp_path, content):
+    assert [row for _, row in rows(tmp_path, content)] == [{"a, b, c": "1", "d": "2"}]
+
+
+def test_the_extension_tells_the_delimiter_of_tsv(tmp_path):
+    found = rows(tmp_path, "a, b, c\td\n1\t2\n", name="t.tsv")
+    assert [row for _, row in found] == [{"a, b, c": "1", "d": "2"}]
 
 
 def test_a_cell_of_any_length(tmp_path):

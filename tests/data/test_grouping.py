@@ -57,6 +57,30 @@ def test_a_bad_row_of_a_group_is_named(jsonl):
         load(path, columns=ONE_A_ROW, group_by="question")
 
 
+@pytest.mark.parametrize("part", ["input", "system"])
+def test_rows_with_another_prompt_are_another_group(jsonl, part):
+    texts = (("x", 1, "A"), ("u", 1, "B"), ("y", 2, "A"), ("v", 2, "B"))
+    rows = [rated("p", text, score, more=more) for text, score, more in texts]
+    path = jsonl(*rows)
+    source = DataSource(path=path, columns={**ONE_A_ROW, part: "more"}, group_by="q")
+    records, _ = read_ranked(source, PromptConfig(template="chat"))
+    assert [record["completions"] for record in records] == [["y", "x"], ["v", "u"]]
+
+
+def test_a_group_that_is_wider_than_a_prompt(jsonl):
+    texts = (("p", "x", 1), ("o", "u", 1), ("p", "y", 2), ("o", "v", 2))
+    rows = [rated(prompt, text, score, topic="t") for prompt, text, score in texts]
+    records, _ = load(jsonl(*rows), columns=ONE_A_ROW, group_by="topic")
+    assert [record["completions"] for record in records] == [["y", "x"], ["v", "u"]]
+
+
+def test_a_row_without_the_column_is_skipped_alone(jsonl):
+    path = jsonl(rated("p", "x", 1), rated("p", "y", 2), {"r": "z", "s": 3})
+    records, report = load(path, columns=ONE_A_ROW, group_by="q", on_bad_row="skip")
+    assert [record["completions"] for record in records] == [["y", "x"]]
+    assert report.skipped == {"missing field": 1}
+
+
 def test_grouping_for_prompts_and_supervision(jsonl):
     source = DataSource(path=jsonl(rated("p", "x", 1), rated("p", "y", 2)), columns=ONE_A_ROW, group_by="q")
     [row], _ = load_prompts(source, PLAIN)
@@ -142,6 +166,8 @@ def test_only_one_order_is_given():
         ("model_a", None, 0), ("Response 2", None, 1), (1, None, 0), (2.0, None, 1), ("Tie", None, None),
         ("both bad", None, None), ("second", None, 1), ("y", None, 1), (0, {"0": 1, "1": 0}, 1),
         (0, {"0": "tie"}, None), ("gpt", {"gpt": 0}, 0),
+        ("(B)", None, 1), ("b)", None, 1), ("A_much_better", None, 0), ("B is slightly better", None, 1),
+        ("option 2", None, 1),
     ],
 )  # fmt: skip
 def test_labels(label, labels, index):

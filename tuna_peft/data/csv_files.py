@@ -51,6 +51,9 @@ def named_rows(
     if first is None:
         raise UserError("the file is empty", where=str(path), fix="Check that what wrote it had finished.")
     names = [name.strip() for name in first[1]]
+    if names[0] == "" and all(names[1:]) and (second := next(rows, None)):
+        rows = itertools.chain([second], rows)
+        names[0] = "(index)" if second[1][0] == "0" else ""  # the column that pandas adds
     if header:
         _refuse_data(names, path)
     else:
@@ -77,7 +80,9 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     with open_text(path) as stream:
         first = next((line for line in stream if line.strip("\r\n")), "").rstrip("\r\n")
     named = re.fullmatch("sep=(.)", first)
-    delimiter = named[1] if named else max(_DELIMITERS, key=first.count)
+    bare = re.sub(r'"[^"]*"', "", first)  # a name in quotes may hold any of them
+    tabs = ".tsv" in (suffix.lower() for suffix in path.suffixes)
+    delimiter = named[1] if named else "\t" if tabs else max(_DELIMITERS, key=bare.count)
     with open_text(path, newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         line, rows = 1, [(0, [""])]

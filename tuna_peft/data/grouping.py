@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.config import DataSource
 from tuna_peft.data.ranked import Record, dense_ranks, number
 
 Vote = tuple[int, int, float]
@@ -29,8 +30,8 @@ _TIE = re.compile(
 )
 _COMPARED = re.compile(r"([a-z])\s*(?:(>+)|(<+)|=+)\s*([a-z])")
 _NAME = re.compile(
-    r"(?:(?:model|response|answer|output|completion|assistant)[ _-]?)?(?:([a-z])|(\d+)(?:\.0)?)"
-    r"(?:[ _-](?:is[ _-]better|wins))?"
+    r"(?:(?:model|response|answer|output|completion|assistant|option)[ _-]?)?(?:([a-z])|(\d+)(?:\.0)?)"
+    r"(?:[ _-](?:wins|(?:is[ _-])?(?:(?:much|far|clearly|significantly|slightly|somewhat)[ _-])?better))?"
 )
 _WORDS = {"first": 0, "left": 0, "second": 1, "right": 1}
 
@@ -70,7 +71,7 @@ def winner_index(label: Any, completions: list[Any], labels: dict[str, Any] | No
     elif _TIE.fullmatch(word):
         return None
     elif labels is None:
-        word = word.strip("[]")  # [[A]], as judges of MT-Bench write
+        word = word.strip("[]().")  # [[A]], as judges of MT-Bench write
         if compared := _COMPARED.fullmatch(word.lower()):
             if not compared[2] and not compared[3]:
                 return None
@@ -142,21 +143,25 @@ def rank_by_votes(count: int, votes: list[Vote]) -> tuple[list[int | None], int]
     return ranks, wrong
 
 
-def group_rows(records: Iterable[tuple[str, Record]], paths: str | list[str]) -> Iterator[tuple[str, Record]]:
-    """Collects rows with equal values at `paths`, in the order in which the values first appear.
+def group_rows(records: Iterable[tuple[str, Record]], source: DataSource) -> Iterator[tuple[str, Record]]:
+    """Collects rows with equal values at `group_by`, in the order in which the values first appear.
 
+    Rows whose prompt, input or system message differ are never one group: their responses answer different questions.
     The rows of a prompt may stand anywhere, so all of them are sorted, in a temporary file of SQLite.
 
     Raises:
-        BadRow: A row has no such path.
+        BadRow: A row has no such path; with `on_bad_row: skip` only the first row must have it.
     """
-    from tuna_peft.data.columns import one
-
+    paths = [source.group_by] if isinstance(source.group_by, str) else source.group_by or []
+    parts = [getattr(source.columns, part, part) for part in ("prompt", "instruction", "input", "system")]
+    beside = [path for path in parts if path is not None and path not in paths]
     groups: dict[bytes, int] = {}
 
     def numbered() -> Iterator[tuple[int, bytes]]:
         for where, record in records:
-            values = [one(record, path, where) for path in ([paths] if isinstance(paths, str) else paths)]
+            strict = not groups or source.on_bad_row == "error"
+            values = [_at(record, path, where, strict) for path in paths]
+            values += [_at(record, path, where, False) for path in beside]
             key = hashlib.sha256(json.dumps(values, default=str).encode("utf-8", "surrogatepass")).digest()
             yield groups.setdefault(key, len(groups)), pickle.dumps((where, record))
 
@@ -169,6 +174,18 @@ def group_rows(records: Iterable[tuple[str, Record]], paths: str | list[str]) ->
             group = Group(placed[0][1])
             group.rows = placed
             yield placed[0][0], group
+
+
+def _at(record: Record, path: str, where: str, strict: bool) -> Any:
+    """The value at a path; where there is none an error, or None."""
+    from tuna_peft.data.columns import one
+
+    try:
+        return one(record, path, where)
+    except BadRow:
+        if strict:
+            raise
+        return None
 
 
 def merge_responses(rows: list[tuple[str, Record]]) -> Record:

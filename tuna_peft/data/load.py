@@ -239,7 +239,7 @@ def _read(
     format, source, raw_records = _format(resolve_entry(source), prompts_only=prompts_only)
     template = PromptTemplate(prompt)
     if source.group_by is not None:
-        raw_records, format = group_rows(raw_records, source.group_by), grouped(format)
+        raw_records, format = group_rows(raw_records, source), grouped(format)
     for where, raw in tracked(raw_records, what, "records"):
         report.read += 1
         try:
