@@ -143,6 +143,7 @@ def test_pico_is_evaluated_on_a_table(folder):
         (["data", "convert", "new.csv", "o.jsonl", "--recipe", "odd.csv"], "neither a recipe nor the folder of a run"),
         (["data", "convert", "absent.yaml", "o.jsonl"], "there is no such recipe file"),
         (["data", "inspect", "r.yaml", "--split", "x"], "no effect on a recipe"),
+        (["data", "inspect", "new.csv", "--column", "instrution=Frage"], "Did you mean `instruction`?"),
         (["evaluate", "run", "--column", "instruction=Frage"], "--task ranking=held-out.csv"),
         (["evaluate", "run", "--task", "superni=x", "--recipe", "r.yaml"], "no effect without data"),
     ],

@@ -14,7 +14,9 @@ from tiny_llama import write_base, write_stack
 from typer.testing import CliRunner
 
 from tuna_peft.cli.app import app
-from tuna_peft.cli.generate import _instructions
+from tuna_peft.cli.generate import _instructions, _read
+from tuna_peft.data.config import PromptConfig
+from tuna_peft.errors import UserError
 
 DTYPES = ("bfloat16", "float16", "float32", "nf4", "int8")
 GGUF = ("GGUF f16", "GGUF q8_0", "GGUF q4_0")
@@ -189,3 +191,10 @@ def test_mistakes_exit_with_2(run, arguments, message):
     result = invoke(*[argument.replace("{run}", str(run)) for argument in arguments])
     assert result.exit_code == 2, result.stderr
     assert message in result.stderr
+
+
+def test_prompts_that_are_not_utf_8_are_named_with_their_place(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"one\nhi \xff\n")
+    with pytest.raises(UserError, match="byte 0xff at byte 7, line 2"):
+        _read(file, PromptConfig())

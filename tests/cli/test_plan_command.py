@@ -54,10 +54,14 @@ def test_json_holds_the_same_and_all_cards_make_a_table():
         (["two-stage", "base.dtype=bfloat16", "--gpu", "t4"], "the T4 has no bf16"),
         (["quickstart", "lora.target_modules=[q_proj, embed_tokens]", "--gpu", "t4"], "not a linear layer"),
         (["no-such-recipe"], "there is no such recipe file"),
+        (["{folder}"], "Give its recipe: {folder}/recipe.yaml"),
+        (["{folder}/rows.jsonl"], "this is data, not a recipe"),
         (["two-stage", "stages.contextual.train.max_token_per_batch=1"], "Did you mean `max_tokens_per_batch`?"),
     ],
 )
-def test_mistakes_exit_with_2(arguments, message):
-    result = plan(*arguments)
+def test_mistakes_exit_with_2(tmp_path, arguments, message):
+    for name in ("recipe.yaml", "rows.jsonl"):
+        (tmp_path / name).touch()
+    result = plan(*(argument.replace("{folder}", str(tmp_path)) for argument in arguments))
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert message.replace("{folder}", str(tmp_path)) in "".join(result.stderr.splitlines())

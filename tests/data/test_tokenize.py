@@ -318,3 +318,8 @@ def test_responses_that_are_equal_once_they_are_truncated_are_merged_and_counted
     row = encode_ranked(record, tokenizer, max_length=4, overflow="cut", report=report)
     assert (row["ranks"], row["scores"]) == ([0, 1], [3.0, 2.0])
     assert (report.responses, report.responses_cut, report.responses_merged) == (3, 2, 1)
+
+
+def test_a_prompt_that_is_no_unicode_text_is_named(tokenizer):
+    with pytest.raises(UserError, match="character 2 is"):  # a byte that is not UTF-8, as Python takes it from a shell
+        prompt_ids("ab\udcff", tokenizer)

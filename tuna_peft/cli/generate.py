@@ -108,11 +108,12 @@ def _require_fitting(
 def _read(file: Path, config: PromptConfig) -> list[Prompt]:
     """The prompts in a file; `.txt` has an instruction per line."""
     from tuna_peft.data.config import DataSource
+    from tuna_peft.data.json_files import read_text
     from tuna_peft.data.load import load_prompts
     from tuna_peft.data.templates import PromptTemplate
 
     if file.suffix == ".txt":
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
         return [PromptTemplate(config).render(line.strip()) for line in lines if line.strip()]
     source = from_options(DataSource, {"path": str(file)})
     return [record["prompt"] for record in load_prompts(source, config)[0]]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 from pydantic import BaseModel, ValidationError
 
-from tuna_peft.errors import UserError
+from tuna_peft.errors import UserError, did_you_mean
 from tuna_peft.recipe.messages import expected
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -88,7 +88,23 @@ def from_options(model: type[Model], values: dict[str, Any]) -> Model:
     except ValidationError as error:
         errors = error.errors()
         where, value = _keys(errors[0]), errors[0]["input"]
+        if errors[0]["type"] == "extra_forbidden":
+            *sections, key = errors[0]["loc"]
+            fix = did_you_mean(str(key), _fields_in(model, sections))
+            raise UserError("there is no such key", where=where, fix=fix) from error
         raise UserError(expected([one for one in errors if _keys(one) == where], value), where=where) from error
+
+
+def _fields_in(model: type[BaseModel], sections: list[int | str]) -> list[str]:
+    """The keys of a section inside a model; without them if it is none that the model has."""
+    for name in sections:
+        field = model.model_fields.get(str(name))
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
 
 
 def _keys(error: Any) -> str | None:

@@ -33,8 +33,18 @@ def prompt_text(
 
 
 def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> list[int]:
-    """The tokens of a prompt, where generation starts: with BOS if the tokenizer adds it, without EOS."""
+    """The tokens of a prompt, where generation starts: with BOS if the tokenizer adds it, without EOS.
+
+    Raises:
+        BadRow: Half a surrogate pair, as a terminal gives for bytes that are not UTF-8; or see `prompt_text`.
+    """
     text = prompt_text(prompt, tokenizer, tools=tools)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"the prompt is not Unicode text: character {error.start} is {text[error.start]!r}"
+        fix = "Give it in UTF-8, and let the terminal use UTF-8 (`locale` shows its encoding)."
+        raise BadRow(what, reason="broken character", fix=fix) from None
     return TextTokenizer(tokenizer)([text], special=isinstance(prompt, str))[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import tuna_peft
+from tuna_peft.data.shards import SUFFIXES, data_suffix
 from tuna_peft.errors import UserError, did_you_mean
 
 ACCELERATE = "accelerate"  # the folder of accelerate's configurations, which are not recipes
@@ -70,10 +71,16 @@ def find_recipe(recipe: str | Path) -> Path:
     """
     path = Path(recipe).expanduser()
     if path.is_file():
+        if path.suffix != ".json" and data_suffix(path) in SUFFIXES:
+            fix = f"A recipe names it under `data`; to write one: `tuna-peft init new.yaml --data {recipe}`."
+            raise UserError("this is data, not a recipe", where=str(recipe), fix=fix)
         return path
     name = str(recipe)
     if name in shipped_recipes():
         return shipped_recipes()[name]
+    if (path / "recipe.yaml").is_file():
+        fix = f"Give its recipe: {path / 'recipe.yaml'}"
+        raise UserError("this is the folder of a run, not a recipe", where=name, fix=fix)
     known = did_you_mean(path.stem, shipped_recipes())
     fix = f"Give a file or the name of a shipped recipe. {known}"
     raise UserError("there is no such recipe file", where=name, fix=fix)
