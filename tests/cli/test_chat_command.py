@@ -40,7 +40,7 @@ def test_piped_lines_are_answered_and_obeyed(run, tmp_path):
     file = tmp_path / "talk.jsonl"
     typed = ["w3 w4", "/stage base", "", "w3 w4", "/compare", "/compare w5", "/temperature 0.7", "w6",
              f"/save {file}", f"/save {file}", "/reset", "/compare", "/help", "/sage x", "/stage absent",
-             "/temperature hot", "/save x.txt"]  # fmt: skip
+             "/temperature hot", "/save x.txt", "/quit", "/after the end"]  # fmt: skip
     result = chat(run, "\n".join(typed) + "\n", "--stage", "sft")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()

@@ -26,7 +26,7 @@ _HELP = """\
 /save FILE          write the conversation to a .jsonl file
 /reset              forget the conversation
 /help               this list
-Ctrl-C stops an answer, Ctrl-D ends the chat."""
+Ctrl-C stops an answer; Ctrl-D or /quit ends the chat."""
 
 _NARROWEST = 16
 """Characters. Answers stand below each other where columns would be narrower."""
@@ -106,7 +106,7 @@ class Chat:
                 echo("")
             else:
                 line += "\n" if typed else ""
-            if not line:
+            if not line or line.strip() in ("/quit", "/exit"):
                 return
             if line.strip():
                 if not typed:
