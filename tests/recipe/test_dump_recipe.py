@@ -12,6 +12,7 @@ OVERRIDES = [
     "stages.sft.train.optim_args=1e-5_is_text",
     "stages.sft.train.lr_scheduler_kwargs=null",
     'prompt.template="Q: {instruction}\\n\\nA:  "',
+    "base.model=some/base",
     'base.revision="1e5"',
     "lora.target_modules=[q_proj, 'no']",
 ]

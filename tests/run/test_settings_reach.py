@@ -239,7 +239,11 @@ def measured(monkeypatch, tmp_path):
         setattr(given, name, settings)
         config, tokenizer = load_config_and_tokenizer("builtin:pico-llama")
         session = SimpleNamespace(
-            model=torch.nn.Linear(1, 1), tokenizer=None, batch_size=5, stage="base", folder=tmp_path
+            model=torch.nn.Linear(1, 1),
+            tokenizer=None,
+            size=lambda task, rows: {("ranking", 1, 2): 5}[task, rows[0][0], sum(rows[0][1])],
+            stage="base",
+            folder=tmp_path,
         )
         data = tasks.read_tasks(given, PromptConfig(), tokenizer, config, ["base"])
         assert data.tasks[0].run(session) == Result(name)
