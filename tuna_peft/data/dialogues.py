@@ -6,12 +6,8 @@ from typing import Any
 
 from tuna_peft.data.bad_row import BadRow, kind, required
 from tuna_peft.data.in_text import refuse_messages
-from tuna_peft.data.messages import clean_message
+from tuna_peft.data.messages import DIALOGUE_KEYS, clean_message
 from tuna_peft.data.ranked import Record, unanswered
-
-# Keys of dialogues: OpenAI's, ShareGPT's, that of WildChat and LMSYS, Gemini's, UltraInteract's.
-DIALOGUE_KEYS = ("messages", "conversations", "conversation", "contents", "trajectory")
-PAIR_KEYS = ("prompt", "chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response")
 
 
 def is_dialogue(raw: Record) -> bool:

@@ -8,12 +8,10 @@ import re
 from typing import Any
 
 from tuna_peft.data.bad_row import BadRow
+from tuna_peft.data.messages import DIALOGUE_KEYS, PAIR_KEYS
 
 # Keys that hold messages in some data set. Under any other key such a text may be a response that is JSON.
-_MESSAGE_KEYS = frozenset(
-    ("prompt", "messages", "conversations", "conversation", "context", "trajectory", "conversation_a",
-     "conversation_b", "chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response")
-)  # fmt: skip
+_MESSAGE_KEYS = frozenset((*DIALOGUE_KEYS, *PAIR_KEYS, "context", "conversation_a", "conversation_b"))
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|from|content|value)\1\s*:""")
 _BETWEEN = re.compile(r"\}\s*\n\s*\{")  # numpy prints no comma between objects; in a string the newline is escaped
 

@@ -14,6 +14,10 @@ from tuna_peft.data.bad_row import BadRow, check_unicode, kind
 
 Message = dict[str, Any]
 
+# Keys of dialogues: OpenAI's, ShareGPT's, that of WildChat and LMSYS, Gemini's, UltraInteract's.
+DIALOGUE_KEYS = ("messages", "conversations", "conversation", "contents", "trajectory")
+PAIR_KEYS = ("prompt", "chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response")
+
 # ShareGPT's names and other common ones; the template decides about any other role.
 _ROLES = {
     "human": "user", "prompter": "user", "instruction": "user",

@@ -14,8 +14,6 @@ from tuna_peft.data import columns
 from tuna_peft.data.bad_row import BadRow, required_list
 from tuna_peft.data.config import DataSource, Markers
 from tuna_peft.data.dialogues import (
-    DIALOGUE_KEYS,
-    PAIR_KEYS,
     dialogue_prompt,
     dialogue_responses,
     has_replies,
@@ -25,6 +23,7 @@ from tuna_peft.data.dialogues import (
 )
 from tuna_peft.data.grouping import Group, merge_responses
 from tuna_peft.data.in_text import parsed
+from tuna_peft.data.messages import DIALOGUE_KEYS, PAIR_KEYS
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.shapes import SHAPES, Shape
 from tuna_peft.data.suggest import data_block, suggest, undecided
