@@ -104,7 +104,7 @@ def generate(folder: Path, shape: str, layers: int | None) -> int:
     from tuna_peft.export.output import require_space
     from tuna_peft.export.safetensors_stream import TensorSpec, write_safetensors
     from tuna_peft.files import write_json
-    from tuna_peft.models.base.load import safetensors_files, weights_fingerprint
+    from tuna_peft.models.base.stored_weights import safetensors_files, weights_fingerprint
     from tuna_peft.models.stack.adapters import PEFT_PREFIX
     from tuna_peft.models.stack.manifest import AdapterEntry, Manifest
 
@@ -267,7 +267,7 @@ def _drop_from_page_cache(folder: Path) -> None:
 
 def _largest_tensor(base: Path) -> int:
     from tuna_peft.export.safetensors_stream import SafetensorsReader
-    from tuna_peft.models.base.load import safetensors_files
+    from tuna_peft.models.base.stored_weights import safetensors_files
 
     return max(spec.nbytes for spec in SafetensorsReader(safetensors_files(str(base))).specs.values())
 

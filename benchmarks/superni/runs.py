@@ -21,12 +21,8 @@ from tuna_peft.data.config import DataSource
 from tuna_peft.data.load import encode_source
 from tuna_peft.files import sha256
 from tuna_peft.journal import content_key
-from tuna_peft.models.base.load import (
-    load_config_and_tokenizer,
-    resolve_model_path,
-    safetensors_files,
-    weights_fingerprint,
-)
+from tuna_peft.models.base.load import load_config_and_tokenizer, resolve_model_path
+from tuna_peft.models.base.stored_weights import safetensors_files, weights_fingerprint
 from tuna_peft.models.stack.any_model import load_any_model
 from tuna_peft.planning.flops import forward_flops, ranking_flops
 from tuna_peft.planning.lengths import encoded_workload

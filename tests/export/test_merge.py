@@ -24,7 +24,8 @@ from tuna_peft.export.check import check_exports
 from tuna_peft.export.divergence import divergence, iter_logits
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.models.base.dequantise import dequantised_weight
-from tuna_peft.models.base.load import load_base, make_quantization_config, safetensors_files
+from tuna_peft.models.base.load import load_base, make_quantization_config
+from tuna_peft.models.base.stored_weights import safetensors_files
 from tuna_peft.models.stack.files import AdapterStack, quantization_of, save_stack
 
 RANKS = 8 + 4  # the products that one entry of the update sums up

@@ -15,7 +15,8 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.chat_template import chat_template_of
 from tuna_peft.files import write_json, write_text
 from tuna_peft.json_text import read_json
-from tuna_peft.models.base.load import require_unquantized, resolve_model_path, safetensors_files, weights_fingerprint
+from tuna_peft.models.base.load import require_unquantized, resolve_model_path
+from tuna_peft.models.base.stored_weights import safetensors_files, weights_fingerprint
 from tuna_peft.models.stack.files import require_same_base
 from tuna_peft.models.stack.manifest import Manifest
 

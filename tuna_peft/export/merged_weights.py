@@ -13,7 +13,7 @@ from tuna_peft.export.factors import Factors, StackFactors
 from tuna_peft.export.kept_update import ModuleUpdate
 from tuna_peft.export.packed_weights import packed_specs, quantised, quantization_config
 from tuna_peft.export.safetensors_stream import DTYPES, FLOATS, SafetensorsReader, TensorSpec
-from tuna_peft.models.base.load import safetensors_files
+from tuna_peft.models.base.stored_weights import safetensors_files
 
 # bitsandbytes' settings of the dtypes in which a merged model is quantized again.
 QUANTIZED: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from tuna_peft.errors import UserError
 from tuna_peft.export.base_weight import dequantise_4bit, quantise_4bit, quantised_modules, skeleton
 from tuna_peft.export.safetensors_stream import DTYPES, FLOATS, SafetensorsReader, TensorSpec
 from tuna_peft.limits import QUANTIZATION_BLOCK, SCALES_BLOCK
-from tuna_peft.models.base.load import safetensors_files
+from tuna_peft.models.base.stored_weights import safetensors_files
 
 _STATE_BYTES = 256  # bitsandbytes' JSON of a weight is padded to this, because sizes must be known in advance
 

@@ -14,7 +14,8 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tuna_peft.models.base.load import load_config_and_tokenizer
+from tuna_peft.models.base.load import load_config_and_tokenizer, resolve_model_path
+from tuna_peft.models.base.stored_weights import require_readable_weights
 from tuna_peft.models.stack.trial import check_stack
 from tuna_peft.recipe.resolved import ResolvedStage
 from tuna_peft.recipe.schema import BaseSettings, Recipe
@@ -41,12 +42,13 @@ def check_base(recipe: Recipe, stages: list[ResolvedStage]) -> tuple[PretrainedC
         The base's configuration and tokenizer.
 
     Raises:
-        UserError: See `load_config_and_tokenizer`, `check_adapters` and `require_exports`.
+        UserError: See `load_config_and_tokenizer`, `require_readable_weights`, `check_adapters` and `require_exports`.
     """
     base = recipe.base
     config, tokenizer = load_config_and_tokenizer(
         base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
     )
+    require_readable_weights(resolve_model_path(base.model), base.revision)
     require_exports(recipe, config, tokenizer, check_adapters(recipe, stages, config))
     return config, tokenizer
 

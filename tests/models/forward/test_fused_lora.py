@@ -140,6 +140,17 @@ def test_follows_changes_that_leave_no_trace_outside_of_training(base):
     assert not torch.equal(before, after)
 
 
+def test_factors_that_will_not_be_used_again_are_not_kept(base):
+    """Joined factors of all layers at the peak of a generation are not in the plan."""
+    model = stack_on(load_tiny(base, "none"), sft=SFT, ranking=RANKING)
+    train_top_adapter(model)
+    outputs_and_gradients(model.train())
+    assert all(layer._factors for layer in fused_layers(model))
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([PROMPTS[0]]))
+    assert not any(layer._factors for layer in fused_layers(model) if len(layer.lora_A) == 2)
+
+
 def test_the_factors_are_joined_once_for_all_passes_of_a_step(base):
     """Of an unquantized layer with a frozen and a trained adapter remain the operations of the module's equation."""
     model = stack_on(load_tiny(base, "none"), sft=SFT, ranking=RANKING)

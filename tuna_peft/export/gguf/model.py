@@ -35,7 +35,8 @@ from tuna_peft.export.kept_update import KeptUpdate, ModuleUpdate
 from tuna_peft.export.output import RECORD, require_replaceable, require_space
 from tuna_peft.export.safetensors_stream import SafetensorsReader
 from tuna_peft.files import atomic_directory, write_json
-from tuna_peft.models.base.load import resolve_model_path, safetensors_files
+from tuna_peft.models.base.load import resolve_model_path
+from tuna_peft.models.base.stored_weights import safetensors_files
 from tuna_peft.progress import Progress
 
 logger = logging.getLogger("tuna_peft")

@@ -5,8 +5,6 @@ Used by runs, stacks, local judges and teachers, exports, and by `TunaTrainer` f
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -27,14 +25,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import cached_file
 
 from tuna_peft.errors import UserError, first_line
-from tuna_peft.files import unreadable_is_a_user_error
+from tuna_peft.files import wrong_content
 from tuna_peft.limits import is_ampere_or_later
 from tuna_peft.models.base.cpu_bf16 import cpu_bf16
 from tuna_peft.models.base.dequantise import keep_quantised_layout, require_exact_dequantisation
 from tuna_peft.models.base.hub_files import CACHE, hub_file
+from tuna_peft.models.base.stored_weights import (
+    SAME_MODEL,
+    require_all_weights,
+    require_readable_weights,
+    safetensors_files,
+    weights_fingerprint,
+)
 
 logger = logging.getLogger("tuna_peft")
 
@@ -174,8 +178,9 @@ def load_base(
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None for code from the Hub
     if attn_implementation == "sdpa" and kind is not None and not kind._supports_sdpa:
         attn_implementation = "eager"
+    require_readable_weights(resolve_model_path(model), revision)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded, found = AutoModelForCausalLM.from_pretrained(
             resolve_model_path(model),
             config=config,
             dtype=resolve_dtype(dtype, target, hidden_size(config)),
@@ -186,11 +191,17 @@ def load_base(
             attn_implementation=attn_implementation,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers, safetensors and bitsandbytes each raise their own types
+        if "ignore_mismatched_sizes" in str(error):  # what to set is an argument that this function does not have
+            raise UserError(
+                "the stored weights have other shapes than config.json says", where=model, fix=SAME_MODEL
+            ) from error
         raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
+    require_all_weights(loaded, found["missing_keys"], model)
     loaded.config.pad_token_id = tokenizer.pad_token_id
     loaded.config.use_cache = False
     keep_quantised_layout(loaded)
@@ -271,9 +282,19 @@ def _cannot_load(model: str, path: str, reason: str) -> UserError:
             reason.split(" but ")[0] + f" and transformers {transformers.__version__} does not know it",
             ("Upgrade transformers, or use another base."),
         )
+    elif wrong := _wrong_file(path):
+        reason, fix = wrong
     elif Path(path).is_dir() and not [*Path(path).glob("tokenizer*"), *Path(path).glob("vocab*")]:
         reason, fix = "the folder has no tokenizer files", "Copy tokenizer.json and tokenizer_config.json into it."
     return UserError(f"cannot load the base model {model!r}: {reason}", fix=fix)
+
+
+def _wrong_file(path: str) -> tuple[str, str] | None:
+    """Which of a folder's JSON files is something else, and what to do."""
+    for file in sorted(Path(path).glob("*.json")):
+        if found := wrong_content(file):
+            return f"{file.name} is {found[0]}", found[1]
+    return None
 
 
 def require_unquantized(config: PretrainedConfig, model: str, *, merging: bool = True) -> None:
@@ -317,49 +338,3 @@ def base_identity(model: PreTrainedModel) -> dict[str, Any]:
     revision = getattr(model.config, "_commit_hash", None)
     files = safetensors_files(str(model.config._name_or_path), revision)
     return {"model": model_id(model), "revision": revision, "fingerprint": weights_fingerprint(files)}
-
-
-def weights_fingerprint(files: list[str]) -> str | None:
-    """SHA-256 over the first row of every tensor in the safetensors files, before any quantization or cast.
-
-    A fine-tune or a merge changes those rows. Reading them takes milliseconds; hashing every byte of a 7B model takes
-    a minute. None when there are no files.
-    """
-    from safetensors import safe_open
-
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    rows: dict[str, bytes] = {}
-    for file in files:
-        with unreadable_is_a_user_error(file, "weights of a model"), safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
-                view = tensors.get_slice(name)
-                row = view[0:1] if view.get_shape() else tensors.get_tensor(name)
-                shape = str(tuple(view.get_shape())).encode()
-                rows[name] = shape + row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    for name in sorted(rows):
-        digest.update(name.encode() + rows[name])
-    return digest.hexdigest()
-
-
-def safetensors_files(path: str, revision: str | None = None) -> list[str]:
-    """The weight files of a local or cached model, sorted by name; empty when it has no safetensors."""
-
-    def find(name: str) -> str | None:
-        return cached_file(
-            path,
-            name,
-            revision=revision,
-            local_files_only=not Path(path).is_dir(),
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-
-    if single := find("model.safetensors"):
-        return [single]
-    if index := find("model.safetensors.index.json"):
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        return [str(Path(index).parent / shard) for shard in shards]
-    return []

@@ -121,9 +121,11 @@ class _Stacked(lora.LoraLayer):
         # `_version` counts in-place changes of a tensor, such as loading other weights into it.
         weights = ((a.data_ptr(), a._version, b.data_ptr(), b._version, scale) for a, b, scale in factors)
         state = (x.dtype, x.device, _steps_of_optimizers, *weights)
-        if not keep or self._factors is None or self._factors[0] != state:
-            self._factors = state, *_join(factors, x, self.in_features, self.out_features)
-        return self._factors[1:]
+        if keep and self._factors is not None and self._factors[0] == state:
+            return self._factors[1:]
+        joined = _join(factors, x, self.in_features, self.out_features)
+        self._factors = (state, *joined) if keep else None
+        return joined
 
 
 @torch.no_grad()
