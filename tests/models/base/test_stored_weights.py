@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import load_tiny
 
 from tuna_peft.errors import UserError
+from tuna_peft.models.base import stored_weights
 from tuna_peft.models.base.load import load_config_and_tokenizer
 from tuna_peft.models.base.stored_weights import require_readable_weights, safetensors_files
 
@@ -43,6 +44,17 @@ def test_a_whole_base_is_accepted_by_header_and_by_tensor(folder: Path) -> None:
 def test_what_is_not_in_the_cache_yet_is_not_checked() -> None:
     assert safetensors_files("nobody/has-this-model", "v9") == []
     require_readable_weights("nobody/has-this-model", "v9")
+
+
+def test_a_download_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache has the index and the first file: what it has is checked, and loading gets the rest."""
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    save_file({"a": torch.zeros(2)}, first)
+    monkeypatch.setattr(stored_weights, "safetensors_files", lambda *_: [str(first), str(second)])
+    require_readable_weights("org/model")
+    first.write_text(LFS)
+    with pytest.raises(UserError, match="1.safetensors: this is a pointer of Git LFS"):
+        require_readable_weights("org/model")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def require_readable_weights(path: str, revision: str | None = None) -> None:
     """Checks, by their headers, that the weight files of a local or cached base are all there and whole.
 
     Args:
-        path: A folder, or a Hub id; one that is not in the cache is not checked.
+        path: A folder, or a Hub id, of which only the files in the cache are checked: loading downloads the others.
 
     Raises:
         UserError: A file is missing, cut off, or something else; or a folder has no safetensors at all.
@@ -44,8 +44,9 @@ def require_readable_weights(path: str, revision: str | None = None) -> None:
             else "Download the model's *.safetensors into it.",
         )
     for file in files:
-        with _weights(file):
-            pass
+        if Path(path).is_dir() or Path(file).exists():
+            with _weights(file):
+                pass
 
 
 def require_all_weights(model: PreTrainedModel, missing: Collection[str], name: str) -> None:
