@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from families import SMALL
+from safetensors.torch import save_file
 
 from tuna_peft.errors import UserError
 from tuna_peft.models.base.load import load_config_and_tokenizer, resolve_model_path
@@ -32,7 +34,7 @@ FAMILIES = {
 
 @pytest.fixture
 def base(tmp_path):
-    """Makes a folder with a configuration and pico-LLaMA's tokenizer, and no weights."""
+    """Makes a folder with a configuration and pico-LLaMA's tokenizer, and weights that no check reads."""
 
     def make(family: str, **config) -> str:
         folder = tmp_path / family
@@ -40,6 +42,7 @@ def base(tmp_path):
         getattr(transformers, name)(**{**SMALL, "vocab_size": 1280, **extra}).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(PICO / file, folder / file)
+        save_file({"any": torch.zeros(1)}, folder / "model.safetensors")
         stored = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**stored, **config}))
         return str(folder)
@@ -58,6 +61,14 @@ def test_experts_are_refused_with_the_targets_that_work(recipe_file, base, famil
     with pytest.raises(UserError, match=r"not a linear layer\n.*\[k_proj, o_proj, q_proj, v_proj\]"):
         checked(recipe_file, model)
     checked(recipe_file, model, "lora.target_modules=[k_proj, o_proj, q_proj, v_proj]")
+
+
+def test_weights_that_are_not_there_are_noticed_before_loading(recipe_file, base):
+    folder = base("llama")
+    checked(recipe_file, f"base.model={folder}")
+    Path(folder, "model.safetensors").unlink()
+    with pytest.raises(UserError, match="the folder has no weights in safetensors"):
+        checked(recipe_file, f"base.model={folder}")
 
 
 def test_conv1d_is_refused_while_merging_is_on(recipe_file, base):

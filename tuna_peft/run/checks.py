@@ -42,14 +42,14 @@ def check_base(recipe: Recipe, stages: list[ResolvedStage]) -> tuple[PretrainedC
         The base's configuration and tokenizer.
 
     Raises:
-        UserError: See `load_config_and_tokenizer`, `require_readable_weights`, `check_adapters` and `require_exports`.
+        UserError: See `load_config_and_tokenizer`, `check_adapters`, `require_exports` and `require_readable_weights`.
     """
     base = recipe.base
     config, tokenizer = load_config_and_tokenizer(
         base.model, revision=base.revision, trust_remote_code=base.trust_remote_code
     )
-    require_readable_weights(resolve_model_path(base.model), base.revision)
     require_exports(recipe, config, tokenizer, check_adapters(recipe, stages, config))
+    require_readable_weights(resolve_model_path(base.model), base.revision)
     return config, tokenizer
 
 
