@@ -19,6 +19,15 @@ def test_fifty_inputs_end_clearly():
     assert classes.total() == 50
 
 
+def test_a_table_of_60000_columns_ends_clearly(tmp_path):
+    """Twice, settings were looked for in quadratic time; drawn by few seeds only."""
+    table = tmp_path / "wide.csv"
+    names = [f"c{number}" for number in range(60_000)]
+    table.write_text(",".join(names) + "\n" + ",".join("x" for _ in names))
+    found, said = fuzz.run_case(Case("wide", ["data", "inspect", str(table)]))
+    assert (found, "no known format has the keys" in said) == ("clear", True)
+
+
 def test_the_same_seed_makes_the_same_input(tmp_path):
     for generator in set(GENERATORS):
         cases, contents = [], []

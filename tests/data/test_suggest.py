@@ -9,7 +9,7 @@ from rich.console import Console
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.inspect import inspect_file
 from tuna_peft.data.load import read_ranked
-from tuna_peft.data.suggest import data_block, suggest
+from tuna_peft.data.suggest import data_block, suggest, unused
 from tuna_peft.errors import UserError
 
 PLAIN = PromptConfig(template="{instruction}")
@@ -101,6 +101,13 @@ def test_inspect_ends_with_the_block(jsonl, record, options, expected):
         console.print(inspect_file(source, PLAIN))
     block = capture.get().partition("In a recipe:")[2]
     assert yaml.safe_load(block)["data"] == {"path": source.path, **expected}
+
+
+def test_keys_are_used_by_paths_that_begin_with_them():
+    """`a` is no beginning of `ab`; a key may hold a point itself, and be reached through another."""
+    columns = {"instruction": "q.text", "completions": ["ab", "list[].text"], "scores": "list[].score.of"}
+    record = dict.fromkeys(["q", "q.text", "q.te", "a", "ab", "list", "list[]", "list[].score", "text", "b.q"])
+    assert unused(record, columns) == ["q.te", "a", "text", "b.q"]
 
 
 def test_defaults_are_not_written():

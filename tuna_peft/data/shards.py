@@ -10,6 +10,7 @@ import contextlib
 import decimal
 import glob
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -95,10 +96,7 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
     """
     splits: dict[str, list[Path]] = {}
     kinds: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-        if hidden or path.name in _DESCRIPTIONS or data_suffix(path) not in SUFFIXES or not path.is_file():
-            continue
+    for path in sorted(path for path in _visible_files(folder) if data_suffix(path) in SUFFIXES and path.is_file()):
         kinds.setdefault(data_suffix(path), path.name)
         splits.setdefault(_split_of(path.relative_to(folder)), []).append(path)
     if len(kinds) > 1:
@@ -109,6 +107,15 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
             fix=f"Name the ones to read with a pattern, for example `path: {folder}/**/*{min(kinds)}`.",
         )
     return splits
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder but hidden ones and descriptions; hidden folders, such as .git, are not entered."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = (name for name in folders if not name.startswith((".", "_")))
+        yield from (
+            Path(place, name) for name in names if not name.startswith((".", "_")) and name not in _DESCRIPTIONS
+        )
 
 
 def _split_of(path: Path) -> str:

@@ -85,7 +85,8 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
             columns[part] = name
     several_responses = "completions" in columns and columns["completions"] not in list(texts)
     if several_responses and not columns.keys() & _ORDERS:
-        rest = {key: value for key, value in record.items() if key not in wide and not isinstance(value, dict | list)}
+        single = record.keys() - set(wide)
+        rest = {key: record[key] for key in record if key in single and not isinstance(record[key], dict | list)}
         if strength := next((key for key, value in rest.items() if _is_strength(key, value)), None):
             columns["strength"] = strength
         elif winner := _best(_WINNERS, {key: value for key, value in rest.items() if _is_label(key, value)}):
@@ -106,7 +107,8 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
 def unused(record: Record, columns: dict[str, Any]) -> list[str]:
     """The keys of a record that no path in `columns` begins with."""
     paths = [path for value in columns.values() for path in ([value] if isinstance(value, str) else value)]
-    return [key for key in record if not any(re.match(rf"{re.escape(key)}($|[.\[])", path) for path in paths)]
+    used = {path[:end] for path in paths for end in (len(path), *(at for at, sign in enumerate(path) if sign in ".["))}
+    return [key for key in record if key not in used]
 
 
 _ORDERS = {"scores", "ranks", "winner", "strength"}
