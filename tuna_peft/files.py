@@ -59,7 +59,8 @@ def unreadable_is_a_user_error(path: str | os.PathLike[str], what: str) -> Itera
         raise UserError(f"not readable as {what}: {first_line(error)}", where=str(path), fix=fix) from error
 
 
-_INSTEAD_OF_A_FILE = (
+# How files begin that were downloaded in place of another, what they are, and what to do.
+INSTEAD_OF_A_FILE = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file", "Get the file: `git lfs pull` in the clone."),
     (b"<!", "a web page", "Download the file itself: on the Hub its address has `resolve`, not `blob`."),
 )
@@ -69,7 +70,7 @@ def wrong_content(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     """What a file is that was downloaded in place of another, and what to do; None for other contents."""
     with contextlib.suppress(OSError), open(path, "rb") as stream:
         begin = stream.read(32)
-        return next((found[1:] for found in _INSTEAD_OF_A_FILE if begin.startswith(found[0])), None)
+        return next((found[1:] for found in INSTEAD_OF_A_FILE if begin.startswith(found[0])), None)
     return None
 
 

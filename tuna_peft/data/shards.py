@@ -21,7 +21,7 @@ from tuna_peft.data.csv_files import csv_rows
 from tuna_peft.data.json_files import COMPRESSIONS, json_units, parse_line
 from tuna_peft.data.spreadsheets import sheet_rows
 from tuna_peft.errors import UserError, first_line
-from tuna_peft.files import wrong_content
+from tuna_peft.files import INSTEAD_OF_A_FILE
 
 SPREADSHEETS = (".xlsx", ".ods")
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *SPREADSHEETS)
@@ -163,6 +163,7 @@ def open_shard(path: Path, *, header: bool = True) -> Shard:
 
 # How files begin that often bear the name of another kind, what they are, and what to do.
 _CONTENTS = (
+    *INSTEAD_OF_A_FILE,
     (b"\x1f\x8b", "compressed by gzip", "Add .gz to its name."),
     (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", "Add .zst to its name."),
     (b"PK\x03\x04", "an archive (zip or .xlsx)", "Unpack it, or call it .xlsx if it is a spreadsheet."),
@@ -175,8 +176,6 @@ def _refuse_other_content(path: Path) -> None:
     """Raises UserError for a file that is something else than its name says, and for one that cannot be read twice."""
     if not path.is_file():
         raise UserError("this is no regular file", where=str(path), fix="Write the data to a file first.")
-    if found := wrong_content(path):
-        raise UserError(f"this is {found[0]}", where=str(path), fix=found[1])
     with contextlib.suppress(OSError), path.open("rb") as stream:
         begin = stream.read(32)
         own = _OWN.get(path.suffix.lower(), b"\0")

@@ -85,8 +85,10 @@ def suggest(record: Record) -> tuple[dict[str, Any], list[str]]:
             columns[part] = name
     several_responses = "completions" in columns and columns["completions"] not in list(texts)
     if several_responses and not columns.keys() & _ORDERS:
-        others = record.keys() - set(wide)
-        rest = {key: value for key, value in record.items() if key in others and not isinstance(value, dict | list)}
+        responses = set(wide)
+        rest = {
+            key: value for key, value in record.items() if not (key in responses or isinstance(value, dict | list))
+        }
         if strength := next((key for key, value in rest.items() if _is_strength(key, value)), None):
             columns["strength"] = strength
         elif winner := _best(_WINNERS, {key: value for key, value in rest.items() if _is_label(key, value)}):

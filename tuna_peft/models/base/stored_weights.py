@@ -33,8 +33,8 @@ def require_readable_weights(path: str, revision: str | None = None) -> None:
     Raises:
         UserError: A file is missing, cut off, or something else; or a folder has no safetensors at all.
     """
-    files = safetensors_files(path, revision)
-    if not files and Path(path).is_dir():
+    files, is_folder = safetensors_files(path, revision), Path(path).is_dir()
+    if is_folder and not files:
         pickled = sorted(file.name for file in Path(path).glob("*.bin"))
         raise UserError(
             "the folder has no weights in safetensors" + (f", only {pickled[0]}" if pickled else ""),
@@ -44,7 +44,7 @@ def require_readable_weights(path: str, revision: str | None = None) -> None:
             else "Download the model's *.safetensors into it.",
         )
     for file in files:
-        if Path(path).is_dir() or Path(file).exists():
+        if is_folder or Path(file).exists():
             with _weights(file):
                 pass
 
