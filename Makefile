@@ -41,12 +41,14 @@ mutate: .venv/installed-dev
 cases: .venv/installed-dev
 	$(BIN)/python -m benchmarks.cases $(DIR)
 
-# llama.cpp itself on GGUF files, beside transformers and PEFT, and the commands of model cards; needs Node.js 20. Prints
-# the table of docs/gguf.md.
+# llama.cpp itself on GGUF files, beside transformers and PEFT, the commands of model cards, and llama.cpp's server (a
+# wheel of 100 MB); needs Node.js 20. Prints the table of docs/gguf.md.
 verify-gguf: .venv/installed-dev
 	npm install --silent --no-save --ignore-scripts --prefix build/llama-cpp node-llama-cpp@3.22.1
 	$(BIN)/python -m pytest -q -m slow tests/export/gguf/test_llama_cpp.py
 	$(BIN)/python -m pytest -q -m slow tests/export/test_hub.py
+	$(PIP_INSTALL) xllamacpp
+	$(BIN)/python -m pytest -q -m slow tests/run/test_llama_cpp_server.py
 
 # Minutes on meta tensors, about twenty on the CPU; nothing else should run meanwhile.
 BENCH := $(BIN)/python -m benchmarks.ranking_step --json benchmarks/results/local.json

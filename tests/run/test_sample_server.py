@@ -6,6 +6,7 @@ import json
 import logging
 
 import pytest
+from huggingface_hub import constants
 from pydantic import ValidationError
 from scripted_server import Answer, error, scripted_server
 from test_pipeline import files  # noqa: F401 - a fixture
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuna_peft import UserError
 from tuna_peft.models.generation.generate import stream_responses
-from tuna_peft.recipe.feedback_schema import StageSample
-from tuna_peft.run import serving
+from tuna_peft.recipe.feedback_schema import StageSample, StageServer
+from tuna_peft.recipe.schema import BaseSettings
+from tuna_peft.run import sample_server, serving
 from tuna_peft.run.pipeline import run_recipe
 
 
@@ -104,3 +106,23 @@ def test_the_recipe_in_the_run_folder_can_be_read_again(engine):
 def test_settings_that_cannot_work(server, message):
     with pytest.raises(ValidationError, match=message):
         StageSample.model_validate({"server": {"base_url": "http://localhost:8000/v1", **server}})
+
+
+def test_a_base_from_the_hub_is_named_unless_an_engine_needs_its_files(tmp_path, monkeypatch):
+    cached = tmp_path / "models--owner--name"
+    (cached / "snapshots/abc").mkdir(parents=True)
+    (cached / "snapshots/abc/config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    for name in ("main", "v2"):
+        (cached / "refs" / name).write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    base, folder = BaseSettings(model="owner/name"), str(cached / "snapshots/abc")
+
+    def named(base, engine):
+        return sample_server._base(base, StageServer(base_url="http://localhost:8000/v1", engine=engine))
+
+    assert named(base, "vllm") == named(base, "transformers") == "owner/name"
+    assert named(base, "llama.cpp") == folder
+    assert named(base.model_copy(update={"revision": "v2"}), "vllm") == folder
+    with pytest.raises(UserError, match="cannot find the base model 'owner/other'"):
+        named(BaseSettings(model="owner/other"), "llama.cpp")

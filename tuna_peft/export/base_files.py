@@ -44,18 +44,7 @@ def locate_base(manifest: Manifest, base_model: str | None, where: str | os.Path
     """
     model = base_model or manifest.base["model"]
     revision = None if base_model else manifest.base["revision"]
-    folder = Path(resolve_model_path(model))
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                snapshot_download(model, revision=revision, allow_patterns=[*_COMPANIONS, "model*.safetensors"])
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot find the base model {model!r}: {str(error).splitlines()[0]}",
-                where=str(where),
-                fix="If it has moved, pass its path or Hub id (base_model).",
-            ) from error
+    folder = model_folder(model, revision, where)
     files = safetensors_files(str(folder))
     if not files:
         raise UserError("the base has no safetensors weights", where=model, fix="Convert it: pickles are not read.")
@@ -63,6 +52,30 @@ def locate_base(manifest: Manifest, base_model: str | None, where: str | os.Path
     loaded = {"model": model, "revision": revision, "fingerprint": weights_fingerprint(files)}
     require_same_base(loaded, manifest.base, str(where))
     return folder
+
+
+def model_folder(model: str, revision: str | None, where: str | os.PathLike[str]) -> Path:
+    """The local folder of a base with its files; a Hub model is downloaded or found in the cache.
+
+    Args:
+        model: A folder, a Hub id, or a `builtin:` name.
+        revision: Branch, tag or commit of a Hub model.
+        where: What asks for it, for messages.
+
+    Raises:
+        UserError: No such model.
+    """
+    folder = Path(resolve_model_path(model))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[*_COMPANIONS, "model*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot find the base model {model!r}: {str(error).splitlines()[0]}",
+            where=str(where),
+            fix="If it has moved, pass its path or Hub id (base_model).",
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tuna_peft.data.ranked import Record
 from tuna_peft.data.texts import prompt_ids
+from tuna_peft.export.base_files import model_folder, read_config
 from tuna_peft.export.combine import combine_stack
 from tuna_peft.export.merge import merge_stack
 from tuna_peft.export.output import RECORD
@@ -29,6 +30,7 @@ from tuna_peft.models.generation.generate import context_of, generate_responses
 from tuna_peft.models.stack.any_model import model_digest
 from tuna_peft.recipe.feedback_schema import StageSample, StageServer
 from tuna_peft.recipe.resolved import ResolvedStage
+from tuna_peft.recipe.schema import BaseSettings
 from tuna_peft.run.folder import RunDirectory
 from tuna_peft.run.serving import CHECKED_TOKENS, Served, equal_answers, wait_for_server
 
@@ -53,7 +55,7 @@ def exported_sampler(
     names = list(stage.samples_from)
     folder = run.stage_folder(stage.name) / "served"
     if settings.engine == "transformers":  # it knows the model by its folder
-        named = str(folder.absolute()) if names else base_path(run.recipe.base.model)
+        named = str(folder.absolute()) if names else _base(run.recipe.base, settings)
         settings = settings.model_copy(update={"model": named})
     context = context_of(model)
 
@@ -85,7 +87,8 @@ def _export(run: RunDirectory, names: list[str], settings: StageServer, folder: 
     if address.hostname not in ("localhost", "127.0.0.1"):
         where["host"] = "0.0.0.0"  # another machine: its own name need not be known there
     device = "cpu" if run.processes.sharding else recipe.base.device
-    path = base_path(recipe.base.model) if not names or settings.export == "combined" else str(folder.absolute())
+    served_base = not names or settings.export == "combined"
+    path = _base(recipe.base, settings) if served_base else str(folder.absolute())
     if names and not (folder / RECORD).is_file():
         if settings.export == "combined":
             combine_stack(stack, folder, upto=names[-1])
@@ -100,7 +103,7 @@ def _export(run: RunDirectory, names: list[str], settings: StageServer, folder: 
     if names and settings.export == "combined":
         return Served(path, adapter=str(folder.absolute()), rank=lora_rank(folder), **where)
     if settings.engine == "llama.cpp":
-        path = _as_gguf(path, folder.with_name("served-gguf"))
+        path = _as_gguf(Path(path), folder.with_name("served-gguf"))
     return Served(path, **where)
 
 
@@ -112,18 +115,23 @@ def _sample_plainly(folder: Path) -> None:
     write_json(file, {**tokens, "do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0})
 
 
-def base_path(model: str) -> str:
-    """A folder's absolute path, or a Hub id: what every engine takes, in whatever folder it is started."""
-    path = Path(resolve_model_path(model))
-    return str(path.absolute()) if path.exists() else model
+def _base(base: BaseSettings, settings: StageServer) -> str:
+    """What every engine takes in whatever folder it is started: a folder's absolute path, or a Hub id.
+
+    Of a Hub model the folder in the cache, where an engine would take another revision or does not read Hub models.
+    """
+    path = Path(resolve_model_path(base.model))
+    if path.exists() or base.revision or settings.engine == "llama.cpp":
+        return str(model_folder(base.model, base.revision, "base").absolute())
+    return base.model
 
 
-def _as_gguf(model: str, folder: Path) -> str:
+def _as_gguf(model: Path, folder: Path) -> str:
     """A 16- or 32-bit GGUF file of the model, in the dtype of its weights."""
     from tuna_peft.export.gguf.model import export_gguf  # imports the optional package `gguf`
 
     if not (folder / RECORD).is_file():
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        dtype = config.get("dtype") or config.get("torch_dtype")
+        config = read_config(model)
+        dtype = str(config.get("dtype") or config.get("torch_dtype"))
         export_gguf(model, folder, types=[{"bfloat16": "bf16", "float16": "f16"}.get(dtype, "f32")], name="model")
     return str(next(folder.glob("*.gguf")).absolute())
