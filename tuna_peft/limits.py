@@ -85,6 +85,14 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
+def packs_fp16(hidden: int) -> bool:
+    """Whether a model in fp32 multiplies by fp16 weights while it generates on this CPU.
+
+    FBGEMM, which does it, needs AVX2. Small models gain little: their weights stay in the CPU's cache.
+    """
+    return hidden >= SMALL_MODEL and "avx2" in cpu_flags()
+
+
 def context_length(config: Any) -> int | None:
     """Maximum tokens of a prompt with its response; None if the configuration names no limit.
 

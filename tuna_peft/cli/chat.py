@@ -67,7 +67,7 @@ def chat(
     echo(f"Stages: {', '.join(screen.conversation.stages)}\n/help lists the commands, Ctrl-D ends the chat.")
     if not screen.conversation.remembers:
         echo("Without a chat template: each question is answered by itself.")
-    with _ended_by_sigterm():
+    with _ended_by_sigterm(), contextlib.closing(screen.conversation):
         for line in screen.lines():
             screen.take(line)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuna_peft.planning.gpus import Gpu
-from tuna_peft.planning.memory import Adapter, Precision
+from tuna_peft.planning.memory import Adapter, Precision, dense_bytes, packs
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import Workload
 
@@ -111,8 +111,10 @@ def decode_hours(
     """
     dequantizes = precision.method in ("nf4", "fp4") and rows > gpu.fused_rows
     dequantized = 2.0 * precision.compute * shape.body if dequantizes else 0.0
-    body = precision.compute * shape.body if dense else shape.body * precision.body + dequantized
-    weights = body + precision.compute * shape.head
+    weights = shape.body * precision.body + dequantized + precision.compute * shape.head
+    if dense:
+        copy = dense_bytes(shape, precision)
+        weights = copy if packs(shape, precision) else copy + precision.compute * shape.head
     keys = 2.0 * precision.compute * shape.kv_size * shape.layers * cached
     launching = 0.0 if gpu.measured else LAUNCHES_A_LAYER * shape.layers * SECONDS_A_LAUNCH
     return steps * max((weights + keys) / (gpu.gb_per_second * 1e9), launching) / 3600

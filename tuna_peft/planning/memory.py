@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tuna_peft.limits import CACHE_ROOM, CHUNK_ROWS, GIB, QUANTIZATION_BLOCK, SCALES_BLOCK
+from tuna_peft.limits import CACHE_ROOM, CHUNK_ROWS, GIB, QUANTIZATION_BLOCK, SCALES_BLOCK, packs_fp16
 from tuna_peft.planning.shapes import ModelShape
 from tuna_peft.planning.workload import ForwardPass
 
@@ -259,10 +259,17 @@ def logits_bytes(shape: ModelShape, tokens: int, precision: Precision) -> float:
 def dense_bytes(shape: ModelShape, precision: Precision) -> float:
     """The dense copy of the layers that a model holds while it generates; 0 where it would not be faster.
 
-    An unquantized stack in fp32 adds its adapters to the copy.
+    An unquantized stack in fp32 adds its adapters to the copy. A copy in fp16, for FBGEMM, has the head too.
     """
+    if packs(shape, precision):
+        return 2.0 * ((shape.body if precision.method != "int8" else 0) + shape.head)
     gains = precision.method in ("nf4", "fp4") or (precision.method == "none" and precision.compute == 4)
     return float(shape.body * precision.compute) if gains else 0.0
+
+
+def packs(shape: ModelShape, precision: Precision) -> bool:
+    """Whether the dense copy is in fp16, as `tuna_peft.models.generation.dense` decides."""
+    return precision.compute == 4 and packs_fp16(shape.hidden)
 
 
 def cache_bytes(shape: ModelShape, sequences: int, tokens: int, precision: Precision) -> float:

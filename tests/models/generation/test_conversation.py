@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from tiny_llama import write_base, write_stack
 
@@ -23,16 +25,23 @@ def stack(tmp_path_factory):
     return loaded
 
 
-def chat(stack, template="chat"):
-    return Conversation(stack, PromptConfig(template=template))
+@pytest.fixture
+def chat(stack):
+    """Starts dialogues, which end with the test."""
+    with contextlib.ExitStack() as dialogues:
+
+        def start(template="chat"):
+            return dialogues.enter_context(contextlib.closing(Conversation(stack, PromptConfig(template=template))))
+
+        yield start
 
 
 def ignore(piece):
     pass
 
 
-def test_pieces_join_to_the_response_and_earlier_turns_are_in_the_prompt(stack):
-    conversation, pieces = chat(stack), []
+def test_pieces_join_to_the_response_and_earlier_turns_are_in_the_prompt(stack, chat):
+    conversation, pieces = chat(), []
     first = conversation.ask("w3 w4", pieces.append, **OPTIONS)
     assert "".join(pieces) == first.text and not first.stopped
     second = conversation.ask("w5", ignore, **OPTIONS)
@@ -43,22 +52,28 @@ def test_pieces_join_to_the_response_and_earlier_turns_are_in_the_prompt(stack):
     assert conversation.ask("w3 w4", ignore, **OPTIONS) == first
 
 
-def test_stages_answer_as_they_do_alone(stack):
-    conversation = chat(stack, "{instruction} ")
+def test_stages_answer_as_they_do_alone(stack, chat):
+    conversation = chat("{instruction} ")
     assert conversation.stages == ["base", "sft", "ranking"] and conversation.stage == "ranking"
     answers = conversation.compare("w3 w4", **OPTIONS)
     for stage, names in (("base", []), ("sft", ["sft"]), ("ranking", ["sft", "ranking"])):
         conversation.switch(stage)
         assert conversation.ask("w3 w4", ignore, **OPTIONS).text == answers[stage].text
-        assert list(stack.model.active_adapters) == ["sft", "ranking"], names
+        assert list(stack.model.active_adapters) == (names or ["sft", "ranking"])  # `base` disables them
+    layer = next(module for module in stack.model.modules() if hasattr(module, "lora_A"))
+    conversation.switch("sft")
+    conversation.ask("w3 w4", ignore, **OPTIONS)
+    assert "forward" in vars(layer)  # dense weights are kept for the next question
+    conversation.close()
+    assert list(stack.model.active_adapters) == ["sft", "ranking"] and "forward" not in vars(layer)
     assert len({reply.text for reply in answers.values()}) == 3  # the fixture's adapters are far from zero
     with pytest.raises(UserError, match="no stage 'rankin'") as caught:
         conversation.switch("rankin")
     assert "ranking" in str(caught.value)
 
 
-def test_a_comparison_repeats_the_last_question_in_its_place_and_is_not_remembered(stack):
-    conversation = chat(stack)
+def test_a_comparison_repeats_the_last_question_in_its_place_and_is_not_remembered(chat):
+    conversation = chat()
     with pytest.raises(UserError, match="no question"):
         conversation.compare(None, **OPTIONS)
     conversation.ask("w3 w4", ignore, **OPTIONS)
@@ -68,8 +83,8 @@ def test_a_comparison_repeats_the_last_question_in_its_place_and_is_not_remember
     assert conversation.messages == before
 
 
-def test_ctrl_c_keeps_what_was_said(stack):
-    conversation, pieces = chat(stack), []
+def test_ctrl_c_keeps_what_was_said(stack, chat):
+    conversation, pieces = chat(), []
 
     def stop_at_the_second(piece):
         pieces.append(piece)
@@ -82,8 +97,8 @@ def test_ctrl_c_keeps_what_was_said(stack):
     assert list(stack.model.active_adapters) == ["sft", "ranking"]
 
 
-def test_the_first_turns_are_left_out_when_the_context_is_full(stack, monkeypatch):
-    conversation = chat(stack)
+def test_the_first_turns_are_left_out_when_the_context_is_full(monkeypatch, chat):
+    conversation = chat()
     for _ in range(4):
         conversation.ask("w3 w4", ignore, **OPTIONS)
     assert conversation.forgotten == 0
@@ -92,8 +107,8 @@ def test_the_first_turns_are_left_out_when_the_context_is_full(stack, monkeypatc
     assert conversation.forgotten in (4, 6) and len(conversation.messages) == 10
 
 
-def test_without_a_chat_template_each_question_stands_alone(stack):
-    conversation = chat(stack, "{instruction} ")
+def test_without_a_chat_template_each_question_stands_alone(chat):
+    conversation = chat("{instruction} ")
     assert not conversation.remembers
     first = conversation.ask("w3 w4", ignore, **OPTIONS)
     assert conversation.ask("w3 w4", ignore, **OPTIONS) == first

@@ -44,6 +44,45 @@ def test_logits_are_those_of_the_active_adapters(stack, adapters):
     assert within_rounding(found, expected, torch.float32)
 
 
+@pytest.fixture
+def packed(stack, monkeypatch):
+    """A stack whose copy is in fp16, as on a CPU with AVX2 and a larger model."""
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        pytest.skip("needs FBGEMM")
+    monkeypatch.setattr(dense, "packs_fp16", lambda hidden: True)
+    return stack
+
+
+def test_packed_weights_are_those_of_the_active_adapters_in_fp16(packed):
+    """Each output is off by at most the rounding of its weights to fp16, and of sums in fp32."""
+    adapted = [module for module in packed.modules() if hasattr(module, "lora_A")]
+    layers = [*adapted, packed.get_base_model().lm_head]
+    with active_adapters(packed, ["sft"]), torch.no_grad():
+        rows = [torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)) for layer in layers]
+        expected = [layer(x) for layer, x in zip(layers, rows, strict=True)]
+        # A column of the identity at a time: the exact weights.
+        sizes = [(x.abs() @ layer(torch.eye(layer.in_features)).abs()) for layer, x in zip(layers, rows, strict=True)]
+        with dense_weights(packed):
+            found = [layer(x) for layer, x in zip(layers, rows, strict=True)]
+            assert all("forward" in vars(layer) for layer in layers)
+            assert not any("forward" in vars(part) for layer in adapted for part in layer.lora_A.values())
+    eps = torch.finfo(torch.float16).eps / 2 + layers[-1].in_features * torch.finfo(torch.float32).eps
+    for one, other, size in zip(found, expected, sizes, strict=True):
+        assert ((one - other).abs() <= eps * size + 2**-24 * size.max()).all()  # the last for subnormal weights
+    assert not all(map(torch.equal, found, expected))
+    assert not any("forward" in vars(module) for module in packed.modules())
+
+
+def test_a_packed_copy_takes_two_bytes_a_weight_and_has_the_head(packed, monkeypatch):
+    kinds = "Linear4bit", "Linear"
+    linear = [m for name, m in packed.named_modules() if type(m).__name__ in kinds and ".lora_" not in name]
+    size = 2 * sum(layer.in_features * layer.out_features for layer in linear)
+    monkeypatch.setattr(dense, "free_bytes", lambda device: size / DENSE_COPY)
+    assert has_room_for_dense(packed)
+    monkeypatch.setattr(dense, "free_bytes", lambda device: size / DENSE_COPY - 1)
+    assert not has_room_for_dense(packed)
+
+
 def test_16_bit_weights_stay_apart_from_the_adapters(base_path):
     config = make_quantization_config("nf4", compute_dtype=torch.bfloat16)
     base = load_base(base_path, quantization_config=config, device="cpu", dtype="bfloat16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from tuna_peft.data.messages import Message
 from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.data.texts import prompt_ids
 from tuna_peft.errors import UserError, did_you_mean
+from tuna_peft.models.generation.dense import dense_weights, has_room_for_dense
 from tuna_peft.models.generation.generate import context_of, stream_responses
 from tuna_peft.models.stack.adapters import active_adapters
 from tuna_peft.models.stack.files import AdapterStack
@@ -29,7 +31,8 @@ class Reply:
 class Conversation:
     """The turns of a dialogue, and the stage that answers next.
 
-    Only a chat template can render earlier turns; with any other template each question is answered by itself.
+    Only a chat template can render earlier turns; with any other template each question is answered by itself. Until
+    `close`, the stage that answered last stays active, with its dense weights.
 
     Args:
         stack: A model with its adapters, or a single model.
@@ -50,6 +53,12 @@ class Conversation:
         self.remembers = prompt.template == "chat"
         self.messages: list[Message] = []
         self.forgotten = 0
+        self._active, self._active_stage = contextlib.ExitStack(), ""
+
+    def close(self) -> None:
+        """Leaves the model as it was."""
+        self._active.close()
+        self._active_stage = ""
 
     def switch(self, stage: str) -> None:
         """Lets `stage` answer from now on; UserError if there is none of that name."""
@@ -101,16 +110,26 @@ class Conversation:
         self, stage: str, question: str, turns: int, show: Callable[[str], object], options: dict[str, Any]
     ) -> Reply:
         ids = self._ids(question, turns, options["max_new_tokens"])
-        pieces = Pieces(self.stack.tokenizer, show)
-        with active_adapters(self.stack.model, self.stack.names[: self.stages.index(stage)]):
-            try:
-                [generated] = stream_responses(
-                    self.stack.model, self.stack.tokenizer, [ids], watch=pieces.add, **options
-                )
-            except KeyboardInterrupt:
-                return Reply(pieces.shown, stopped=True)
+        pieces, model = Pieces(self.stack.tokenizer, show), self.stack.model
+        try:
+            self._activate(stage)
+            [generated] = stream_responses(
+                model, self.stack.tokenizer, [ids], dense=False, watch=pieces.add, **options
+            )
+        except KeyboardInterrupt:
+            return Reply(pieces.shown, stopped=True)
         pieces.end(generated.texts[0])
         return Reply(generated.texts[0], stopped=False)
+
+    def _activate(self, stage: str) -> None:
+        """Making dense weights takes seconds, so they are kept for the next question."""
+        if self._active_stage != stage:
+            self.close()
+            model = self.stack.model
+            self._active.enter_context(active_adapters(model, self.stack.names[: self.stages.index(stage)]))
+            if has_room_for_dense(model):
+                self._active.enter_context(dense_weights(model))
+            self._active_stage = stage
 
     def _ids(self, question: str, turns: int, max_new_tokens: int) -> list[int]:
         """Tokens of the question after the turns that fit, with room for a response."""

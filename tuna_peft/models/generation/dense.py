@@ -4,14 +4,17 @@ A decoding step computes a few rows, so in a quantized stack dequantization and 
 time. `stream_responses` calls `dense_weights` for as long as it generates.
 
 - fp32: one matrix for each linear layer, W + sum of s B A: the same sum as before, rounded in fp32.
-- 16 bits: the dequantized W alone. Its sum with the adapters would be rounded to 16 bits, which loses a part of a
-  small update, so LoRA layers still add theirs.
+- fp32 on a CPU with AVX2, from a hidden size of 512 on: the same matrix, and the head, rounded to the 11 bits of fp16.
+  FBGEMM reads half as many bytes, and multiplies faster; activations and sums stay in fp32.
+- 16 bits: the dequantized W alone. Its sum with the adapters would be rounded to 16 bits (8 significant ones in bf16),
+  which loses a part of a small update, so LoRA layers still add theirs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -20,8 +23,9 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 
-from tuna_peft.limits import DENSE_COPY
+from tuna_peft.limits import DENSE_COPY, packs_fp16
 from tuna_peft.models.base.dequantise import dequantised_weight
+from tuna_peft.models.base.load import hidden_size
 from tuna_peft.models.base.memory import free_bytes
 from tuna_peft.models.base.shards import is_sharded
 from tuna_peft.models.forward.fused_lora import adds_plain_lora
@@ -34,16 +38,30 @@ def dense_weights(model: torch.nn.Module) -> Iterator[None]:
 
     Modules and parameters stay as they are; only the layers' `forward` is replaced.
     """
-    layers = _layers(model)
+    layers, dtype, packed = _layers(model), without_peft(model).dtype, _is_packed(model)
+
+    def replace(layer: Any) -> None:
+        layer.forward = _dense_forward(layer, dtype, packed=packed)
+
     try:
-        for layer in layers:
-            plain = _plain(layer)
-            weight = _summed(layer) if isinstance(layer, LoraLayer) else dequantised_weight(layer)
-            layer.forward = partial(linear, weight=weight.to(without_peft(model).dtype), bias=plain.bias)
+        # FBGEMM packs a matrix on one thread, 12 ns a weight.
+        with ThreadPoolExecutor(torch.get_num_threads() if packed else 1) as pool:
+            for _ in pool.map(replace, layers):
+                pass
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)  # that of its class counts again
+
+
+@torch.no_grad()
+def _dense_forward(layer: Any, dtype: torch.dtype, *, packed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight = _summed(layer) if isinstance(layer, LoraLayer) else dequantised_weight(layer)
+    bias = _plain(layer).bias
+    if packed:
+        both = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+        return partial(torch.ops.quantized.linear_dynamic_fp16, W_prepack=both)
+    return partial(linear, weight=weight.to(dtype), bias=bias)
 
 
 def has_room_for_dense(model: torch.nn.Module) -> bool:
@@ -52,21 +70,31 @@ def has_room_for_dense(model: torch.nn.Module) -> bool:
     device = next(model.parameters()).device
     if not numbers or device.type not in ("cpu", "cuda"):
         return False
-    return numbers * without_peft(model).dtype.itemsize <= DENSE_COPY * free_bytes(device)
+    each = 2 if _is_packed(model) else without_peft(model).dtype.itemsize
+    return numbers * each <= DENSE_COPY * free_bytes(device)
+
+
+def _is_packed(model: torch.nn.Module) -> bool:
+    """Whether the copy is in fp16 for FBGEMM."""
+    whole, engine = without_peft(model), torch.backends.quantized.engine
+    suits = whole.dtype == torch.float32 and whole.device.type == "cpu" and engine in ("x86", "fbgemm")
+    return suits and packs_fp16(hidden_size(whole.config) or 0)
 
 
 def _layers(model: torch.nn.Module) -> list[Any]:
     """The layers that a dense weight makes faster; none of them lies inside another."""
-    dtype = without_peft(model).dtype
-    if is_sharded(model):
-        return []
-    found: dict[Any, None] = {}
-    for module in model.modules():  # a layer comes before those inside it
-        summable = dtype == torch.float32 and adds_plain_lora(module) and _is_linear(module.base_layer)
-        if summable or (isinstance(module, Linear4bit) and _computes_in(module, dtype)):
-            found[module] = None
-    inside = {layer.base_layer for layer in found if isinstance(layer, LoraLayer)}
-    return [layer for layer in found if layer not in inside]
+    return [] if is_sharded(model) else list(_found(model, without_peft(model).dtype, packed=_is_packed(model)))
+
+
+def _found(module: Any, dtype: torch.dtype, *, packed: bool) -> Iterator[Any]:
+    is_lora = isinstance(module, LoraLayer)
+    summable = dtype == torch.float32 and adds_plain_lora(module) and _is_linear(module.base_layer)
+    dequantized = isinstance(module, Linear4bit) and _computes_in(module, dtype)
+    if summable or dequantized or (packed and _is_linear(module)):
+        yield module
+        return
+    for child in (module.base_layer,) if is_lora else module.children():
+        yield from _found(child, dtype, packed=packed)
 
 
 def _summed(layer: Any) -> torch.Tensor:
