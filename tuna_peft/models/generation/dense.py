@@ -22,6 +22,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from tuna_peft.limits import DENSE_COPY, packs_fp16
 from tuna_peft.models.base.dequantise import dequantised_weight
@@ -44,10 +45,11 @@ def dense_weights(model: torch.nn.Module) -> Iterator[None]:
         layer.forward = _dense_forward(layer, dtype, packed=packed)
 
     try:
-        # FBGEMM packs a matrix on one thread, 12 ns a weight.
-        with ThreadPoolExecutor(torch.get_num_threads() if packed else 1) as pool:
-            for _ in pool.map(replace, layers):
-                pass
+        if packed:  # which FBGEMM does on one thread, 12 ns a weight
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(replace, layers))
+        else:
+            list(map(replace, layers))
         yield
     finally:
         for layer in layers:
@@ -77,8 +79,9 @@ def has_room_for_dense(model: torch.nn.Module) -> bool:
 def _is_packed(model: torch.nn.Module) -> bool:
     """Whether the copy is in fp16 for FBGEMM."""
     whole, engine = without_peft(model), torch.backends.quantized.engine
-    suits = whole.dtype == torch.float32 and whole.device.type == "cpu" and engine in ("x86", "fbgemm")
-    return suits and packs_fp16(hidden_size(whole.config) or 0)
+    if not isinstance(whole, PreTrainedModel) or whole.device.type != "cpu" or engine not in ("x86", "fbgemm"):
+        return False
+    return whole.dtype == torch.float32 and packs_fp16(hidden_size(whole.config) or 0)
 
 
 def _layers(model: torch.nn.Module) -> list[Any]:
