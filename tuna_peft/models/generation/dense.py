@@ -49,7 +49,8 @@ def dense_weights(model: torch.nn.Module) -> Iterator[None]:
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 list(pool.map(replace, layers))
         else:
-            list(map(replace, layers))
+            for layer in layers:
+                replace(layer)
         yield
     finally:
         for layer in layers:
