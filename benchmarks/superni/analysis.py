@@ -124,8 +124,8 @@ def compare(rows: Sequence[Row], split: str, *, primary: bool) -> list[Compariso
     if not primary:
         family = [
             (name, against)
-            for name in ARMS
-            for against in (BASE, RAFT)
+            for name, arm in ARMS.items()
+            for against in (BASE, RAFT, *arm.also_against)
             if name != against and (name, against) not in family
         ]
     pairs = [(arm, against) for arm, against in family if measured[arm] and measured[against]]

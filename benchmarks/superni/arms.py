@@ -43,12 +43,14 @@ class Arm:
         stages: In the order of training.
         decides: Whether it belongs to the protocol's primary comparisons.
         ranks: Whether it learns from the order of responses.
+        also_against: Arms that it is compared with besides the base and RAFT, such as its first stage alone.
     """
 
     label: str
     stages: tuple[Stage, ...]
     decides: bool = False
     ranks: bool = True
+    also_against: tuple[str, ...] = ()
 
 
 def _over_lists(label: str, *, decides: bool = False, **train: Any) -> Arm:
@@ -66,6 +68,7 @@ _GRADES = {"score_scale": 0.2}  # grades are between 0 and 1; these losses take 
 
 BASE, RAFT = "base", "raft"
 _TUNA_BEST = Stage("ranking", LISTS, {"mle_on": "best"})
+_FEW_GOLD_FIRST = Stage("sft", "sft", rate_of="few-gold")
 
 ARMS = {
     RAFT: Arm("SFT on the best sample (RAFT)", (Stage("sft"),), decides=True, ranks=False),
@@ -88,10 +91,15 @@ ARMS = {
     "two-rounds": Arm("Tuna, likelihood on the best, two rounds", (dataclasses.replace(_TUNA_BEST, rounds=2),)),
     "teacher": Arm("probabilistic: a teacher's order", (Stage("ranking", "probabilistic-lists"),)),
     "teacher-tuna-best": Arm(
-        "probabilistic, then Tuna", (Stage("ranking", "probabilistic-lists", rate_of="teacher"), _TUNA_BEST)
+        "probabilistic, then Tuna",
+        (Stage("ranking", "probabilistic-lists", rate_of="teacher"), _TUNA_BEST),
+        also_against=("teacher",),
     ),
     "few-gold": Arm("SFT on few gold rows", (Stage("sft", "sft"),), ranks=False),
     "few-gold-tuna-best": Arm(
-        "SFT on few gold rows, then Tuna", (Stage("sft", "sft", rate_of="few-gold"), _TUNA_BEST)
+        "SFT on few gold rows, then Tuna", (_FEW_GOLD_FIRST, _TUNA_BEST), also_against=("few-gold", "few-gold-raft")
+    ),
+    "few-gold-raft": Arm(
+        "SFT on few gold rows, then RAFT", (_FEW_GOLD_FIRST, Stage("sft")), ranks=False, also_against=("few-gold",)
     ),
 }

@@ -270,6 +270,14 @@ def test_the_primary_family_is_fixed_before_its_arms_are_measured():
     assert re.search(r"likelihood on the best \| base \|.*\| win \(exploratory\) \|", text)
 
 
+def test_a_second_stage_is_compared_with_its_first_stage_alone():
+    names = ("base", "few-gold", "few-gold-raft")
+    rows = [validated(name, 20.0) for name in names[1:]]
+    rows += [measured(name, tasks(index, index + 2)) for index, name in enumerate(names)]
+    found = {(one.arm, one.against): one.difference.value for one in analysis.compare(rows, "seen", primary=False)}
+    assert found[("few-gold-raft", "few-gold")] == 1.0 and found[("few-gold-raft", "base")] == 2.0
+
+
 def test_only_the_run_with_the_best_rate_on_validation_counts():
     rows = [validated("raft", 20.0, 1e-4), validated("raft", 22.0, 1e-3), validated("raft", 30.0, 1e-4, seed=1)]
     rows += [measured("raft", tasks(1), rate=1e-4), measured("raft", tasks(5), rate=1e-3)]
