@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from rounding import logps_bound
@@ -192,6 +194,23 @@ def test_wrong_prompt_logprobs_and_messages_without_a_tokenizer(journal):
     messages = [{"id": "0", "prompt": [{"role": "user", "content": "p"}], "completions": ["a", "b"]}]
     with pytest.raises(UserError, match="a completions server takes text"):
         score_with_server(messages, settings("http://127.0.0.1:9/v1"), journal)
+
+
+def test_rows_that_the_chat_template_refuses_are_skipped_and_counted(pico, journal, tmp_path):
+    tokenizer = copy.deepcopy(pico.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    rows = [
+        {"id": role, "prompt": [{"role": role, "content": "p"}], "completions": [" apple", " dog"]}
+        for role in ("system", "user")
+    ]
+    with scripted_server(completions(pico)) as http:
+        records, report = score_with_server(rows, settings(http.url, tokenizer=str(tmp_path)), journal)
+    assert [record["id"] for record in records] == ["user"]
+    assert report.left_out == {"refused by the chat template": 1}
 
 
 def test_what_it_will_cost_is_said_before_anything_is_asked(pico, journal):

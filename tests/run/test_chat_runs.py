@@ -17,9 +17,11 @@ from tuna_peft import AdapterStack
 from tuna_peft.cli.app import app
 from tuna_peft.data import texts
 from tuna_peft.data.texts import prompt_ids
+from tuna_peft.errors import UserError
 from tuna_peft.evaluation import session
 from tuna_peft.feedback import sampling
 from tuna_peft.recipe.schema import Recipe
+from tuna_peft.run.dry_run import describe_recipe
 from tuna_peft.run.pipeline import run_recipe
 
 # Words of the tiny tokenizer: the day of the month, the names of tools, then the turns.
@@ -174,3 +176,23 @@ def test_a_chat_model_with_the_default_prompt_is_pointed_out(make, tmp_path, com
 
     assert "write `prompt: {template: chat}`" in said_by({"prompt": {}})
     assert "is a chat model" not in said_by({"prompt": {"template": "alpaca"}})
+
+
+def test_a_dry_run_notices_a_teacher_that_cannot_read_the_prompts(make, tmp_path):
+    write_base(tmp_path / "teacher")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    data = {"prompts": {"path": str(tmp_path / "prompts.jsonl")}, "score": {"model": str(tmp_path / "teacher")}}
+    recipe = Recipe.model_validate(make([], data=data | {"sample": {"n": 2, "max_new_tokens": 2}}))
+    for check in (describe_recipe, run_recipe):
+        with pytest.raises(UserError, match="the teacher's tokenizer has no chat template"):
+            check(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "stages" / "rank" / "samples.journal.jsonl").exists()
+
+
+def test_a_dry_run_notices_a_base_without_a_chat_template(make, tmp_path):
+    write_base(tmp_path / "base")
+    data = {"prompts": {"path": str(tmp_path / "prompts.jsonl")}, "judge": {"function": "test_chat_runs:by_words"}}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    values = make([], data=data | {"sample": {"n": 2}}, base={"model": str(tmp_path / "base")})
+    with pytest.raises(UserError, match="no chat template"):
+        describe_recipe(Recipe.model_validate(values), tmp_path / "run")

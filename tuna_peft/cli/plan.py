@@ -30,19 +30,21 @@ def plan(
     """
 
     from tuna_peft.cli import plan_output
+    from tuna_peft.models.base.hub_files import files_here
     from tuna_peft.models.base.load import load_config
     from tuna_peft.planning.from_recipe import plan_recipe, this_device
     from tuna_peft.planning.gpus import GPUS, find_gpu
     from tuna_peft.planning.spec import Device
     from tuna_peft.recipe.load import load_recipe
     from tuna_peft.recipe.resolved import resolve_stages
-    from tuna_peft.run.checks import check_adapters, is_base_here
+    from tuna_peft.run.checks import check_adapters
 
     gpus = GPUS if gpu == "all" else [find_gpu(gpu)] if gpu else []
     loaded = load_recipe(recipe, overrides or [], missing=True)
     devices = [Device.of(one) for one in gpus] or [this_device(loaded.base.device, timed=True)]
-    if is_base_here(loaded.base, "config.json") and not loaded.base.trust_remote_code:  # a plan runs nobody's code
-        config = load_config(loaded.base.model, revision=loaded.base.revision)
+    base = loaded.base
+    if files_here(base.model, base.revision, "config.json") and not base.trust_remote_code:  # it runs nobody's code
+        config = load_config(base.model, revision=base.revision)
         check_adapters(loaded, resolve_stages(loaded), config)
     plans, source = plan_recipe(loaded, devices)
     if as_json:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tuna_peft.data.bad_row import BadRow
 from tuna_peft.data.ranked import Prompt, Record
 from tuna_peft.errors import UserError
 from tuna_peft.feedback.answering import answer_all
@@ -55,7 +56,7 @@ def score_with_server(
     assert settings.server is not None
     server, report = Server(settings.server), ScoreReport()
     teacher = _Generating(server, settings) if settings.generate else _Scoring(server, settings, report)
-    asked = [teacher.questions(row) for row in rows]
+    asked = [_questions(teacher, row, report) for row in rows]
     questions = {question.key: question for of_row in asked for question in of_row}
     for key in questions:
         if key in journal:
@@ -73,9 +74,11 @@ def score_with_server(
             where=settings.server.base_url,
             fix="All other answers are saved: run the same command again to ask these, or set `on_no_answer: skip`.",
         )
-    answers = []
+    answers: list[Scored | None] = []
     for row, of_row in zip(rows, asked, strict=True):
-        if all(question.key in journal for question in of_row):
+        if not of_row:
+            answers.append(None)
+        elif all(question.key in journal for question in of_row):
             answers.append(teacher.scored(row, [journal[question.key] for question in of_row], report))
         else:
             report.count_skipped("no answer")
@@ -85,12 +88,21 @@ def score_with_server(
     return scored_records(rows, answers, settings.length_penalty, name, report), report
 
 
+def _questions(teacher: _Scoring | _Generating, row: Record, report: ScoreReport) -> list[Question]:
+    """What the teacher asks about a row; nothing, and counted, if its chat template refuses the row."""
+    try:
+        return teacher.questions(row)
+    except BadRow as error:
+        report.count_skipped(error.reason)
+        return []
+
+
 class _Scoring:
     """Asks for the log-probabilities of a prompt followed by a response."""
 
     def __init__(self, server: Server, settings: ScoreSettings, report: ScoreReport):
         self.server, self.report = server, report
-        self.tokenizer = None if settings.tokenizer is None else _tokenizer(settings.tokenizer)
+        self.tokenizer = None if settings.tokenizer is None else server_tokenizer(settings.tokenizer)
 
     def questions(self, row: Record) -> list[Question]:
         """One question for each completion."""
@@ -102,13 +114,7 @@ class _Scoring:
                 ask = functools.partial(self._ask_ids, tokens, first)
                 questions.append(Question(self._key(tokens, first), ask, len(tokens), 1))
             return questions
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            raise UserError(
-                "the prompt is a list of messages, and a completions server takes text",
-                where=f"prompt {row.get('id')}",
-                fix="Give `tokenizer`, whose chat template formats the messages, or use another prompt template.",
-            )
+        prompt = text_prompt(row)
         return [
             Question(
                 self._key(prompt + response, len(prompt)), functools.partial(self._ask_text, prompt, response),
@@ -174,6 +180,21 @@ class _Generating:
             reply = self.server.chat(prompt, logprobs=True, **options)
         samples = [generated_sample(choice) for choice in choices(reply, self.settings.n)]
         return {"samples": samples, "usage": [reply.usage.tokens_in, reply.usage.tokens_out]}
+
+
+def text_prompt(row: Record) -> str:
+    """The prompt of a row, as a completions server takes it.
+
+    Raises:
+        UserError: It is a list of messages.
+    """
+    if isinstance(row["prompt"], str):
+        return row["prompt"]
+    raise UserError(
+        "the prompt is a list of messages, and a completions server takes text",
+        where=f"prompt {row.get('id')}",
+        fix="Give `tokenizer`, whose chat template formats the messages, or use another prompt template.",
+    )
 
 
 def echoed_logprobs(reply: Reply, prompt: str, response: str) -> list[float]:
@@ -278,7 +299,12 @@ def _answer(values: Sequence[float | None], reply: Reply) -> dict[str, Any]:
     return {"logprob": sum(found), "length": len(found), "usage": [reply.usage.tokens_in, reply.usage.tokens_out]}
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+def server_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a teacher on a server.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -18,7 +16,7 @@ from tuna_peft.models.base.load import load_config_and_tokenizer, resolve_model_
 from tuna_peft.models.base.stored_weights import require_readable_weights
 from tuna_peft.models.stack.trial import check_stack
 from tuna_peft.recipe.resolved import ResolvedStage
-from tuna_peft.recipe.schema import BaseSettings, Recipe
+from tuna_peft.recipe.schema import Recipe
 from tuna_peft.run.exports import require_exports
 from tuna_peft.run.train_stage import lora_config, stage_config
 from tuna_peft.training.stage_options import require_possible
@@ -69,14 +67,3 @@ def check_adapters(recipe: Recipe, stages: list[ResolvedStage], config: Pretrain
         ranking=any(stage.type == "ranking" for stage in stages) or bool(named and named.tasks.ranking),
         trust_remote_code=recipe.base.trust_remote_code,
     )
-
-
-def is_base_here(base: BaseSettings, *files: str) -> bool:
-    """Whether these files of the base are on this machine: dry runs and plans download nothing."""
-    if base.model.startswith("builtin:") or Path(base.model).exists():
-        return True
-    try:
-        found = [try_to_load_from_cache(base.model, name, revision=base.revision) for name in files]
-    except HFValidationError:
-        return False
-    return all(isinstance(file, str) for file in found)

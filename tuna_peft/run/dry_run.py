@@ -17,6 +17,7 @@ from tuna_peft.data.ranked import ReadReport
 from tuna_peft.data.sources import is_here
 from tuna_peft.data.texts import set_template_date
 from tuna_peft.graders import require_module
+from tuna_peft.models.base.hub_files import files_here
 from tuna_peft.models.base.load import resolve_device
 from tuna_peft.planning.prompt_check import warn_of_default_template
 from tuna_peft.recipe.dump import diff_recipes, dump_recipe
@@ -25,8 +26,10 @@ from tuna_peft.recipe.export_notes import export_notes
 from tuna_peft.recipe.reach import addresses, foreign_code, unusual_variables
 from tuna_peft.recipe.resolved import ResolvedStage, resolve_stages
 from tuna_peft.recipe.schema import Recipe
-from tuna_peft.run.checks import check_base, check_options, is_base_here
+from tuna_peft.run.checks import check_base, check_options
 from tuna_peft.run.folder import as_in_folder, read_run_recipe
+from tuna_peft.run.inputs import read_prompts
+from tuna_peft.run.rank_samples import check_feedback
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -50,7 +53,7 @@ def describe_recipe(recipe: Recipe, output: Path) -> RenderableType:
     for name, where in _functions(recipe):
         require_module(name, where)
     loaded = None
-    if is_base_here(recipe.base, "config.json", "tokenizer_config.json"):
+    if files_here(recipe.base.model, recipe.base.revision, "config.json", "tokenizer_config.json"):
         loaded = check_base(recipe, stages)
         set_template_date(loaded[1], recipe.prompt.date)
         warn_of_default_template(recipe, loaded[1])
@@ -138,7 +141,13 @@ def _adapter(stage: ResolvedStage) -> str:
 
 def _stage_rows(stage: ResolvedStage, recipe: Recipe, loaded: Loaded | None) -> tuple[int | None, list[str]]:
     if stage.feedback is not None:
-        return _rows(stage.source, recipe, loaded, None)
+        if not is_here(stage.source.path):
+            return None, []
+        tokenizer = loaded[1] if loaded else None
+        rows, report = read_prompts(stage, recipe.prompt, tokenizer)
+        if tokenizer is not None:
+            check_feedback(stage, rows, tokenizer, online=False)
+        return report.kept, describe_losses(report.as_dict())
     limits = (stage.max_length, stage.overflow, stage.needs_reference, stage.needs_scores)
     return _rows(stage.source, recipe, loaded, limits, supervised=stage.type == "sft")
 

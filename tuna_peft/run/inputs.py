@@ -73,9 +73,7 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
     inputs, stages, auto = Inputs(), resolve_stages(recipe), recipe.evaluation == "auto"
     for stage in stages:
         if stage.feedback is not None:
-            load = load_prompts if stage.generated else load_candidates
-            rows, report = load(stage.source, recipe.prompt)
-            inputs.prompts[stage.name] = renderable(rows, tokenizer, stage.source, report)
+            inputs.prompts[stage.name], report = read_prompts(stage, recipe.prompt, tokenizer)
             report_losses(stage.source, report.as_dict())
             inputs.counts[stage.name] = {"prompts": report.as_dict()}
     if auto:
@@ -106,6 +104,24 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
         inputs.ranked, inputs.tasks = read_data.ranked, read_data.tasks
         inputs.counts |= {f"evaluation.{task}": counts for task, counts in read_data.counts.items()}
     return inputs
+
+
+def read_prompts(
+    stage: ResolvedStage, prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[Record], ReadReport]:
+    """The prompts, or prompts with responses, that a stage with feedback ranks, and what was read and left out.
+
+    Args:
+        tokenizer: That of the base; None keeps prompts that its chat template may refuse.
+
+    Raises:
+        UserError: See `tuna_peft.data.load`.
+    """
+    load = load_prompts if stage.generated else load_candidates
+    rows, report = load(stage.source, prompt)
+    if tokenizer is not None:
+        rows = renderable(rows, tokenizer, stage.source, report)
+    return rows, report
 
 
 def encode_self_ranked(

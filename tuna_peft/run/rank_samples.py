@@ -24,6 +24,7 @@ from tuna_peft.feedback.judges import make_judge
 from tuna_peft.feedback.sampling import ModelSampler, Sampler, sample_candidates
 from tuna_peft.feedback.server_sampler import ServerSampler
 from tuna_peft.feedback.teacher import score_with_model
+from tuna_peft.feedback.teacher_check import check_teacher
 from tuna_peft.feedback.teacher_server import score_with_server
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
@@ -41,25 +42,31 @@ logger = logging.getLogger("tuna_peft")
 REPORT = "feedback.json"
 
 
-def check_feedback(stage: ResolvedStage, rows: list[Record], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks, before anything is trained, that the judge exists and that samples will fit into `train.max_length`.
+def check_feedback(
+    stage: ResolvedStage, rows: list[Record], tokenizer: PreTrainedTokenizerBase, *, online: bool = True
+) -> None:
+    """Checks, before anything is trained, who ranks the responses, and that samples will fit into `train.max_length`.
 
     Args:
         rows: The prompts of the stage.
+        online: Otherwise nothing is downloaded, and no function of the recipe is imported, as in a dry run.
 
     Raises:
-        UserError: There is no such judge, or it gives no scores and the loss needs them; or a prompt with a response
-            of the maximum length exceeds `train.max_length`.
+        UserError: There is no such judge, or it gives no scores and the loss needs them; a teacher cannot read the
+            prompts; or a prompt with a response of the maximum length exceeds `train.max_length`.
     """
     source, limit = stage.feedback, stage.max_length
     if source is not None and source.judge is not None:
-        make_judge(source.judge)
+        if online or source.judge.function is None:
+            make_judge(source.judge)
         if stage.needs_scores and source.judge.function is None:
             raise UserError(
                 "the loss uses scores, and this judge gives only an order",
                 where=f"{stage.key}.data.judge",
                 fix="Use `function`, which gives scores, or a loss that needs ranks alone.",
             )
+    if source is not None and source.score is not None:
+        check_teacher(rows, source.score, f"{stage.key}.data.score", online=online)
     if source is None or source.sample is None or stage.overflow != "error" or limit is None:
         return
     longest = max(len(prompt_ids(row["prompt"], tokenizer, row.get("tools"))) for row in rows)

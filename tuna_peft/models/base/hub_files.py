@@ -65,6 +65,16 @@ def hub_file(model: str, name: str, revision: str | None = None, *, endpoint: st
         return _cached(model, name, revision, error)
 
 
+def files_here(model: str, revision: str | None, *names: str) -> bool:
+    """Whether these files of a model are on this machine: dry runs and plans download nothing."""
+    if model.startswith("builtin:") or Path(model).exists():
+        return True
+    try:
+        return all(isinstance(try_to_load_from_cache(model, name, revision=revision), str) for name in names)
+    except HFValidationError:
+        return False
+
+
 def _cached(model: str, name: str, revision: str | None, error: Exception) -> tuple[Path, str]:
     cached = try_to_load_from_cache(model, name, revision=revision)
     if not isinstance(cached, str):
