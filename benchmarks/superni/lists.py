@@ -13,8 +13,9 @@ from typing import Any
 
 from benchmarks.superni.sets import CHAT, Record
 from benchmarks.superni.sizes import SAMPLING_SEED, Sizes
-from tuna_peft.data.config import DataSource
+from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_prompts
+from tuna_peft.data.templates import PromptTemplate
 from tuna_peft.evaluation.bootstrap import mean_metric
 from tuna_peft.evaluation.reference_grade import grade
 from tuna_peft.evaluation.results import Metric
@@ -32,6 +33,7 @@ TEMPERATURE = 1.0
 LEAST_AGREEMENT = 0.60
 """A teacher whose order agrees with the grader's on a smaller share of pairs is none."""
 
+_ALPACA = PromptTemplate(PromptConfig(template="alpaca"))
 ITSELF, WITH_REFERENCE = "itself", "itself, with the reference in its context"
 
 
@@ -91,12 +93,14 @@ def teacher_scores(teacher: str, rows: Sequence[Record], base: Base, journal: Pa
     """The teacher's length-normalized log-probability of each response, by prompt and text.
 
     Args:
-        teacher: `ITSELF`, `WITH_REFERENCE`, or a model on this machine.
+        teacher: `ITSELF`, `WITH_REFERENCE`, or a model on this machine; without a chat template it is shown Alpaca's.
         rows: Samples, as `samples` returns them.
     """
     shown = [_with_reference(row) for row in rows] if teacher == WITH_REFERENCE else list(rows)
     settings = ScoreSettings(model="the base" if teacher in (ITSELF, WITH_REFERENCE) else teacher)
     model = base if teacher in (ITSELF, WITH_REFERENCE) else load_local_model(settings, "auto")
+    if not model.tokenizer.chat_template:
+        shown = [{**row, "prompt": _ALPACA.render(row["prompt"][0]["content"])} for row in shown]
     with Journal(journal) as journal_:
         scored, _ = score_rows(model.model, model.tokenizer, shown, settings, journal_)
     return {row["id"]: dict(zip(row["completions"], row["scores"], strict=True)) for row in scored}
