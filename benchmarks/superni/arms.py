@@ -9,6 +9,9 @@ import dataclasses
 from typing import Any, Literal
 
 LISTS, PAIRS, GOLD = "contextual-lists", "contextual-pairs", "contextual-gold"
+FEW_GOLD = "few-gold"
+OWN_LISTS = f"{FEW_GOLD}-lists"
+"""Samples of the arm `FEW_GOLD` for the same prompts as `LISTS`, which are the base's."""
 REFERENCE_ARM = "tuna-best"
 """Its FLOPs are the budget of every stage."""
 
@@ -68,7 +71,8 @@ _GRADES = {"score_scale": 0.2}  # grades are between 0 and 1; these losses take 
 
 BASE, RAFT = "base", "raft"
 _TUNA_BEST = Stage("ranking", LISTS, {"mle_on": "best"})
-_FEW_GOLD_FIRST = Stage("sft", "sft", rate_of="few-gold")
+_FEW_GOLD_FIRST = Stage("sft", "sft", rate_of=FEW_GOLD)
+_AFTER_FEW_GOLD = "SFT on few gold rows, then"
 
 ARMS = {
     RAFT: Arm("SFT on the best sample (RAFT)", (Stage("sft"),), decides=True, ranks=False),
@@ -95,11 +99,22 @@ ARMS = {
         (Stage("ranking", "probabilistic-lists", rate_of="teacher"), _TUNA_BEST),
         also_against=("teacher",),
     ),
-    "few-gold": Arm("SFT on few gold rows", (Stage("sft", "sft"),), ranks=False),
+    FEW_GOLD: Arm("SFT on few gold rows", (Stage("sft", "sft"),), ranks=False),
     "few-gold-tuna-best": Arm(
-        "SFT on few gold rows, then Tuna", (_FEW_GOLD_FIRST, _TUNA_BEST), also_against=("few-gold", "few-gold-raft")
+        f"{_AFTER_FEW_GOLD} Tuna", (_FEW_GOLD_FIRST, _TUNA_BEST), also_against=(FEW_GOLD, "few-gold-raft")
     ),
     "few-gold-raft": Arm(
-        "SFT on few gold rows, then RAFT", (_FEW_GOLD_FIRST, Stage("sft")), ranks=False, also_against=("few-gold",)
+        f"{_AFTER_FEW_GOLD} RAFT", (_FEW_GOLD_FIRST, Stage("sft")), ranks=False, also_against=(FEW_GOLD,)
+    ),
+    "few-gold-own-tuna": Arm(
+        f"{_AFTER_FEW_GOLD} Tuna on its own samples",
+        (_FEW_GOLD_FIRST, dataclasses.replace(_TUNA_BEST, data=OWN_LISTS)),
+        also_against=(FEW_GOLD, "few-gold-own-raft"),
+    ),
+    "few-gold-own-raft": Arm(
+        f"{_AFTER_FEW_GOLD} RAFT on its own samples",
+        (_FEW_GOLD_FIRST, Stage("sft", OWN_LISTS)),
+        ranks=False,
+        also_against=(FEW_GOLD,),
     ),
 }

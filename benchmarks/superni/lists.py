@@ -27,6 +27,7 @@ from tuna_peft.feedback.teacher import score_rows
 from tuna_peft.files import write_jsonl
 from tuna_peft.journal import Journal
 from tuna_peft.models.base.load import Base
+from tuna_peft.models.stack.files import AdapterStack
 
 GRADER = "builtin:references"
 TEMPERATURE = 1.0
@@ -50,15 +51,21 @@ class Agreement:
     prompts: int
 
 
-def samples(base: Base, work: Path, name: str, sizes: Sizes, limit: int | None = None) -> list[Record]:
-    """Samples of the base for each prompt of the set `name`, or for its first `limit`."""
+def samples(
+    model: Base | AdapterStack, work: Path, name: str, sizes: Sizes, limit: int | None = None, journal: str = ""
+) -> list[Record]:
+    """Samples of a model for each prompt of the set `name`, or for its first `limit`.
+
+    Args:
+        journal: Name of the journal; by default that of the set, for the base's samples.
+    """
     prompts, _ = load_prompts(DataSource(path=str(work / f"{name}.jsonl"), format="alpaca", limit=limit), CHAT)
     settings = SampleSettings(
         n=sizes.samples, temperature=TEMPERATURE, max_new_tokens=sizes.sample_tokens, trials=1, batch_size=32
     )
-    with Journal(work / "journals" / f"{name}.samples.jsonl") as journal:
-        sampler = ModelSampler(base.model, base.tokenizer)
-        return sample_candidates(sampler, prompts, settings, journal, seed=SAMPLING_SEED)[0]
+    with Journal(work / "journals" / f"{journal or name}.samples.jsonl") as answers:
+        sampler = ModelSampler(model.model, model.tokenizer)
+        return sample_candidates(sampler, prompts, settings, answers, seed=SAMPLING_SEED)[0]
 
 
 def write_graded(rows: Sequence[Record], work: Path, name: str) -> dict[str, Any]:

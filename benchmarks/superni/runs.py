@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.learning import append, read
-from benchmarks.superni.arms import ARMS, BASE, LISTS, RAFT, REFERENCE_ARM, Stage
-from benchmarks.superni.lists import GRADER, TEMPERATURE
+from benchmarks.superni.arms import ARMS, BASE, FEW_GOLD, LISTS, OWN_LISTS, RAFT, REFERENCE_ARM, Stage
+from benchmarks.superni.lists import GRADER, TEMPERATURE, samples, write_graded
 from benchmarks.superni.measures import Measures
 from benchmarks.superni.prepare import Prepared
-from benchmarks.superni.rows import Row, best_rate, leader, next_rate
+from benchmarks.superni.rows import Row, best_rate, held_out, leader, next_rate
 from benchmarks.superni.sets import CHAT
 from benchmarks.superni.sizes import SEARCH
 from tuna_peft.data.config import DataSource
@@ -75,7 +75,8 @@ class Runs:
 
     def _possible(self, name: str) -> bool:
         """Whether the arm's data is there and its settings are known; prints why not."""
-        missing = [f"no {one.data}" for one in ARMS[name].stages if not self.prepared.file(one.data).is_file()]
+        needed = [one.data for one in ARMS[name].stages if one.data != OWN_LISTS]  # which are made in time
+        missing = [f"no {one}" for one in needed if not self.prepared.file(one).is_file()]
         unknown = [f"{key}: {what}" for one in ARMS[name].stages for key, what, _ in check_train(one.type, one.train)]
         if missing or unknown:
             print(f"{name}: not run ({'; '.join(missing + unknown)})", flush=True)
@@ -97,9 +98,11 @@ class Runs:
 
     def _trained(self, name: str, rate: float, seed: int, *, measure: bool = False) -> None:
         """Trains an arm and measures it on validation; with `measure`, also on the held-out sets."""
+        if any(stage.data == OWN_LISTS for stage in ARMS[name].stages):
+            self._own_lists()
         rates = [best_rate(self.rows, stage.rate_of) if stage.rate_of else rate for stage in ARMS[name].stages]
         key = {"arm": name, "rate": rate, "rates": rates, "seed": seed, "hash": self._hash(name, rates, seed)}
-        folder = self.prepared.work / "runs" / f"{name}-{rate:g}-{seed}-{key['hash'][:8]}"
+        folder = self._folder(key)
         if not self._has("validation", key):
             stages = [self._stage(index, rates[index], stage) for index, stage in enumerate(ARMS[name].stages)]
             report = run_recipe(self.recipe(stages, seed), folder)
@@ -116,6 +119,17 @@ class Runs:
         if measure and not self._has("held-out", key):
             loaded = load_any_model(str(folder))
             self._measure(key, loaded.model, loaded.tokenizer)
+
+    def _folder(self, key: Row) -> Path:
+        return self.prepared.work / "runs" / f"{key['arm']}-{key['rate']:g}-{key['seed']}-{key['hash'][:8]}"
+
+    def _own_lists(self) -> None:
+        """Samples from the model of `FEW_GOLD`, seed 0, and ranks them by the grader, once."""
+        if not self.prepared.file(OWN_LISTS).is_file():
+            [key] = [row for row in held_out(self.rows, FEW_GOLD) if row["seed"] == 0]
+            loaded = load_any_model(str(self._folder(key)))
+            own = samples(loaded, self.prepared.work, "contextual", self.sizes, journal=FEW_GOLD)
+            print(FEW_GOLD, write_graded(own, self.prepared.work, FEW_GOLD), flush=True)
 
     def _measure(self, key: Row, model: Any, tokenizer: Any) -> None:
         seen, unseen = (self.measures.answers(model, tokenizer, name) for name in ("seen", "unseen"))
