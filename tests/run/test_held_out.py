@@ -254,6 +254,25 @@ def test_a_run_that_only_ranks_its_own_samples_is_measured(recipe, judged, tmp_p
     assert report["changes"]["own"]["ranking"]["count"] >= 1
 
 
+def test_supervised_fine_tuning_on_the_best_sample_is_measured_on_lists(recipe, judged, tmp_path):
+    stages = judged(range(40, 80)).model_dump(mode="json", exclude_none=True)["stages"]
+    own = {**stages[1], "type": "sft", "train": {**TRAIN, "max_steps": 1}}
+    report = run_recipe(recipe(stages=[own]), tmp_path / "run")
+    assert set(report["evaluation"]["own"]) == {"ranking", "answers"}
+    held = report["data"]["evaluation"]["held_out"]["own"]
+    [first, *_] = result_file(tmp_path / "run", "own", "ranking")["prompts"]
+    assert held >= 1 and len(first["details"]["v"]) > 1
+    assert report["data"]["own"]["training"]["tokens"]["rows"] < report["data"]["own"]["judge"]["ranked"]
+
+
+def test_a_margin_that_training_chooses_is_measured_by_the_default(recipe, tmp_path):
+    stages = recipe().model_dump(mode="json", exclude_none=True)["stages"][1:2]
+    stages[0]["train"]["margin"] = "auto"
+    report = run_recipe(recipe(stages=stages), tmp_path / "run")
+    assert report["stages"]["one"]["auto_margin"] > 0
+    assert result_file(tmp_path / "run", "one", "ranking")["settings"]["margin"] == 0.1
+
+
 def test_ranked_data_is_read_three_times(recipe, monkeypatch):
     """To choose the prompts that are held back, to take them, and for training: it may be too large to be kept."""
     read, real = [], load.read_records

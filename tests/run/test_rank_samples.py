@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 from test_pipeline import files, recipe  # noqa: F401 - files is a fixture
 
+import tuna_peft.run.train_stage as train_stage_module
 from tuna_peft import AdapterStack, UserError
 from tuna_peft.data.config import DataSource, PromptConfig
 from tuna_peft.data.load import load_ranked
@@ -58,6 +59,27 @@ def adapter(run):
 def straight(files, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("runs") / "straight"
     return folder, run_recipe(made(files, on_policy(files)), folder)
+
+
+def test_supervised_fine_tuning_on_the_best_of_its_own_samples(files, tmp_path, monkeypatch):  # noqa: F811
+    """RAFT, in two rounds: each trains on the first response of each list, with the weights on it alone."""
+    seen, real = [], train_stage_module._trainer
+
+    def spy(model, config, tokenizer, rows, *args):
+        seen.append({tokenizer.decode(row["input_ids"]) for row in rows})
+        return real(model, config, tokenizer, rows, *args)
+
+    monkeypatch.setattr(train_stage_module, "_trainer", spy)
+    report = run_recipe(made(files, {**on_policy(files), "type": "sft", "rounds": 2}, below=0), tmp_path / "run")
+    assert list(report["stages"]) == ["contextual-1", "contextual-2"] and len(seen) == 2
+    for number, texts in enumerate(seen, start=1):
+        file = tmp_path / f"run/stages/contextual-{number}/ranked.jsonl"
+        ranked, _ = load_ranked(DataSource(path=str(file)), PromptConfig())
+        assert report["data"][f"contextual-{number}"]["training"]["tokens"]["kept"] == len(ranked) == len(texts) > 0
+        for row in ranked:
+            best, *others = row["completions"]
+            assert any(text.startswith(row["prompt"] + best) for text in texts)
+            assert not any(text.startswith(row["prompt"] + other) for text in texts for other in others)
 
 
 def test_the_stage_learns_from_ranked_samples_of_the_stage_below(straight, files):  # noqa: F811
@@ -190,8 +212,6 @@ def test_conflicting_settings_are_rejected(files, changes, message):  # noqa: F8
 
 
 def test_stages_that_cannot_rank_samples(files):  # noqa: F811
-    with pytest.raises(ValidationError, match="a stage of type `sft` needs a data set"):
-        made(files, {**on_policy(files), "type": "sft"})
     with pytest.raises(ValidationError, match="`rounds` repeats sampling, so its `data` needs `sample`"):
         made(files, {"rounds": 2})
     taken = [stage.model_dump() for stage in made(files, {**on_policy(files), "rounds": 2}).stages]
@@ -269,7 +289,8 @@ def test_dry_run_and_inspect(written):
     from tuna_peft.cli.app import app
 
     file = written(RECIPE.replace("form", "from"))
-    shown = CliRunner().invoke(app, ["run", str(file), "--dry-run"])
+    overrides = ["stages.contextual.data.sample.max_new_tokens=64"]
+    shown = CliRunner().invoke(app, ["run", str(file), "--dry-run", *overrides])
     assert shown.exit_code == 0, shown.stderr
     assert "prompts.jsonl: 4 rows" in shown.stdout and "ranked by the judge builtin:pico" in shown.stdout
     assert "samples 3 responses per prompt from base, at temperature 1, in 3 attempts at most" in shown.stdout

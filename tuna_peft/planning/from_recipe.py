@@ -145,11 +145,11 @@ def _auto_evaluation(run: RunSpec, stages: Sequence[ResolvedStage]) -> dict[str,
     """The tasks of `evaluation: auto`. Stages on the same data hold the same prompts back, which count once."""
     measured: dict[str, tuple[Workload, int]] = {}
     for stage, planned in zip(stages, run.stages, strict=True):
-        if stage.type == "ranking":
-            total = planned.workload.total
-            measured.setdefault(
-                stage.source.model_dump_json(), (planned.workload, held_out_size(total, stage.examples_per_step))
-            )
+        if stage.has_lists:
+            # SFT trains on the best response of a list, and all of them are measured.
+            lists = (stage.type == "sft" and planned.prompt_workload) or planned.workload
+            held_out = held_out_size(lists.total, stage.examples_per_step)
+            measured.setdefault(stage.source.model_dump_json(), (lists, held_out))
     total = sum(count for _, count in measured.values())
     if not total:
         return {}

@@ -111,6 +111,8 @@ def ranked_workload(stage: ResolvedStage, prompts: Workload) -> Workload:
 
     def within(row: Row) -> Row:
         responses = (*row.responses, *([max(row.responses)] if own else []))
+        if stage.type == "sft":  # the best response only
+            responses = (max(responses),)
         if longest is None:
             return Row(row.prompt, responses)
         prompt = min(row.prompt, longest - 1)  # a longer prompt is truncated or skipped

@@ -96,6 +96,18 @@ class ResolvedStage:
         options = ("loss_type", "margin_by", "pair_weight")
         return self.type == "ranking" and needs_scores(*(self.train[name] for name in options))
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether its data is ranked lists, some of which `evaluation: auto` holds back: also that of SFT on the best
+        response of lists that the run ranks itself."""
+        return self.type == "ranking" or self.feedback is not None
+
+    @property
+    def measured_margin(self) -> float:
+        """The margin by which its lists are measured: that of the loss, or the default if it is `auto` or SFT."""
+        margin = self.train.get("margin", "auto")
+        return train_fields("ranking")["margin"].default if margin == "auto" else margin
+
     def is_auto(self, field: str) -> bool:
         """Whether the recipe leaves the choice of a number to the trainer."""
         return self.train_overrides.get(field) == "auto"

@@ -102,8 +102,8 @@ class Stage(Section):
         description="`sft` (supervised, TRL's SFTTrainer) or `ranking` (Tuna's loss, TunaTrainer)."
     )
     data: StageData = Field(
-        description="The training data: a data set; or, for a ranking stage, prompts whose responses the run ranks "
-        "itself, `{prompts, sample, score or judge}`."
+        description="The training data: a data set; or prompts whose responses the run ranks itself, "
+        "`{prompts, sample, score or judge}`. With `type: sft` the best response of each list is trained on."
     )
     rounds: int = Field(
         1,
@@ -157,9 +157,7 @@ class Stage(Section):
         return name
 
     @model_validator(mode="after")
-    def _data_suits_the_type(self) -> Stage:
-        if self.type == "sft" and self.feedback is not None:
-            raise ValueError("a stage of type `sft` needs a data set; `prompts` to rank are for `type: ranking`")
+    def _settings_suit_each_other(self) -> Stage:
         if self.rounds > 1 and not (self.feedback and self.feedback.sample):
             raise ValueError("`rounds` repeats sampling, so its `data` needs `sample`")
         if self.continue_adapter and self.train.get("reference") == "below":
@@ -277,7 +275,7 @@ class Recipe(Section):
     evaluation: Evaluation | None = Field(
         "auto",
         description="What to measure before the first stage and after each stage. `auto` holds back some prompts of "
-        "the ranking stages' data (5 %, but 20 if there are 200, and 10 % of fewer), and measures pairwise accuracy, "
+        "the ranked lists (5 %, but 20 if there are 200, and 10 % of fewer), and measures pairwise accuracy, "
         "margin and length of the answers on them; null measures nothing and trains on all prompts.",
     )
     export: ExportSettings = Field(default_factory=ExportSettings, description="What to write at the end of the run.")

@@ -1,4 +1,4 @@
-"""`evaluation: auto`: some prompts of the ranking stages' data are held back from training and measured instead.
+"""`evaluation: auto`: some prompts of the stages with ranked lists are held back from training and measured instead.
 
 `tuna_peft.run.inputs` calls it. The choice depends on the prompts and the seed only, not on the order of a file, and a
 prompt that is held back is trained on in no stage. A stage whose responses the run ranks itself samples and ranks
@@ -34,7 +34,7 @@ class HeldOut:
 
     Attributes:
         prompts: Their hashes.
-        records: The records to measure with their places, by the ranking stage whose data they are from, without empty
+        records: The records to measure with their places, by the stage whose ranked data they are from, without empty
             lists. Those of a stage that ranks responses itself are prompts.
     """
 
@@ -46,7 +46,7 @@ class HeldOut:
         return self._kept(stage, placed, lambda item: item[1])
 
     def measured(self, stage: ResolvedStage, placed: Iterable[Placed]) -> Iterator[Placed]:
-        """The examples of a ranking stage to measure; `placed` is read only if the run has ranked them itself."""
+        """The ranked examples of a stage to measure; `placed` is read only if the run has ranked them itself."""
         if stage.feedback is None:
             return iter(self.records[stage.name])
         chosen = self._measured(stage)
@@ -78,15 +78,15 @@ class HeldOut:
 
 
 def hold_out(stages: Sequence[ResolvedStage], read: Callable[[ResolvedStage], Iterable[Placed]], seed: int) -> HeldOut:
-    """Chooses the prompts to hold back from the data of the ranking stages, and says how many.
+    """Chooses the prompts to hold back from the data of the stages with ranked lists, and says how many.
 
     Args:
         stages: The stages of the recipe.
-        read: Reads the records of a ranking stage, or its prompts; called twice, as they may be too many to keep.
+        read: Reads the records of such a stage, or its prompts; called twice, as they may be too many to keep.
         seed: That of the recipe.
     """
     held = HeldOut()
-    ranking = [stage for stage in stages if stage.type == "ranking"]
+    ranking = [stage for stage in stages if stage.has_lists]
     keys: dict[str, list[str]] = {}  # of the prompts
     for stage in ranking:
         keys[stage.name] = [_key(record) for _, record in read(stage)]
@@ -135,7 +135,7 @@ def held_out_tasks(
     ranked = [stage for stage in stages if stage.name in held_out.records and stage.feedback is None]
     encoded = [rows for stage in ranked if (rows := _usable(held_out, stage, encode)) is not None]
     last = [stage for stage in ranked if stage.name in held_out.records][-1:]
-    tasks = [ranking_task(concatenate_datasets(encoded), last[0].train["margin"])] if encoded else []
+    tasks = [ranking_task(concatenate_datasets(encoded), last[0].measured_margin)] if encoded else []
     chosen = sorted((record for placed in held_out.records.values() for _, record in placed), key=_key)
     if chosen:
         most = min(AUTO_NEW_TOKENS, (context or sys.maxsize) // 2)
@@ -153,7 +153,7 @@ def self_ranked_task(held_out: HeldOut, stage: ResolvedStage, tasks: Sequence[Ta
     if stage.name not in held_out.records or (rows := _usable(held_out, stage, encode)) is None:
         return None
     name = "ranking" if all(task.name != "ranking" for task in tasks) else f"ranking-{stage.name}"
-    return ranking_task(rows, stage.train["margin"], name)
+    return ranking_task(rows, stage.measured_margin, name)
 
 
 def _usable(held_out: HeldOut, stage: ResolvedStage, encode: Encode) -> Dataset | None:

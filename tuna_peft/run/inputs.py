@@ -95,7 +95,8 @@ def read_inputs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Pret
     if held_out.records:
 
         def encode(stage: ResolvedStage) -> Dataset:
-            return _encode(stage, stage.source, recipe.prompt, tokenizer, config, partial(held_out.measured, stage))[0]
+            select = partial(held_out.measured, stage)
+            return _encode(stage, stage.source, recipe.prompt, tokenizer, config, select, measured=True)[0]
 
         inputs.tasks = held_out_tasks(held_out, stages, recipe.prompt, context_length(config), encode)
         inputs.counts["evaluation"] = {"held_out": {name: len(records) for name, records in held_out.records.items()}}
@@ -151,7 +152,8 @@ def encode_self_ranked(
     )
 
     def encode(stage: ResolvedStage) -> Dataset:
-        return _encode(stage, source, prompt, tokenizer, config, partial(held_out.measured, stage))[0]
+        select = partial(held_out.measured, stage)
+        return _encode(stage, source, prompt, tokenizer, config, select, measured=True)[0]
 
     if (task := self_ranked_task(held_out, stage, inputs.tasks, encode)) is not None:
         inputs.tasks.append(task)
@@ -189,9 +191,11 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     select: Select | None,
+    *,
+    measured: bool = False,
 ) -> tuple[Dataset, dict[str, Any]]:
     return encode_source(
-        source, prompt, tokenizer, config, supervised=stage.type == "sft", select=select,
+        source, prompt, tokenizer, config, supervised=stage.type == "sft" and not measured, select=select,
         max_length=stage.max_length, overflow=stage.overflow, needs_reference=stage.needs_reference,
         needs_scores=stage.needs_scores,
     )  # fmt: skip
