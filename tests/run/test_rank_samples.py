@@ -294,6 +294,9 @@ def test_dry_run_and_inspect(written):
     assert shown.exit_code == 0, shown.stderr
     assert "prompts.jsonl: 4 rows" in shown.stdout and "ranked by the judge builtin:pico" in shown.stdout
     assert "samples 3 responses per prompt from base, at temperature 1, in 3 attempts at most" in shown.stdout
+    assert "the best response" not in shown.stdout
+    shown = CliRunner().invoke(app, ["run", str(file), "--dry-run", *overrides, "stages.contextual.type=sft"])
+    assert "trains on the best response of each list" in shown.stdout
     inspected = CliRunner().invoke(app, ["data", "inspect", str(file), "--n", "2"])
     assert inspected.exit_code == 0, inspected.stderr
     assert "4 prompts; their responses are generated during the run" in " ".join(inspected.stdout.split())

@@ -84,6 +84,9 @@ class KeptUpdate:
             UserError: More than half of the update is lost.
         """
         if self.share < _REFUSE_BELOW and not allow_lost_update:
-            raise UserError(f"rounding would undo the training: of {export}, {self}", fix=fix)
+            raise UserError(
+                f"rounding would undo the training: of {export}, {self}",
+                fix=f"{fix} `--allow-lost-update` writes it all the same.",
+            )
         if min(self.share, self.worst) < _WARN_BELOW:
             logger.warning("%s: %s. %s", export, self, fix)

@@ -37,11 +37,6 @@ from tuna_peft.progress import Progress
 MERGED_DTYPES = (*DTYPES, *QUANTIZED)
 UPDATES = "kept_update.json"
 
-_FIX = (
-    "Use `--dtype bfloat16` or `float32`; in 4 bits, `tuna-peft combine --with-base` keeps the whole update. "
-    "`--allow-lost-update` merges all the same."
-)
-
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -147,7 +142,7 @@ def merge_stack(
             files = _write_measured(aside, weights, max_shard_size, progress.update)
         kept = KeptUpdate.over(weights.updates)
         if kept is not None:
-            kept.check(f"{dtype} weights", _FIX, allow_lost_update=allow_lost_update)
+            kept.check(f"{dtype} weights", _instead_of(dtype), allow_lost_update=allow_lost_update)
         write_record(aside, "merged", manifest, base=base, dtype=dtype, kept_update=kept and asdict(kept))
     return MergeReport(
         path=Path(out_dir),
@@ -162,6 +157,16 @@ def merge_stack(
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _instead_of(dtype: str) -> str:
+    """What to do where rounding to `dtype` loses too much of the update."""
+    if dtype in QUANTIZED:
+        return (
+            "Use `--dtype bfloat16` or `float32` (in a recipe `export.merge.dtype`); in 4 bits, `tuna-peft combine "
+            "--with-base` keeps the whole update."
+        )
+    return "Use `--dtype float32` (in a recipe `export.merge.dtype`)."
 
 
 def _write_measured(

@@ -106,7 +106,10 @@ def _steps(recipe: Recipe, output: Path, loaded: Loaded | None) -> Text:
             f"about {steps:,} optimizer steps" if steps else None,
         )
     if recipe.evaluation == "auto":
-        step("evaluation auto, before the first stage and after each stage", "prompts held back from ranking stages")
+        step(
+            "evaluation auto, before the first stage and after each stage",
+            "prompts of ranked lists, held back from training",
+        )
     for name, task in (recipe.named_evaluation.tasks.given() if recipe.named_evaluation else {}).items():
         described: list[str | None] = [getattr(task, "path", None)]
         if isinstance(task, DataSource):
@@ -203,6 +206,8 @@ def _ranking(stage: ResolvedStage) -> Iterator[str]:
         who = score.model or (score.server and f"{score.server.model} at {score.server.base_url}")
         generated = f", which generates {score.generate.n} responses itself" if score.generate else ""
         yield f"ranked by the log-probabilities of {who}{generated}"
+    if stage.type == "sft":
+        yield "trains on the best response of each list"
 
 
 def _data(source: DataSource, rows: int | None) -> str:

@@ -43,9 +43,7 @@ logger = logging.getLogger("tuna_peft")
 
 _METADATA = 64 << 20  # allowed for tokenizer and headers when space is checked
 
-LOST_UPDATE = (
-    "Use q8_0 or f16, or let `--base auto` compare both bases; `--allow-lost-update` writes the file all the same."
-)
+LOST_UPDATE = "Use q8_0 or f16, or let `--base auto` compare both bases."
 
 
 @dataclass(frozen=True)
