@@ -56,7 +56,9 @@ def check_feedback(
             prompts; or a prompt with a response of the maximum length exceeds `train.max_length`.
     """
     source, limit = stage.feedback, stage.max_length
-    if source is not None and source.judge is not None:
+    if source is None:
+        return
+    if source.judge is not None:
         if online or source.judge.function is None:
             make_judge(source.judge)
         if stage.needs_scores and source.judge.function is None:
@@ -65,9 +67,9 @@ def check_feedback(
                 where=f"{stage.key}.data.judge",
                 fix="Use `function`, which gives scores, or a loss that needs ranks alone.",
             )
-    if source is not None and source.score is not None:
+    if source.score is not None:
         check_teacher(rows, source.score, f"{stage.key}.data.score", online=online)
-    if source is None or source.sample is None or stage.overflow != "error" or limit is None:
+    if source.sample is None or stage.overflow != "error" or limit is None:
         return
     longest = max(len(prompt_ids(row["prompt"], tokenizer, row.get("tools"))) for row in rows)
     needed = longest + source.sample.max_new_tokens + 1
